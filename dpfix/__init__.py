@@ -1,0 +1,70 @@
+"""dpfix: one call that makes a PyTorch model train under differential privacy.
+
+The whole public API is what this file exports.
+"""
+
+from dpfix.api import (
+    PrivateTraining,
+    SafePrivacyEngine,
+    diagnose,
+    make_private_safe,
+    make_private_safe_with_epsilon,
+)
+from dpfix.errors import (
+    AccumulationError,
+    ArgumentError,
+    CoupledLossError,
+    CoupledModelError,
+    DPFixError,
+    DPFixWarning,
+    ForeignBatchError,
+    LoaderError,
+    LossError,
+    MisuseError,
+    ModelError,
+    NoEngineError,
+    NonFiniteGradientError,
+    OptimizerError,
+    PlanBrokenError,
+    StateWrittenError,
+    TrainingStepError,
+    UnknownArgumentError,
+)
+from dpfix.findings import EngineEvidence, Finding, Fixability, Report, Severity
+from dpfix.plan import Plan
+from dpfix.statement import PrivacyStatement
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccumulationError",
+    "ArgumentError",
+    "CoupledLossError",
+    "CoupledModelError",
+    "DPFixError",
+    "DPFixWarning",
+    "EngineEvidence",
+    "Finding",
+    "Fixability",
+    "ForeignBatchError",
+    "LoaderError",
+    "LossError",
+    "MisuseError",
+    "ModelError",
+    "NoEngineError",
+    "NonFiniteGradientError",
+    "OptimizerError",
+    "Plan",
+    "PlanBrokenError",
+    "PrivacyStatement",
+    "PrivateTraining",
+    "Report",
+    "SafePrivacyEngine",
+    "Severity",
+    "StateWrittenError",
+    "TrainingStepError",
+    "UnknownArgumentError",
+    "diagnose",
+    "make_private_safe",
+    "make_private_safe_with_epsilon",
+]

@@ -1,0 +1,102 @@
+"""What every engine is: a way to obtain the per-sample gradients of one training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dpfix.plan import Plan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an engine can work with a model.
+
+    Attributes:
+        reason: what keeps it out; empty if nothing does.
+    """
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+class Handle(Protocol):
+    """An engine at work on one model."""
+
+    model: nn.Module
+    """What the training step calls."""
+
+    def collect(self, parameters: list[nn.Parameter]) -> list[int]:
+        """Leave per-sample gradients of shape ``[samples, *parameter]`` on ``grad_sample``.
+
+        A parameter that no gradient reached gets zeros. Accumulated iterations become a list, as in Opacus.
+
+        Args:
+            parameters: the trainable parameters.
+
+        Returns:
+            Number of samples of every accumulated iteration; empty if no gradient arrived at all.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Forget the gradients that have arrived, as ``zero_grad`` does."""
+        ...
+
+    def finish(self) -> None:
+        """A step was made: forget everything about it."""
+        ...
+
+    def detach(self) -> None:
+        """Take everything off the model."""
+        ...
+
+
+class Engine(Protocol):
+    """One way to obtain per-sample gradients."""
+
+    name: str
+    opacus_mode: str
+
+    def supports(self, module: nn.Module, record: Any) -> Verdict:
+        """Whether it is worth trying on a model.
+
+        Args:
+            module: the repaired model.
+            record: what the probe showed.
+
+        Returns:
+            The verdict.
+        """
+        ...
+
+    def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> Handle:
+        """Put the engine to work.
+
+        Args:
+            module: the repaired model.
+            plan: how it is to be trained.
+            prepared: what Opacus made of the module, if it already did.
+
+        Returns:
+            The handle.
+        """
+        ...
+
+
+def zeros(parameter: nn.Parameter, samples: int) -> torch.Tensor:
+    """Per-sample gradients of a parameter that no sample reached.
+
+    Args:
+        parameter: the parameter.
+        samples: number of samples.
+
+    Returns:
+        Zeros of shape ``[samples, *parameter]``.
+    """
+    return torch.zeros((samples, *parameter.shape), dtype=parameter.dtype, device=parameter.device)

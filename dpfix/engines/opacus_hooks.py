@@ -1,0 +1,265 @@
+"""Opacus's own engines: backward hooks, with hand-written or functorch samplers per layer.
+
+Opacus keeps one stack of activations per layer and pops it in the order of the backward passes. Two calls of the
+model whose backward passes come in call order, or a call that is never backpropagated, then pair activations with the
+wrong gradients. Here every call of the model keeps its activations to itself: they are put aside when the next call
+begins and put back when a gradient reaches the outputs of that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.validators import ModuleValidator
+from torch import nn
+
+from dpfix import trees
+from dpfix.engines.base import Verdict, zeros
+from dpfix.errors import AccumulationError, PlanBrokenError
+from dpfix.plan import Plan
+
+
+class OpacusHooks:
+    """The engine.
+
+    Args:
+        name: ``"hooks"`` or ``"functorch"``; also the mode handed to Opacus.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = self.opacus_mode = name
+
+    def supports(self, module: nn.Module, record: Any) -> Verdict:
+        """Works where Opacus's validators say so and nothing random is recomputed.
+
+        Args:
+            module: the repaired model.
+            record: what the probe showed.
+
+        Returns:
+            The verdict.
+        """
+        errors = [*ModuleValidator.validate(module, strict=False), *GradSampleModule.validate(module)]
+        if errors:
+            return Verdict(f"Opacus refuses the model: {str(errors[0])[:120]}")
+        random = sorted(record.random_modules & self._recomputed(module))
+        if random:
+            return Verdict(f"functorch recomputes `{random[0] or 'the root module'}` with another random draw")
+        return Verdict()
+
+    def _recomputed(self, module: nn.Module) -> frozenset[str]:
+        """Paths of the modules whose forward functorch runs a second time."""
+        known = {} if self.name == "functorch" else GradSampleModule.GRAD_SAMPLERS
+        return frozenset(
+            path
+            for path, child in module.named_modules()
+            if type(child) not in known and any(p.requires_grad for p in child.parameters(recurse=False))
+        )
+
+    def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> HooksHandle:
+        """Hook the layers.
+
+        Args:
+            module: the repaired model.
+            plan: batch dimension and loss reduction.
+            prepared: Opacus's own hooks object, if it already hooked the layers.
+
+        Returns:
+            The handle.
+        """
+        own = prepared is None
+        if own:
+            prepared = GradSampleModule(
+                module,
+                batch_first=plan.batch_first,
+                loss_reduction=plan.loss_reduction,
+                force_functorch=self.name == "functorch",
+            )
+        return HooksHandle(module, prepared, own=own)
+
+
+class HooksHandle:
+    """Opacus's hooks at work on one model.
+
+    Args:
+        module: the hooked model.
+        prepared: Opacus's hooks object or wrapper.
+        own: whether it was made here and is to be cleaned up here.
+    """
+
+    def __init__(self, module: nn.Module, prepared: Any, *, own: bool) -> None:
+        self.model = module
+        self.prepared = prepared
+        self._own = own
+        self._next = 0
+        self._installed: int | None = None
+        self._aside: dict[int, dict[nn.Module, tuple[list[Any], int | None]]] = {}
+        self._counters: dict[int, list[tuple[nn.Parameter, int]]] = {}
+        self._reached: set[int] = set()
+        self._passed: set[tuple[int, int]] = set()
+        self._iteration: dict[int, int] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._before_call, prepend=True),
+            module.register_forward_hook(self._after_call),
+        ]
+        prepared.allow_grad_accumulation()
+
+    def detach(self) -> None:
+        """Take these hooks off the model, and Opacus's if they were made here."""
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+        if self._own:
+            self.prepared.cleanup()
+
+    def clear(self) -> None:
+        """Forget the gradients that have arrived; calls whose backward pass is still to come stay."""
+        for number in self._reached:
+            self._aside.pop(number, None)
+            self._counters.pop(number, None)
+        self._reached.clear()
+
+    def finish(self) -> None:
+        """Forget everything about the step that was made."""
+        self._forget()
+        for p in self.model.parameters():
+            if getattr(p, "grad_sample", None) is not None:
+                p.grad_sample = None  # type: ignore[attr-defined]
+
+    def _forget(self) -> None:
+        self._aside.clear()
+        self._counters.clear()
+        self._reached.clear()
+        self._passed.clear()
+        self._iteration.clear()
+        self._installed = None
+        for layer in self._layers():
+            vars(layer).pop("activations", None)
+            vars(layer).pop("max_batch_len", None)
+        for p in self.model.parameters():
+            if getattr(p, "_forward_counter", 0):
+                p._forward_counter = 0  # type: ignore[attr-defined]
+            if getattr(p, "_current_grad_sample", None) is not None:
+                del p._current_grad_sample  # type: ignore[attr-defined]
+
+    def _layers(self) -> Iterator[nn.Module]:
+        return (m for m in self.model.modules() if "activations" in vars(m))
+
+    def _before_call(self, module: nn.Module, args: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self._put_aside()
+        self._installed = self._next
+        # A call after a backward pass belongs to a new iteration; its gradients are clipped on their own.
+        self._iteration[self._next] = max(self._reached, default=-1)
+        self._next += 1
+
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        for place, tensor in enumerate(trees.gradient_tensors(output)):
+            tensor.register_hook(partial(self._gradient_arrives, self._next - 1, place))
+
+    def _gradient_arrives(self, number: int, place: int, gradient: torch.Tensor) -> None:
+        if (number, place) in self._passed:
+            raise AccumulationError(
+                f"a second backward pass went through the same forward call of {type(self.model).__name__}, which "
+                "grad_sample_mode='hooks' cannot follow. Add the losses and call backward() once, or pass "
+                "grad_sample_mode='microbatch'."
+            )
+        self._passed.add((number, place))
+        self._reached.add(number)
+        if self._installed == number:
+            return
+        self._put_aside()
+        for layer, (activations, length) in self._aside.pop(number, {}).items():
+            layer.activations = activations  # type: ignore[assignment]
+            if length is not None:
+                layer.max_batch_len = length  # type: ignore[assignment]
+        for p, count in self._counters.pop(number, ()):
+            p._forward_counter = count  # type: ignore[attr-defined]
+        self._installed = number
+
+    def _put_aside(self) -> None:
+        if self._installed is None:
+            return
+        kept = {}
+        for layer in self._layers():
+            if layer.activations:
+                kept[layer] = (layer.activations, getattr(layer, "max_batch_len", None))
+                layer.activations = []  # type: ignore[assignment]
+            vars(layer).pop("max_batch_len", None)
+        self._aside[self._installed] = kept
+        counted = [(p, p._forward_counter) for p in self.model.parameters() if getattr(p, "_forward_counter", 0)]  # type: ignore[attr-defined]
+        self._counters[self._installed] = counted
+        for p, _ in counted:
+            p._forward_counter = 0  # type: ignore[attr-defined]
+        self._installed = None
+
+    def collect(self, parameters: list[nn.Parameter]) -> list[int]:
+        """Add up what the calls of one iteration left, and fill in zeros.
+
+        Args:
+            parameters: the trainable parameters.
+
+        Returns:
+            Number of samples of every accumulated iteration.
+
+        Raises:
+            PlanBrokenError: a part of the model was called but its gradient never came.
+            AccumulationError: the accumulated iterations of the parameters do not match.
+        """
+        names = {p: name for name, p in self.model.named_parameters()}
+        iterations = sorted({self._iteration.get(n, -1) for n in self._reached})
+        gathered: dict[nn.Parameter, list[torch.Tensor]] = {}
+        for p in parameters:
+            if getattr(p, "_current_grad_sample", None) is not None and p._forward_counter:  # type: ignore[attr-defined]
+                raise PlanBrokenError(
+                    f"parameter `{names.get(p)}` of {type(self.model).__name__} was used {p._forward_counter} time(s) "  # type: ignore[attr-defined]
+                    "more than gradients came back for it (a detached or unused result), so its per-sample gradient is "
+                    "incomplete. Put the detached branch under torch.no_grad(), or pass "
+                    "grad_sample_mode='microbatch'."
+                )
+            found = getattr(p, "grad_sample", None)
+            gathered[p] = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
+        several = len(iterations) > 1
+        if several:
+            return _as_lists(gathered, len(iterations))
+        samples = sorted({g.shape[0] for parts in gathered.values() for g in parts})
+        if len(samples) > 1:
+            raise AccumulationError(
+                f"one backward pass left per-sample gradients for different numbers of samples: {samples}. Make the calls "
+                f"of {type(self.model).__name__} with the same samples, or make one step for each."
+            )
+        for p, parts in gathered.items():
+            if not samples:
+                p.grad_sample = None  # type: ignore[attr-defined]
+            elif not parts:
+                p.grad_sample = zeros(p, samples[0])  # type: ignore[attr-defined]
+            else:
+                p.grad_sample = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)  # type: ignore[attr-defined]
+        return samples
+
+
+def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int) -> list[int]:
+    """Several iterations, clipped one by one as Opacus does; every parameter needs the same number of them."""
+    lengths = next((p for p in gathered.values() if len(p) == iterations), None)
+    if lengths is None:
+        raise AccumulationError(
+            "optimizer.step(): several backward passes were accumulated, and their per-sample gradients do not match up. "
+            "Add the losses and call backward() once."
+        )
+    for p, parts in gathered.items():
+        if not parts:
+            parts = [zeros(p, g.shape[0]) for g in lengths]
+        elif len(parts) != iterations:
+            raise AccumulationError(
+                "optimizer.step(): a parameter has gradients of some of the accumulated backward passes only. "
+                "Add the losses and call backward() once."
+            )
+        p.grad_sample = parts  # type: ignore[attr-defined]
+    return [g.shape[0] for g in lengths]

@@ -1,0 +1,178 @@
+"""What dpfix found, how much it matters and what was done about it."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+
+
+class Severity(Enum):
+    """Effect of a finding on the guarantee."""
+
+    BREAKS_GUARANTEE = "breaks-guarantee"
+    BLOCKS_TRAINING = "blocks-training"
+    ADVICE = "advice"
+
+
+class Fixability(Enum):
+    """What can be done about a finding."""
+
+    EXACT = "exact"
+    """The repaired model computes the same function."""
+    CHANGES_MODEL = "changes-model"
+    """The repaired model computes another function, and the report says so."""
+    NOTHING = "nothing-to-do"
+    """Nothing has to change; the finding explains a choice."""
+    REFUSED = "refused"
+    """There is no repair that keeps the guarantee; the user has to decide."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the model, the optimizer, the loader or the loss.
+
+    Attributes:
+        code: stable code, for example ``DPF001``.
+        severity: effect on the guarantee.
+        fixability: what can be done.
+        fact: one sentence with the value and the place.
+        why: the reason it matters.
+        fix: what was changed (or would be).
+        help: the way out for the user.
+        path: module path, parameter name or argument the finding is about.
+    """
+
+    code: str
+    severity: Severity
+    fixability: Fixability
+    fact: str
+    why: str
+    fix: str = ""
+    help: str = ""
+    path: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the finding stops the call."""
+        return self.fixability is Fixability.REFUSED
+
+    def __str__(self) -> str:
+        lines = [f"{self.code} [{self.severity.value}] {self.fact}", f"  why:  {self.why}"]
+        if self.fix:
+            lines.append(f"  fix:  {self.fix}  [{self.fixability.value}]")
+        if self.help:
+            lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EngineEvidence:
+    """Why an engine was or was not chosen.
+
+    Attributes:
+        engine: name of the engine.
+        passed: whether it reproduced the batch-of-one reference at every clip norm.
+        max_error: largest relative error of a parameter's clipped sum; ``None`` if it did not run.
+        seconds: median time of one probe step in seconds; ``None`` if it was not timed.
+        reason: what kept it out, or empty.
+    """
+
+    engine: str
+    passed: bool
+    max_error: float | None = None
+    seconds: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.passed:
+            return f"{self.engine}: not used, {self.reason}"
+        timing = f", {self.seconds * 1e3:.1f} ms per probe step" if self.seconds is not None else ""
+        error = "" if self.max_error is None else f", largest relative error {self.max_error:.1e}"
+        return f"{self.engine}: equals the batch-of-one reference{error}{timing}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, what was changed, and on what evidence the engine was chosen.
+
+    Holds names, shapes, code places, versions and timings; never data values, losses or gradients.
+
+    Attributes:
+        model: class name of the model.
+        findings: everything that was found, in the order of the rules.
+        engine: the engine that trains, or empty for a refused model.
+        evidence: one entry per engine that was tried.
+        audit: one line per proof.
+        settings: the privacy settings in force.
+        versions: versions of the packages involved.
+    """
+
+    model: str
+    findings: tuple[Finding, ...] = ()
+    engine: str = ""
+    evidence: tuple[EngineEvidence, ...] = ()
+    audit: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def repairs(self) -> tuple[Finding, ...]:
+        """The findings that changed something."""
+        changed = (Fixability.EXACT, Fixability.CHANGES_MODEL)
+        return tuple(f for f in self.findings if f.fixability in changed)
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """The findings that stop the call."""
+        return tuple(f for f in self.findings if f.refused)
+
+    def __str__(self) -> str:
+        lines = [f"dpfix report for {self.model}"]
+        lines += _section("settings", [f"{k}: {v}" for k, v in self.settings.items()])
+        lines += _section(f"findings ({len(self.findings)})", [str(f) for f in self.findings])
+        lines += _section("audit", list(self.audit))
+        lines += _section(f"engine: {self.engine or 'none'}", [str(e) for e in self.evidence])
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The report as a JSON document.
+
+        Returns:
+            A JSON object whose keys are the attributes of the report.
+        """
+        return json.dumps(asdict(self), default=_plain, indent=2)
+
+    def to_html(self) -> str:
+        """The report as one self-contained HTML page.
+
+        Returns:
+            The page as a string.
+        """
+        rows = "".join(
+            f"<tr class='{f.severity.value}'><td>{f.code}</td><td>{html.escape(f.path)}</td>"
+            f"<td>{f.severity.value}</td><td>{f.fixability.value}</td>"
+            f"<td><p>{html.escape(f.fact)}</p><p>{html.escape(f.why)}</p>"
+            f"<p>{html.escape(f.fix)}</p><p>{html.escape(f.help)}</p></td></tr>"
+            for f in self.findings
+        )
+        items = "".join(f"<li>{html.escape(str(e))}</li>" for e in (*self.audit, *self.evidence))
+        return (
+            "<!doctype html><meta charset='utf-8'><title>dpfix report</title>"
+            f"<h1>{html.escape(self.model)}</h1><table border='1'>{rows}</table>"
+            f"<h2>engine: {html.escape(self.engine or 'none')}</h2><ul>{items}</ul>"
+        )
+
+
+def _section(title: str, rows: list[str]) -> list[str]:
+    if not rows:
+        return []
+    return ["", title, *("  " + line for row in rows for line in row.splitlines())]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value)

@@ -1,0 +1,304 @@
+"""What is checked on every real step, before any parameter moves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from dpfix.engines import Handle
+from dpfix.engines.base import zeros
+from dpfix.errors import (
+    AccumulationError,
+    DPFixWarning,
+    ForeignBatchError,
+    MisuseError,
+    NonFiniteGradientError,
+    PlanBrokenError,
+)
+from dpfix.plan import Plan
+from dpfix.sampling import DrawLedger
+
+
+class GradWatch:
+    """Knows what autograd itself wrote into ``p.grad``, so that everything else can be told apart.
+
+    Args:
+        parameters: the trainable parameters by name.
+
+    Attributes:
+        arrived: names of parameters that autograd accumulated into since the last :meth:`reset`.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.arrived: list[str] = []
+        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._note(name, p))
+            for name, p in parameters.items()
+        ]
+        self.reset()
+
+    def _note(self, name: str, p: torch.Tensor) -> None:
+        self.arrived.append(name)
+        self._seen[name] = _mark(p)
+
+    def reset(self) -> None:
+        """Take the present gradients as known."""
+        self.arrived.clear()
+        self._seen = {name: _mark(p) for name, p in self.parameters.items()}
+
+    def edited(self) -> list[str]:
+        """Parameters whose gradient was changed by something other than autograd."""
+        return [n for n, p in self.parameters.items() if p.grad is not None and _mark(p) != self._seen[n]]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _mark(p: torch.Tensor) -> tuple[int, int] | None:
+    return None if p.grad is None else (id(p.grad), p.grad._version)
+
+
+class OriginalStep:
+    """Refuses a step of the user's optimizer that does not come through the private one."""
+
+    def __init__(self) -> None:
+        self.allowed = False
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self.allowed:
+            raise MisuseError(
+                f"optimizer: {type(optimizer).__name__}.step() was called directly, past the private optimizer that "
+                "make_private_safe returned. It would apply gradients without clipping and noise. Use the returned "
+                "optimizer, or call to_standard_module() on the model first to end private training."
+            )
+
+
+class StepGuard:
+    """The guard of one private training.
+
+    Args:
+        handle: the engine at work.
+        plan: what was audited.
+        parameters: the trainable parameters by name.
+        ledger: what the private loader drew; ``None`` without Poisson sampling.
+    """
+
+    def __init__(
+        self, handle: Handle, plan: Plan, parameters: Mapping[str, nn.Parameter], ledger: DrawLedger | None
+    ) -> None:
+        self.handle = handle
+        self.plan = plan
+        self.ledger = ledger
+        self.parameters = parameters
+        self.watch = GradWatch(parameters)
+        self.original_step = OriginalStep()
+        self._identity = {name: id(p) for name, p in parameters.items()}
+        self._norms = [handle.model.get_submodule(path) for path in plan.fixed_norms]
+        self._partial = 0  # samples of the present logical batch that earlier physical batches brought
+        self._round = 0
+        self._hook: Any = None
+
+    def watch_original(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notice steps of the user's optimizer that go past the private one.
+
+        Args:
+            optimizer: the user's optimizer.
+        """
+        hooks = optimizer._optimizer_step_pre_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, OriginalStep)]:
+            del hooks[key]
+        self._hook = optimizer.register_step_pre_hook(self.original_step)
+
+    def detach(self) -> None:
+        """Take every hook off; the training is over."""
+        self.watch.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self.handle.detach()
+
+    def cleared(self) -> None:
+        """``zero_grad`` was called."""
+        self.handle.clear()
+        self.watch.reset()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The private optimizer is making its step.
+
+        Yields:
+            Nothing.
+        """
+        self.original_step.allowed = True
+        try:
+            yield
+        finally:
+            self.original_step.allowed = False
+
+    def before_step(self, optimizer: DPOptimizer) -> None:
+        """Check everything, and leave the per-sample gradients where Opacus expects them.
+
+        Args:
+            optimizer: the private optimizer.
+        """
+        self._check_scaler(optimizer)
+        self._check_plan(optimizer)
+        self._check_gradients()
+        counts = self.handle.collect(list(self.parameters.values()))
+        if self.ledger is not None:
+            counts = self._check_draw(optimizer, counts, self.ledger)
+        elif not counts:
+            raise MisuseError(_NOTHING_ARRIVED)
+        self._counts = counts
+
+    def _check_scaler(self, optimizer: DPOptimizer) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise MisuseError(
+                "optimizer.step() was called by a torch.amp.GradScaler. Its loss scale would multiply the gradients "
+                "before they are clipped, and skipping steps on overflow depends on the data. Call "
+                "loss.backward() and optimizer.step() without the scaler; bfloat16 autocast needs none."
+            )
+
+    def _check_plan(self, optimizer: DPOptimizer) -> None:
+        kind = type(self.handle.model).__name__
+        now = {n: id(p) for n, p in self.handle.model.named_parameters() if p.requires_grad}
+        if now != self._identity:
+            changed = sorted(n for n in now.keys() | self._identity.keys() if now.get(n) != self._identity.get(n))
+            raise PlanBrokenError(
+                f"parameter `{changed[0]}` of {kind} was replaced, added, frozen or unfrozen after make_private_safe "
+                f"({len(changed)} such parameter(s)), so its gradients are not the audited ones. Change the model "
+                "first and call make_private_safe again."
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if held != set(self._identity.values()):
+            missing = [n for n, p in self._identity.items() if p not in held]
+            raise PlanBrokenError(
+                f"optimizer: its param_groups changed after make_private_safe ({len(missing)} parameter(s) missing"
+                + (f", first `{missing[0]}`" if missing else "")
+                + "). Set up all groups before the call."
+            )
+        for path, norm in zip(self.plan.fixed_norms, self._norms, strict=True):
+            if norm.training:
+                raise PlanBrokenError(
+                    f"{type(norm).__name__} at `{path}` of {kind} was in eval() when it was audited and is in training "
+                    "mode now, where it mixes the samples of a batch. model.train() switches it on: call "
+                    f"model.get_submodule('{path}').eval() after it."
+                )
+
+    def _check_gradients(self) -> None:
+        if self.plan.opacus_mode == "no_op" and self.plan.engine != "no_op" and self.watch.arrived:
+            name = self.watch.arrived[0]
+            raise PlanBrokenError(
+                f"gradient reached parameter `{name}` of {type(self.handle.model).__name__} past the model's forward: by a "
+                "penalty on weights in the loss, or a part of the model called directly. It cannot be clipped per "
+                "sample. Use weight_decay for penalties, and call the model as a whole."
+            )
+        edited = self.watch.edited()
+        if edited:
+            warnings.warn(
+                f"p.grad of `{edited[0]}` was changed between backward() and step() ({len(edited)} parameter(s)), for "
+                "example by clip_grad_norm_. The private optimizer releases the clipped sum of per-sample gradients "
+                "and ignores p.grad; change max_grad_norm, or edit p.grad in a hook after the noise.",
+                DPFixWarning,
+                stacklevel=5,
+            )
+
+    def _check_draw(self, optimizer: DPOptimizer, counts: list[int], ledger: DrawLedger) -> list[int]:
+        if self._partial and self._round != ledger.rounds:
+            self._abandon(optimizer)
+        drawn = ledger.pending()
+        if len(counts) > 1:
+            raise AccumulationError(
+                f"optimizer.step() after {len(counts)} backward passes with Poisson sampling: every draw is accounted as "
+                "one step. Call optimizer.zero_grad() and step() for every batch of the returned data_loader, add "
+                "losses of one batch before one backward(), or use opacus.utils.BatchMemoryManager."
+            )
+        if drawn is None:
+            raise ForeignBatchError(
+                "optimizer.step() without a new batch of the returned data_loader: the loop iterates over the original "
+                "loader, or makes several steps with one batch. The accountant assumes one Poisson draw per step. "
+                "Iterate over the data_loader that make_private_safe returned, one step per batch."
+            )
+        if drawn == 0:
+            for p in self.parameters.values():
+                p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
+            return [0]
+        if not counts:
+            raise MisuseError(_NOTHING_ARRIVED)
+        rows = self._partial + counts[0]
+        last = not optimizer._check_skip_next_step(pop_next=False)
+        if rows > drawn or (last and rows != drawn):
+            raise ForeignBatchError(
+                f"optimizer.step() has per-sample gradients of {rows} samples, but the data_loader drew {drawn}. Rows of "
+                "the batch are not the drawn samples (filtered, repeated, or from another loader). Train on the "
+                "batches of the returned data_loader as they are."
+            )
+        self._round = ledger.rounds
+        return counts
+
+    def _abandon(self, optimizer: DPOptimizer) -> None:
+        """A BatchMemoryManager loop was left inside a logical batch: what it had summed up is not released."""
+        warnings.warn(
+            "a BatchMemoryManager loop was left inside a logical batch; the part that was summed up so far is "
+            "discarded. Let the loop reach the end of a logical batch before leaving it.",
+            DPFixWarning,
+            stacklevel=6,
+        )
+        optimizer._step_skip_queue.clear()
+        optimizer._is_last_step_skipped = False
+        self._partial = 0
+        for p in self.parameters.values():
+            p.summed_grad = None  # type: ignore[attr-defined]
+
+    def after_step(self, released: bool) -> None:
+        """A physical batch was processed.
+
+        Args:
+            released: whether the logical batch is complete.
+        """
+        if released:
+            self._partial = 0
+            if self.ledger is not None:
+                self.ledger.settle()
+            for p in self.parameters.values():
+                p.summed_grad = None  # type: ignore[attr-defined]
+        else:
+            self._partial += sum(self._counts)
+        self.handle.finish()
+        self.watch.reset()
+
+    def check_finite(self) -> None:
+        """The clipped sum must be finite before noise is added.
+
+        Raises:
+            NonFiniteGradientError: it is not; nothing was released and the gradients are dropped.
+        """
+        sums = {n: p.summed_grad for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
+        total = torch.stack([s.detach().sum().to("cpu", torch.float64) for s in sums.values()]).sum() if sums else None
+        if total is None or bool(torch.isfinite(total)):
+            return
+        bad = [n for n, s in sums.items() if not bool(torch.isfinite(s).all())]
+        for p in self.parameters.values():
+            p.summed_grad = None  # type: ignore[attr-defined]
+        self.handle.finish()
+        raise NonFiniteGradientError(
+            f"the clipped sum of parameter `{(bad or list(sums))[0]}` of {type(self.handle.model).__name__} is not finite "
+            f"({len(bad)} parameter(s)). No parameter was moved and no noise was drawn. Lower the learning rate, look "
+            "for divisions by zero and logarithms in the loss, or use float32 instead of autocast."
+        )
+
+
+_NOTHING_ARRIVED = (
+    "optimizer.step(): no per-sample gradient has arrived. Call loss.backward() on a loss of the private model before "
+    "step(), with the model in training mode, and do not call zero_grad() in between."
+)

@@ -1,0 +1,181 @@
+"""Where the samples are: which dimension of every tensor that enters or leaves the model carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpfix import trees
+
+
+@dataclass(frozen=True)
+class SampleDim:
+    """How a tensor carries the samples.
+
+    Attributes:
+        dim: the dimension.
+        rows: rows per sample in that dimension.
+        interleaved: rows of one sample are ``n`` apart (views stacked one after another), not adjacent.
+    """
+
+    dim: int
+    rows: int = 1
+    interleaved: bool = False
+
+    def samples(self, tensor: torch.Tensor) -> int:
+        """Number of samples in a tensor.
+
+        Args:
+            tensor: a tensor laid out this way.
+
+        Returns:
+            Rows divided by rows per sample, rounded down.
+        """
+        return tensor.shape[self.dim] // self.rows
+
+    def take(self, tensor: torch.Tensor, sample: int, samples: int) -> torch.Tensor:
+        """The rows of one sample.
+
+        Args:
+            tensor: a tensor laid out this way.
+            sample: index of the sample.
+            samples: number of samples in the tensor.
+
+        Returns:
+            A view.
+        """
+        if self.interleaved:
+            index = [slice(None)] * tensor.dim()
+            index[self.dim] = slice(sample, None, samples)
+            return tensor[tuple(index)]
+        return tensor.narrow(self.dim, sample * self.rows, self.rows)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The inverse of :meth:`take` over all samples.
+
+        Args:
+            parts: one tensor per sample.
+
+        Returns:
+            The batch.
+        """
+        if not self.interleaved:
+            return torch.cat(tuple(parts), self.dim)
+        stacked = torch.stack(tuple(parts), self.dim + 1)
+        return stacked.flatten(self.dim, self.dim + 1)
+
+
+Layout = tuple[tuple[trees.Path, SampleDim | None], ...]
+"""For every tensor leaf its path, and how it carries the samples (``None``: it does not)."""
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """How one call of ``forward`` carries the samples.
+
+    Attributes:
+        inputs: layout of ``(args, kwargs)``.
+        output: layout of what is returned.
+        signature: paths and numbers of dimensions of the input tensors; tells calls of different form apart.
+    """
+
+    inputs: Layout
+    output: Layout
+    signature: tuple[tuple[trees.Path, int], ...]
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[trees.Path, int], ...]:
+    """What tells calls of different form apart.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        Path and number of dimensions of every tensor.
+    """
+    return tuple((path, leaf.dim()) for path, leaf in trees.leaves((args, kwargs)) if torch.is_tensor(leaf))
+
+
+def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[tuple[CallLayout, ...], str]:
+    """Tell the layout of every call from a step on a batch and steps on its samples alone.
+
+    Args:
+        together: calls of the step on the batch (objects with ``args``, ``kwargs``, ``output``).
+        alone: the same for every sample alone.
+
+    Returns:
+        The layouts, and why they could not be told (then the layouts are empty).
+    """
+    if not together:
+        return (), "the training step never calls the model itself, only parts of it"
+    if any(len(calls) != len(together) for calls in alone):
+        return (), "the number of forward calls depends on the number of samples"
+    found: dict[Any, CallLayout] = {}
+    for number, call in enumerate(together):
+        singles = [calls[number] for calls in alone]
+        inputs, problem = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles])
+        if problem:
+            return (), f"input of call {number} of the model: {problem}"
+        output, problem = _layout(call.output, [c.output for c in singles])
+        if problem:
+            return (), f"output of call {number} of the model: {problem}"
+        layout = CallLayout(inputs, output, signature(call.args, call.kwargs))
+        if found.setdefault(layout.signature, layout) != layout:
+            return (), "two calls of the same form carry their samples differently"
+        if all(dim is None for _, dim in inputs):
+            return (), "no input of the model carries the samples"
+    return tuple(found.values()), ""
+
+
+def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
+    whole = [(path, leaf) for path, leaf in trees.leaves(batch) if torch.is_tensor(leaf)]
+    parts = [[(path, leaf) for path, leaf in trees.leaves(s) if torch.is_tensor(leaf)] for s in singles]
+    if any([path for path, _ in p] != [path for path, _ in whole] for p in parts):
+        return (), "its structure depends on the number of samples"
+    layout: list[tuple[trees.Path, SampleDim | None]] = []
+    for number, (path, leaf) in enumerate(whole):
+        dim, problem = _sample_dim(leaf, [p[number][1] for p in parts])
+        if problem:
+            return (), f"tensor {'.'.join(map(str, path)) or 'itself'} of shape {tuple(leaf.shape)} {problem}"
+        layout.append((path, dim))
+    return tuple(layout), ""
+
+
+def _sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDim | None, str]:
+    if any(p.dim() != whole.dim() for p in parts):
+        return None, "changes its number of dimensions"
+    if all(p.shape == whole.shape for p in parts):
+        return None, ""
+    dims = [d for d in range(whole.dim()) if whole.shape[d] == sum(p.shape[d] for p in parts)]
+    grown = [d for d in dims if whole.shape[d] != parts[0].shape[d]]
+    if len(grown) != 1:
+        return None, "carries the samples in no dimension, or in several"
+    dim = grown[0]
+    rows = {p.shape[dim] for p in parts}
+    if len(rows) != 1:
+        return None, "has a different number of rows for different samples"
+    candidates = [SampleDim(dim, rows.pop())]
+    if candidates[0].rows > 1:
+        candidates.append(SampleDim(dim, candidates[0].rows, interleaved=True))
+    for candidate in candidates:
+        if _matches(whole, parts, candidate):
+            return candidate, ""
+    return candidates[0], ""
+
+
+def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) -> bool:
+    for sample, part in enumerate(parts):
+        taken = layout.take(whole, sample, len(parts))
+        if taken.shape != part.shape:
+            return False
+        if not torch.allclose(_real(taken), _real(part), rtol=1e-3, atol=1e-5, equal_nan=True):
+            return False
+    return True
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.cdouble()) if tensor.is_complex() else tensor.double()

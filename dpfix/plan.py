@@ -1,0 +1,32 @@
+"""The plan: how one model is going to be trained. Frozen; the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpfix.layout import CallLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one model.
+
+    Attributes:
+        engine: name of the engine.
+        opacus_mode: the ``grad_sample_mode`` handed to Opacus.
+        calls: how the calls of ``forward`` carry their samples.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
+        batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
+        frozen_parameters: trainable parameters that no gradient reaches; frozen while training privately.
+        fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
+        no_grad_regions: module calls that run without a graph.
+    """
+
+    engine: str
+    opacus_mode: str
+    calls: tuple[CallLayout, ...] = ()
+    loss_reduction: str = "mean"
+    batch_first: bool = True
+    frozen_parameters: tuple[str, ...] = ()
+    fixed_norms: tuple[str, ...] = ()
+    no_grad_regions: tuple[str, ...] = field(default=())

@@ -1,0 +1,175 @@
+"""BatchNorm in training mode normalises a sample with the statistics of the others.
+
+What: any subclass of ``torch.nn``'s batch normalisation that would use the statistics of the batch: in training
+mode, or in evaluation mode without running statistics; with or without affine parameters, trainable or frozen.
+
+Why bad: sample i's output, and so its gradient, depends on sample j. Clipping per sample bounds nothing, and the
+running statistics leave the training without noise (measured with Opacus 1.6.0: 3.1 times the clip norm).
+
+Example: ``nn.BatchNorm2d(64)``, ``nn.BatchNorm1d(64, affine=False)``, ``nn.SyncBatchNorm(64)``.
+
+Use instead: group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), instance or layer normalisation;
+``norm=`` of the call chooses. A BatchNorm in ``eval()`` with running statistics is a fixed affine map and stays.
+
+Fix safety: changes the model. Weight, bias, eps, device, dtype and ``requires_grad`` are kept by reusing the very
+parameters; running statistics are dropped. The number of groups never leaves one element per group: at least two
+channels per group, and eight for BatchNorm1d, which may see no spatial positions at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dpfix.errors import ModelError
+from dpfix.findings import Finding, Fixability, Severity
+
+if TYPE_CHECKING:
+    from dpfix.scan import Scan
+
+CODE = "DPF001"
+TITLE = "BatchNorm mixes the samples of a batch"
+ERROR = ModelError
+
+NORMS = ("group", "instance", "layer")
+_MAX_GROUPS = 32
+_KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def is_batch_coupled(module: nn.Module) -> bool:
+    """Whether a module normalises with statistics of the batch.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for a BatchNorm that would use batch statistics in its present mode.
+    """
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def find(scan: Scan) -> Iterator[Finding]:
+    """Every BatchNorm that would use batch statistics.
+
+    Args:
+        scan: the objects of the call.
+
+    Yields:
+        One finding per module; refused for a subclass with a ``forward`` of its own, or as the root.
+    """
+    for path, module in scan.modules(_BatchNorm):
+        if not is_batch_coupled(module):
+            continue
+        common = {
+            "code": CODE,
+            "severity": Severity.BREAKS_GUARANTEE,
+            "fact": f"{scan.place(path)} mixes the samples of a batch.",
+            "why": "sample i's output depends on sample j, so clipping per sample bounds nothing.",
+            "path": path,
+        }
+        if type(module).forward not in _KNOWN_FORWARDS or not path:
+            yield Finding(**common, fixability=Fixability.REFUSED, help=_refusal(module, path))
+            continue
+        yield Finding(
+            **common,
+            fixability=Fixability.CHANGES_MODEL,
+            fix=f"{_describe(module, scan.options.norm)}; weight, bias, eps, dtype and requires_grad kept, "
+            "running statistics dropped",
+            help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
+            "module.eval() and requires_grad_(False) on this layer.",
+        )
+
+
+def fix(module: nn.Module, scan: Scan) -> nn.Module:
+    """The replacement, with the very parameters of the original.
+
+    Args:
+        module: a BatchNorm.
+        scan: the objects of the call; ``scan.options.norm`` chooses the replacement.
+
+    Returns:
+        A GroupNorm or an InstanceNorm.
+    """
+    assert isinstance(module, _BatchNorm)
+    return _replacement(module, scan.options.norm)
+
+
+def group_count(channels: int, smallest: int) -> int:
+    """The largest number of groups with enough channels in each.
+
+    Args:
+        channels: number of channels.
+        smallest: least number of channels in a group.
+
+    Returns:
+        A divisor of ``channels``, at most 32; 1 if there is no better one.
+
+    >>> group_count(64, 2), group_count(8, 2), group_count(16, 8), group_count(7, 2)
+    (32, 4, 2, 1)
+    """
+    return max(g for g in range(1, _MAX_GROUPS + 1) if channels % g == 0 and (channels // g >= smallest or g == 1))
+
+
+def _smallest_group(module: _BatchNorm) -> int:
+    return 8 if isinstance(module, nn.BatchNorm1d) else 2
+
+
+def _replacement(module: _BatchNorm, norm: str) -> nn.Module:
+    channels = module.num_features
+    if norm == "instance":
+        kinds = {nn.BatchNorm1d: nn.InstanceNorm1d, nn.BatchNorm3d: nn.InstanceNorm3d}
+        kind = next((new for old, new in kinds.items() if isinstance(module, old)), nn.InstanceNorm2d)
+        new: nn.Module = kind(channels, eps=module.eps, affine=False)
+        new.affine = module.affine  # type: ignore[assignment]
+    else:
+        groups = 1 if norm == "layer" else group_count(channels, _smallest_group(module))
+        new = nn.GroupNorm(groups, channels, eps=module.eps, affine=False)
+        new.affine = module.affine  # type: ignore[assignment]
+    # The parameters themselves are handed over, so the optimizer, its state and its schedulers go on.
+    new.weight, new.bias = module.weight, module.bias  # type: ignore[assignment]
+    return new
+
+
+def _describe(module: _BatchNorm, norm: str) -> str:
+    if norm == "instance":
+        return f"InstanceNorm({module.num_features})"
+    groups = 1 if norm == "layer" else group_count(module.num_features, _smallest_group(module))
+    return f"GroupNorm({groups}, {module.num_features})"
+
+
+def _refusal(module: nn.Module, path: str) -> str:
+    if not path:
+        return "the root itself cannot be replaced; wrap it: torch.nn.Sequential(module)."
+    return (
+        f"{type(module).__name__} has a forward of its own, so dpfix does not guess what it computes. Replace it "
+        "by torch.nn.GroupNorm yourself, or freeze it: eval() and requires_grad_(False)."
+    )
+
+
+def _model(norm: nn.Module) -> dict[str, Any]:
+    return {"module": nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))}
+
+
+class _Activated(nn.BatchNorm2d):
+    """A BatchNorm with its activation inside, as in timm."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(input))
+
+
+VALID = (
+    lambda: _model(nn.GroupNorm(4, 8)),
+    lambda: _model(nn.BatchNorm2d(8).eval()),
+    lambda: _model(nn.InstanceNorm2d(8)),
+)
+INVALID = (
+    lambda: _model(nn.BatchNorm2d(8)),
+    lambda: _model(nn.BatchNorm2d(8, affine=False)),
+    lambda: _model(nn.BatchNorm2d(8).requires_grad_(False)),
+    lambda: _model(nn.BatchNorm2d(8, track_running_stats=False).eval()),
+    lambda: _model(_Activated(8)),
+)

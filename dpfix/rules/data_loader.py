@@ -1,0 +1,136 @@
+"""The loader has to be one that Poisson sampling can stand in for.
+
+What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), custom batch samplers, weighted samplers
+and samplers dpfix does not know.
+
+Why bad: the accountant assumes that every sample of a fixed set enters a batch independently with one probability.
+Opacus discards the sampler of such a loader silently: all held-out samples of a ``SubsetRandomSampler`` were drawn,
+length buckets and weights are lost.
+
+Example: ``DataLoader(dataset, batch_sampler=LengthBuckets(...))``.
+
+Use instead: a map-style dataset with ``batch_size`` and no sampler, ``RandomSampler`` or ``SubsetRandomSampler`` (its
+index set is kept, and the rate is batch size over its length).
+
+Fix safety: known samplers are replaced by a Poisson sampler over the same index set; all else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from dpfix.errors import LoaderError
+from dpfix.findings import Finding, Fixability, Severity
+
+if TYPE_CHECKING:
+    from dpfix.scan import Scan
+
+CODE = "DPF011"
+TITLE = "the data loader cannot be sampled as the accountant assumes"
+ERROR = LoaderError
+
+_POISSON_HELP = "use batch_size with a map-style dataset, or poisson_sampling=False if you account yourself."
+
+
+def find(scan: Scan) -> Iterator[Finding]:
+    """What keeps this loader from being sampled with known probabilities.
+
+    Args:
+        scan: the objects of the call.
+
+    Yields:
+        At most one finding, refused.
+    """
+    loader = scan.data_loader
+    if isinstance(loader.dataset, IterableDataset):
+        yield _refuse(
+            f"data_loader reads {type(loader.dataset).__name__}, an IterableDataset.",
+            "a stream has no set of samples to draw from with a known probability.",
+            "wrap the data in a map-style dataset (torch.utils.data.Dataset with __len__ and __getitem__).",
+        )
+    elif loader.batch_sampler is None:
+        yield _refuse(
+            "data_loader has batch_size=None: the dataset delivers ready-made batches.",
+            "the privacy unit is one sample; a batch made beforehand cannot be sampled sample by sample.",
+            "let the dataset deliver single samples and set batch_size in the DataLoader.",
+        )
+    elif not isinstance(loader.dataset, Sized) or len(loader.dataset) == 0:
+        yield _refuse(
+            f"data_loader reads {type(loader.dataset).__name__}, which has no length or is empty.",
+            "the sampling rate is batch size over the number of samples.",
+            "give the dataset a __len__ that counts its samples.",
+        )
+    elif scan.options.poisson_sampling:
+        yield from _sampler(loader)
+
+
+def _sampler(loader: DataLoader[Any]) -> Iterator[Finding]:
+    batches = loader.batch_sampler
+    if hasattr(batches, "sample_rate"):  # already a Poisson sampler of Opacus or dpfix
+        return
+    if type(batches) is not BatchSampler:
+        yield _refuse(
+            f"data_loader has a batch_sampler of its own, {type(batches).__name__}.",
+            "Poisson sampling would discard it, and without it the batches are not what the accountant assumes.",
+            _POISSON_HELP,
+        )
+        return
+    sampler = batches.sampler
+    if isinstance(sampler, WeightedRandomSampler):
+        yield _refuse(
+            "data_loader draws with weights (WeightedRandomSampler).",
+            "samples drawn more often lose more privacy than the accountant's single rate says.",
+            "weight the loss per sample instead. " + _POISSON_HELP,
+        )
+    elif not isinstance(sampler, (RandomSampler, SequentialSampler, SubsetRandomSampler)):
+        yield _refuse(
+            f"data_loader has a sampler of its own, {type(sampler).__name__}.",
+            "dpfix cannot tell which samples it draws from, nor how often.",
+            "use shuffle=True, or a SubsetRandomSampler over the indices. " + _POISSON_HELP,
+        )
+
+
+def _refuse(fact: str, why: str, help: str) -> Finding:
+    return Finding(
+        CODE, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, fact, why, help=help, path="data_loader"
+    )
+
+
+class _Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.zeros(6), 0)] * 24)
+
+    def __len__(self) -> int:
+        return 24
+
+
+def _pair(**options: Any) -> dict[str, Any]:
+    data = options.pop("dataset", None) or TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))
+    return {"module": nn.Sequential(nn.Linear(6, 3)), "data_loader": DataLoader(data, **options)}
+
+
+VALID = (
+    lambda: _pair(batch_size=8),
+    lambda: _pair(batch_size=8, shuffle=True, drop_last=True),
+    lambda: _pair(batch_size=4, sampler=SubsetRandomSampler(range(12))),
+)
+INVALID = (
+    lambda: _pair(batch_size=None),
+    lambda: _pair(batch_size=8, dataset=_Stream()),
+    lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
+    lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
+)

@@ -1,0 +1,288 @@
+"""Poisson sampling: rate, index set, empty draws, and a ledger of what was drawn."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import DataLoader, RandomSampler
+
+from dpfix import trees
+
+Collate = Callable[[list[Any]], Any]
+
+
+class DrawLedger:
+    """Who drew how many samples, in order: the loader writes it, the optimizer reads it at every step.
+
+    Attributes:
+        rounds: counts how often a sampler was started; a new round abandons what an old one left.
+    """
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self._drawn: deque[int] = deque()
+        self._delivered: int | None = None
+
+    def start(self) -> None:
+        """A sampler begins a new pass."""
+        self.rounds += 1
+        self._drawn.clear()
+        self._delivered = None
+
+    def drew(self, samples: int) -> None:
+        """A logical batch was drawn.
+
+        Args:
+            samples: how many samples it holds.
+        """
+        self._drawn.append(samples)
+
+    def deliver(self) -> None:
+        """The loader hands the oldest drawn batch to the loop."""
+        self._delivered = self._drawn.popleft() if self._drawn else None
+
+    def pending(self) -> int | None:
+        """Number of samples in the batch the loop is working on, or ``None`` if none was drawn."""
+        if self._delivered is not None:
+            return self._delivered
+        return self._drawn[0] if self._drawn else None
+
+    def settle(self) -> None:
+        """The batch was released in a step; it cannot be used again."""
+        if self._delivered is not None:
+            self._delivered = None
+        elif self._drawn:
+            self._drawn.popleft()
+
+
+class PoissonSampler(UniformWithReplacementSampler):
+    """Draws every index of a set independently with the same probability.
+
+    Args:
+        indices: the index set.
+        sample_rate: probability of every index.
+        steps: number of batches in one pass.
+        generator: source of randomness.
+        ledger: where draws are recorded.
+    """
+
+    def __init__(
+        self,
+        indices: list[int],
+        *,
+        sample_rate: float,
+        steps: int,
+        generator: torch.Generator | None,
+        ledger: DrawLedger,
+    ) -> None:
+        super().__init__(
+            num_samples=len(indices), sample_rate=sample_rate, generator=generator, steps=steps
+        )
+        self.indices = torch.as_tensor(indices)
+        self.ledger = ledger
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.ledger.start()
+        for drawn in super().__iter__():
+            self.ledger.drew(len(drawn))
+            yield self.indices[drawn].tolist()
+
+
+class RecordedBatches:
+    """Any other batch sampler put into a private loader, with its draws recorded.
+
+    Args:
+        batches: an iterable of index lists.
+        ledger: where draws are recorded.
+    """
+
+    def __init__(self, batches: Any, ledger: DrawLedger) -> None:
+        self.batches = batches
+        self.ledger = ledger
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.ledger.start()
+        for indices in self.batches:
+            self.ledger.drew(len(indices))
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class CollateOrStandIn:
+    """The user's collate function; an empty draw becomes the stand-in batch.
+
+    The stand-in has one row of zeros per sample the model expects and never contributes to a release: the step that
+    follows an empty draw consists of noise alone. The model, and the loop around it, never see an empty tensor.
+
+    Args:
+        collate: the user's collate function.
+        stand_in: the batch delivered for an empty draw.
+    """
+
+    def __init__(self, collate: Collate, stand_in: Any) -> None:
+        self.collate = collate
+        self.stand_in = stand_in
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self.collate(samples) if len(samples) else copy.deepcopy(self.stand_in)
+
+
+class PrivateDataLoader(DPDataLoader):
+    """A loader that draws Poisson batches from the user's dataset and records every draw.
+
+    Args:
+        loader: the user's loader.
+        stand_in: what an empty draw delivers.
+        ledger: where draws are recorded.
+        generator: source of randomness; the user's loader's own if ``None``.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        stand_in: Any,
+        ledger: DrawLedger,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        indices = index_set(loader)
+        self.sample_rate = sample_rate(loader)
+        self.distributed = False
+        self.ledger = ledger
+        generator = generator if generator is not None else loader.generator
+        collate = loader.collate_fn
+        if isinstance(collate, CollateOrStandIn):
+            collate = collate.collate
+        sampler = PoissonSampler(
+            indices,
+            sample_rate=self.sample_rate,
+            steps=len(loader),
+            generator=generator,
+            ledger=ledger,
+        )
+        # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
+        DataLoader.__init__(
+            self,
+            dataset=loader.dataset,
+            batch_sampler=sampler,
+            collate_fn=CollateOrStandIn(collate, stand_in),
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=generator,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+        )
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The sampler; one put in by someone else is recorded too."""
+        sampler = self.__dict__.get("batch_sampler")
+        if sampler is None or isinstance(sampler, PoissonSampler):
+            return sampler
+        return RecordedBatches(sampler, self.ledger)
+
+    @batch_sampler.setter
+    def batch_sampler(self, sampler: Any) -> None:
+        self.__dict__["batch_sampler"] = sampler
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            self.ledger.deliver()
+            yield batch
+
+
+def index_set(loader: DataLoader[Any]) -> list[int]:
+    """The indices a loader draws from.
+
+    Args:
+        loader: a loader whose sampler the data-loader rule accepts.
+
+    Returns:
+        The sampler's own index set (``SubsetRandomSampler``), or all indices of the dataset.
+    """
+    batches = loader.batch_sampler
+    sampler = batches if hasattr(batches, "indices") else getattr(batches, "sampler", None)
+    indices = getattr(sampler, "indices", None)
+    if indices is None:
+        return list(range(len(loader.dataset)))  # type: ignore[arg-type]
+    return [int(i) for i in indices]
+
+
+def batch_size(loader: DataLoader[Any]) -> float:
+    """The batch size a loader asks for, at most the number of samples.
+
+    Args:
+        loader: the user's loader.
+
+    Returns:
+        The size; for a loader that is already Poisson, the expected size.
+    """
+    batches = loader.batch_sampler
+    population = len(index_set(loader))
+    if hasattr(batches, "sample_rate"):
+        return batches.sample_rate * population  # type: ignore[union-attr]
+    size = getattr(batches, "batch_size", None)
+    if size is None:  # only without Poisson sampling: a batch sampler of the user's own
+        size = population / max(1, len(loader))
+    return min(size, population)
+
+
+def sample_rate(loader: DataLoader[Any]) -> float:
+    """Probability with which every sample enters a batch: batch size over the size of the index set.
+
+    Opacus takes ``1 / len(loader)``, which is off when the last batch is dropped or not full.
+
+    Args:
+        loader: the user's loader.
+
+    Returns:
+        A number in (0, 1].
+    """
+    return batch_size(loader) / len(index_set(loader))
+
+
+def draws_with_replacement(loader: DataLoader[Any]) -> bool:
+    """Whether the user's own sampler draws with replacement, which Poisson sampling does not.
+
+    Args:
+        loader: the user's loader.
+
+    Returns:
+        True for ``RandomSampler(replacement=True)``.
+    """
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return isinstance(sampler, RandomSampler) and sampler.replacement
+
+
+def stand_in(batch: Any) -> Any:
+    """A batch of the same structure that holds no data: zeros, empty strings.
+
+    Args:
+        batch: one sample, collated.
+
+    Returns:
+        Tensors and arrays of zeros of the same shape and dtype; other leaves as they are.
+    """
+
+    def blank(_: trees.Path, leaf: Any) -> Any:
+        if torch.is_tensor(leaf):
+            return torch.zeros_like(leaf)
+        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            return np.zeros_like(leaf)
+        if isinstance(leaf, (str, bytes)):
+            return type(leaf)()
+        return leaf
+
+    return trees.map_leaves(blank, batch)

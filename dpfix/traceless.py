@@ -1,0 +1,284 @@
+"""Running a model without leaving a trace, and running it so that a sample's randomness is its own."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Key = tuple[str, str]
+"""``(module path, name)`` of a piece of state."""
+
+_NOT_STATE = frozenset({"training", "forward"})
+
+
+@contextmanager
+def rng_untouched(*, only_on_error: bool = False) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators (CPU and CUDA) are afterwards as they were before.
+
+    Args:
+        only_on_error: put them back only if the body raises.
+
+    Yields:
+        Nothing.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and only_on_error):
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
+
+
+def state_of(root: nn.Module) -> dict[Key, Any]:
+    """Copies of everything a forward pass can write: parameters, buffers and plain attributes.
+
+    Args:
+        root: a model.
+
+    Returns:
+        Values by ``(module path, name)``; containers of tensors are copied one level deep.
+    """
+    out: dict[Key, Any] = {}
+    for path, module in root.named_modules():
+        for name, value in _slots(module):
+            out[path, name] = _copy(value)
+    return out
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _NOT_STATE:
+            continue
+        if value is None or isinstance(value, (torch.Tensor, bool, int, float, str, list, dict)):
+            yield name, value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, UninitializedTensorMixin):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, list):
+        return [_copy(v) if isinstance(v, torch.Tensor) else v for v in value]
+    if isinstance(value, dict):
+        return {k: _copy(v) if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+    return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two pieces of state are equal.
+
+    Args:
+        a: a value of :func:`state_of`.
+        b: another.
+
+    Returns:
+        Equality; NaN equals NaN.
+    """
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if isinstance(a, UninitializedTensorMixin) or isinstance(b, UninitializedTensorMixin):
+            return a is b
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    if isinstance(a, (list, dict)) and type(a) is type(b):
+        if len(a) != len(b):
+            return False
+        pairs = zip(a, b, strict=True) if isinstance(a, list) else ((a[k], b.get(k)) for k in a)
+        return all(same(x, y) for x, y in pairs)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    try:
+        return bool(a is b or a == b)
+    except (ValueError, RuntimeError):
+        return a is b
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    t = t.detach()
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return torch.nan_to_num(t) if t.is_floating_point() else t
+
+
+def written(root: nn.Module, before: Mapping[Key, Any]) -> dict[Key, Any]:
+    """What has changed since a snapshot.
+
+    Args:
+        root: the model.
+        before: its snapshot.
+
+    Returns:
+        Present values (copies) of every piece of state that differs or is new.
+    """
+    now = state_of(root)
+    return {key: value for key, value in now.items() if key not in before or not same(value, before[key])}
+
+
+def put_back(root: nn.Module, before: Mapping[Key, Any]) -> None:
+    """Restore a snapshot in place: the same tensor objects with the old values.
+
+    Args:
+        root: the model.
+        before: its snapshot.
+    """
+    modules = dict(root.named_modules())
+    for (path, name), value in before.items():
+        _restore(modules[path], name, value)
+    for path, module in modules.items():
+        for name in [n for n, _ in _slots(module) if (path, n) not in before]:
+            if name in vars(module):
+                delattr(module, name)
+
+
+def _restore(module: nn.Module, name: str, value: Any) -> None:
+    current = getattr(module, name, None)
+    if isinstance(value, UninitializedTensorMixin) or same(current, value):
+        return
+    fits = isinstance(current, torch.Tensor) and isinstance(value, torch.Tensor)
+    if fits and current.shape == value.shape and (current.is_leaf or not current.requires_grad):  # type: ignore[union-attr]
+        with torch.no_grad():
+            current.data.copy_(value)  # type: ignore[union-attr]
+    elif name in module._buffers:
+        module._buffers[name] = value
+    elif name in module._parameters:
+        if current is not None:
+            current.data = value  # type: ignore[union-attr]
+    else:
+        vars(module)[name] = copy.copy(value) if isinstance(value, (list, dict)) else value
+
+
+@contextmanager
+def traceless(root: nn.Module) -> Iterator[dict[Key, Any]]:
+    """Whatever happens inside, the model and every generator are afterwards bit-identical to before.
+
+    Parameters, buffers, attributes, ``.grad`` and the training flags are put back, also when the body raises.
+
+    Args:
+        root: the model.
+
+    Yields:
+        The snapshot of the model's state.
+    """
+    before = state_of(root)
+    flags = {module: module.training for module in root.modules()}
+    grads = {p: (p.grad, None if p.grad is None else p.grad.clone()) for p in root.parameters()}
+    with rng_untouched():
+        try:
+            for p in grads:
+                p.grad = None
+            yield before
+        finally:
+            put_back(root, before)
+            for module, flag in flags.items():
+                module.training = flag
+            for p, (grad, value) in grads.items():
+                p.grad = grad
+                if grad is not None and value is not None and not torch.equal(grad, value):
+                    grad.copy_(value)
+
+
+class FixedRandomness(TorchDispatchMode):
+    """Every random operation gives fixed values that depend on the index in the last dimension alone.
+
+    A sample alone and the same sample in a batch, wherever the batch dimension is, then see the same noise and the
+    same dropout mask, so that their gradients can be compared.
+
+    Args:
+        stack: paths of the modules that are being called, kept by the caller.
+
+    Attributes:
+        random_ops: the random operations met, with the module paths that were being called.
+        low_precision: whether a result in half precision was met.
+    """
+
+    def __init__(self, stack: list[str] | None = None) -> None:
+        super().__init__()
+        self.stack = stack if stack is not None else []
+        self.random_ops: dict[str, set[str]] = {}
+        self.low_precision = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+            self.random_ops.setdefault(func.__name__, set()).update(self.stack)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                return _fixed(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.dtype in (torch.bfloat16, torch.float16):
+            self.low_precision = True
+        return out
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call draws: attention and dropout with probability 0 do not."""
+    given = _given(func, args, kwargs)
+    if "dropout_p" in (a.name for a in func._schema.arguments):
+        return float(given.get("dropout_p") or 0) > 0
+    return "dropout" not in func.__name__ or float(given.get("p") or 0) > 0
+
+
+def _fixed(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func.__name__.split(".")[0]
+    given = _given(func, args, kwargs)
+    if name == "native_dropout":
+        keep = 1 - given["p"]
+        mask = _spread(given["input"], lambda row: _keep(row, keep))
+        return given["input"] * mask / max(1e-12, keep), mask.bool()
+    out = func(*args, **kwargs)
+    fill = _FILL.get(name)
+    if isinstance(out, torch.Tensor) and fill is not None:
+        out.copy_(_spread(out, lambda row: fill(row, given)))
+    return out
+
+
+def _spread(like: torch.Tensor, fill: Any) -> torch.Tensor:
+    """A tensor like another, equal along every dimension but the last; constant if it has only one."""
+    row = torch.empty(like.shape[-1] if like.dim() > 1 else 1, dtype=like.dtype, device=like.device)
+    fill(row)
+    return row.expand(like.shape)
+
+
+def _keep(row: torch.Tensor, probability: float) -> torch.Tensor:
+    """A mask; one that would be constant keeps everything, since nothing could be compared behind it."""
+    return row.bernoulli_(probability) if row.numel() > 1 else row.fill_(1)
+
+
+def _bernoulli(row: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    p = given.get("p", 0.5)
+    return _keep(row, p if isinstance(p, float) else 0.5)
+
+
+_FILL: Mapping[str, Any] = {
+    "randn": lambda row, given: row.normal_(),
+    "randn_like": lambda row, given: row.normal_(),
+    "normal_": lambda row, given: row.normal_(given.get("mean", 0.0), given.get("std", 1.0)),
+    "rand": lambda row, given: row.uniform_(),
+    "rand_like": lambda row, given: row.uniform_(),
+    "uniform_": lambda row, given: row.uniform_(given.get("from", 0.0), given.get("to", 1.0)),
+    "exponential_": lambda row, given: row.exponential_(given.get("lambd", 1.0)),
+    "randint": lambda row, given: row.random_(given.get("low", 0), given["high"]),
+    "randint_like": lambda row, given: row.random_(given.get("low", 0), given["high"]),
+    "bernoulli_": _bernoulli,
+}

@@ -1,0 +1,136 @@
+"""Walking through batches, arguments and outputs: nested mappings, sequences and dataclasses.
+
+``torch.utils._pytree`` treats an unregistered ``dict`` subclass (``transformers.BatchEncoding``) as one
+opaque leaf; data loaders and models hand such objects around, so mappings of any type are opened here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+Path = tuple[object, ...]
+
+
+def children(tree: Any) -> list[tuple[object, Any]] | None:
+    """The direct parts of a container.
+
+    Args:
+        tree: any object.
+
+    Returns:
+        ``(key, part)`` pairs, or ``None`` if the object is a leaf.
+    """
+    if isinstance(tree, PackedSequence) or torch.is_tensor(tree):
+        return None
+    if isinstance(tree, Mapping):
+        return list(tree.items())
+    if isinstance(tree, (list, tuple)):
+        return list(enumerate(tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+    return None
+
+
+def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+    """All leaves with the keys that lead to them.
+
+    Args:
+        tree: any object.
+        path: keys that led here.
+
+    Returns:
+        ``(path, leaf)`` pairs in a stable order.
+
+    >>> leaves({"a": [1, (2, 3)]})
+    [(('a', 0), 1), (('a', 1, 0), 2), (('a', 1, 1), 3)]
+    """
+    parts = children(tree)
+    if parts is None:
+        return [(path, tree)]
+    return [leaf for key, part in parts for leaf in leaves(part, (*path, key))]
+
+
+def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
+    """The same containers with every leaf replaced by ``fn(path, leaf)``.
+
+    Args:
+        fn: called with the path and the leaf.
+        tree: any object; it is not changed.
+        path: keys that led here.
+
+    Returns:
+        A new tree with containers of the same types.
+
+    >>> map_leaves(lambda path, x: x + 1, {"a": [1, (2,)]})
+    {'a': [2, (3,)]}
+    """
+    parts = children(tree)
+    if parts is None:
+        return fn(path, tree)
+    new = {key: map_leaves(fn, part, (*path, key)) for key, part in parts}
+    return _rebuild(tree, new)
+
+
+def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*parts.values())
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(parts.values())
+    if isinstance(tree, MutableMapping):
+        out = copy.copy(tree)
+        for key, part in parts.items():
+            out[key] = part
+        return out
+    if isinstance(tree, Mapping):
+        return type(tree)(parts)  # type: ignore[call-arg]
+    return dataclasses.replace(tree, **{str(k): v for k, v in parts.items()})
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """All tensors of a tree.
+
+    Args:
+        tree: any object.
+
+    Returns:
+        The tensor leaves in order.
+    """
+    return [leaf for _, leaf in leaves(tree) if torch.is_tensor(leaf)]
+
+
+def gradient_tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a tree through which a backward pass can come.
+
+    Args:
+        tree: any object.
+
+    Returns:
+        Tensor leaves that require gradient.
+    """
+    return [t for t in tensors(tree) if t.requires_grad]
+
+
+def plain(tree: Any) -> Any:
+    """The same tree with tensor subclasses (MONAI's ``MetaTensor``) turned into plain tensors.
+
+    Per-sample transforms work on data, not on the meta information a subclass carries along.
+
+    Args:
+        tree: any object.
+
+    Returns:
+        A tree without tensor subclasses; parameters stay as they are.
+    """
+
+    def strip(_: Path, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+            return leaf.as_subclass(torch.Tensor)
+        return leaf
+
+    return map_leaves(strip, tree)
