@@ -146,7 +146,7 @@ class _Prepared:
     """Everything that was found out before the hand-off."""
 
     plan: Plan
-    samples: probe.Probe
+    stand_in: Any
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
@@ -226,7 +226,7 @@ def make_private_safe(
             optimizer=call.optimizer,
             data_loader=data_loader,
             plan=prepared.plan,
-            stand_in=prepared.samples.empty,
+            stand_in=prepared.stand_in,
             poisson_sampling=poisson_sampling,
             wrap_model=wrap_model,
             noise_multiplier=noise_multiplier,
@@ -416,7 +416,8 @@ def _prepare(call: _Call, surgery: Surgery) -> _Prepared:
         sampling.batch_size(call.data_loader),
     )
     findings += _notes(call, step, record)
-    return _Prepared(plan, samples, tuple(findings), evidence, (*proofs, *_exactness(plan, evidence, wanted)))
+    stand_in = observe.stand_in(call.module, step, samples, record)
+    return _Prepared(plan, stand_in, tuple(findings), evidence, (*proofs, *_exactness(plan, evidence, wanted)))
 
 
 def _scan(call: _Call) -> tuple[tuple[Any, Finding], ...]:

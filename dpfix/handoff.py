@@ -215,10 +215,11 @@ def hand_off(
         loader = PrivateDataLoader(
             data_loader, stand_in=stand_in, ledger=ledger, generator=privacy_engine.secure_rng
         )
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    everything = dict(module.named_parameters())
+    parameters = {n: p for n, p in everything.items() if p.requires_grad}
     own = plan.opacus_mode == "no_op"
     prepared, private_optimizer, *_ = make_private(
-        module=ParameterShell(parameters) if own else module,
+        module=ParameterShell(everything) if own else module,
         optimizer=optimizer,
         data_loader=loader,
         poisson_sampling=False,  # the loader above already draws; Opacus's takes its rate from len(loader)

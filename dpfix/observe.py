@@ -6,6 +6,7 @@ singles are at the same time the batch-of-one reference that the audit compares 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix import trees
+from dpfix import sampling, trees
 from dpfix.errors import DPFixError, ModelError, TrainingStepError
 from dpfix.layout import CallLayout, layout_of_calls
 from dpfix.probe import Probe
@@ -157,6 +158,32 @@ def run_step(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key
         frozenset().union(*mode.random_ops.values()) if mode.random_ops else frozenset(),
         mode.low_precision,
     )
+
+
+def stand_in(module: nn.Module, step: TrainingStep, probe: Probe, record: StepRecord) -> Any:
+    """What an empty draw delivers: one sample without data on which the training step runs.
+
+    A sample of zeros if the step gives a finite loss for it, else a probe sample (redrawn values). Whatever it holds,
+    the step that follows an empty draw is made of noise alone.
+
+    Args:
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        record: what the probe showed.
+
+    Returns:
+        A batch of one sample.
+    """
+    blank = sampling.stand_in(probe.singles[0])
+    with traceless(module) as before:
+        try:
+            if math.isfinite(run_step(module, step, blank, before).loss):
+                return blank
+        except DPFixError:
+            pass  # zeros are no legal sample for this step; a probe sample is
+    finite = [b for b, run in zip(probe.singles, record.alone, strict=True) if math.isfinite(run.loss)]
+    return (finite or [*probe.singles])[0]
 
 
 def _dense(p: nn.Parameter) -> torch.Tensor:

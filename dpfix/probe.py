@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dpfix import trees
 from dpfix.errors import LoaderError
-from dpfix.sampling import CollateOrStandIn, index_set, stand_in
+from dpfix.sampling import CollateOrStandIn, index_set
 
 SAMPLES = 4
 """Number of samples in a probe."""
@@ -29,14 +29,12 @@ class Probe:
     Attributes:
         batch: all samples, collated as the loader does it.
         singles: every sample alone, collated.
-        empty: what an empty draw delivers.
         collate: the loader's collate function.
         items: the samples themselves.
     """
 
     batch: Any
     singles: tuple[Any, ...]
-    empty: Any
     collate: Callable[[list[Any]], Any]
     items: tuple[Any, ...]
 
@@ -84,7 +82,7 @@ def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
             f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "
             "dataset[i] and the collate_fn work for any list of samples, also for a single one."
         ) from error
-    return Probe(batch, singles, stand_in(singles[0]), collate, items)
+    return Probe(batch, singles, collate, items)
 
 
 def _redraw(item: Any, generator: torch.Generator) -> Any:

@@ -90,9 +90,12 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         self.ledger.start()
-        for drawn in super().__iter__():
+        for _ in range(self.steps):
+            # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
+            chance = torch.rand(self.num_samples, generator=self.generator, dtype=torch.float64)
+            drawn = self.indices[chance < self.sample_rate].tolist()
             self.ledger.drew(len(drawn))
-            yield self.indices[drawn].tolist()
+            yield drawn
 
 
 class RecordedBatches:

@@ -19,7 +19,7 @@ from torch import nn
 
 from dpfix import trees
 from dpfix.engines.base import Verdict, zeros
-from dpfix.errors import AccumulationError, PlanBrokenError
+from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.plan import Plan
 
 
@@ -79,7 +79,7 @@ class OpacusHooks:
                 loss_reduction=plan.loss_reduction,
                 force_functorch=self.name == "functorch",
             )
-        return HooksHandle(module, prepared, own=own)
+        return HooksHandle(module, prepared, mode=self.name, own=own)
 
 
 class HooksHandle:
@@ -88,12 +88,14 @@ class HooksHandle:
     Args:
         module: the hooked model.
         prepared: Opacus's hooks object or wrapper.
+        mode: name of the engine, for messages.
         own: whether it was made here and is to be cleaned up here.
     """
 
-    def __init__(self, module: nn.Module, prepared: Any, *, own: bool) -> None:
+    def __init__(self, module: nn.Module, prepared: Any, *, mode: str, own: bool) -> None:
         self.model = module
         self.prepared = prepared
+        self.mode = mode
         self._own = own
         self._next = 0
         self._installed: int | None = None
@@ -152,6 +154,12 @@ class HooksHandle:
     def _before_call(self, module: nn.Module, args: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
+        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+            raise MisuseError(
+                f"{type(module).__name__} is in private training with grad_sample_mode='{self.mode}', whose hooks cannot "
+                "run inside a torch.func transform (grad, vmap, functional_call). Call to_standard_module() first, or pass "
+                "grad_sample_mode='microbatch'."
+            )
         self._put_aside()
         self._installed = self._next
         # A call after a backward pass belongs to a new iteration; its gradients are clipped on their own.

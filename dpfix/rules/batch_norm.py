@@ -59,10 +59,11 @@ def find(scan: Scan) -> Iterator[Finding]:
         scan: the objects of the call.
 
     Yields:
-        One finding per module; refused for a subclass with a ``forward`` of its own, or as the root.
+        One finding per module: advice if its statistics are fixed; refused for a subclass with a ``forward`` of its own, or as the root.
     """
     for path, module in scan.modules(_BatchNorm):
         if not is_batch_coupled(module):
+            yield _kept(scan, path)
             continue
         common = {
             "code": CODE,
@@ -82,6 +83,18 @@ def find(scan: Scan) -> Iterator[Finding]:
             help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
             "module.eval() and requires_grad_(False) on this layer.",
         )
+
+
+def _kept(scan: Scan, path: str) -> Finding:
+    return Finding(
+        code=CODE,
+        severity=Severity.ADVICE,
+        fixability=Fixability.NOTHING,
+        fact=f"{scan.place(path)} is in eval() and normalises with fixed statistics.",
+        why="a fixed affine map per channel mixes no samples; it has to stay in eval() while training.",
+        fix="kept as it is; a step with this layer in training mode is refused",
+        path=path,
+    )
 
 
 def fix(module: nn.Module, scan: Scan) -> nn.Module:

@@ -1,0 +1,258 @@
+"""Run the test-suite that Opacus ships in its wheel, with ``PrivacyEngine`` swapped for ``SafePrivacyEngine``.
+
+``python benchmarks/opacus_suite.py [--backend opacus|dpfix] [--known] [pytest arguments]``
+
+Only the name ``PrivacyEngine`` inside the test modules is replaced; Opacus itself stays as it is. Torchvision is
+stood in for when it is missing. The exit status is 0 when every failure is listed in ``ON_PURPOSE`` and every entry
+there really fails; with pytest arguments that select tests, entries whose tests were left out are not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import opacus
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+FILES = (
+    "privacy_engine",
+    "batch_memory_manager",
+    "privacy_engine_validation",
+    "gradient_accumulation",
+    "poisson",
+)
+
+ON_PURPOSE: dict[str, str] = {}
+"""Part of a test's id -> why dpfix differs from Opacus there on purpose."""
+
+
+class FakeData(Dataset[tuple[Any, int]]):
+    """Torchvision's data set of random images: the same draws, as a uint8 tensor in place of a PIL image."""
+
+    def __init__(
+        self,
+        size: int = 1000,
+        image_size: tuple[int, ...] = (3, 224, 224),
+        num_classes: int = 10,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.size, self.image_size, self.num_classes, self.transform = (
+            size,
+            image_size,
+            num_classes,
+            transform,
+        )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index >= self.size:
+            raise IndexError(f"index {index} of {self.size}")
+        generator = torch.Generator().manual_seed(index)
+        image = (
+            (torch.randn(self.image_size, generator=generator) * 255).long().remainder(256).to(torch.uint8)
+        )
+        target = int(torch.randint(self.num_classes, (1,), generator=generator))
+        return (self.transform(image) if self.transform else image), target
+
+
+class Compose:
+    """Apply several transforms, one after the other."""
+
+    def __init__(self, transforms: list[Callable[[Any], Any]]) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Any) -> Any:
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
+class ToTensor:
+    """Map bytes to floats in [0, 1]."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.float() / 255
+
+
+class Normalize:
+    """Subtract the mean and divide by the standard deviation, channel by channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class ConvNet(nn.Module):
+    """What the tests use of ResNet-18 and DenseNet-121: three channels in, BatchNorm, in-place ops, a residual."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.head = head
+        setattr(self, head, nn.Linear(64, 1000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += x
+        return getattr(self, self.head)(self.relu(y).mean(dim=(2, 3)))
+
+
+def stand_in_for_torchvision() -> None:
+    """Put a package with what the tests import into ``sys.modules``, unless the real one is installed."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    parts: dict[str, dict[str, Any]] = {
+        "datasets": {"FakeData": FakeData},
+        "transforms": {"Compose": Compose, "ToTensor": ToTensor, "Normalize": Normalize},
+        "models": {
+            "resnet18": lambda weights=None: ConvNet("fc"),
+            "densenet121": lambda weights=None: ConvNet("classifier"),
+        },
+    }
+    package = sys.modules["torchvision"] = ModuleType("torchvision")
+    for name, members in parts.items():
+        module = sys.modules[f"torchvision.{name}"] = ModuleType(f"torchvision.{name}")
+        vars(module).update(members)
+        setattr(package, name, module)
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions inside an exception group, or the exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+class Suite:
+    """The pytest plugin: swaps the engine, fixes the seeds, keeps each test's outcome and the reason of a failure."""
+
+    def __init__(self, engine: type[opacus.PrivacyEngine]) -> None:
+        self.engine = engine
+        self.outcomes: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+            if hasattr(module, "PrivacyEngine"):
+                module.PrivacyEngine = self.engine
+
+    def pytest_runtest_setup(self) -> None:
+        torch.manual_seed(0)
+
+    def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        if call.excinfo is None:
+            return
+        lines = {f"{type(e).__name__}: {' '.join(str(e).split())[:220]}" for e in leaves(call.excinfo.value)}
+        self.reasons.setdefault(node.nodeid, " | ".join(sorted(lines)))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.outcomes[report.nodeid] = "failed"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        worst = {"failed": 2, "skipped": 1, "passed": 0}
+        known = self.outcomes.get(report.nodeid, "passed")
+        self.outcomes[report.nodeid] = max(known, report.outcome, key=worst.__getitem__)
+
+    def summary(self, on_purpose: dict[str, str], show_known: bool, subset: bool) -> bool:
+        """Print the figures and each failure's reason.
+
+        Args:
+            on_purpose: Part of a test's id -> why it fails on purpose.
+            show_known: Also print the failures that are on purpose.
+            subset: Only some tests were selected: an entry that met no test is not stale.
+
+        Returns:
+            Whether the failures are exactly the ones on purpose, and something ran.
+        """
+        ids: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        for test, outcome in self.outcomes.items():
+            ids[outcome].append(test)
+        why = {test: next((w for k, w in on_purpose.items() if k in test), None) for test in ids["failed"]}
+        unexpected = [test for test, reason in why.items() if reason is None]
+        stale = [
+            key
+            for key in on_purpose
+            if not any(key in test for test in ids["failed"])
+            and not (subset and not any(key in test for test in self.outcomes))
+        ]
+        print()
+        for test, reason in why.items():
+            if reason is None:
+                print(f"FAILED {test.rpartition('/')[2]}\n    {self.reasons.get(test, 'no reason recorded')}")
+            elif show_known:
+                print(f"on purpose {test.rpartition('/')[2]}\n    {reason}\n    {self.reasons.get(test, '')}")
+        for key in stale:
+            print(f"STALE entry of ON_PURPOSE, nothing it names fails: {key}")
+        print(", ".join(f"{len(tests)} {outcome}" for outcome, tests in ids.items()), end=" ")
+        print(f"({len(why) - len(unexpected)} of the failures on purpose), engine {self.engine.__name__}")
+        return bool(ids["passed"]) and not unexpected and not stale
+
+
+def main() -> int:
+    """Run the suite.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--backend", choices=("opacus", "dpfix"), default="dpfix")
+    parser.add_argument("--known", action="store_true", help="also list the failures that are on purpose")
+    options, pytest_args = parser.parse_known_args()
+
+    engine: type[opacus.PrivacyEngine] = opacus.PrivacyEngine
+    if options.backend == "dpfix":
+        import dpfix
+
+        engine = dpfix.SafePrivacyEngine
+    stand_in_for_torchvision()
+    settings.register_profile("suite", derandomize=True, database=None, print_blob=False)
+    settings.load_profile("suite")
+    tests = Path(opacus.__file__).parent / "tests"
+    suite = Suite(engine)
+    fixed = [
+        "-c",
+        os.devnull,
+        f"--rootdir={tests}",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--tb=no",
+        "--no-summary",
+    ]
+    fixed += ["-W", "ignore"]
+    status = pytest.main(
+        [*fixed, *(str(tests / f"{name}_test.py") for name in FILES), *pytest_args], plugins=[suite]
+    )
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(status)
+    as_wanted = suite.summary(
+        ON_PURPOSE if options.backend == "dpfix" else {}, options.known, bool(pytest_args)
+    )
+    return 0 if as_wanted else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
