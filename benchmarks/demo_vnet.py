@@ -151,3 +151,75 @@ def train(
     run.seconds = time.perf_counter() - start
 
 
+def ask_opacus(model: nn.Module, loader: DataLoader[Sample]) -> str:
+    """Asks plain Opacus to train the untouched model, and returns the first line of what it answers."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        PrivacyEngine().make_private(
+            module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
+        )
+    except UnsupportedModuleError as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0].strip('[')[:200]}"
+    return "accepted"
+
+
+def draw(path: Path, runs: list[Run], tiles: Sample) -> None:
+    """Draws the Dice curves, and one slice of the slab: image, truth and both predictions."""
+    columns = 10
+    figure = plt.figure(figsize=(12, 7), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    curves = above.subplots()
+    for run in runs:
+        curves.plot([r["epoch"] for r in run.rows], [r["dice"] for r in run.rows], marker="o", label=run.name)
+    curves.set(xlabel="epoch", ylabel="validation Dice (grey, white)", ylim=(0, 1))
+    curves.legend(loc="lower right")
+    pictures = [("T1 image", tiles["image"], "gray"), ("truth", tiles["label"], "viridis")]
+    pictures += [(run.name, run.prediction, "viridis") for run in runs]
+    for axes, (title, volume, colours) in zip(below.subplots(1, len(pictures)), pictures, strict=True):
+        axes.imshow(coronal_slice(volume, columns), cmap=colours)
+        axes.set_title(title)
+        axes.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of --steps steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps per epoch (default: %(default)s)")
+    parser.add_argument("--patches", type=int, default=4000, help="training samples (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="expected batch size (default: %(default)s)")
+    parser.add_argument("--noise-multiplier", type=float, default=0.6, help="noise / clip norm (default: %(default)s)")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="clip norm (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo_output/demo_vnet.png"), help="(default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the demo."""
+    args = parse()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    image, label = load_volume()
+    patches = training_patches(image, label, args.patches, args.seed)
+    tiles = validation_tiles(image, label)
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Sample]]:
+        torch.manual_seed(args.seed)
+        model = VNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, DataLoader(patches, batch_size=args.batch_size, shuffle=True)
+
+    model, optimizer, loader = fresh()
+    print(f"Plain Opacus, same model: {ask_opacus(model, loader)}\n")
+    result = dpfix.make_private_safe(
+        module=model, optimizer=optimizer, data_loader=loader,
+        noise_multiplier=args.noise_multiplier, max_grad_norm=args.max_grad_norm, criterion=criterion,
+    )
+    print(result.report)
+    ...
+
+if __name__ == "__main__":
+    main()

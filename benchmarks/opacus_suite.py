@@ -1,10 +1,10 @@
-"""Run the test-suite that Opacus ships in its wheel, with ``PrivacyEngine`` swapped for ``SafePrivacyEngine``.
+"""Run Opacus's own test-suite, from its wheel, with ``PrivacyEngine`` swapped for ``SafePrivacyEngine``.
 
-``python benchmarks/opacus_suite.py [--backend opacus|dpfix] [--known] [pytest arguments]``
+``python benchmarks/opacus_suite.py [--backend opacus|dpfix] [--known] [--examples N] [pytest arguments]``
 
-Only the name ``PrivacyEngine`` inside the test modules is replaced; Opacus itself stays as it is. Torchvision is
-stood in for when it is missing. The exit status is 0 when every failure is listed in ``ON_PURPOSE`` and every entry
-there really fails; with pytest arguments that select tests, entries whose tests were left out are not judged.
+Only the name ``PrivacyEngine`` inside the test modules is replaced; Opacus itself stays as it is. Torchvision
+is stood in for when it is missing. The exit status is 0 when every failure is listed in ``ON_PURPOSE`` and every
+entry there really fails; when pytest arguments leave tests out, entries that name only those are not judged.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import opacus
+import opacus.tests
 import pytest
 import torch
 from hypothesis import settings
+from opacus import PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -33,11 +35,13 @@ FILES = (
     "poisson",
 )
 
+Transform = Callable[[Tensor], Tensor]
+
 ON_PURPOSE: dict[str, str] = {}
 """Part of a test's id -> why dpfix differs from Opacus there on purpose."""
 
 
-class FakeData(Dataset[tuple[Any, int]]):
+class FakeData(Dataset[tuple[Tensor, int]]):
     """Torchvision's data set of random images: the same draws, as a uint8 tensor in place of a PIL image."""
 
     def __init__(
@@ -45,7 +49,7 @@ class FakeData(Dataset[tuple[Any, int]]):
         size: int = 1000,
         image_size: tuple[int, ...] = (3, 224, 224),
         num_classes: int = 10,
-        transform: Callable[[Any], Any] | None = None,
+        transform: Transform = lambda image: image,
     ) -> None:
         self.size, self.image_size, self.num_classes, self.transform = (
             size,
@@ -57,7 +61,7 @@ class FakeData(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index >= self.size:
             raise IndexError(f"index {index} of {self.size}")
         generator = torch.Generator().manual_seed(index)
@@ -65,40 +69,26 @@ class FakeData(Dataset[tuple[Any, int]]):
             (torch.randn(self.image_size, generator=generator) * 255).long().remainder(256).to(torch.uint8)
         )
         target = int(torch.randint(self.num_classes, (1,), generator=generator))
-        return (self.transform(image) if self.transform else image), target
+        return self.transform(image), target
 
 
-class Compose:
-    """Apply several transforms, one after the other."""
-
-    def __init__(self, transforms: list[Callable[[Any], Any]]) -> None:
-        self.transforms = transforms
-
-    def __call__(self, image: Any) -> Any:
-        for transform in self.transforms:
-            image = transform(image)
-        return image
+def compose(transforms: list[Transform]) -> Transform:
+    """Chain transforms, as ``transforms.Compose`` does."""
+    return lambda image: reduce(lambda value, transform: transform(value), transforms, image)
 
 
-class ToTensor:
-    """Map bytes to floats in [0, 1]."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.float() / 255
+def to_tensor() -> Transform:
+    """Map bytes to floats in [0, 1], as ``transforms.ToTensor`` does."""
+    return lambda image: image.float() / 255
 
 
-class Normalize:
-    """Subtract the mean and divide by the standard deviation, channel by channel."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return (image - self.mean) / self.std
+def normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Transform:
+    """Centre and scale each channel, as ``transforms.Normalize`` does."""
+    return lambda image: (image - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
 class ConvNet(nn.Module):
-    """What the tests use of ResNet-18 and DenseNet-121: three channels in, BatchNorm, in-place ops, a residual."""
+    """ResNet-18 and DenseNet-121 as far as the tests go: three channels, BatchNorm, in-place ops, a head."""
 
     def __init__(self, head: str) -> None:
         super().__init__()
@@ -123,7 +113,7 @@ def stand_in_for_torchvision() -> None:
         return
     parts: dict[str, dict[str, Any]] = {
         "datasets": {"FakeData": FakeData},
-        "transforms": {"Compose": Compose, "ToTensor": ToTensor, "Normalize": Normalize},
+        "transforms": {"Compose": compose, "ToTensor": to_tensor, "Normalize": normalize},
         "models": {
             "resnet18": lambda weights=None: ConvNet("fc"),
             "densenet121": lambda weights=None: ConvNet("classifier"),
@@ -146,9 +136,9 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 class Suite:
-    """The pytest plugin: swaps the engine, fixes the seeds, keeps each test's outcome and the reason of a failure."""
+    """The pytest plugin: swaps the engine, fixes the seeds, keeps outcomes and reasons of failure."""
 
-    def __init__(self, engine: type[opacus.PrivacyEngine]) -> None:
+    def __init__(self, engine: type[PrivacyEngine]) -> None:
         self.engine = engine
         self.outcomes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
@@ -220,17 +210,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", choices=("opacus", "dpfix"), default="dpfix")
     parser.add_argument("--known", action="store_true", help="also list the failures that are on purpose")
+    parser.add_argument(
+        "--examples", type=int, default=20, help="per Hypothesis test (Opacus itself takes 100)"
+    )
     options, pytest_args = parser.parse_known_args()
 
-    engine: type[opacus.PrivacyEngine] = opacus.PrivacyEngine
+    engine: type[PrivacyEngine] = PrivacyEngine
     if options.backend == "dpfix":
         import dpfix
 
         engine = dpfix.SafePrivacyEngine
     stand_in_for_torchvision()
-    settings.register_profile("suite", derandomize=True, database=None, print_blob=False)
+    settings.register_profile("suite", max_examples=options.examples, derandomize=True, database=None)
     settings.load_profile("suite")
-    tests = Path(opacus.__file__).parent / "tests"
+    tests = Path(opacus.tests.__path__[0])
     suite = Suite(engine)
     fixed = [
         "-c",

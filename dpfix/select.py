@@ -17,14 +17,14 @@ from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.probe import Probe
 from dpfix.scan import place
-from dpfix.traceless import traceless
+from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
 
 TIMED_SAMPLES = 16
 """Batch size at which engines are timed, at most; smaller if the script's batches are."""
 ROUNDS = 3
 BUDGET_SECONDS = 10.0
-"""An engine whose first timed step takes longer than this is not timed again."""
+"""Once an engine has passed, further ones are tried and timed for this long."""
 
 
 def engines_for(mode: str) -> tuple[Engine, ...]:
@@ -73,7 +73,12 @@ def choose(
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
     evidence: dict[str, EngineEvidence] = {}
+    start = time.perf_counter()
     for engine in engines_for(mode):
+        if any(e.passed for e in evidence.values()) and time.perf_counter() - start > BUDGET_SECONDS:
+            reason = f"not tried, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
+            evidence[engine.name] = EngineEvidence(engine.name, passed=False, reason=reason)
+            continue
         verdict = engine.supports(module, record)
         trial = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         evidence[engine.name] = (
@@ -98,12 +103,14 @@ def _time(
     """Median seconds of a forward and backward pass, the engines taking turns."""
     seen: dict[str, list[float]] = {engine.name: [] for engine in engines}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    for _ in range(ROUNDS):
+    before = state_of(module)
+    begin = time.perf_counter()
+    for turn in range(ROUNDS):
+        if turn and time.perf_counter() - begin > BUDGET_SECONDS:
+            break
         for engine in engines:
             times = seen[engine.name]
-            if times and times[-1] > BUDGET_SECONDS:
-                continue
-            with traceless(module):
+            with traceless(module, before):
                 handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
                 try:
                     start = time.perf_counter()

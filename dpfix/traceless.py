@@ -96,7 +96,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if isinstance(a, UninitializedTensorMixin) or isinstance(b, UninitializedTensorMixin):
             return a is b
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+        return a.shape == b.shape and a.dtype == b.dtype and _equal(a, b)
     if isinstance(a, (list, dict)) and type(a) is type(b):
         if len(a) != len(b):
             return False
@@ -110,11 +110,15 @@ def same(a: Any, b: Any) -> bool:
         return a is b
 
 
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach()
-    if t.is_complex():
-        t = torch.view_as_real(t)
-    return torch.nan_to_num(t) if t.is_floating_point() else t
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.detach(), b.detach()
+    if torch.equal(a, b):
+        return True
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in (a, b)]
+    if not (real[0].is_floating_point() and bool(torch.isnan(real[0]).any())):
+        return False
+    nan = [torch.isnan(t) for t in real]
+    return torch.equal(*nan) and torch.equal(*(t.masked_fill(n, 0) for t, n in zip(real, nan, strict=True)))
 
 
 def written(root: nn.Module, before: Mapping[Key, Any]) -> dict[Key, Any]:
@@ -127,8 +131,12 @@ def written(root: nn.Module, before: Mapping[Key, Any]) -> dict[Key, Any]:
     Returns:
         Present values (copies) of every piece of state that differs or is new.
     """
-    now = state_of(root)
-    return {key: value for key, value in now.items() if key not in before or not same(value, before[key])}
+    return {
+        (path, name): _copy(value)
+        for path, module in root.named_modules()
+        for name, value in _slots(module)
+        if (path, name) not in before or not same(value, before[path, name])
+    }
 
 
 def put_back(root: nn.Module, before: Mapping[Key, Any]) -> None:
@@ -165,18 +173,19 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
 
 
 @contextmanager
-def traceless(root: nn.Module) -> Iterator[dict[Key, Any]]:
+def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator[dict[Key, Any]]:
     """Whatever happens inside, the model and every generator are afterwards bit-identical to before.
 
     Parameters, buffers, attributes, ``.grad`` and the training flags are put back, also when the body raises.
 
     Args:
         root: the model.
+        before: a snapshot of its present state, if there already is one.
 
     Yields:
         The snapshot of the model's state.
     """
-    before = state_of(root)
+    before = state_of(root) if before is None else before
     flags = {module: module.training for module in root.modules()}
     grads = {p: (p.grad, None if p.grad is None else p.grad.clone()) for p in root.parameters()}
     with rng_untouched():

@@ -1,0 +1,619 @@
+"""What plain Opacus and dpfix do with the same small set-ups, measured side by side.
+
+``python benchmarks/opacus_comparison.py [--only TEXT] [--write docs/comparison.md]``
+
+Every set-up is a model, a few samples and a training step as a script would have them. Plain Opacus gets the model
+after ``ModuleValidator.fix``. Noise is 0, so that what is released can be compared:
+
+* *sensitivity*: how far leaving one sample out moves the released sum, as a multiple of the clip norm C. DP-SGD
+  needs at most 1.
+* *error*: distance of the released sum from the clipped sum of gradients taken one sample at a time with ordinary
+  autograd, relative to that sum.
+
+Both are the worst of several clip norms. The exit status is 1 if dpfix accepts a set-up and one of them is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from monai.networks.nets import VNet
+from opacus import PrivacyEngine
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
+
+import dpfix
+
+CLIP_NORMS = (0.01, 0.1, 1.0, 10.0)
+LARGEST_ERROR = 2e-3
+"""Relative error in float32 that is still rounding."""
+FAILURES = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Setup:
+    """One script: a model, its samples, and how a batch becomes a loss.
+
+    Attributes:
+        model: the model.
+        items: the samples.
+        loss: the training step, ``(model, batch) -> loss``.
+        loader: options of the data loader.
+        arguments: further arguments of the call, the same for both.
+    """
+
+    model: nn.Module
+    items: list[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    loader: dict[str, Any] = field(default_factory=lambda: {"batch_size": 4})
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """How samples become a batch."""
+        return self.loader.get("collate_fn", default_collate)
+
+
+@dataclass
+class Training:
+    """What one of the two libraries made of a set-up.
+
+    Attributes:
+        setup: the set-up.
+        model: the private model.
+        optimizer: the private optimizer.
+        loader: the private loader.
+        reference: returns the repaired model without anything private on it.
+        engine: how per-sample gradients are computed.
+        accountant: the accountant.
+    """
+
+    setup: Setup
+    model: Any
+    optimizer: Any
+    loader: Any
+    reference: Callable[[], nn.Module]
+    engine: str
+    accountant: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured.
+
+    Attributes:
+        text: for the table.
+        right: whether the guarantee holds in what was measured.
+    """
+
+    text: str
+    right: bool
+
+
+def plain_opacus(setup: Setup, **arguments: Any) -> Training:
+    """Opacus as its documentation has it: fix the model, build the optimizer, call make_private."""
+    model = ModuleValidator.fix(setup.model)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine = PrivacyEngine()
+    made = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(setup.items, **setup.loader),  # type: ignore[arg-type]
+        max_grad_norm=1.0,
+        **{"noise_multiplier": 0.0, **setup.arguments, **arguments},
+    )
+    return Training(setup, *made, lambda: plain, "hooks", engine.accountant)
+
+
+def with_dpfix(setup: Setup, **arguments: Any) -> Training:
+    """The same objects through dpfix."""
+    optimizer = torch.optim.SGD([p for p in setup.model.parameters() if p.requires_grad], lr=0.05)
+    made = dpfix.make_private_safe(
+        module=setup.model,
+        optimizer=optimizer,
+        data_loader=DataLoader(setup.items, **setup.loader),  # type: ignore[arg-type]
+        max_grad_norm=1.0,
+        training_step=setup.loss,
+        **{"noise_multiplier": 0.0, **setup.arguments, **arguments},
+    )
+    plain = made[0].to_standard_module
+    return Training(setup, *made, plain, made.plan.engine, made.privacy_engine.accountant)
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def released(training: Training, items: list[Any], clip_norm: float) -> Gradients:
+    """The sum that the private optimizer would release for a batch of these samples."""
+    optimizer = training.optimizer
+    optimizer.max_grad_norm = clip_norm
+    optimizer.zero_grad()
+    training.setup.loss(training.model, training.setup.collate(items)).backward()
+    optimizer.pre_step()
+    mean = training.setup.arguments.get("loss_reduction", "mean") == "mean"
+    scale = optimizer.expected_batch_size if mean else 1
+    named = training.model.named_parameters()
+    return {n.removeprefix("_module."): p.grad.detach() * scale for n, p in named if p.grad is not None}
+
+
+def batch_of_one(model: nn.Module, setup: Setup, clip_norm: float) -> Gradients:
+    """The sum of clipped gradients, one sample at a time, with ordinary autograd."""
+    total: Gradients = {}
+    for item in setup.items:
+        model.zero_grad()
+        setup.loss(model, setup.collate([item])).backward()
+        found = {n: p.grad.detach().double() for n, p in model.named_parameters() if p.grad is not None}
+        factor = min(1.0, clip_norm / (norm(found) + 1e-6))
+        for name, gradient in found.items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + factor * gradient
+    return total
+
+
+def norm(gradients: Mapping[str, Tensor]) -> float:
+    """Euclidean norm over all parameters."""
+    return sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Euclidean distance; a parameter that is missing counts as zero."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return norm({n: a.get(n, zero).double() - b.get(n, zero).double() for n in a.keys() | b.keys()})
+
+
+def sensitivity(training: Training) -> float:
+    """How far leaving one sample out moves the released sum, as a multiple of the clip norm."""
+    items = training.setup.items
+    worst = 0.0
+    for clip_norm in CLIP_NORMS:
+        whole = released(training, items, clip_norm)
+        for i in range(len(items)):
+            rest = released(training, items[:i] + items[i + 1 :], clip_norm)
+            worst = max(worst, distance(whole, rest) / clip_norm)
+    return worst
+
+
+def error(training: Training) -> float:
+    """Largest relative distance from the batch-of-one sum; ends the private training."""
+    sums = [released(training, training.setup.items, clip_norm) for clip_norm in CLIP_NORMS]
+    model = training.reference()
+    wanted = [batch_of_one(model, training.setup, clip_norm) for clip_norm in CLIP_NORMS]
+    return max(distance(a, b) / norm(b) for a, b in zip(sums, wanted, strict=True))
+
+
+def released_sums(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """Sensitivity and, where a sample alone has a gradient, the error."""
+    training = make(setup, poisson_sampling=False)
+    bound = sensitivity(training)
+    try:
+        wrong = error(training)
+    except ValueError:  # BatchNorm of a single value: there is no gradient of one sample
+        wrong = float("nan")
+    text = f"trains (`{training.engine}`): sensitivity {bound:.2f} C"
+    text += "" if wrong != wrong else f", error {wrong:.0e}"
+    return Outcome(text, right=bound <= 1 + 1e-3 and wrong <= LARGEST_ERROR)
+
+
+def three_steps(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """Three Poisson steps with noise, then the released sums."""
+    training = make(copy.deepcopy(setup), noise_multiplier=1.0)
+    for _, batch in zip(range(3), training.loader, strict=False):
+        training.optimizer.zero_grad()
+        setup.loss(training.model, batch).backward()
+        training.optimizer.step()
+    return released_sums(make, setup)
+
+
+def empty_draw(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """One step whose Poisson draw is empty."""
+    generator = setup.loader["generator"]
+    training = make(setup, noise_multiplier=1.0)
+    seed = next(s for s in range(1000) if not _first_draw(generator, training.loader.batch_sampler, s))
+    generator.manual_seed(seed)
+    batch = next(iter(training.loader))
+    training.optimizer.zero_grad()
+    setup.loss(training.model, batch).backward()
+    training.optimizer.step()
+    steps = sum(entry[-1] for entry in training.accountant.history)
+    return Outcome(f"trains (`{training.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1)
+
+
+def _first_draw(generator: torch.Generator, sampler: Any, seed: int) -> list[int]:
+    generator.manual_seed(seed)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
+    return next(iter(sampler))
+
+
+def draws(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """The rate that is accounted, and which samples are drawn."""
+    training = make(setup, noise_multiplier=1.0)
+    kept = getattr(setup.loader.get("sampler"), "indices", range(len(setup.items)))
+    drawn = [i for _ in range(50) for batch in training.loader.batch_sampler for i in batch]
+    outside = len(set(drawn) - set(kept))
+    training.optimizer.zero_grad()
+    setup.loss(training.model, setup.collate(setup.items)).backward()
+    hook = training.optimizer.step_hook
+    hook(training.optimizer)
+    rate = training.accountant.history[-1][1]
+    right_rate = setup.loader["batch_size"] / len(kept)
+    held_out = len(setup.items) - len(kept)
+    text = f"rate {rate:.2f} (right: {right_rate:.2f}), expected batch size {training.optimizer.expected_batch_size:g}"
+    text += f", draws {outside} of {held_out} held-out samples" if held_out else ""
+    return Outcome(text, right=outside == 0 and abs(rate - right_rate) < 1e-9)
+
+
+def same_function(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """Whether the prepared model still computes the function of the original."""
+    batch = setup.collate(setup.items)
+    before = float(setup.loss(setup.model, batch).detach())
+    training = make(setup, poisson_sampling=False)
+    after = float(setup.loss(training.model, batch).detach())
+    gap = abs(after - before) / abs(before)
+    wrong = error(training)
+    text = f"trains (`{training.engine}`): the loss of the same weights changes by {gap:.0%}, error {wrong:.0e}"
+    return Outcome(text, right=gap < 1e-5 and wrong <= LARGEST_ERROR)
+
+
+def scaled(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """One step through a GradScaler, compared with the same step without it."""
+    training = make(setup, poisson_sampling=False)
+    training.optimizer.max_grad_norm = 1000.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
+    training.optimizer.zero_grad()
+    scaler.scale(setup.loss(training.model, setup.collate(setup.items))).backward()
+    scaler.step(training.optimizer)
+    moved = norm({n: p.detach() - before[n] for n, p in training.model.named_parameters()})
+    unscaled = norm(batch_of_one(training.reference(), setup, 1000.0)) * 0.05 / training.optimizer.expected_batch_size
+    return Outcome(
+        f"trains (`{training.engine}`): the step is {moved / unscaled:.0f} times as long", right=moved < 1.01 * unscaled
+    )
+
+
+def keyword(make: Callable[..., Training], setup: Setup) -> Outcome:
+    """Whether a misspelt keyword is noticed."""
+    training = make(setup, posson_sampling=False)
+    poisson = "is" if hasattr(training.loader.batch_sampler, "sample_rate") else "is not"
+    return Outcome(f"accepted; sampling {poisson} Poisson", right=False)
+
+
+# ------------------------------------------------------------------ the set-ups
+
+
+def pairs(*shape: int, count: int = 8, classes: int = 3) -> list[tuple[Tensor, int]]:
+    """Samples ``(x, y)`` of very different size, so that some are clipped and some are not."""
+    return [(torch.randn(*shape) * (0.3 + i), i % classes) for i in range(count)]
+
+
+def cross_entropy(model: nn.Module, batch: Any, **options: Any) -> Tensor:
+    """The usual step."""
+    return F.cross_entropy(model(batch[0]), batch[1], **options)
+
+
+class Module(nn.Module):
+    """A module made of layers and a function of them, to keep the set-ups short."""
+
+    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(self, *args)
+
+
+def mlp(*middle: nn.Module) -> nn.Sequential:
+    """Two linear layers and what stands between them."""
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
+
+
+def batch_norm() -> Setup:
+    return Setup(mlp(nn.BatchNorm1d(8, affine=False)), pairs(6), cross_entropy)
+
+
+def batch_mean() -> Setup:
+    model = Module(lambda m, x: m.b(torch.relu((h := m.a(x)) - h.mean(0))), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    return Setup(model, pairs(6), cross_entropy)
+
+
+def words(ignored: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Token sequences with a target per token; the later ones have more targets to be ignored."""
+    items = [(torch.randint(1, 11, (7,)), torch.randint(0, 5, (7,))) for _ in range(8)]
+    for i, (_, target) in enumerate(items):
+        target[7 - min(6, i * ignored) :] = -100
+    return items
+
+
+def tokens() -> Setup:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-100)
+
+    return Setup(nn.Sequential(nn.Embedding(11, 8), nn.Tanh(), nn.Linear(8, 5)), words(ignored=1), loss)
+
+
+def class_weights() -> Setup:
+    return Setup(mlp(), pairs(6), partial(cross_entropy, weight=torch.tensor([1.0, 10.0, 0.1])))
+
+
+def batch_dice() -> Setup:
+    masks = [(torch.rand(1, 8, 8) < (0.5 if i == 0 else 0.0)).float() for i in range(8)]
+    items = [(torch.randn(1, 8, 8), mask) for mask in masks]
+    criterion = DiceLoss(sigmoid=True, batch=True)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    return Setup(model, items, lambda m, b: criterion(m(b[0]), b[1]))
+
+
+def announced_mean() -> Setup:
+    return Setup(mlp(), pairs(6), partial(cross_entropy, reduction="sum"))
+
+
+def crops() -> Setup:
+    def collate(items: list[Any]) -> Any:
+        return default_collate([crop for item in items for crop in item])
+
+    items = [[(torch.randn(6) * (0.3 + i), i % 3) for _ in range(4)] for i in range(6)]
+    return Setup(mlp(), items, cross_entropy, {"batch_size": 3, "collate_fn": collate})
+
+
+def circular() -> Setup:
+    conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
+    return Setup(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)), pairs(2, 5, 5), cross_entropy)
+
+
+def padding_row() -> Setup:
+    items = [(torch.cat([torch.randint(1, 11, (7 - i % 5,)), torch.zeros(i % 5, dtype=torch.long)]), i % 3) for i in range(8)]
+    model = nn.Sequential(nn.Embedding(11, 8, padding_idx=0), nn.Flatten(), nn.Linear(56, 3))
+    return Setup(model, items, cross_entropy)
+
+
+def channels_last() -> Setup:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(m(batch[0].contiguous(memory_format=torch.channels_last)), batch[1])
+
+    return Setup(model, pairs(2, 5, 5), loss)
+
+
+def two_names() -> Setup:
+    model = mlp()
+    model.add_module("head", nn.Identity())
+    model.add_module("again", nn.ModuleList([model[0], model[2]]))
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
+    return Setup(model, pairs(6), cross_entropy)
+
+
+def tied() -> Setup:
+    model = Module(
+        lambda m, x: F.linear(torch.tanh(m.emb(x)), m.emb.weight).flatten(1)[:, :3], emb=nn.Embedding(11, 8)
+    )
+    return Setup(model, [(x, i % 3) for i, (x, _) in enumerate(words())], cross_entropy)
+
+
+def penalty() -> Setup:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) + sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+    return Setup(mlp(), pairs(6), loss)
+
+
+def in_place() -> Setup:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = m.a(x)
+        out += x
+        return m.b(torch.relu(out))
+
+    return Setup(Module(forward, a=nn.Linear(6, 6), b=nn.Linear(6, 3)), pairs(6), cross_entropy)
+
+
+def unused() -> Setup:
+    model = Module(lambda m, x: m.b(torch.relu(m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 3), spare=nn.Linear(8, 2))
+    return Setup(model, pairs(6), cross_entropy)
+
+
+def positions() -> Setup:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head((m.words(x) + m.places(torch.arange(x.shape[1])[None])).flatten(1))
+
+    model = Module(forward, words=nn.Embedding(11, 8), places=nn.Embedding(7, 8), head=nn.Linear(56, 3))
+    return Setup(model, [(x, i % 3) for i, (x, _) in enumerate(words())], cross_entropy)
+
+
+def detached() -> Setup:
+    items = [(torch.randn(6) * (0.3 + i), torch.randn(6)) for i in range(8)]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        z1, z2 = model(batch[0]), model(batch[1])
+        return -F.cosine_similarity(z1, z2.detach(), dim=1).mean()
+
+    return Setup(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), items, loss)
+
+
+def vnet() -> Setup:
+    items = [(torch.randn(1, 16, 16, 16), torch.randint(0, 2, (16, 16, 16))) for _ in range(3)]
+    return Setup(VNet(dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0)), items, cross_entropy, {"batch_size": 2})
+
+
+def subset() -> Setup:
+    options = {"batch_size": 4, "sampler": SubsetRandomSampler(list(range(16)))}
+    return Setup(mlp(), pairs(6, count=32), cross_entropy, options)
+
+
+def dropped_last() -> Setup:
+    return Setup(mlp(), pairs(6, count=30), cross_entropy, {"batch_size": 16, "drop_last": True})
+
+
+def empty_mapping() -> Setup:
+    items = [{"image": torch.randn(6), "label": i % 3} for i in range(24)]
+    options = {"batch_size": 2, "generator": torch.Generator()}
+    return Setup(mlp(), items, lambda m, b: F.cross_entropy(m(b["image"]), b["label"]), options)
+
+
+def empty_convolution() -> Setup:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 3))
+    return Setup(model, pairs(2, 5, 5, count=24), cross_entropy, {"batch_size": 2, "generator": torch.Generator()})
+
+
+def attention() -> Setup:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.mha(x, x, x, need_weights=False)[0].mean(1))
+
+    model = Module(forward, mha=nn.MultiheadAttention(8, 2, batch_first=True), head=nn.Linear(8, 3))
+    return Setup(model, pairs(5, 8), cross_entropy)
+
+
+def ordinary() -> Setup:
+    return Setup(mlp(), pairs(6, count=24), cross_entropy)
+
+
+Measure = Callable[[Callable[..., Training], Setup], Outcome]
+
+SETUPS: tuple[tuple[str, Callable[[], Setup], Measure], ...] = (
+    ("`BatchNorm1d(affine=False)`", batch_norm, released_sums),
+    ("`x - x.mean(0)` in forward", batch_mean, released_sums),
+    ("mean over the tokens with `ignore_index`", tokens, released_sums),
+    ("class weights and `reduction='mean'`", class_weights, released_sums),
+    ("MONAI `DiceLoss(batch=True)`, most masks empty", batch_dice, released_sums),
+    ("`reduction='sum'`, `loss_reduction='mean'`", announced_mean, released_sums),
+    ("4 crops per item in one batch", crops, released_sums),
+    ("`Conv2d(padding_mode='circular')`", circular, released_sums),
+    ("`Embedding(padding_idx=0)`", padding_row, released_sums),
+    ("`Conv2d` on channels-last images", channels_last, released_sums),
+    ("layers registered under two names", two_names, released_sums),
+    ("weight used again with `F.linear`", tied, released_sums),
+    ("penalty on the weights in the loss", penalty, released_sums),
+    ("`out += x` in forward", in_place, three_steps),
+    ("parameter without gradient", unused, three_steps),
+    ("position embedding called with `(1, T)`", positions, three_steps),
+    ("`z2.detach()` in the loss (SimSiam)", detached, three_steps),
+    ("MONAI `VNet`", vnet, three_steps),
+    ("`SubsetRandomSampler`, 16 of 32", subset, draws),
+    ("`drop_last=True`, 30 samples, batches of 16", dropped_last, draws),
+    ("first Poisson draw empty, dict items", empty_mapping, empty_draw),
+    ("Poisson draw empty, convolution", empty_convolution, empty_draw),
+    ("`MultiheadAttention(8, 2, batch_first=True)`", attention, same_function),
+    ("`torch.amp.GradScaler`, scale 1024", ordinary, scaled),
+    ("misspelt keyword `posson_sampling=False`", ordinary, keyword),
+)
+
+
+# ------------------------------------------------------------------ the table
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no log lines between the rows."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def outcome(make: Callable[..., Training], build: Callable[[], Setup], measure: Measure) -> Outcome:
+    """Measure one set-up with one library; a failure is an outcome too."""
+    torch.manual_seed(0)
+    setup = build()
+    torch.manual_seed(1)
+    with quiet():
+        try:
+            return measure(make, setup)
+        except dpfix.DPFixError as refusal:
+            code = str(refusal).partition(" ")[0]
+            told = f" ({code})" if code.startswith("DPF") else ""
+            return Outcome(f"refused: `{type(refusal).__name__}`{told}", right=True)
+        except FAILURES as failure:
+            words = " ".join(str(failure).split())[:70].replace("|", "/").rstrip(" .")
+            return Outcome(f"stops: `{type(failure).__name__}`: {words}", right=False)
+
+
+def run(only: str = "") -> tuple[list[str], bool]:
+    """Measure the set-ups whose name contains a text.
+
+    Args:
+        only: the text.
+
+    Returns:
+        The lines of the table, and whether dpfix was right everywhere.
+    """
+    lines = [f"| set-up | plain Opacus {metadata.version('opacus')} | dpfix |", "|---|---|---|"]
+    right = True
+    for name, build, measure in SETUPS:
+        if only not in name:
+            continue
+        opacus = outcome(plain_opacus, build, measure)
+        ours = outcome(with_dpfix, build, measure)
+        right &= ours.right
+        silent = "" if opacus.right or opacus.text.startswith("stops") else "**silent** "
+        lines.append(f"| {name} | {silent}{opacus.text} | {'' if ours.right else '**wrong** '}{ours.text} |")
+        print(lines[-1], file=sys.stderr)
+    return lines, right
+
+
+PAGE = """\
+# Plain Opacus and dpfix, side by side
+
+This page is printed by `python benchmarks/opacus_comparison.py --write docs/comparison.md`.
+It was made with torch {torch} and opacus {opacus}, in float32 on a CPU.
+
+Every row is one small script. Plain Opacus gets the model after `ModuleValidator.fix`.
+
+- **Sensitivity**: how far leaving one sample out moves the released sum, as a multiple of the clip norm C.
+  DP-SGD needs at most 1.
+- **Error**: distance of the released sum from the clipped sum of gradients taken one sample at a time with ordinary
+  autograd, relative to that sum.
+- Both are the worst of the clip norms {norms}.
+- **silent** marks a row in which plain Opacus raises nothing, and the figure shows that the guarantee or the gradient
+  is not what it should be.
+- The name in brackets is the engine that computed the per-sample gradients. dpfix chooses it by timing the ones that
+  are right, so another machine may show another name.
+
+{table}
+"""
+
+
+def main() -> int:
+    """Print the table.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="only the set-ups whose name contains this text")
+    parser.add_argument("--write", type=Path, help="write the page here as well")
+    options = parser.parse_args()
+    lines, right = run(options.only)
+    table = "\n".join(lines)
+    print(table)
+    if options.write:
+        versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "opacus")}
+        norms = ", ".join(f"{c:g}" for c in CLIP_NORMS)
+        options.write.write_text(PAGE.format(table=table, norms=norms, **versions))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
