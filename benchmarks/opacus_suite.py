@@ -3,8 +3,8 @@
 ``python benchmarks/opacus_suite.py [--backend opacus|dpfix] [--known] [--examples N] [pytest arguments]``
 
 Only the name ``PrivacyEngine`` inside the test modules is replaced; Opacus itself stays as it is. Torchvision
-is stood in for when it is missing. The exit status is 0 when every failure is listed in ``ON_PURPOSE`` and every
-entry there really fails; when pytest arguments leave tests out, entries that name only those are not judged.
+is stood in for when it is missing. The exit status is 0 when every failure is listed in ``ON_PURPOSE`` and
+every entry there really fails; entries whose tests the pytest arguments leave out are not judged.
 """
 
 from __future__ import annotations
@@ -27,13 +27,7 @@ from opacus import PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-FILES = (
-    "privacy_engine",
-    "batch_memory_manager",
-    "privacy_engine_validation",
-    "gradient_accumulation",
-    "poisson",
-)
+NAMES = "privacy_engine batch_memory_manager privacy_engine_validation gradient_accumulation poisson"
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -51,12 +45,8 @@ class FakeData(Dataset[tuple[Tensor, int]]):
         num_classes: int = 10,
         transform: Transform = lambda image: image,
     ) -> None:
-        self.size, self.image_size, self.num_classes, self.transform = (
-            size,
-            image_size,
-            num_classes,
-            transform,
-        )
+        self.size, self.image_size = size, image_size
+        self.num_classes, self.transform = num_classes, transform
 
     def __len__(self) -> int:
         return self.size
@@ -65,9 +55,8 @@ class FakeData(Dataset[tuple[Tensor, int]]):
         if index >= self.size:
             raise IndexError(f"index {index} of {self.size}")
         generator = torch.Generator().manual_seed(index)
-        image = (
-            (torch.randn(self.image_size, generator=generator) * 255).long().remainder(256).to(torch.uint8)
-        )
+        noise = torch.randn(self.image_size, generator=generator)
+        image = (noise * 255).long().remainder(256).to(torch.uint8)
         target = int(torch.randint(self.num_classes, (1,), generator=generator))
         return self.transform(image), target
 
@@ -144,7 +133,8 @@ class Suite:
         self.reasons: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        for item in items:
+            module = getattr(item, "module", None)
             if hasattr(module, "PrivacyEngine"):
                 module.PrivacyEngine = self.engine
 
@@ -220,6 +210,7 @@ def main() -> int:
         import dpfix
 
         engine = dpfix.SafePrivacyEngine
+    torch.set_num_threads(1)  # the models are small: threads only make the run slower
     stand_in_for_torchvision()
     settings.register_profile("suite", max_examples=options.examples, derandomize=True, database=None)
     settings.load_profile("suite")
@@ -237,7 +228,7 @@ def main() -> int:
     ]
     fixed += ["-W", "ignore"]
     status = pytest.main(
-        [*fixed, *(str(tests / f"{name}_test.py") for name in FILES), *pytest_args], plugins=[suite]
+        [*fixed, *(str(tests / f"{name}_test.py") for name in NAMES.split()), *pytest_args], plugins=[suite]
     )
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(status)

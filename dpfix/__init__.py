@@ -4,7 +4,6 @@ The whole public API is what this file exports.
 """
 
 from dpfix.api import (
-    PrivateTraining,
     SafePrivacyEngine,
     diagnose,
     make_private_safe,
@@ -31,8 +30,10 @@ from dpfix.errors import (
     UnknownArgumentError,
 )
 from dpfix.findings import EngineEvidence, Finding, Fixability, Report, Severity
+from dpfix.losses import PerSampleLoss
 from dpfix.plan import Plan
 from dpfix.statement import PrivacyStatement
+from dpfix.training import PrivateTraining
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "NoEngineError",
     "NonFiniteGradientError",
     "OptimizerError",
+    "PerSampleLoss",
     "Plan",
     "PlanBrokenError",
     "PrivacyStatement",

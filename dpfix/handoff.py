@@ -176,7 +176,15 @@ def option_names(clipping: str, mode: str) -> frozenset[str]:
     """
     cls = get_optimizer_class(clipping=clipping, distributed=False, grad_sample_mode=mode)
     names = set(inspect.signature(cls.__init__).parameters)
-    return frozenset(names) - {"self", "args", "kwargs", "optimizer", "generator", "secure_mode", "expected_batch_size"}
+    return frozenset(names) - {
+        "self",
+        "args",
+        "kwargs",
+        "optimizer",
+        "generator",
+        "secure_mode",
+        "expected_batch_size",
+    }
 
 
 def hand_off(
@@ -212,9 +220,7 @@ def hand_off(
     ledger = DrawLedger() if poisson_sampling else None
     loader: DataLoader[Any] = data_loader
     if ledger is not None:
-        loader = PrivateDataLoader(
-            data_loader, stand_in=stand_in, ledger=ledger, generator=privacy_engine.secure_rng
-        )
+        loader = PrivateDataLoader(data_loader, stand_in=stand_in, ledger=ledger, generator=privacy_engine.secure_rng)
     everything = dict(module.named_parameters())
     parameters = {n: p for n, p in everything.items() if p.requires_grad}
     own = plan.opacus_mode == "no_op"

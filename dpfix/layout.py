@@ -87,6 +87,25 @@ class CallLayout:
     signature: tuple[tuple[trees.Path, int], ...]
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """How one call of a module that owns parameters carries the samples.
+
+    Attributes:
+        path: path of the module.
+        number: how many calls of this module came before in the step.
+        inputs: layout of ``(args, kwargs)``; ``None`` for a tensor that carries no samples (positions).
+        output: layout of what is returned.
+        problem: why the layout could not be told; empty if it could.
+    """
+
+    path: str
+    number: int
+    inputs: Layout
+    output: Layout
+    problem: str = ""
+
+
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[trees.Path, int], ...]:
     """What tells calls of different form apart.
 
@@ -131,6 +150,30 @@ def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> 
     return tuple(found.values()), ""
 
 
+def layout_of_layers(together: Any, alone: Sequence[Any]) -> tuple[LayerCall, ...]:
+    """The layouts of all calls of the modules that own parameters.
+
+    Args:
+        together: calls by module path in the step on the batch.
+        alone: the same for every sample alone.
+
+    Returns:
+        One entry per call, with the reason where a layout could not be told.
+    """
+    out = []
+    for path, calls in together.items():
+        for number, call in enumerate(calls):
+            if any(len(run.get(path, ())) != len(calls) for run in alone):
+                out.append(LayerCall(path, number, (), (), "the number of calls depends on the number of samples"))
+                continue
+            singles = [run[path][number] for run in alone]
+            inputs, bad_input = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles])
+            output, bad_output = _layout(call.output, [c.output for c in singles])
+            problem = (bad_input and f"input {bad_input}") or (bad_output and f"output {bad_output}")
+            out.append(LayerCall(path, number, inputs, output, problem))
+    return tuple(out)
+
+
 def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
     whole = [(path, leaf) for path, leaf in trees.leaves(batch) if torch.is_tensor(leaf)]
     parts = [[(path, leaf) for path, leaf in trees.leaves(s) if torch.is_tensor(leaf)] for s in singles]
@@ -138,14 +181,23 @@ def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
         return (), "its structure depends on the number of samples"
     layout: list[tuple[trees.Path, SampleDim | None]] = []
     for number, (path, leaf) in enumerate(whole):
-        dim, problem = _sample_dim(leaf, [p[number][1] for p in parts])
+        dim, problem = sample_dim(leaf, [p[number][1] for p in parts])
         if problem:
             return (), f"tensor {'.'.join(map(str, path)) or 'itself'} of shape {tuple(leaf.shape)} {problem}"
         layout.append((path, dim))
     return tuple(layout), ""
 
 
-def _sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDim | None, str]:
+def sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDim | None, str]:
+    """How a tensor of a batch carries the samples, told from the same tensor of every sample alone.
+
+    Args:
+        whole: the tensor in the batch.
+        parts: the tensor for every sample alone.
+
+    Returns:
+        The layout (``None`` if the tensor carries no samples), and why it could not be told.
+    """
     if any(p.dim() != whole.dim() for p in parts):
         return None, "changes its number of dimensions"
     if all(p.shape == whole.shape for p in parts):

@@ -7,37 +7,23 @@ singles are at the same time the batch-of-one reference that the audit compares 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpfix import sampling, trees
-from dpfix.errors import DPFixError, ModelError, TrainingStepError
-from dpfix.layout import CallLayout, layout_of_calls
+from dpfix import sampling
+from dpfix.dry_run import described_failures
+from dpfix.errors import DPFixError
+from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers
 from dpfix.probe import Probe
-from dpfix.traceless import FixedRandomness, Key, put_back, same, state_of, traceless, written
+from dpfix.recorder import Call, Recording, Site, recorder
+from dpfix.traceless import FixedRandomness, Key, put_back, same, traceless, written
 from dpfix.training_step import TrainingStep
 
 Gradients = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class RootCall:
-    """One call of the model's ``forward`` during a step.
-
-    Attributes:
-        args: positional arguments, tensors detached.
-        kwargs: keyword arguments, tensors detached.
-        output: what it returned, tensors detached.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class Run:
         loss: value of the loss.
         gradients: gradient of every trainable parameter, by name; zeros where none arrived.
         used: names of the parameters that a gradient reached.
-        calls: the calls of the model's ``forward``.
+        calls: calls of the root and of the modules that own parameters, by path.
         written: state that the step changed, with its new value.
         random_modules: paths of modules inside which something random was drawn.
         low_precision: whether half precision was used.
@@ -57,10 +43,27 @@ class Run:
     loss: float
     gradients: Gradients
     used: frozenset[str]
-    calls: tuple[RootCall, ...]
+    calls: Mapping[str, list[Call]]
     written: dict[Key, Any]
     random_modules: frozenset[str]
     low_precision: bool
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module in the step on the whole probe.
+
+    Attributes:
+        path: path of the module.
+        number: how many calls of this module came before.
+        shapes: shapes of the output tensors.
+        reached: whether a gradient came back to one of them.
+    """
+
+    path: str
+    number: int
+    shapes: tuple[tuple[int, ...], ...]
+    reached: bool
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,15 @@ class StepRecord:
     Attributes:
         together: the step on all samples.
         alone: the step on every sample alone: the batch-of-one reference.
-        calls: how each call of ``forward`` lays out its samples.
-        layout_problem: why the layout could not be told, or empty.
+        calls: how each call of the model carries its samples.
+        layout_problem: why that could not be told, or empty.
+        layers: how each call of a module that owns trainable parameters carries its samples.
+        modules: every module call, in order.
         unused: trainable parameters that no gradient reached in any run.
+        functional: trainable parameters used outside their own module, with the first place.
+        several: trainable parameters whose module is called more than once, or that have several names.
+        detached: where a graph was cut.
+        in_place: where the output of a module was overwritten.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
     """
@@ -81,9 +90,15 @@ class StepRecord:
     alone: tuple[Run, ...]
     calls: tuple[CallLayout, ...]
     layout_problem: str
+    layers: tuple[LayerCall, ...]
+    modules: tuple[ModuleCall, ...]
     unused: tuple[str, ...]
+    functional: Mapping[str, str]
+    several: tuple[str, ...]
+    detached: tuple[Site, ...]
+    in_place: tuple[Site, ...]
     constant_writes: tuple[str, ...]
-    sample_writes: tuple[str, ...] = field(default=())
+    sample_writes: tuple[str, ...]
 
     @property
     def random_modules(self) -> frozenset[str]:
@@ -95,6 +110,12 @@ class StepRecord:
         """Whether half precision was used anywhere."""
         return self.together.low_precision
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Largest number of rows that one sample has in an input of the model."""
+        rows = [dim.rows for call in self.calls for _, dim in call.inputs if dim is not None]
+        return max(rows, default=1)
+
 
 def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
     """Run the step on every sample alone and on all together.
@@ -105,26 +126,53 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
         probe: the samples.
 
     Returns:
-        What was seen. The model, every generator and every gradient are afterwards as before.
+        What was seen. The model, every generator and every gradient are afterwards as before, also if the step fails.
     """
+    recording = Recording()
     with traceless(module) as before:
         alone = []
         for batch in probe.singles:
             alone.append(run_step(module, step, batch, before))
             put_back(module, before)
-        together = run_step(module, step, probe.batch, before)
+        together = run_step(module, step, probe.batch, before, recording)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
         if together.random_modules:
             used |= _used_by_chance(module, step, probe, before)
-    calls, problem = layout_of_calls(together.calls, [run.calls for run in alone])
+    everything = [*alone, together]
+    calls, problem = layout_of_calls(together.calls.get("", []), [run.calls.get("", []) for run in alone])
+    layers = layout_of_layers(together.calls, [run.calls for run in alone])
     trainable = [name for name, p in module.named_parameters() if p.requires_grad]
-    constant, dependent = _writes([*alone, together])
-    unused = tuple(name for name in trainable if name not in used)
-    return StepRecord(together, tuple(alone), calls, problem, unused, constant, dependent)
+    constant, dependent = _writes(everything)
+    return StepRecord(
+        together=_root_only(together),
+        alone=tuple(_root_only(run) for run in alone),
+        calls=calls,
+        layout_problem=problem,
+        layers=layers,
+        modules=_module_calls(recording),
+        unused=tuple(name for name in trainable if name not in used),
+        functional=dict(recording.functional),
+        several=_several(module, recording),
+        detached=tuple(recording.detached),
+        in_place=tuple(recording.in_place),
+        constant_writes=constant,
+        sample_writes=dependent,
+    )
 
 
-def run_step(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key, Any]) -> Run:
+def _root_only(run: Run) -> Run:
+    """Activations of the layers are not needed once their layout is known."""
+    return replace(run, calls={"": list(run.calls.get("", []))})
+
+
+def run_step(
+    module: nn.Module,
+    step: TrainingStep,
+    batch: Any,
+    before: dict[Key, Any],
+    recording: Recording | None = None,
+) -> Run:
     """One forward and backward pass on the plain model with fixed randomness.
 
     Args:
@@ -132,19 +180,23 @@ def run_step(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key
         step: from batch to loss.
         batch: a collated batch.
         before: snapshot of the model's state, to tell what was written.
+        recording: where details are written down, if they are wanted.
 
     Returns:
         What happened.
     """
-    stack: list[str] = []
+    details = recording is not None
+    notes = Recording() if recording is None else recording
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for p in parameters.values():
         p.grad = None
-    calls: list[RootCall] = []
-    with recorded_calls(module, calls), tracked_modules(module, stack), FixedRandomness(stack) as mode:
-        with described_failures(step):
-            loss = step.loss(module, batch)
-            loss.backward()
+    with (
+        recorder(module, notes, details=details),
+        FixedRandomness(notes.stack) as mode,
+        described_failures(step),
+    ):
+        loss = step.loss(module, batch)
+        loss.backward()
     gradients = {n: _dense(p) for n, p in parameters.items()}
     used = frozenset(n for n, p in parameters.items() if p.grad is not None)
     for p in parameters.values():
@@ -153,7 +205,7 @@ def run_step(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key
         float(loss.detach()),
         gradients,
         used,
-        tuple(calls),
+        notes.calls,
         written(module, before),
         frozenset().union(*mode.random_ops.values()) if mode.random_ops else frozenset(),
         mode.low_precision,
@@ -190,7 +242,7 @@ def _dense(p: nn.Parameter) -> torch.Tensor:
     if p.grad is None:
         return torch.zeros_like(p, memory_format=torch.contiguous_format)
     grad = p.grad.detach()
-    return (grad.to_dense() if grad.is_sparse else grad).clone()
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 def _used_by_chance(module: nn.Module, step: TrainingStep, probe: Probe, before: dict[Key, Any]) -> frozenset[str]:
@@ -218,119 +270,22 @@ def _writes(runs: list[Run]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(constant), tuple(dependent)
 
 
-@contextmanager
-def recorded_calls(module: nn.Module, calls: list[RootCall]) -> Iterator[None]:
-    """Write down every call of a module's ``forward``.
-
-    Args:
-        module: the module.
-        calls: where the calls are appended.
-
-    Yields:
-        Nothing.
-    """
-
-    def detach(_: trees.Path, leaf: Any) -> Any:
-        return leaf.detach().as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(RootCall(*(trees.map_leaves(detach, part) for part in (args, kwargs, output))))
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _module_calls(recording: Recording) -> tuple[ModuleCall, ...]:
+    count: dict[str, int] = {}
+    out = []
+    for number, (path, shapes) in enumerate(recording.order):
+        out.append(ModuleCall(path, count.get(path, 0), shapes, number in recording.reached))
+        count[path] = count.get(path, 0) + 1
+    return tuple(out)
 
 
-@contextmanager
-def tracked_modules(module: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the paths of the modules that are being called.
-
-    Args:
-        module: the model.
-        stack: the list to keep them in.
-
-    Yields:
-        Nothing.
-    """
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if stack:
-            stack.pop()
-
-    handles = []
-    for path, child in module.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda m, a, path=path: stack.append(path), prepend=True))
-        handles.append(child.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def described_failures(step: TrainingStep) -> Iterator[None]:
-    """Turn an error of the user's step into one that says what was being tried.
-
-    Args:
-        step: the training step.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TrainingStepError: the step raised something that is no refusal of dpfix.
-    """
-    try:
-        yield
-    except DPFixError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
-        place = _last_place(error)
-        raise TrainingStepError(
-            f"the training step ({step.origin}) fails on a probe of a few samples, or on a single one: "
-            f"{type(error).__name__}: {error} ({place}). Check training_step= and criterion=, and that the "
-            "model runs on one batch and on a single sample before it is made private."
-        ) from error
-
-
-def _last_place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "place unknown"
-
-
-def materialise(module: nn.Module, step: TrainingStep, probe: Probe) -> bool:
-    """Let lazy modules create their parameters, by one forward pass of the training step.
-
-    The initialisers draw from the script's generators as its own first forward pass would have.
-
-    Args:
-        module: the model.
-        step: from batch to loss.
-        probe: the samples.
-
-    Returns:
-        Whether there was anything to create.
-
-    Raises:
-        ModelError: a parameter is still without shape.
-    """
-    if not _lazy(module):
-        return False
-    with described_failures(step), torch.enable_grad():
-        step.run(module, probe.batch)
-    left = _lazy(module)
-    if left:
-        raise ModelError(
-            f"module: lazy parameter `{left[0]}` of {type(module).__name__} was not created by one training step. "
-            "Run one forward pass that uses it before make_private_safe, or remove the layer."
-        )
-    return True
-
-
-def _lazy(module: nn.Module) -> list[str]:
-    return [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+def _several(module: nn.Module, recording: Recording) -> tuple[str, ...]:
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if p.requires_grad:
+            names.setdefault(id(p), []).append(name)
+    return tuple(
+        found[0]
+        for found in names.values()
+        if len(found) > 1 or any(len(recording.calls.get(name.rpartition(".")[0], ())) > 1 for name in found)
+    )

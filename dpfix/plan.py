@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dpfix.layout import CallLayout
+from dpfix.layout import CallLayout, LayerCall
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Plan:
         engine: name of the engine.
         opacus_mode: the ``grad_sample_mode`` handed to Opacus.
         calls: how the calls of ``forward`` carry their samples.
+        layers: how the calls of the modules that own parameters carry theirs.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
         frozen_parameters: trainable parameters that no gradient reaches; frozen while training privately.
@@ -25,6 +26,7 @@ class Plan:
     engine: str
     opacus_mode: str
     calls: tuple[CallLayout, ...] = ()
+    layers: tuple[LayerCall, ...] = ()
     loss_reduction: str = "mean"
     batch_first: bool = True
     frozen_parameters: tuple[str, ...] = ()

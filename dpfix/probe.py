@@ -1,7 +1,7 @@
 """The probe: a few samples on which everything is tried before the first real step.
 
-Shapes, dtypes and integers come from the dataset; floating values are redrawn (zeros stay zero, since padding and
-empty masks are structure), so nothing that is measured can tell a data value.
+Shapes, dtypes and whole numbers (labels, masks, token ids) come from the dataset; other floating values are redrawn,
+with zeros kept, since padding and empty regions are structure. None of it is stored, printed or released.
 """
 
 from __future__ import annotations
@@ -52,6 +52,98 @@ class Probe:
         """
         return self.collate([self.items[i % len(self.items)] for i in range(samples)])
 
+    def changed(self, change: Callable[[int, trees.Path, Any], Any]) -> Probe:
+        """A probe of changed samples.
+
+        Args:
+            change: ``(sample number, path, leaf) -> leaf``.
+
+        Returns:
+            The new probe.
+        """
+        items = [
+            trees.map_leaves(lambda path, leaf, i=i: change(i, path, leaf), item) for i, item in enumerate(self.items)
+        ]
+        return _collated(items, self.collate)
+
+    def without(self, sample: int) -> Probe:
+        """The probe with one sample left out.
+
+        Args:
+            sample: number of the sample.
+
+        Returns:
+            The smaller probe.
+        """
+        return _collated([item for i, item in enumerate(self.items) if i != sample], self.collate)
+
+
+def _collated(items: list[Any], collate: Callable[[list[Any]], Any]) -> Probe:
+    return Probe(collate(list(items)), tuple(collate([item]) for item in items), collate, tuple(items))
+
+
+SCALED = 2
+"""Number of the sample that :func:`provoked` scales (the last one of a smaller probe)."""
+
+
+def provoked(probe: Probe) -> tuple[Probe, ...]:
+    """Probes that bring out what depends on the data: an empty sample, a rare label, an outlier.
+
+    The first has them all; the others one each, for steps that cannot take some of them.
+
+    Args:
+        probe: the ordinary probe.
+
+    Returns:
+        Changed probes: sample 0 blank (zeros, smallest integers), sample 1 with the largest integers, sample 2 with
+        floating values 50 times as large. Integers come from the values that the probe holds at the same place.
+    """
+    low, high = _extremes(probe.items)
+    scaled = min(SCALED, len(probe) - 1)
+
+    def blank(i: int, path: trees.Path, leaf: Any) -> Any:
+        return _filled(leaf, low.get(path)) if i == 0 else leaf
+
+    def rare(i: int, path: trees.Path, leaf: Any) -> Any:
+        return _filled(leaf, high.get(path), floats=False) if i == 1 else leaf
+
+    def outlier(i: int, path: trees.Path, leaf: Any) -> Any:
+        floating = torch.is_tensor(leaf) and leaf.is_floating_point()
+        floating = floating or (isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating))
+        return leaf * 50 if i == scaled and floating else leaf
+
+    def everything(i: int, path: trees.Path, leaf: Any) -> Any:
+        return outlier(i, path, rare(i, path, blank(i, path, leaf)))
+
+    return tuple(probe.changed(change) for change in (everything, blank, rare, outlier))
+
+
+def _extremes(items: tuple[Any, ...]) -> tuple[dict[trees.Path, Any], dict[trees.Path, Any]]:
+    low: dict[trees.Path, Any] = {}
+    high: dict[trees.Path, Any] = {}
+    for item in items:
+        for path, leaf in trees.leaves(item):
+            values = torch.as_tensor(leaf) if isinstance(leaf, (int, np.ndarray, torch.Tensor)) else None
+            if values is None or values.is_floating_point() or values.is_complex() or not values.numel():
+                continue
+            low[path] = min(low.get(path, values.min().item()), values.min().item())
+            high[path] = max(high.get(path, values.max().item()), values.max().item())
+    return low, high
+
+
+def _filled(leaf: Any, integer: Any, *, floats: bool = True) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        if leaf.is_floating_point():
+            return torch.zeros_like(leaf) if floats else leaf
+        return leaf if integer is None else torch.full_like(leaf, integer)
+    if isinstance(leaf, np.ndarray):
+        if np.issubdtype(leaf.dtype, np.floating):
+            return np.zeros_like(leaf) if floats else leaf
+        return leaf if integer is None else np.full_like(leaf, integer)
+    if isinstance(leaf, int) and integer is not None:
+        return type(leaf)(integer)
+    return leaf
+
 
 def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
     """Read a probe from a loader's dataset, without touching its sampler.
@@ -73,16 +165,13 @@ def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
         collate = collate.collate
     generator = torch.Generator().manual_seed(20160623)
     try:
-        items = tuple(_redraw(loader.dataset[i], generator) for i in chosen)
-        batch = collate(list(items))
-        singles = tuple(collate([item]) for item in items)
+        return _collated([_redraw(loader.dataset[i], generator) for i in chosen], collate)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed: "
             f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "
             "dataset[i] and the collate_fn work for any list of samples, also for a single one."
         ) from error
-    return Probe(batch, singles, collate, items)
 
 
 def _redraw(item: Any, generator: torch.Generator) -> Any:

@@ -82,9 +82,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         generator: torch.Generator | None,
         ledger: DrawLedger,
     ) -> None:
-        super().__init__(
-            num_samples=len(indices), sample_rate=sample_rate, generator=generator, steps=steps
-        )
+        super().__init__(num_samples=len(indices), sample_rate=sample_rate, generator=generator, steps=steps)
         self.indices = torch.as_tensor(indices)
         self.ledger = ledger
 

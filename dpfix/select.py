@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from dpfix.audit import Reference, check_engine
+from dpfix.audit import SLACK, Reference, check_bounded, check_engine
 from dpfix.engines import BY_HAND, ENGINES, Engine
 from dpfix.errors import NoEngineError
 from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
 from dpfix.plan import Plan
-from dpfix.probe import Probe
+from dpfix.probe import SCALED, Probe
 from dpfix.scan import place
 from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
@@ -41,25 +41,38 @@ def engines_for(mode: str) -> tuple[Engine, ...]:
     return (BY_HAND,) if mode == BY_HAND.name else (ENGINES[mode],)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A probe, what one step on it showed, and its batch-of-one reference.
+
+    Attributes:
+        samples: the probe.
+        record: what the step showed.
+        wanted: the reference.
+    """
+
+    samples: Probe
+    record: StepRecord
+    wanted: Reference
+
+
 def choose(
     module: nn.Module,
     step: TrainingStep,
-    probe: Probe,
-    record: StepRecord,
+    ordinary: Trial,
+    harder: Sequence[Trial],
     plan: Plan,
-    wanted: Reference,
     mode: str,
     batch_size: float,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
-    """Audit the candidates, time those that pass, keep the fastest.
+    """Audit the candidates, time those that pass, keep the fastest that also passes on the harder probes.
 
     Args:
         module: the repaired model.
         step: from batch to loss.
-        probe: the samples.
-        record: what the probe showed.
+        ordinary: the probe.
+        harder: probes with an empty sample, a rare label, an outlier.
         plan: everything about the training but the engine.
-        wanted: the batch-of-one reference.
         mode: ``grad_sample_mode`` of the call.
         batch_size: the script's batch size.
 
@@ -72,29 +85,81 @@ def choose(
     if mode == BY_HAND.name:
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
+    evidence = _try(engines_for(mode), module, step, ordinary, plan)
+    passed = [ENGINES[name] for name, e in evidence.items() if e.passed]
+    if len(passed) > 1:
+        batch = ordinary.samples.of_size(max(2, min(TIMED_SAMPLES, int(batch_size))))
+        seconds = _time(passed, module, step, batch, plan)
+        evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
+        passed.sort(key=lambda engine: seconds[engine.name])
+    for engine in passed:
+        chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        problem = next((e for e in _confirm(engine, module, step, ordinary, harder, chosen) if not e.passed), None)
+        if problem is None:
+            return chosen, tuple(evidence.values())
+        evidence[engine.name] = problem
+    raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
+
+
+def _try(
+    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, trial: Trial, plan: Plan
+) -> dict[str, EngineEvidence]:
     evidence: dict[str, EngineEvidence] = {}
     start = time.perf_counter()
-    for engine in engines_for(mode):
+    for engine in engines:
         if any(e.passed for e in evidence.values()) and time.perf_counter() - start > BUDGET_SECONDS:
             reason = f"not tried, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
             evidence[engine.name] = EngineEvidence(engine.name, passed=False, reason=reason)
             continue
-        verdict = engine.supports(module, record)
-        trial = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        verdict = engine.supports(module, trial.record)
+        this = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         evidence[engine.name] = (
-            check_engine(engine, module, step, probe, trial, wanted)
+            check_engine(engine, module, step, trial.samples, this, trial.wanted)
             if verdict
             else EngineEvidence(engine.name, passed=False, reason=verdict.reason)
         )
-    passed = [ENGINES[name] for name, e in evidence.items() if e.passed]
-    if not passed:
-        raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
-    if len(passed) > 1:
-        seconds = _time(passed, module, step, probe.of_size(max(2, min(TIMED_SAMPLES, int(batch_size)))), plan)
-        evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
-        passed.sort(key=lambda engine: seconds[engine.name])
-    best = passed[0]
-    return replace(plan, engine=best.name, opacus_mode=best.opacus_mode), tuple(evidence.values())
+    return evidence
+
+
+def _confirm(
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    ordinary: Trial,
+    harder: Sequence[Trial],
+    plan: Plan,
+) -> Iterator[EngineEvidence]:
+    """The harder probes, then the bound on the last of them (an outlier is in it, where there is one)."""
+    for trial in harder:
+        yield check_engine(engine, module, step, trial.samples, plan, trial.wanted)
+    last = harder[-1] if harder else ordinary
+    left_out = min(SCALED, len(last.samples) - 1)
+    yield check_bounded(engine, module, step, last.samples, plan, last.wanted, left_out)
+
+
+def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, harder: Sequence[Trial]) -> list[str]:
+    """What was shown about the chosen engine, for the report.
+
+    Args:
+        plan: the plan.
+        evidence: what was measured.
+        ordinary: the probe.
+        harder: the harder probes that the step could take.
+
+    Returns:
+        One line per proof.
+    """
+    chosen = next(e for e in evidence if e.engine == plan.engine)
+    if chosen.max_error is None:
+        return ["exact: not shown, the script computes per-sample gradients itself"]
+    lines = [
+        f"exact: the clipped sum of {len(ordinary.samples)} samples equals the batch-of-one reference at 3 clip norms, "
+        f"largest relative error {chosen.max_error:.1e} (allowed {ordinary.wanted.tolerance:.0e})",
+        f"bounded: leaving a sample out moves the clipped sum by at most {1 + SLACK:g} times the clip norm",
+    ]
+    if harder:
+        lines.append(f"the same on {len(harder)} harder probe(s): an empty sample, a rare label, a sample scaled by 50")
+    return lines
 
 
 def _time(

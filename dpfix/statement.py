@@ -58,7 +58,10 @@ class PrivacyStatement:
             ("noise multiplier", f"{self.noise_multiplier:g} (times the clip norm)"),
             ("clip norm", str(self.max_grad_norm)),
             ("accountant", self.accountant),
-            ("noise generator", "cryptographic" if self.secure_rng else "torch's default (not cryptographic)"),
+            (
+                "noise generator",
+                "cryptographic" if self.secure_rng else "torch's default (not cryptographic)",
+            ),
         ]
         lines = ["privacy statement", *(f"  {name + ':':18s} {value}" for name, value in rows)]
         lines += ["  not covered:"] + [f"    - {item}" for item in self.not_covered]

@@ -121,13 +121,9 @@ def _step(
         def stand_in(model: nn.Module, batch: Any) -> torch.Tensor:
             return stand_in_loss(model(*inputs(batch)))
 
-        return TrainingStep(
-            stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False
-        )
+        return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False)
     if target is None:
-        return TrainingStep(
-            lambda m, b: criterion(m(*inputs(b))), f"inferred: criterion({text})", loss_known=True
-        )
+        return TrainingStep(lambda m, b: criterion(m(*inputs(b))), f"inferred: criterion({text})", loss_known=True)
     return TrainingStep(
         lambda m, b: criterion(m(*inputs(b)), target(b)), f"inferred: criterion({text})", loss_known=True
     )

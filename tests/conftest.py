@@ -17,3 +17,12 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors; these come from libraries and are about no misuse of theirs by dpfix."""
+    for ignored in (
+        # torch, about Opacus's hooks on a layer whose input needs no gradient: every first layer
+        "ignore:Full backward hook is firing when gradients are computed:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", ignored)

@@ -105,9 +105,7 @@ def _sampler(loader: DataLoader[Any]) -> Iterator[Finding]:
 
 
 def _refuse(fact: str, why: str, help: str) -> Finding:
-    return Finding(
-        CODE, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, fact, why, help=help, path="data_loader"
-    )
+    return Finding(CODE, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, fact, why, help=help, path="data_loader")
 
 
 class _Stream(IterableDataset):

@@ -58,13 +58,17 @@ def find(scan: Scan) -> Iterator[Finding]:
                 fixability=Fixability.REFUSED,
                 fact=f"{scan.place(path)} has {option}={value}.",
                 why=f"{why}.",
-                help=f"build the layer without {option}" + (" and use a dense optimizer." if option == "sparse" else "."),
+                help=f"build the layer without {option}"
+                + (" and use a dense optimizer." if option == "sparse" else "."),
                 path=path,
             )
 
 
 def _model(**options: Any) -> dict[str, Any]:
-    return {"module": nn.Sequential(nn.Embedding(11, 6, **options), nn.Flatten(), nn.LazyLinear(3)), "integers": 11}
+    return {
+        "module": nn.Sequential(nn.Embedding(11, 6, **options), nn.Flatten(), nn.LazyLinear(3)),
+        "integers": 11,
+    }
 
 
 VALID = (lambda: _model(), lambda: _model(padding_idx=0))

@@ -69,5 +69,7 @@ def fix(module: nn.Module, scan: Scan) -> dict[str, Any]:
 VALID = (lambda: {"module": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))},)
 INVALID = (
     lambda: {"module": nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))},
-    lambda: {"module": nn.Sequential(nn.Linear(6, 8), nn.ELU(inplace=True), nn.Dropout(0.1, inplace=True), nn.Linear(8, 3))},
+    lambda: {
+        "module": nn.Sequential(nn.Linear(6, 8), nn.ELU(inplace=True), nn.Dropout(0.1, inplace=True), nn.Linear(8, 3))
+    },
 )

@@ -65,11 +65,18 @@ def fix(module: nn.Module, scan: Scan) -> dict[str, Any]:
     Returns:
         Attribute values; the buffers become ``None``.
     """
-    return {"track_running_stats": False, "running_mean": None, "running_var": None, "num_batches_tracked": None}
+    return {
+        "track_running_stats": False,
+        "running_mean": None,
+        "running_var": None,
+        "num_batches_tracked": None,
+    }
 
 
 def _model(**options: bool) -> dict[str, Any]:
-    return {"module": nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, **options), nn.Flatten(), nn.LazyLinear(3))}
+    return {
+        "module": nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, **options), nn.Flatten(), nn.LazyLinear(3))
+    }
 
 
 VALID = (lambda: _model(), lambda: _model(affine=True))

@@ -66,8 +66,7 @@ def find(scan: Scan) -> Iterator[Finding]:
             **common,
             severity=Severity.BLOCKS_TRAINING,
             fixability=Fixability.EXACT if equal else Fixability.REFUSED,
-            fact=f"{scan.place(path)} has to be replaced for grad_sample_mode="
-            f"'{scan.options.grad_sample_mode}'.",
+            fact=f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.options.grad_sample_mode}'.",
             fix=f"Opacus's replacement; largest difference on a probe {difference:.1e}" if equal else "",
             help="" if equal else f"Opacus's replacement {told}; leave grad_sample_mode at 'auto'.",
         )
@@ -96,7 +95,7 @@ def _opacus_replacement(module: nn.Module) -> nn.Module:
 
 def _difference(module: nn.Module) -> float | None:
     frozen = any(not p.requires_grad for p in module.parameters())
-    if type(module) not in _KINDS or frozen or getattr(module, "dropout", 0):  # noqa: E721 - exact classes only
+    if type(module) not in _KINDS or frozen or getattr(module, "dropout", 0):
         return None
     try:
         new = _opacus_replacement(module)

@@ -1,0 +1,66 @@
+# All that has to be there is make and Python 3.11 or newer; the rest goes into $(VENV).
+#
+#   make test VENV=/tmp/other      another virtual environment
+#   make test ARGS="-k batch_norm" further arguments of the command behind a target
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+JOBS ?= 2
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+# One thread per process: the tests run in $(JOBS) processes, and results do not depend on the number of cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint format bench docs rules opacus-suite clean
+.SECONDARY:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-demo  ## train MONAI's VNet with and without differential privacy (a few minutes)
+	$(BIN)/python benchmarks/demo_vnet.py --out demo_output $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+slow: $(VENV)/.installed-dev  ## run the long tests too
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## check format, style, docstrings and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## format the code and sort the imports
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev  ## measure plain Opacus and dpfix side by side, and write docs/comparison.md
+	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write docs/comparison.md $(ARGS)
+
+opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
+	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)
+
+rules: $(VENV)/.installed-dev  ## write the pages of the rules from their files
+	$(BIN)/python docs/generate_rules.py
+
+docs: $(VENV)/.installed-docs  ## build the documentation into site/
+	$(BIN)/python docs/generate_rules.py
+	$(BIN)/python -m mkdocs build --strict --site-dir site $(ARGS)
+
+clean:  ## remove what was built, but not the virtual environment
+	rm -rf site demo_output .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH (or pass PYTHON=...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo '*' > $(VENV)/.gitignore
+
+# torch comes first and alone: with this version plain pip takes the build that fits the machine.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@

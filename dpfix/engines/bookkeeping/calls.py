@@ -1,0 +1,135 @@
+"""One call of a layer: its forward without its parameters' graph, and a backward that only returns the input gradient.
+
+The weight gradient of the batch, which private training has no use for, is never computed by autograd. What the call
+needs for per-sample gradients is bound to the call itself: there is no stack that a repeated, detached or
+out-of-order call could put into the wrong order, and a call whose gradient never comes never reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dpfix.engines.bookkeeping.contributions import Contribution
+from dpfix.engines.bookkeeping.rows import Rows
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a rule needs to know about a call.
+
+    Attributes:
+        module: the layer.
+        rows: where the samples are in the layer's input (and, for its dimension, its output).
+        report: takes a parameter and what this call adds to its per-sample gradient.
+    """
+
+    module: nn.Module
+    rows: Rows
+    report: Callable[[nn.Parameter, Contribution], None]
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """A parameter of the layer that is trained.
+
+        Args:
+            name: its attribute.
+
+        Returns:
+            The parameter, or ``None`` if there is none or it is frozen.
+        """
+        p = getattr(self.module, name, None)
+        return p if isinstance(p, nn.Parameter) and p.requires_grad else None
+
+
+class Rule(Protocol):
+    """How one family of layers is computed and accounted for."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether the rule computes exactly what this module does.
+
+        Args:
+            module: a module that owns trainable parameters.
+
+        Returns:
+            Whether it does.
+        """
+        ...
+
+    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """What the layer does to its input before anything with a parameter happens (padding); under autograd.
+
+        Args:
+            module: the layer.
+            x: its input.
+
+        Returns:
+            The prepared input.
+        """
+        ...
+
+    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """The layer's output, without a graph. It must be no view.
+
+        Args:
+            call: the call.
+            x: the prepared input.
+
+        Returns:
+            The output, and what :meth:`backward` needs.
+        """
+        ...
+
+    def backward(
+        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        """Report the parameters' contributions and return the gradient of the input.
+
+        Args:
+            call: the call.
+            saved: what :meth:`forward` kept.
+            g: gradient of the output.
+            wanted: whether the input's gradient is needed.
+
+        Returns:
+            The gradient of the prepared input, or ``None``.
+        """
+        ...
+
+
+class Recorded(torch.autograd.Function):
+    """A layer call in the graph. The anchor makes the output require gradient when the input does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, rule: Rule, call: LayerCall) -> torch.Tensor:  # noqa: D102
+        output, saved = rule.forward(call, x)
+        ctx.save_for_backward(*saved)
+        ctx.rule, ctx.call = rule, call
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:  # noqa: D102
+        gradient = ctx.rule.backward(ctx.call, ctx.saved_tensors, g, ctx.needs_input_grad[0])
+        return gradient, None, None, None
+
+
+def autocast(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:
+    """What autocast would make of the operands of a matrix product.
+
+    Args:
+        x: the input.
+        *parameters: weight and bias.
+
+    Returns:
+        The operands in autocast's dtype, or as they are where it is off.
+    """
+    kind = x.device.type
+    operands = (x, *parameters)
+    if not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in operands)

@@ -1,0 +1,141 @@
+"""Convolutions and transposed convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from dpfix.engines.bookkeeping.calls import LayerCall, autocast
+from dpfix.engines.bookkeeping.contributions import Kept, full_precision
+from dpfix.engines.bookkeeping.correlation import Geometry, correlation
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Convolution:
+    """``nn.Conv1d`` to ``nn.Conv3d`` with every padding, and ``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether it is a convolution with PyTorch's own forward.
+
+        Args:
+            module: a module.
+
+        Returns:
+            Whether it is.
+        """
+        return any(
+            isinstance(module, kind) and type(module).forward is kind.forward for kind in _CONVOLUTIONS + _TRANSPOSED
+        )
+
+    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """Pad what the convolution itself cannot: values other than zeros, or more on one side.
+
+        Args:
+            module: the layer.
+            x: its input.
+
+        Returns:
+            The padded input.
+
+        Raises:
+            NotImplementedError: the input has no batch dimension.
+        """
+        if x.dim() != len(module.kernel_size) + 2:
+            raise NotImplementedError(
+                f"a convolution was called with a tensor of {x.dim()} dimensions, without a batch"
+            )
+        if isinstance(module, _ConvTransposeNd) or symmetric(module) is not None:
+            return x
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """The convolution.
+
+        Args:
+            call: the call.
+            x: shape ``[rows, channels, *in]``.
+
+        Returns:
+            Shape ``[rows, filters, *out]``; input and weight are kept.
+        """
+        module: Any = call.module
+        x, weight, bias = autocast(x, module.weight, module.bias)
+        return torch.ops.aten.convolution(x, weight, bias, *settings(module)), (x, weight)
+
+    def backward(
+        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        """See :class:`Rule`.
+
+        Args:
+            call: the call.
+            saved: input and weight.
+            g: shape ``[rows, filters, *out]``.
+            wanted: whether the input's gradient is needed.
+
+        Returns:
+            Shape of the input.
+        """
+        x, weight = saved
+        module: Any = call.module
+        own, bias = call.parameter("weight"), call.parameter("bias")
+        rows = len(x) // call.rows.samples
+        by_sample = call.rows.adjacent(g)
+        if bias is not None:
+            sums = full_precision(by_sample).flatten(2).sum(2)
+            call.report(bias, Kept(sums.view(call.rows.samples, rows, -1).sum(1)))
+        if own is not None:
+            stride, padding, dilation, transposed, _, groups = settings(module)
+            pair = (call.rows.adjacent(x), by_sample)
+            source, target = pair[::-1] if transposed else pair
+            call.report(own, correlation(source, target, own.shape, Geometry(stride, padding, dilation, groups), rows))
+        if not wanted:
+            return None
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *settings(module), [True, False, False])[0]
+
+
+def symmetric(module: Any) -> tuple[int, ...] | None:
+    """Zero padding that is the same on both sides.
+
+    Args:
+        module: a convolution.
+
+    Returns:
+        The padding, or ``None`` if the input has to be padded first.
+    """
+    if module.padding_mode != "zeros":
+        return None
+    if not isinstance(module.padding, str):
+        return module.padding
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+
+
+def settings(module: _ConvNd) -> tuple[Any, ...]:
+    """The arguments of the convolution after the padding that was already done.
+
+    Args:
+        module: a convolution.
+
+    Returns:
+        Stride, padding, dilation, transposed, output padding, groups.
+    """
+    none = (0,) * len(module.kernel_size)
+    padding = symmetric(module) if not module.transposed else module.padding
+    return (
+        module.stride,
+        padding or none,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        module.groups,
+    )

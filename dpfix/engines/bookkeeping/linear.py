@@ -1,0 +1,202 @@
+"""Linear layers: per-sample weight gradient ``g_i^T a_i``, a product of two matrices with one row per position.
+
+Its norm is had without it from Gram matrices (Li et al., "Large Language Models Can Be Strong Differentially Private
+Learners", 2022, section 4: ``|g^T a|^2 = <a a^T, g g^T>``), which is cheaper when there are few positions. The choice
+follows Bu et al., "Differentially Private Optimization on Large Model at Small Cost", 2023 (book-keeping).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.engines.bookkeeping.calls import LayerCall, autocast
+from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
+
+KEEP_RATIO = 1.8
+"""Per-sample gradients are kept while they are at most this many times larger than activation and output gradient."""
+BYTE_COST = 32
+"""Multiply-adds that cost as much time as moving one number to and from memory."""
+
+
+class Outer:
+    """``sum_t g_it^T a_it`` by its factors.
+
+    Args:
+        a: layer inputs, shape ``[samples, positions, in]``.
+        g: output gradients, shape ``[samples, positions, out]``.
+        shape: shape of the parameter, ``out * in`` numbers.
+    """
+
+    def __init__(self, a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> None:
+        self.a, self.g, self.shape = full_precision(a), full_precision(g), shape
+
+    def squared_norms(self) -> torch.Tensor:
+        """By Gram matrices, or by one product per sample into a reused buffer, whichever is cheaper.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
+        if positions == 1:
+            return squared(self.a[:, 0]) * squared(self.g[:, 0])
+        if gram_cost(positions, wide, high) < positions * wide * high + 2 * BYTE_COST * wide * high:
+            gram = torch.bmm(self.a, self.a.mT).mul_(torch.bmm(self.g, self.g.mT))
+            return gram.sum((1, 2)).clamp_(min=0)
+        buffer = self.a.new_empty(high, wide)
+        norms = [torch.linalg.vector_norm(torch.mm(g.mT, a, out=buffer)) for a, g in zip(self.a, self.g, strict=True)]
+        return torch.stack(norms).square()
+
+    def per_sample(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples, *parameter]``.
+        """
+        return torch.bmm(self.g.mT, self.a).view(-1, *self.shape)
+
+    def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
+        """One ordinary weight gradient, with the factors on the smaller operand.
+
+        Args:
+            factors: shape ``[samples]``.
+
+        Returns:
+            Shape of the parameter.
+        """
+        a, g, scale = self.a, self.g, factors.to(self.a.dtype)[:, None, None]
+        if a.shape[2] < g.shape[2]:
+            a = a * scale
+        else:
+            g = g * scale
+        return torch.mm(g.flatten(0, 1).mT, a.flatten(0, 1)).view(self.shape)
+
+
+def gram_cost(positions: int, wide: int, high: int) -> int:
+    """Multiply-adds of the two Gram matrices of one sample.
+
+    Args:
+        positions: rows.
+        wide: numbers per row of one factor.
+        high: numbers per row of the other.
+
+    Returns:
+        The cost.
+    """
+    return positions * positions * (wide + high + BYTE_COST)
+
+
+def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
+    """The cheaper form of ``g_i^T a_i``: kept as it is, or by its factors.
+
+    Args:
+        a: shape ``[samples, positions, in]``.
+        g: shape ``[samples, positions, out]``.
+        shape: shape of the parameter.
+
+    Returns:
+        The contribution.
+    """
+    positions, wide, high = a.shape[1], a.shape[2], g.shape[2]
+    factors = Outer(a, g, shape)
+    kept_size, factor_size = wide * high, positions * (wide + high)
+    small = kept_size <= KEEP_RATIO * factor_size
+    if small and gram_cost(positions, wide, high) > 3 * BYTE_COST * wide * high:
+        return Kept(factors.per_sample())
+    return factors
+
+
+class Linear:
+    """``nn.Linear`` with any leading dimensions."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether it is a Linear with PyTorch's own forward.
+
+        Args:
+            module: a module.
+
+        Returns:
+            Whether it is.
+        """
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """Nothing happens before.
+
+        Args:
+            module: the layer.
+            x: its input.
+
+        Returns:
+            The input.
+        """
+        return x
+
+    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """``x W^T + b``.
+
+        Args:
+            call: the call.
+            x: shape ``[..., in]``.
+
+        Returns:
+            Shape ``[..., out]``; input and weight are kept.
+        """
+        module: Any = call.module
+        x, weight, bias = autocast(x, module.weight, module.bias)
+        return linear(x, weight, bias), (x, weight)
+
+    def backward(
+        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        """See :class:`Rule`.
+
+        Args:
+            call: the call.
+            saved: input and weight.
+            g: shape ``[..., out]``.
+            wanted: whether the input's gradient is needed.
+
+        Returns:
+            Shape ``[..., in]``.
+        """
+        x, weight = saved
+        report_linear(call, x, g, call.parameter("weight"), call.parameter("bias"))
+        return g @ weight if wanted else None
+
+
+def report_linear(
+    call: LayerCall, x: torch.Tensor, g: torch.Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None
+) -> None:
+    """Report what ``x W^T + b`` adds to the gradients of W and b.
+
+    Args:
+        call: the call.
+        x: shape ``[..., in]``.
+        g: shape ``[..., out]``.
+        weight: W, if it is trained.
+        bias: b, if it is trained.
+    """
+    by_sample = call.rows.matrices(g)
+    if bias is not None:
+        call.report(bias, Kept(full_precision(by_sample).sum(1)))
+    if weight is not None:
+        call.report(weight, outer(call.rows.matrices(x), by_sample, weight.shape))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` whose result is no view, so that it may be modified in place.
+
+    Args:
+        x: shape ``[..., in]``.
+        weight: shape ``[out, in]``.
+        bias: shape ``[out]``.
+
+    Returns:
+        Shape ``[..., out]``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.mm(rows, weight.mT) if bias is None else torch.addmm(bias, rows, weight.mT)
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]]) if x.dim() != 2 else out

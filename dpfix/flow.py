@@ -1,0 +1,203 @@
+"""From the user's objects to a plan: scan, repair, observe, audit, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opacus.validators import ModuleValidator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dpfix import audit, dry_run, isolation, notes, observe, probe, sampling, select
+from dpfix.errors import CoupledModelError, ModelError, TrainingStepError
+from dpfix.findings import EngineEvidence, Finding, Report
+from dpfix.plan import Plan
+from dpfix.rules import RULES
+from dpfix.scan import Options, Scan, run_rules
+from dpfix.select import Trial
+from dpfix.surgery import Surgery
+from dpfix.traceless import rng_untouched
+from dpfix.training_step import StepFunction, TrainingStep, infer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the user's objects and what is asked for.
+
+    Attributes:
+        module: the model.
+        optimizer: the optimizer.
+        data_loader: the loader.
+        criterion: the loop's loss function, if given.
+        training_step: from batch to loss, if given.
+        batch_first: whether Opacus's engines find the samples in dimension 0.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        options: everything else.
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    data_loader: DataLoader[Any]
+    criterion: Callable[..., Any] | None
+    training_step: StepFunction | None
+    batch_first: bool
+    loss_reduction: str
+    options: Options
+
+    @property
+    def scan(self) -> Scan:
+        """The objects as the rules see them."""
+        return Scan(self.module, self.optimizer, self.data_loader, self.options)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that was found out before the hand-off.
+
+    Attributes:
+        plan: how the model is to be trained.
+        stand_in: the batch for an empty draw.
+        findings: what was found.
+        evidence: what was measured about the engines.
+        proofs: one line per proof.
+    """
+
+    plan: Plan
+    stand_in: Any
+    findings: tuple[Finding, ...]
+    evidence: tuple[EngineEvidence, ...]
+    proofs: tuple[str, ...]
+
+    def report(self, call: Call, noise_multiplier: float | None) -> Report:
+        """The report of the call.
+
+        Args:
+            call: the call.
+            noise_multiplier: the noise; ``None`` in a diagnosis.
+
+        Returns:
+            The report.
+        """
+        return Report(
+            type(call.module).__name__,
+            self.findings,
+            self.plan.engine,
+            self.evidence,
+            self.proofs,
+            notes.settings(call.data_loader, call.options, call.loss_reduction, noise_multiplier),
+            notes.versions(),
+        )
+
+
+def prepare(call: Call, surgery: Surgery) -> Prepared:
+    """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
+
+    Args:
+        call: the call.
+        surgery: the transaction that repairs go through.
+
+    Returns:
+        The plan and the evidence for it.
+    """
+    findings = _repair(call, surgery)
+    with rng_untouched():
+        samples = probe.take(call.data_loader)
+    step = infer(samples.batch, call.criterion, call.training_step)
+    if dry_run.materialise(call.module, step, samples):
+        findings += [f for f in _repair(call, surgery) if f not in findings]
+    _check_validator(call, findings)
+
+    record = observe.observe(call.module, step, samples)
+    isolation.check_state(call.module, record)
+    if record.unused and record.together.used:
+        for name in record.unused:
+            surgery.freeze(call.module.get_parameter(name))
+        findings.append(notes.frozen(call.module, record))
+    plan = _plan(call, record)
+
+    ordinary = Trial(samples, record, audit.reference(record, record.unused))
+    proofs = _isolated(call, step, ordinary, plan)
+    harder = _provoke(call, step, samples, plan)
+    plan, evidence = select.choose(
+        call.module,
+        step,
+        ordinary,
+        harder,
+        plan,
+        call.options.grad_sample_mode,
+        sampling.batch_size(call.data_loader),
+    )
+    proofs += select.proofs(plan, evidence, ordinary, harder)
+    findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
+    stand_in = observe.stand_in(call.module, step, samples, record)
+    return Prepared(plan, stand_in, tuple(findings), evidence, tuple(proofs))
+
+
+def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
+    """Stop the call if a rule refuses.
+
+    Args:
+        found: ``(rule, finding)`` pairs.
+    """
+    refused = [(rule, finding) for rule, finding in found if finding.refused]
+    if refused:
+        raise refused[0][0].ERROR("\n".join(str(f) for _, f in refused), [f for _, f in refused])
+
+
+def _repair(call: Call, surgery: Surgery) -> list[Finding]:
+    found = run_rules(call.scan, RULES)
+    refuse(found)
+    surgery.repair(found)
+    return [finding for _, finding in found]
+
+
+def _check_validator(call: Call, findings: list[Finding]) -> None:
+    """Whatever Opacus's own validator still flags must have been answered by a finding; nothing slips through."""
+    answered = {f.path for f in findings}
+    for path, child in call.module.named_modules():
+        validator = ModuleValidator.VALIDATORS.get(type(child))
+        if validator is None or path in answered or not any(p.requires_grad for p in child.parameters()):
+            continue
+        for error in validator(child):
+            raise ModelError(
+                f"DPF018 [blocks-training] {call.scan.place(path)} is refused by Opacus's ModuleValidator: {error}\n"
+                "  help: replace the layer as the message says, or freeze it with requires_grad_(False)."
+            )
+
+
+def _plan(call: Call, record: observe.StepRecord) -> Plan:
+    return Plan(
+        engine="",
+        opacus_mode="",
+        calls=record.calls,
+        layers=record.layers,
+        loss_reduction=call.loss_reduction,
+        batch_first=call.batch_first,
+        frozen_parameters=record.unused if record.together.used else (),
+        fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),
+    )
+
+
+def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:
+    return isolation.check_isolation(call.module, step, trial.samples, trial.record, plan, trial.wanted, call.criterion)
+
+
+def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -> tuple[Trial, ...]:
+    """Probes with an empty sample, a rare label and an outlier, as far as the step takes them; all are checked."""
+    trials: list[Trial] = []
+    for number, changed in enumerate(probe.provoked(samples)):
+        if number == 1 and trials:
+            break  # the first one has every provocation in it
+        try:
+            record = observe.observe(call.module, step, changed)
+            trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
+        except (TrainingStepError, CoupledModelError):
+            continue  # no legal sample for this model: an index out of range, a division by zero
+        isolation.check_state(call.module, record)
+        _isolated(call, step, trial, plan)
+        trials.append(trial)
+    return tuple(trials)

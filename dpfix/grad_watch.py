@@ -1,0 +1,55 @@
+"""Telling what autograd wrote into ``p.grad`` from what anything else wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class GradWatch:
+    """Knows what autograd itself accumulated into ``p.grad``, so that everything else can be told apart.
+
+    Args:
+        parameters: the trainable parameters by name.
+
+    Attributes:
+        arrived: names of parameters that autograd accumulated into since the last :meth:`reset`.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.arrived: list[str] = []
+        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._note(name, p))
+            for name, p in parameters.items()
+        ]
+        self.reset()
+
+    def _note(self, name: str, p: torch.Tensor) -> None:
+        self.arrived.append(name)
+        self._seen[name] = _mark(p)
+
+    def reset(self) -> None:
+        """Take the present gradients as known."""
+        self.arrived.clear()
+        self._seen = {name: _mark(p) for name, p in self.parameters.items()}
+
+    def edited(self) -> list[str]:
+        """Parameters whose gradient was changed by something other than autograd.
+
+        Returns:
+            Their names.
+        """
+        return [n for n, p in self.parameters.items() if p.grad is not None and _mark(p) != self._seen[n]]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _mark(p: torch.Tensor) -> tuple[int, int] | None:
+    return None if p.grad is None else (id(p.grad), p.grad._version)

@@ -1,0 +1,213 @@
+"""Sample i must not feel sample j: not in the model, not in its state, not in the loss.
+
+What is compared are outputs and gradients, not loss values: gradients can differ by a hundred times more than values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix import trees
+from dpfix.audit import Reference, norm_of
+from dpfix.errors import CoupledLossError, CoupledModelError, LossError, StateWrittenError, TrainingStepError
+from dpfix.layout import sample_dim
+from dpfix.losses import coupling_causes
+from dpfix.observe import Gradients, StepRecord
+from dpfix.plan import Plan
+from dpfix.probe import Probe
+from dpfix.scan import place
+from dpfix.traceless import FixedRandomness, traceless
+from dpfix.training_step import TrainingStep
+
+
+def check_state(module: nn.Module, record: StepRecord) -> None:
+    """Refuse a model whose forward pass keeps something of the samples.
+
+    Args:
+        module: the model.
+        record: what the probe showed.
+
+    Raises:
+        StateWrittenError: state that depends on the samples was written.
+    """
+    if not record.sample_writes:
+        return
+    name = record.sample_writes[0]
+    raise StateWrittenError(
+        f"DPF012 [breaks-guarantee] forward writes `{name}` ({place(module, name.rpartition('.')[0])}), and what is written "
+        f"depends on the samples ({len(record.sample_writes)} such piece(s) of state).\n"
+        "  why:  a running average, a codebook, a cache or an initialisation from the first batch leaves the training "
+        "without noise.\n"
+        "  help: compute it outside the private training on public data and keep it fixed, make it a trainable "
+        "parameter, or do not keep it between batches."
+    )
+
+
+def check_isolation(
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    record: StepRecord,
+    plan: Plan,
+    wanted: Reference,
+    criterion: Any = None,
+) -> list[str]:
+    """Sample i must not feel sample j: first in the model's outputs, then in the loss.
+
+    Args:
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        record: what the probe showed.
+        plan: for the loss reduction.
+        wanted: the batch-of-one reference of this record.
+        criterion: the criterion of the call, to name the cause of a coupling.
+
+    Returns:
+        One line per proof, for the report.
+
+    Raises:
+        CoupledModelError: an output of the model mixes samples.
+    """
+    coupled = _coupled_output(record, wanted.tolerance)
+    if coupled:
+        culprit = _first_coupled_module(module, step, probe, wanted.tolerance)
+        raise CoupledModelError(
+            f"DPF013 [breaks-guarantee] {culprit or place(module, '')} mixes the samples of a batch: {coupled}.\n"
+            "  why:  sample i's output depends on sample j, so clipping per sample bounds nothing.\n"
+            "  help: replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
+            "something per sample. training_step was run on the whole probe batch and on single samples."
+        )
+    _check_loss(module, record, plan, step, wanted, lambda: coupling_causes(criterion, step.run, probe.batch))
+    kind = "loss" if step.loss_known else "stand-in loss"
+    return [
+        f"isolated: outputs of the model in a batch of {len(probe)} equal those of single samples",
+        f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
+        f"{step.origin})",
+    ]
+
+
+def _coupled_output(record: StepRecord, tolerance: float) -> str:
+    for number, call in enumerate(record.together.calls[""]):
+        parts = [trees.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
+        for k, tensor in enumerate(trees.tensors(call.output)):
+            problem = _differs(tensor, [p[k] for p in parts if k < len(p)], tolerance)
+            if problem:
+                return problem
+    return ""
+
+
+def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float) -> str:
+    """Why a tensor of the batch is not made of those of single samples; empty if it is, or if it cannot be told."""
+    if not whole.is_floating_point():
+        return ""
+    dim, problem = sample_dim(whole, parts)
+    if problem or dim is None:
+        return ""
+    for i, part in enumerate(parts):
+        taken = dim.take(whole, i, len(parts))
+        if taken.shape != part.shape or not part.numel():
+            return ""
+        scale = max(float(part.abs().max()), 1e-6)
+        gap = float((taken - part).abs().max()) / scale
+        if not gap <= 10 * tolerance and torch.isfinite(part).all():
+            return f"the output for one sample alone differs by {gap:.1e} (relative) from the one in a batch"
+    return ""
+
+
+def _first_coupled_module(module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float) -> str:
+    """The first module, in the order of execution, whose output mixes samples."""
+    whole = _outputs(module, step, probe.batch)
+    singles = [_outputs(module, step, batch) for batch in probe.singles]
+    for number, (path, tensors) in enumerate(whole):
+        if any(number >= len(s) or s[number][0] != path for s in singles):
+            return ""
+        for k, tensor in enumerate(tensors):
+            parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
+            if len(parts) == len(singles) and _differs(tensor, parts, tolerance):
+                return place(module, path)
+    return ""
+
+
+def _outputs(module: nn.Module, step: TrainingStep, batch: Any) -> list[tuple[str, list[torch.Tensor]]]:
+    """Path and output tensors of every module call of one forward pass."""
+    seen: list[tuple[str, list[torch.Tensor]]] = []
+
+    def hook(path: str) -> Any:
+        def note(m: nn.Module, args: Any, output: Any) -> None:
+            seen.append((path, [t.detach().as_subclass(torch.Tensor) for t in trees.tensors(output)]))
+
+        return note
+
+    handles = [m.register_forward_hook(hook(path)) for path, m in module.named_modules()]
+    try:
+        with traceless(module), FixedRandomness():
+            step.run(module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _check_loss(
+    module: nn.Module, record: StepRecord, plan: Plan, step: TrainingStep, wanted: Reference, causes: Any
+) -> None:
+    """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
+    samples = len(record.alone)
+    scale = samples if plan.loss_reduction == "mean" else 1
+    parts = _sum([run.gradients for run in record.alone])
+    size = float(sum(norm_of(run.gradients) for run in record.alone))
+    error, name = _distance(record.together.gradients, scale, parts, size)
+    if error <= 5 * wanted.tolerance:
+        if size == 0:
+            raise TrainingStepError(
+                f"no parameter of {type(module).__name__} gets a gradient from training_step ({step.origin}). Check "
+                "the loss, requires_grad of the parameters, and detach or no_grad in forward."
+            )
+        return
+    other, factor = ("sum", 1) if plan.loss_reduction == "mean" else ("mean", samples)
+    if _distance(record.together.gradients, factor, parts, size)[0] <= 5 * wanted.tolerance:
+        raise LossError(
+            f"DPF015 [breaks-guarantee] the loss in training_step is a {other} over the samples, but loss_reduction="
+            f"'{plan.loss_reduction}' was announced.\n"
+            f"  why:  per-sample gradients would be scaled by the batch size before clipping.\n"
+            f"  help: pass loss_reduction='{other}', or use reduction='{plan.loss_reduction}' in the criterion."
+        )
+    told = causes()
+    known = (
+        "; ".join(told)
+        if told
+        else "a mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in "
+        "a Dice loss, a contrastive or rank loss"
+    )
+    raise CoupledLossError(
+        f"DPF014 [breaks-guarantee] the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: "
+        f"the gradient of `{name}` differs by {error:.1e} (relative) ({step.origin}).\n"
+        "  why:  one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
+        f"{'Cause' if told else 'Known causes'}: {known}.\n"
+        "  help: criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages;"
+        " use it in the loop and in training_step."
+    )
+
+
+def _sum(gradients: list[Gradients]) -> Gradients:
+    out: Gradients = {}
+    for one in gradients:
+        for name, g in one.items():
+            if name in out:
+                out[name].add_(g)
+            else:
+                out[name] = g.double()
+    return out
+
+
+def _distance(found: Gradients, factor: float, wanted: Gradients, size: float) -> tuple[float, str]:
+    worst, where = 0.0, ""
+    for name, value in wanted.items():
+        error = float((value - found[name].double() * factor).norm()) / max(size, 1e-12)
+        if not error <= worst:
+            worst, where = (error if error == error else float("inf")), name
+    return worst, where

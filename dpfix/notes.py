@@ -1,0 +1,168 @@
+"""Findings that only the probe can show, and the report they end up in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpfix import sampling
+from dpfix.errors import DPFixError
+from dpfix.findings import Finding, Fixability, Severity
+from dpfix.observe import StepRecord
+from dpfix.scan import Options
+from dpfix.training_step import TrainingStep
+
+
+def frozen(module: nn.Module, record: StepRecord) -> Finding:
+    """The finding about parameters that no gradient reaches.
+
+    Args:
+        module: the model.
+        record: what the probe showed; at least one parameter is unused.
+
+    Returns:
+        The finding.
+    """
+    count = len(record.unused)
+    shown = ", ".join(f"`{n}`" for n in record.unused[:3]) + (", ..." if count > 3 else "")
+    return Finding(
+        "DPF017",
+        Severity.BLOCKS_TRAINING,
+        Fixability.EXACT,
+        f"no gradient reaches {count} trainable parameter(s) of {type(module).__name__}: {shown}.",
+        "noise would be all they ever receive; Opacus stops with 'Per sample gradient is not initialized'.",
+        "frozen (requires_grad=False) while training privately; to_standard_module() gives it back",
+        "if they should be trained, look for a detach, a weight of 0 in the loss, or a missing training_step.",
+        record.unused[0],
+    )
+
+
+def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[Finding]:
+    """What the probe showed and changed nothing about.
+
+    Args:
+        module: the model.
+        step: from batch to loss.
+        record: what the probe showed.
+
+    Returns:
+        Advice.
+    """
+    notes = []
+    if not step.loss_known:
+        notes.append(
+            _advice(
+                "DPF020",
+                f"the loop's loss is not known ({step.origin}).",
+                "a loss that couples the samples (batch Dice, class weights with mean, ignore_index) is not noticed.",
+                help="pass criterion= or training_step= to have the loss checked too.",
+                path="training_step",
+            )
+        )
+    if record.constant_writes:
+        notes.append(
+            _advice(
+                "DPF021",
+                f"forward writes `{record.constant_writes[0]}` ({len(record.constant_writes)} piece(s) of state).",
+                "what is written was the same for different samples, so nothing leaks.",
+                path=record.constant_writes[0],
+            )
+        )
+    if record.in_place:
+        notes.append(
+            _advice(
+                "DPF023",
+                f"forward overwrites the output of a layer: {record.in_place[0]} ({len(record.in_place)} such place(s)).",
+                "Opacus's hooks cannot follow it; an engine of dpfix can.",
+                help="write x = x + y instead of x += y if you want Opacus's hooks to be considered.",
+                path=record.in_place[0].module,
+            )
+        )
+    if record.rows_per_sample > 1:
+        notes.append(
+            _advice(
+                "DPF024",
+                f"every sample enters {type(module).__name__} as {record.rows_per_sample} rows.",
+                "the rows of a sample are averaged before clipping, and counted once: the privacy unit is the sample.",
+                path="data_loader",
+            )
+        )
+    return notes
+
+
+def replaced_sampler(loader: DataLoader, options: Options) -> list[Finding]:
+    """Whether Poisson sampling changes how the user's loader draws.
+
+    Args:
+        loader: the user's loader.
+        options: what was asked for.
+
+    Returns:
+        Advice if it drew with replacement.
+    """
+    if not (options.poisson_sampling and sampling.draws_with_replacement(loader)):
+        return []
+    return [
+        _advice(
+            "DPF022",
+            "data_loader draws with replacement; the private loader draws Poisson batches instead.",
+            "the accountant assumes that every sample enters a batch independently, at most once.",
+            path="data_loader",
+        )
+    ]
+
+
+def _advice(code: str, fact: str, why: str, help: str = "", path: str = "") -> Finding:
+    return Finding(code, Severity.ADVICE, Fixability.NOTHING, fact, why, help=help, path=path)
+
+
+def settings(
+    loader: DataLoader, options: Options, loss_reduction: str, noise_multiplier: float | None
+) -> Mapping[str, str]:
+    """The privacy settings in force, for the report.
+
+    Args:
+        loader: the user's loader.
+        options: what was asked for.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        noise_multiplier: the noise; ``None`` in a diagnosis.
+
+    Returns:
+        Names and values.
+    """
+    poisson = f"Poisson, rate {sampling.sample_rate(loader):.6g}"
+    return {
+        "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
+        "clip norm": str(options.max_grad_norm),
+        "clipping": options.clipping,
+        "samples": str(len(sampling.index_set(loader))),
+        "sampling": poisson if options.poisson_sampling else "the loader's own",
+        "expected batch size": f"{sampling.batch_size(loader):g}",
+        "loss reduction": loss_reduction,
+    }
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of the packages a report depends on.
+
+    Returns:
+        Versions by package name.
+    """
+    return {name: metadata.version(name) for name in ("torch", "opacus")}
+
+
+def as_finding(error: DPFixError) -> Finding:
+    """A refusal as a finding, for a diagnosis.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The finding.
+    """
+    text = str(error)
+    code = text.split(" ", 1)[0] if text.startswith("DPF") else "DPF000"
+    return Finding(code, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, text, type(error).__name__)

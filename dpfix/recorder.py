@@ -1,0 +1,226 @@
+"""Writing down what happens inside one training step: module calls, detach, in-place writes, uses of parameters."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dpfix import trees
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+) | {"__setitem__"}
+_CUTS = frozenset({"detach", "detach_"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        args: positional arguments, tensors detached.
+        kwargs: keyword arguments, tensors detached.
+        output: what it returned, tensors detached.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the user's code.
+
+    Attributes:
+        module: path of the module that was being called; empty outside the model (the loss function).
+        place: ``file:line``.
+        what: the operation.
+    """
+
+    module: str
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.place}" + (f" in `{self.module}`" if self.module else "")
+
+
+@dataclass
+class Recording:
+    """What a recorder has written down so far.
+
+    Attributes:
+        calls: calls of the kept modules, by path.
+        order: ``(path, output shapes)`` of every module call, in order.
+        reached: numbers (in ``order``) of the calls whose output a gradient reached.
+        detached: where a graph was cut.
+        in_place: where the output of a module was overwritten.
+        functional: parameters used while their own module was not being called, with the first place.
+        stack: paths of the modules being called.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    order: list[tuple[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
+    detached: dict[Site, None] = field(default_factory=dict)
+    in_place: dict[Site, None] = field(default_factory=dict)
+    functional: dict[str, str] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every torch function that Python calls."""
+
+    def __init__(self, recording: Recording, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
+        super().__init__()
+        self.recording = recording
+        self.owners = owners
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _CUTS or (name == "__get__" and func is torch.Tensor.data.__get__):  # type: ignore[attr-defined]
+            self._cut(args, "detach" if name in _CUTS else ".data")
+        elif args and _is_in_place(name, kwargs):
+            self._overwritten(args[0], name)
+        for value in args:
+            if isinstance(value, nn.Parameter):
+                self._used(value)
+        return func(*args, **kwargs)
+
+    def _cut(self, args: Any, what: str) -> None:
+        if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
+            place = user_place()
+            if place:
+                self.recording.detached[Site(self._module(), place, what)] = None
+
+    def _overwritten(self, target: Any, name: str) -> None:
+        base = target if getattr(target, "_base", None) is None else target._base
+        if id(target) in self.outputs or id(base) in self.outputs:
+            place = user_place()
+            if place:
+                self.recording.in_place[Site(self._module(), place, name)] = None
+
+    def _used(self, parameter: nn.Parameter) -> None:
+        owner = self.owners.get(id(parameter))
+        if owner is None or self._module() in owner[1] or owner[0] in self.recording.functional:
+            return
+        self.recording.functional[owner[0]] = user_place() or "place unknown"
+
+    def _module(self) -> str:
+        return self.recording.stack[-1] if self.recording.stack else ""
+
+
+def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    if name in _IN_PLACE_OPERATORS or kwargs.get("inplace") is True:
+        return True
+    return name.endswith("_") and not name.endswith("__") and not name.startswith("requires_grad")
+
+
+def user_place() -> str:
+    """The innermost line of code that is neither torch's nor dpfix's.
+
+    Returns:
+        ``file:line``, or an empty string if there is none.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = os.path.abspath(frame.f_code.co_filename)
+        if not file.startswith((_HERE + os.sep, _TORCH + os.sep)) and not file.startswith("<"):
+            return f"{os.path.basename(file)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@contextmanager
+def recorder(module: nn.Module, recording: Recording, *, details: bool) -> Iterator[None]:
+    """Record one training step.
+
+    Args:
+        module: the model.
+        recording: where it is written down.
+        details: also watch functions (detach, in-place, uses of parameters) and which outputs gradient reaches.
+
+    Yields:
+        Nothing.
+    """
+    keep = {path for path, m in module.named_modules() if not path or _owns_parameters(m)}
+    watch = _Watch(recording, _owners(module)) if details else None
+    with ExitStack() as stack:
+        for path, child in module.named_modules():
+            for handle in _hooks(path, child, recording, path in keep, watch):
+                stack.callback(handle.remove)
+        if watch is not None:
+            stack.enter_context(watch)
+        yield
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    own = any(p.requires_grad for p in module.parameters(recurse=False))
+    holders = (nn.ParameterList, nn.ParameterDict)
+    return own or any(
+        isinstance(c, holders) and any(p.requires_grad for p in c.parameters()) for c in module.children()
+    )
+
+
+def _owners(module: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
+    """Parameter id -> its name, and the paths of the modules that may use it (its owners, lists' parents too)."""
+    out: dict[int, tuple[str, set[str]]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        entry = out.setdefault(id(p), (name, set()))
+        entry[1].add(path)
+        while isinstance(module.get_submodule(path), (nn.ParameterList, nn.ParameterDict)) and path:
+            path = path.rpartition(".")[0]
+            entry[1].add(path)
+        if ".parametrizations." in f".{name}":
+            entry[1].update(_parametrised(module, name))
+    return {key: (name, frozenset(paths)) for key, (name, paths) in out.items()}
+
+
+def _parametrised(module: nn.Module, name: str) -> Iterator[str]:
+    """Paths of the parametrisation modules that compute a weight from a parameter, and of the layer it belongs to."""
+    owner = f".{name}".split(".parametrizations.", 1)[0].lstrip(".")
+    yield owner
+    prefix = f"{owner}.parametrizations".lstrip(".")
+    yield from (path for path, _ in module.named_modules() if path.startswith(prefix))
+
+
+def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch: _Watch | None) -> list[Any]:
+    def enter(m: nn.Module, args: Any) -> None:
+        recording.stack.append(path)
+
+    def leave(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if recording.stack:
+            recording.stack.pop()
+        number = len(recording.order)
+        recording.order.append((path, tuple(tuple(t.shape) for t in trees.tensors(output))))
+        if keep:
+            recording.calls.setdefault(path, []).append(
+                Call(*(trees.map_leaves(_detached, part) for part in (args, kwargs, output)))
+            )
+        if watch is not None:
+            for t in trees.gradient_tensors(output):
+                watch.outputs[id(t)] = t
+                t.register_hook(lambda g, number=number: recording.reached.add(number))
+
+    return [
+        child.register_forward_pre_hook(enter, prepend=True),
+        child.register_forward_hook(leave, with_kwargs=True, always_call=True),
+    ]
+
+
+def _detached(_: trees.Path, leaf: Any) -> Any:
+    return leaf.detach().as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf
