@@ -241,16 +241,12 @@ def empty_draw(make: Callable[..., Training], setup: Setup) -> Outcome:
     setup.loss(training.model, batch).backward()
     training.optimizer.step()
     steps = sum(entry[-1] for entry in training.accountant.history)
-    return Outcome(
-        f"trains (`{training.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1
-    )
+    return Outcome(f"trains (`{training.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1)
 
 
 def _first_draw(generator: torch.Generator, sampler: Any, seed: int) -> list[int]:
     generator.manual_seed(seed)
-    torch.empty((), dtype=torch.int64).random_(
-        generator=generator
-    )  # a DataLoader draws a seed for its workers
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
     return next(iter(sampler))
 
 
@@ -297,9 +293,7 @@ def scaled(make: Callable[..., Training], setup: Setup) -> Outcome:
     scaler.scale(setup.loss(training.model, setup.collate(setup.items))).backward()
     scaler.step(training.optimizer)
     moved = norm({n: p.detach() - before[n] for n, p in training.model.named_parameters()})
-    unscaled = (
-        norm(batch_of_one(training.reference(), setup, 1e6)) * 0.05 / training.optimizer.expected_batch_size
-    )
+    unscaled = norm(batch_of_one(training.reference(), setup, 1e6)) * 0.05 / training.optimizer.expected_batch_size
     return Outcome(
         f"trains (`{training.engine}`): the step is {moved / unscaled:.0f} times as long",
         right=moved < 1.01 * unscaled,
@@ -462,15 +456,12 @@ def crops() -> Setup:
 
 def circular() -> Setup:
     conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
-    return Setup(
-        nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)), pairs(2, 5, 5), cross_entropy
-    )
+    return Setup(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)), pairs(2, 5, 5), cross_entropy)
 
 
 def padding_row() -> Setup:
     items = [
-        (torch.cat([torch.randint(1, 11, (7 - i % 5,)), torch.zeros(i % 5, dtype=torch.long)]), i % 3)
-        for i in range(8)
+        (torch.cat([torch.randint(1, 11, (7 - i % 5,)), torch.zeros(i % 5, dtype=torch.long)]), i % 3) for i in range(8)
     ]
     model = nn.Sequential(nn.Embedding(11, 8, padding_idx=0), nn.Flatten(), nn.Linear(56, 3))
     return Setup(model, items, cross_entropy)
@@ -497,9 +488,7 @@ def tied() -> Setup:
 
 def penalty() -> Setup:
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) + sum(
-            (p.square().sum() for p in model.parameters()), torch.zeros(())
-        )
+        return cross_entropy(model, batch) + sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
 
     return Setup(mlp(), pairs(6), loss)
 

@@ -134,9 +134,9 @@ class Suite:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            module = getattr(item, "module", None)
-            if hasattr(module, "PrivacyEngine"):
-                module.PrivacyEngine = self.engine
+            names = vars(item.module) if isinstance(item, pytest.Function) else {}
+            if "PrivacyEngine" in names:
+                names["PrivacyEngine"] = self.engine
 
     def pytest_runtest_setup(self) -> None:
         torch.manual_seed(0)
@@ -200,9 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", choices=("opacus", "dpfix"), default="dpfix")
     parser.add_argument("--known", action="store_true", help="also list the failures that are on purpose")
-    parser.add_argument(
-        "--examples", type=int, default=20, help="per Hypothesis test (Opacus itself takes 100)"
-    )
+    parser.add_argument("--examples", type=int, default=20, help="per Hypothesis test (Opacus takes 100)")
     options, pytest_args = parser.parse_known_args()
 
     engine: type[PrivacyEngine] = PrivacyEngine
@@ -216,26 +214,14 @@ def main() -> int:
     settings.load_profile("suite")
     tests = Path(opacus.tests.__path__[0])
     suite = Suite(engine)
-    fixed = [
-        "-c",
-        os.devnull,
-        f"--rootdir={tests}",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=no",
-        "--no-summary",
-    ]
-    fixed += ["-W", "ignore"]
-    status = pytest.main(
-        [*fixed, *(str(tests / f"{name}_test.py") for name in NAMES.split()), *pytest_args], plugins=[suite]
-    )
+    arguments = ["-p", "no:cacheprovider", "-q", "--tb=no", "--no-summary", "-W", "ignore", "-c"]
+    arguments += [os.devnull, f"--rootdir={tests}"]
+    arguments += [str(tests / f"{name}_test.py") for name in NAMES.split()]
+    status = pytest.main(arguments + pytest_args, plugins=[suite])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(status)
-    as_wanted = suite.summary(
-        ON_PURPOSE if options.backend == "dpfix" else {}, options.known, bool(pytest_args)
-    )
-    return 0 if as_wanted else 1
+    on_purpose = ON_PURPOSE if options.backend == "dpfix" else {}
+    return 0 if suite.summary(on_purpose, options.known, bool(pytest_args)) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Write one page per rule from the rule's own file: its docstring, its cases and the message it gives.
 
-``python docs/generate_rules.py`` writes ``docs/rules/*.md``; with ``--check`` nothing is written, and the exit
-status is 1 if a page is missing, stale or left over.
+``python docs/generate_rules.py`` writes ``docs/rules/*.md``. With ``--check`` nothing is written, and the
+exit status is 1 if a page is missing, stale or left over.
 """
-# ruff: noqa: DOC201
 
 from __future__ import annotations
 
@@ -85,9 +84,7 @@ class Source:
             if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Tuple):  # type: ignore[union-attr]
                 following = self.body[number + 1] if number + 1 < len(self.body) else None
                 text = (
-                    getattr(getattr(following, "value", None), "value", "")
-                    if isinstance(following, ast.Expr)
-                    else ""
+                    getattr(getattr(following, "value", None), "value", "") if isinstance(following, ast.Expr) else ""
                 )
                 return list(node.value.elts), text  # type: ignore[union-attr]
         return [], ""
@@ -212,9 +209,7 @@ def main() -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if a page is not up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
     check = parser.parse_args().check
     wanted = pages()
     old = stale(wanted)

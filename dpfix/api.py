@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix import handoff, sampling
+from dpfix import handoff, notes, sampling
 from dpfix.arguments import check_budget, check_delta, check_names, check_objects, check_values
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.findings import Report
@@ -223,7 +223,8 @@ def diagnose(
         try:
             prepared = prepare(call, surgery)
         except DPFixError as error:
-            return Report(type(call.module).__name__, error.findings or (_as_finding(error),), versions=_versions())
+            refused = error.findings or (notes.as_finding(error),)
+            return Report(type(call.module).__name__, refused, versions=notes.versions())
     return prepared.report(call, None)
 
 

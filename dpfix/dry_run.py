@@ -25,6 +25,7 @@ def described_failures(step: TrainingStep) -> Iterator[None]:
 
     Raises:
         TrainingStepError: the step raised something that is no refusal of dpfix.
+        DPFixError: a refusal, as it is.
     """
     try:
         yield

@@ -33,6 +33,7 @@ class OriginalStep:
         self.allowed = False
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Raise unless the private optimizer is stepping."""
         if not self.allowed:
             raise MisuseError(
                 f"optimizer: {type(optimizer).__name__}.step() was called directly, past the private optimizer that "
@@ -107,6 +108,9 @@ class StepGuard:
 
         Args:
             optimizer: the private optimizer.
+
+        Raises:
+            MisuseError: an assumption of the guarantee does not hold; nothing has moved.
         """
         self._check_scaler(optimizer)
         self._check_plan(optimizer)

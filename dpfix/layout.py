@@ -230,4 +230,4 @@ def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) 
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.cdouble()) if tensor.is_complex() else tensor.double()
+    return torch.view_as_real(tensor.to(torch.complex128)) if tensor.is_complex() else tensor.double()

@@ -134,6 +134,7 @@ class CollateOrStandIn:
         self.stand_in = stand_in
 
     def __call__(self, samples: list[Any]) -> Any:
+        """Collate, or deliver the stand-in."""
         return self.collate(samples) if len(samples) else copy.deepcopy(self.stand_in)
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class PrivacyStatement:
-    """Everything a reader needs to judge an epsilon (after the checklist of Ponomareva et al. 2023,
-    "How to DP-fy ML", https://arxiv.org/abs/2303.00654).
+    """Everything a reader needs to judge an epsilon.
+
+    After the checklist of Ponomareva et al. 2023, "How to DP-fy ML", https://arxiv.org/abs/2303.00654.
 
     Attributes:
         epsilon: privacy loss at ``delta``; infinite without noise.

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = tuple[str, str]
 """``(module path, name)`` of a piece of state."""
 
+_LAZY = (UninitializedParameter, UninitializedBuffer)
 _NOT_STATE = frozenset({"training", "forward"})
 
 
@@ -72,7 +73,7 @@ def _slots(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, UninitializedTensorMixin):
+    if isinstance(value, _LAZY):
         return value
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
@@ -94,7 +95,7 @@ def same(a: Any, b: Any) -> bool:
         Equality; NaN equals NaN.
     """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if isinstance(a, UninitializedTensorMixin) or isinstance(b, UninitializedTensorMixin):
+        if isinstance(a, _LAZY) or isinstance(b, _LAZY):
             return a is b
         return a.shape == b.shape and a.dtype == b.dtype and _equal(a, b)
     if isinstance(a, (list, dict)) and type(a) is type(b):
@@ -157,7 +158,7 @@ def put_back(root: nn.Module, before: Mapping[Key, Any]) -> None:
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:
     current = getattr(module, name, None)
-    if isinstance(value, UninitializedTensorMixin) or same(current, value):
+    if isinstance(value, _LAZY) or same(current, value):
         return
     fits = isinstance(current, torch.Tensor) and isinstance(value, torch.Tensor)
     if fits and current.shape == value.shape and (current.is_leaf or not current.requires_grad):  # type: ignore[union-attr]
@@ -258,6 +259,7 @@ def _fixed(func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     fill = _FILL.get(name)
     if isinstance(out, torch.Tensor) and fill is not None:
+        torch.manual_seed(7)  # the draw above took as many numbers as there are rows
         out.copy_(_spread(out, lambda row: fill(row, given)))
     return out
 

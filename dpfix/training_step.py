@@ -152,7 +152,7 @@ def stand_in_loss(output: Any) -> torch.Tensor:
         )
     total = outputs[0].new_zeros(())
     for t in outputs:
-        t = t.as_subclass(torch.Tensor)
-        weight = torch.cos(torch.arange(t.shape[-1] if t.dim() else 1, device=t.device, dtype=t.dtype))
-        total = total + (t * weight + 0.1 * t.square()).mean()
+        values = t.as_subclass(torch.Tensor)
+        positions = torch.arange(t.shape[-1] if t.dim() else 1, device=t.device, dtype=t.dtype)
+        total = total + (values * torch.cos(positions) + 0.1 * values.square()).mean()
     return total

@@ -24,5 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for ignored in (
         # torch, about Opacus's hooks on a layer whose input needs no gradient: every first layer
         "ignore:Full backward hook is firing when gradients are computed:UserWarning",
+        # Opacus's functorch samplers, for a layer with integer inputs (embeddings)
+        "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
+        # torch's kernels, about speed
+        "ignore:Using padding='same' with even kernel lengths:UserWarning",
+        "ignore:LSTM with projections is not supported with oneDNN:UserWarning",
+        "ignore:grad and param do not obey the gradient layout contract:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", ignored)

@@ -64,6 +64,8 @@ def private(case: Case, dtype: torch.dtype = torch.float64, **changes: Any) -> t
 def released(case: Case, model: nn.Module, training: dpfix.PrivateTraining, clip_norm: float) -> dict[str, Tensor]:
     """What one step of a private training without noise moves, times the expected batch size; the move is undone."""
     stepping, optimizer, loader = training
+    if not isinstance(stepping, nn.Module):  # wrap_model=False returns Opacus's hooks; the loop keeps its own model
+        stepping = model
     optimizer.max_grad_norm = clip_norm
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
     for batch in loader:

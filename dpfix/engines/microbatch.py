@@ -90,6 +90,7 @@ class PerSampleForward:
         self.handle = handle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The per-sample forward pass."""
         return self.handle.forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -262,12 +262,10 @@ def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int)
             "Add the losses and call backward() once."
         )
     for p, parts in gathered.items():
-        if not parts:
-            parts = [zeros(p, g.shape[0]) for g in lengths]
-        elif len(parts) != iterations:
+        if parts and len(parts) != iterations:
             raise AccumulationError(
                 "optimizer.step(): a parameter has gradients of some of the accumulated backward passes only. "
                 "Add the losses and call backward() once."
             )
-        p.grad_sample = parts  # type: ignore[attr-defined]
+        p.grad_sample = parts or [zeros(p, g.shape[0]) for g in lengths]  # type: ignore[attr-defined]
     return [g.shape[0] for g in lengths]

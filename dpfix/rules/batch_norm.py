@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from dpfix.errors import ModelError
 from dpfix.findings import Finding, Fixability, Severity
@@ -59,9 +60,12 @@ def find(scan: Scan) -> Iterator[Finding]:
         scan: the objects of the call.
 
     Yields:
-        One finding per module: advice if its statistics are fixed; refused for a subclass with a ``forward`` of its own, or as the root.
+        One finding per module: advice if its statistics are fixed; refused as the root, or for a subclass with
+        a ``forward`` of its own.
     """
     for path, module in scan.modules(_BatchNorm):
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            continue  # looked at again once its parameters exist
         if not is_batch_coupled(module):
             yield _kept(scan, path)
             continue
@@ -147,7 +151,8 @@ def _replacement(module: _BatchNorm, norm: str) -> nn.Module:
     return new
 
 
-def _describe(module: _BatchNorm, norm: str) -> str:
+def _describe(module: nn.Module, norm: str) -> str:
+    assert isinstance(module, _BatchNorm)
     if norm == "instance":
         return f"InstanceNorm({module.num_features})"
     groups = 1 if norm == "layer" else group_count(module.num_features, _smallest_group(module))

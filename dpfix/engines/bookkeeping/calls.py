@@ -7,9 +7,10 @@ out-of-order call could put into the wrong order, and a call whose gradient neve
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,9 +46,17 @@ class LayerCall:
         return p if isinstance(p, nn.Parameter) and p.requires_grad else None
 
 
-class Rule(Protocol):
-    """How one family of layers is computed and accounted for."""
+class Rule(ABC):
+    """How one family of layers is computed and accounted for.
 
+    Attributes:
+        features: how many trailing dimensions of the input are features; the samples may be in any other one.
+            ``None``: rows in dimension 0, channels in dimension 1.
+    """
+
+    features: int | None = None
+
+    @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
         """Whether the rule computes exactly what this module does.
 
@@ -57,10 +66,9 @@ class Rule(Protocol):
         Returns:
             Whether it does.
         """
-        ...
 
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """What the layer does to its input before anything with a parameter happens (padding); under autograd.
+        """What happens to the input before anything with a parameter does (padding); under autograd.
 
         Args:
             module: the layer.
@@ -69,8 +77,21 @@ class Rule(Protocol):
         Returns:
             The prepared input.
         """
-        ...
+        return x
 
+    def finish(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What happens to the output at the end; under autograd.
+
+        Args:
+            x: the layer's input.
+            output: what :meth:`forward` returned.
+
+        Returns:
+            The layer's output.
+        """
+        return output
+
+    @abstractmethod
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """The layer's output, without a graph. It must be no view.
 
@@ -81,8 +102,8 @@ class Rule(Protocol):
         Returns:
             The output, and what :meth:`backward` needs.
         """
-        ...
 
+    @abstractmethod
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
@@ -97,7 +118,6 @@ class Rule(Protocol):
         Returns:
             The gradient of the prepared input, or ``None``.
         """
-        ...
 
 
 class Recorded(torch.autograd.Function):
@@ -113,7 +133,9 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> Any:  # noqa: D102
-        gradient = ctx.rule.backward(ctx.call, ctx.saved_tensors, g, ctx.needs_input_grad[0])
+        # Detached: what is kept for the step must not hold on to the graph that led here.
+        saved = tuple(None if t is None else t.detach() for t in ctx.saved_tensors)
+        gradient = ctx.rule.backward(ctx.call, saved, g.detach(), ctx.needs_input_grad[0])
         return gradient, None, None, None
 
 

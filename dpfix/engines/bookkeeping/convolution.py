@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from dpfix.engines.bookkeeping.calls import LayerCall, autocast
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.correlation import Geometry, correlation
 
@@ -17,7 +17,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class Convolution:
+class Convolution(Rule):
     """``nn.Conv1d`` to ``nn.Conv3d`` with every padding, and ``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``."""
 
     def accepts(self, module: nn.Module) -> bool:

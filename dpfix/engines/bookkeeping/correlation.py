@@ -74,7 +74,7 @@ class Correlation:
         return (over_g * box.view_as(over_g)).sum((1, 2)).view(samples, groups).sum(1).clamp_(min=0)
 
     def _box(self, gram: torch.Tensor, out: torch.Size) -> torch.Tensor:
-        """Sum a Gram matrix over positions ``[*in, *in]`` over the offsets of the kernel."""
+        # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel
         total: Any = None
         for offset in itertools.product(*(range(k) for k in self.shape[2:])):
             steps = zip(offset, out, self.geometry.stride, self.geometry.dilation, strict=True)
@@ -188,6 +188,5 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
 
 
 def _positions_last(t: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[samples * rows, channels, *positions]`` to ``[samples, channels, rows * positions]``."""
-    flat = t.flatten(2) if rows == 1 else t.flatten(2).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
-    return flat
+    # [samples * rows, channels, *positions] to [samples, channels, rows * positions]
+    return t.flatten(2) if rows == 1 else t.flatten(2).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)

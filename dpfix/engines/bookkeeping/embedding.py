@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule
 from dpfix.engines.bookkeeping.contributions import full_precision, squared
 
 
@@ -62,8 +62,10 @@ class Lookup:
         return torch.ops.aten.embedding_dense_backward(scaled, self.ids, self.rows, -1, False)
 
 
-class Embedding:
+class Embedding(Rule):
     """``nn.Embedding``."""
+
+    features = 0
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether it is an Embedding with PyTorch's own forward; frequency scaling couples the samples.
@@ -76,18 +78,6 @@ class Embedding:
         """
         plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
         return plain and not module.scale_grad_by_freq and module.max_norm is None  # type: ignore[union-attr]
-
-    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """Nothing happens before.
-
-        Args:
-            module: the layer.
-            x: the ids.
-
-        Returns:
-            The ids.
-        """
-        return x
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Look the ids up.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, autocast
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 
 KEEP_RATIO = 1.8
@@ -108,8 +108,10 @@ def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
     return factors
 
 
-class Linear:
+class Linear(Rule):
     """``nn.Linear`` with any leading dimensions."""
+
+    features = 1
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether it is a Linear with PyTorch's own forward.
@@ -121,18 +123,6 @@ class Linear:
             Whether it is.
         """
         return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """Nothing happens before.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The input.
-        """
-        return x
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """``x W^T + b``.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dpfix.engines.bookkeeping.calls import LayerCall
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 
 _LOOP_ABOVE = 16384
@@ -19,7 +19,7 @@ _LOOP_ABOVE = 16384
 Saved = tuple[torch.Tensor | None, ...]
 
 
-class _Norm:
+class _Norm(Rule):
     """What the normalisations share."""
 
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,19 @@ class _Norm:
             The input in the precision of the statistics.
         """
         return full_precision(x)
+
+    def finish(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Back to the input's precision, unless autocast keeps normalisations in single precision (CUDA).
+
+        Args:
+            x: the layer's input.
+            output: the normalised input.
+
+        Returns:
+            The layer's output.
+        """
+        kept = x.is_cuda and torch.is_autocast_enabled("cuda")
+        return output if kept or output.dtype == x.dtype else output.to(x.dtype)
 
 
 def report(call: LayerCall, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
@@ -124,6 +137,8 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 class LayerNorm(_Norm):
     """``nn.LayerNorm``, with and without weight and bias."""
 
+    features = 1
+
     def accepts(self, module: nn.Module) -> bool:
         """Whether it is a LayerNorm with PyTorch's own forward.
 
@@ -184,6 +199,8 @@ class LayerNorm(_Norm):
 
 class RMSNorm(_Norm):
     """``nn.RMSNorm``."""
+
+    features = 1
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether it is an RMSNorm with PyTorch's own forward.
@@ -291,7 +308,7 @@ class FixedNorm(_Norm):
         return g * (weight * rstd).view(channel) if wanted else None
 
 
-class PReLU:
+class PReLU(Rule):
     """``nn.PReLU``: the slope of a channel gets what came back where its input was negative."""
 
     def accepts(self, module: nn.Module) -> bool:
@@ -304,18 +321,6 @@ class PReLU:
             Whether it is.
         """
         return isinstance(module, nn.PReLU) and type(module).forward is nn.PReLU.forward
-
-    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """Nothing happens before.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The input.
-        """
-        return x
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """``max(0, x) + weight min(0, x)``.

@@ -100,8 +100,8 @@ def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
     size = tensor.shape[layout.dim] if layout.dim < tensor.dim() else -1
     if size % samples or size < samples or (layout.rows == 1 and size != samples):
         raise PlanBrokenError(
-            f"a layer was called with a tensor of shape {tuple(tensor.shape)}, which does not hold {samples} samples in "
-            f"dimension {layout.dim} as the training step showed when it was checked. Pass the training_step your "
+            f"a layer was called with a tensor of shape {tuple(tensor.shape)}, which does not hold {samples} samples"
+            f" in dimension {layout.dim} as the training step showed when it was checked. Pass the training_step your "
             "loop really makes, or grad_sample_mode='microbatch'."
         )
     return Rows(samples, layout.dim, layout.interleaved)

@@ -1,0 +1,116 @@
+"""Modules with parameters of their own that no rule knows: one sample at a time under ``vmap``.
+
+The module's own parameters get a leading sample dimension, so that the script's own backward pass leaves per-sample
+gradients on them; layers inside that a rule knows step out of ``vmap`` and stay on the fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dpfix import trees
+from dpfix.engines.bookkeeping.contributions import Kept
+from dpfix.engines.bookkeeping.layers import StandIn
+from dpfix.engines.bookkeeping.rows import Rows, rows_of
+from dpfix.engines.microbatch import parameter_slots, swapped
+
+if TYPE_CHECKING:
+    from dpfix.engines.bookkeeping.handle import BookkeepingHandle, Iteration, RootCall
+
+
+class Expand(torch.autograd.Function):
+    """A parameter, once per sample; its gradient is the per-sample gradient."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, anchor: torch.Tensor, parameter: nn.Parameter, samples: int, iteration: Iteration
+    ) -> torch.Tensor:
+        ctx.parameter, ctx.report = parameter, iteration.reporter(samples)
+        return parameter.detach().expand(samples, *parameter.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:  # noqa: D102
+        ctx.report(ctx.parameter, Kept(g))
+        return None, None, None, None
+
+
+class ExpandedStandIn(StandIn):
+    """For a module that no rule knows.
+
+    Args:
+        handle: the engine at work.
+        module: the module.
+        path: its path.
+        parameters: the parameters to expand: its own, and those inside that no call of their own accounts for.
+    """
+
+    def __init__(
+        self, handle: BookkeepingHandle, module: nn.Module, path: str, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        super().__init__(handle, module, path)
+        self.parameters = dict(parameters)
+        self.slots = parameter_slots(module, self.parameters)
+
+    def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Within another module under ``vmap``: that one has already expanded the parameters.
+
+        Args:
+            call: the model's call.
+            args: arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The module's output.
+        """
+        return self.original(*args, **kwargs)
+
+    def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module, one sample at a time.
+
+        Args:
+            call: the model's call.
+            number: how many calls of this module came before in the step.
+            args: arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The module's output for the whole batch.
+        """
+        layout = self.handle.layout(self.path, number)
+        dims = {path: dim for path, dim in layout.inputs if dim is not None}
+        found = dict(trees.leaves((args, kwargs)))
+        mapped = {path: rows_of(found[path], dim, call.samples).split(found[path]) for path, dim in dims.items()}
+        names = list(self.parameters)
+        anchor, samples = self.handle.anchor, call.samples
+        expanded = [Expand.apply(anchor, self.parameters[n], samples, call.iteration) for n in names]
+        structure: list[Any] = []
+
+        def one(tensors: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            given = dict(zip(mapped, tensors, strict=True))
+            a, k = trees.map_leaves(given.get, (args, kwargs))
+            with swapped(self.slots, dict(zip(names, values, strict=True))):
+                output = self.original(*a, **k)
+            structure[:] = [output]
+            return tuple(trees.tensors(output))
+
+        with call.mapping():
+            tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(expanded))
+        return self._joined(structure[0], list(tensors), dict(layout.output), samples)
+
+    def _joined(self, output: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int) -> Any:
+        def join(path: trees.Path, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            tensor, dim = tensors.pop(0), dims.get(path)
+            if dim is not None:
+                return Rows(samples, dim.dim, dim.interleaved).merge(tensor)
+            if tensor.dim() == 1:  # a loss that the module computes itself
+                return tensor.mean() if self.handle.plan.loss_reduction == "mean" else tensor.sum()
+            return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
+
+        return trees.map_leaves(join, output)

@@ -1,0 +1,372 @@
+"""The engine at work on one model: which layers are recorded, what has arrived, norms and clipped sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix import trees
+from dpfix.engines.base import zeros
+from dpfix.engines.bookkeeping.contributions import Contribution, add_up
+from dpfix.engines.bookkeeping.layers import StandIn
+from dpfix.engines.bookkeeping.rows import rows_of
+from dpfix.errors import PlanBrokenError
+from dpfix.layout import CallLayout, LayerCall, signature
+from dpfix.plan import Plan
+
+_EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
+
+
+class Iteration:
+    """The forward calls between two backward passes, and what came back from them.
+
+    Attributes:
+        found: contributions by parameter, by number of samples of the model's call.
+        calls: how often each module was called.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, dict[nn.Parameter, list[Contribution]]] = {}
+        self.calls: dict[str, int] = {}
+        self.late: Callable[[Iteration], None] = lambda _: None
+
+    def reporter(self, samples: int) -> Callable[[nn.Parameter, Contribution], None]:
+        """Where a call with some number of samples reports.
+
+        Args:
+            samples: the number of samples.
+
+        Returns:
+            A function that takes a parameter and a contribution.
+        """
+
+        def report(parameter: nn.Parameter, contribution: Contribution) -> None:
+            self.late(self)
+            self.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
+
+        return report
+
+
+class RootCall:
+    """One call of the model.
+
+    Args:
+        samples: number of samples.
+        iteration: where it reports.
+    """
+
+    def __init__(self, samples: int, iteration: Iteration) -> None:
+        self.samples, self.iteration = samples, iteration
+        self.inside_vmap = False
+
+    @contextmanager
+    def mapping(self) -> Iterator[None]:
+        """A module of the model runs one sample at a time.
+
+        Yields:
+            Nothing.
+        """
+        functorch = torch._C._functorch
+        warned = functorch._is_vmap_fallback_warning_enabled()
+        functorch._set_vmap_fallback_warning_enabled(False)  # about speed, which is measured before an engine is chosen
+        self.inside_vmap = True
+        try:
+            yield
+        finally:
+            self.inside_vmap = False
+            functorch._set_vmap_fallback_warning_enabled(warned)
+
+
+class RootStandIn(StandIn):
+    """Stands in for the model's own ``forward``.
+
+    Args:
+        handle: the engine at work.
+        module: the model.
+    """
+
+    def __init__(self, handle: BookkeepingHandle, module: nn.Module) -> None:
+        super().__init__(handle, module, "")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, recorded where gradients are being taken.
+
+        Args:
+            *args: its arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            Its output.
+        """
+        transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        if not (self.module.training and torch.is_grad_enabled()) or transformed:
+            return self.original(*args, **kwargs)
+        args, kwargs = trees.plain(args), trees.plain(kwargs)
+        layout = self.handle.call_layout(args, kwargs)
+        with self.handle.root_call(layout, args, kwargs) as call:
+            output = self.original(*args, **kwargs)
+        dims = dict(layout.output)
+        for path, leaf in trees.leaves(output):
+            if isinstance(leaf, torch.Tensor) and dims.get(path) is not None:
+                rows_of(leaf, dims[path], call.samples)
+        return output
+
+
+class BookkeepingHandle:
+    """The engine at work on one model.
+
+    Args:
+        module: the repaired model.
+        plan: how its calls carry their samples.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = module, plan
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._layouts: dict[Any, CallLayout] = {c.signature: c for c in plan.calls}
+        self._layers: dict[str, list[LayerCall]] = {}
+        for layer in plan.layers:
+            self._layers.setdefault(layer.path, []).append(layer)
+        self._iterations: list[Iteration] = []
+        self._start()
+        self._active: RootCall | None = None
+        self._last: RootCall | None = None
+        self._stand_ins: list[StandIn] = []
+
+    def put_in(self, stand_in: StandIn) -> None:
+        """Replace a module's ``forward``.
+
+        Args:
+            stand_in: what is put in its place.
+        """
+        self._stand_ins.append(stand_in)
+        vars(stand_in.module)["forward"] = stand_in
+
+    def detach(self) -> None:
+        """Give every module its own ``forward`` back."""
+        for stand_in in self._stand_ins:
+            vars(stand_in.module).pop("forward", None)
+        self._stand_ins.clear()
+        self.finish()
+        self._last = None
+
+    # -------------------------------------------------------------- calls
+
+    def _start(self) -> Iteration:
+        iteration = Iteration()
+        iteration.late = self._noticed
+        self._iterations.append(iteration)
+        return iteration
+
+    def _noticed(self, iteration: Iteration) -> None:
+        """A gradient came back to a call of an iteration that was thought to be over."""
+        if not any(i is iteration for i in self._iterations):
+            self._iterations.insert(0, iteration)
+
+    def call_layout(self, args: Any, kwargs: Any) -> CallLayout:
+        """How a call of the model carries its samples.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The layout.
+
+        Raises:
+            PlanBrokenError: the call has a form the probe has not shown.
+        """
+        layout = self._layouts.get(signature(args, kwargs))
+        if layout is None:
+            shapes = [tuple(t.shape) for t in trees.tensors((args, kwargs))]
+            raise PlanBrokenError(
+                f"{type(self.model).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
+                "training step did not show when it was checked. Pass the training_step your loop really makes to "
+                "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
+            )
+        return layout
+
+    @contextmanager
+    def root_call(self, layout: CallLayout, args: Any, kwargs: Any) -> Iterator[RootCall]:
+        """The model is being called.
+
+        Args:
+            layout: how the call carries its samples.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Yields:
+            The call.
+
+        Raises:
+            PlanBrokenError: the inputs hold different numbers of samples.
+        """
+        found = dict(trees.leaves((args, kwargs)))
+        counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
+        if len(counts) != 1:
+            raise PlanBrokenError(
+                f"the inputs of {type(self.model).__name__} hold different numbers of samples: {sorted(counts)}. "
+                "Every tensor that carries samples has to carry the same ones."
+            )
+        iteration = self._iterations[-1] if not self._iterations[-1].found else self._start()
+        before, self._active = self._active, RootCall(counts.pop(), iteration)
+        self._last = self._active
+        try:
+            yield self._active
+        finally:
+            self._active = before
+
+    def present_call(self) -> RootCall | None:
+        """The call of the model that is going on; while checkpointing recomputes, the one that it repeats.
+
+        Returns:
+            The call, or ``None`` outside the model.
+        """
+        if self._active is None and torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
+            return self._last
+        return self._active
+
+    def count_call(self, path: str) -> int:
+        """Count a call of a module in this step.
+
+        Args:
+            path: the module's path.
+
+        Returns:
+            How many came before.
+        """
+        if self._active is None:
+            return 0
+        calls = self._active.iteration.calls
+        calls[path] = calls.get(path, 0) + 1
+        return calls[path] - 1
+
+    def layout(self, path: str, number: int) -> LayerCall:
+        """How a call of a layer carries its samples.
+
+        Args:
+            path: the layer's path.
+            number: how many calls of it came before in this step.
+
+        Returns:
+            The layout.
+
+        Raises:
+            PlanBrokenError: the probe has not shown such a call, or its layout could not be told.
+        """
+        known = self._layers.get(path, [])
+        if not known or (number >= len(known) and any(_form(c) != _form(known[0]) for c in known)):
+            raise PlanBrokenError(
+                f"layer `{path}` of {type(self.model).__name__} was called {number + 1} time(s) in one step, but "
+                f"{len(known)} time(s) in the training step that was checked. Pass the training_step your loop "
+                "really makes to make_private_safe."
+            )
+        found = known[min(number, len(known) - 1)]
+        if found.problem:
+            raise PlanBrokenError(
+                f"it cannot be told which rows of layer `{path}` of {type(self.model).__name__} belong to which sample "
+                f"({found.problem})."
+            )
+        return found
+
+    # -------------------------------------------------------------- gradients
+
+    def clear(self) -> None:
+        """Forget the gradients that have arrived; a graph may still lead to the last iteration."""
+        for iteration in self._iterations:
+            iteration.found.clear()
+            iteration.calls.clear()
+        del self._iterations[:-1]
+
+    def finish(self) -> None:
+        """Forget everything about the step that was made."""
+        for iteration in self._iterations:
+            iteration.found.clear()
+        self._iterations.clear()
+        self._start()
+
+    def _arrived(self) -> list[tuple[int, dict[nn.Parameter, list[Contribution]]]]:
+        found = []
+        for iteration in self._iterations:
+            if len(iteration.found) > 1:
+                raise PlanBrokenError(
+                    f"one backward pass reached calls of {type(self.model).__name__} with different numbers of samples "
+                    f"({sorted(iteration.found)}). Their gradients cannot be added per sample; make the calls with the "
+                    "same samples, or make one step for each."
+                )
+            found += iteration.found.items()
+        return found
+
+    def _scale(self, samples: int) -> int:
+        # With a mean over the samples, what came back are gradients of that mean.
+        return samples if self.plan.loss_reduction == "mean" else 1
+
+    @torch.no_grad()
+    def collect(self, parameters: list[nn.Parameter]) -> list[int]:
+        """Leave per-sample gradients on ``grad_sample``, for clippings other than the flat one.
+
+        Args:
+            parameters: the trainable parameters.
+
+        Returns:
+            Number of samples of every accumulated iteration.
+        """
+        arrived = self._arrived()
+        for p in parameters:
+            parts = []
+            for samples, found in arrived:
+                own = found.get(p)
+                parts.append(zeros(p, samples) if own is None else add_up(own).per_sample() * self._scale(samples))
+            p.grad_sample = parts[0] if len(parts) == 1 else parts or None  # type: ignore[attr-defined]
+        return [samples for samples, _ in arrived]
+
+    def announce(self, parameters: list[nn.Parameter]) -> list[int]:
+        """Leave on ``grad_sample`` what tells Opacus's optimizer the number of iterations and nothing else.
+
+        Args:
+            parameters: the trainable parameters.
+
+        Returns:
+            Number of samples of every accumulated iteration.
+        """
+        counts = [samples for samples, _ in self._arrived()]
+        for p in parameters:
+            parts = [p.detach().new_full((), torch.nan).expand(samples, *p.shape) for samples in counts]
+            p.grad_sample = parts[0] if len(parts) == 1 else parts or None  # type: ignore[attr-defined]
+        return counts
+
+    @torch.no_grad()
+    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> None:
+        """Add ``sum_i min(1, C / |g_i|) g_i`` to ``summed_grad``; what has arrived is kept.
+
+        Args:
+            parameters: the trainable parameters.
+            max_grad_norm: C.
+        """
+        for samples, found in self._arrived():
+            whole = {p: add_up(found[p]) for p in parameters if p in found}
+            norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
+            scale = self._scale(samples)
+            norm = scale * torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
+            factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
+            for p in parameters:
+                part = whole.get(p)
+                if part is not None:
+                    _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
+                elif getattr(p, "summed_grad", None) is None:
+                    p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
+
+
+def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:
+    if getattr(p, "summed_grad", None) is None:
+        p.summed_grad = total  # type: ignore[attr-defined]
+    else:
+        p.summed_grad += total  # type: ignore[attr-defined]
+
+
+def _form(call: LayerCall) -> Any:
+    return call.inputs, call.output, call.problem
