@@ -1,7 +1,7 @@
 """The demo: MONAI's VNet, straight from its constructor, trained with and without differential privacy.
 
-All data ships inside the ``nilearn`` package: the MNI152 T1 volume with its grey- and white-matter probability maps.
-The same training loop runs twice; the private run differs by one call.
+All data ships inside the ``nilearn`` package: the MNI152 T1 volume and its grey- and white-matter probability
+maps. The same training loop runs twice; the private run differs by one call.
 
 Run it with ``make demo`` or ``python benchmarks/demo_vnet.py --help``.
 """
@@ -38,6 +38,11 @@ PATCH = 16  # voxels of 1 mm a side; VNet halves its input four times, so it tak
 SLAB = slice(112, 112 + PATCH)  # y range kept for validation: no training patch reaches into it
 CLASSES = ("other", "grey matter", "white matter")
 
+UNIT = """
+A demo of the mechanics: the privacy unit is one patch, one of {} overlapping ones cut from one public
+template volume. With patients' scans the unit would have to be the patient.
+"""
+
 Sample = dict[str, Tensor]
 
 
@@ -58,9 +63,9 @@ def load_volume() -> tuple[Tensor, Tensor]:
         image: ``[x, y, z]`` float32, shifted and scaled by fixed numbers, not by statistics of the data.
         label: ``[x, y, z]`` int64, the likeliest of :data:`CLASSES`.
     """
-    loaders = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
+    names = ("load_mni152_template", "load_mni152_gm_template", "load_mni152_wm_template")
     # 1 mm is the resolution the files have: nothing is downloaded, nothing resampled.
-    t1, grey, white = (np.asarray(load(resolution=1).dataobj, dtype=np.float32) for load in loaders)
+    t1, grey, white = (np.asarray(getattr(datasets, name)(resolution=1).dataobj) for name in names)
     label = np.stack([1 - grey - white, grey, white]).argmax(axis=0)
     brain = (slice(20, 20 + 10 * PATCH), slice(None), slice(0, 10 * PATCH))
     return torch.from_numpy((t1[brain] - 0.5) / 0.25), torch.from_numpy(label[brain])
@@ -117,7 +122,6 @@ def validate(model: nn.Module, tiles: Sample) -> tuple[float, Tensor]:
 
 
 def train(
-    run: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Sample],
@@ -126,16 +130,17 @@ def train(
     tiles: Sample,
     epochs: int,
     steps: int,
+    name: str,
     epsilon: Callable[[], float],
-) -> None:
+) -> Run:
     """Train and record; nothing in here knows about privacy, and both runs come through here.
 
     An epoch is a fixed number of steps, as in nnU-Net: a pass over all patches would outlast a demo.
     """
-    start = time.perf_counter()
+    run, start = Run(name), time.perf_counter()
     model.train()
-    print(f"\n{run.name}\nepoch    loss    Dice   epsilon")
-    with tqdm(total=epochs * steps, desc=run.name, unit="step") as bar:
+    print(f"\n{name}\nepoch    loss    Dice   epsilon")
+    with tqdm(total=epochs * steps, desc=name, unit="step") as bar:
         for epoch in range(1, epochs + 1):
             losses = []
             for batch in islice(loader, steps):
@@ -150,6 +155,7 @@ def train(
             run.rows.append(row)
             bar.write("{epoch:5d} {loss:7.3f} {dice:7.3f} {epsilon:9.2f}".format(**row))
     run.seconds = time.perf_counter() - start
+    return run
 
 
 def ask_opacus(model: nn.Module, loader: DataLoader[Sample]) -> str:
@@ -185,6 +191,7 @@ def draw(path: Path, runs: list[Run], tiles: Sample) -> None:
         axes.imshow(middle_slice(volume), cmap="gray")
         axes.set_title(title)
         axes.axis("off")
+    path = path if path.suffix else path / "demo_vnet.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\nCurves and one slice: {path}")
@@ -206,8 +213,18 @@ def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     add("--max-grad-norm", type=float, default=1.0, help="clip norm of a sample's gradient")
     add("--delta", type=float, default=1e-5, help="delta of the guarantee")
     add("--seed", type=int, default=0, help="seed of patches, weights and sampling")
-    add("--out", type=Path, default=Path("demo_output/demo_vnet.png"), help="where the picture goes")
+    add("--out", type=Path, default=Path("demo_output/demo_vnet.png"), help="picture, or folder for it")
     return parser.parse_args(None if arguments is None else list(arguments))
+
+
+def fresh(
+    patches: list[Sample], args: argparse.Namespace
+) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Sample]]:
+    """Build what a training script has: model, optimizer and loader, the same for every call."""
+    torch.manual_seed(args.seed)
+    model = VNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    return model, optimizer, DataLoader(patches, batch_size=args.batch_size, shuffle=True)
 
 
 def main() -> None:
@@ -217,23 +234,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Secure RNG turned off")  # the statement says so
     image, label = load_volume()
     patches = training_patches(image, label, args.patches, args.seed)
-    tiles = validation_tiles(image, label)
     criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+    settings = {"criterion": criterion, "tiles": validation_tiles(image, label)}
+    settings |= {"epochs": args.epochs, "steps": args.steps}
 
-    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Sample]]:
-        torch.manual_seed(args.seed)
-        model = VNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES))
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-        return model, optimizer, DataLoader(patches, batch_size=args.batch_size, shuffle=True)
-
-    model, optimizer, loader = fresh()
+    model, optimizer, loader = fresh(patches, args)
     print("Plain Opacus, this model:\n ", ask_opacus(model, loader))
-    print("Plain Opacus, after its ModuleValidator.fix:\n ", ask_opacus(ModuleValidator.fix(model), loader))
-    print(f"\nOne sample, the unit that is protected here, is one of {args.patches} overlapping patches of a public")
-    print("template volume: a demo of the mechanics. With patients' volumes, a patient would have to be the unit.\n")
+    print("Plain Opacus, after its own ModuleValidator.fix:\n ", ask_opacus(ModuleValidator.fix(model), loader))
+    print(UNIT.format(args.patches))
 
-    settings = {"criterion": criterion, "tiles": tiles, "epochs": args.epochs, "steps": args.steps}
-    private, ordinary = Run("private"), Run("not private")
     start = time.perf_counter()
     result = dpfix.make_private_safe(
         module=model,
@@ -243,17 +252,14 @@ def main() -> None:
         max_grad_norm=args.max_grad_norm,
         criterion=criterion,
     )
-    print(result.report)
-    print(f"\nRepaired, proven and timed in {time.perf_counter() - start:.0f} s.")
-    model, optimizer, loader = result
-    train(private, model, optimizer, loader, **settings, epsilon=lambda: result.get_epsilon(args.delta))
+    print(f"{result.report}\n\nRepaired, proven and timed in {time.perf_counter() - start:.0f} s.")
+    private = train(*result, name="private", epsilon=lambda: result.get_epsilon(args.delta), **settings)
     statement = result.statement(args.delta)
 
-    model, optimizer, loader = fresh()
-    train(ordinary, model, optimizer, loader, **settings, epsilon=lambda: float("inf"))
-    draw(args.out, [private, ordinary], tiles)
+    ordinary = train(*fresh(patches, args), name="not private", epsilon=lambda: float("inf"), **settings)
+    draw(args.out, [private, ordinary], settings["tiles"])
     for run in (private, ordinary):
-        print(f"{run.name}: Dice {run.rows[-1]['dice']:.3f}, {run.seconds:.0f} s")
+        print(f"{run.name}: Dice {run.rows[-1]['dice']:.3f} after {run.seconds:.0f} s")
     print(f"\n{statement}")
 
 

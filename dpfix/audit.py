@@ -15,7 +15,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from dpfix.engines import Engine
+from dpfix.engines import Engine, FlatClipping
 from dpfix.errors import CoupledModelError, DPFixError, ModelError
 from dpfix.findings import EngineEvidence
 from dpfix.grad_watch import GradWatch
@@ -252,7 +252,8 @@ def released_sums(
         try:
             with FixedRandomness():
                 step.loss(handle.model, probe.batch).backward()
-            counts = handle.collect(list(parameters.values()))
+            clipping = handle if isinstance(handle, FlatClipping) else None
+            counts = (clipping.announce if clipping else handle.collect)(list(parameters.values()))
             if engine.opacus_mode == "no_op" and watch.arrived:
                 raise ModelError(
                     f"gradient reached parameter `{watch.arrived[0]}` past the model's forward: a penalty on weights in the "
@@ -261,6 +262,8 @@ def released_sums(
                 )
             if counts != [len(probe)]:
                 raise ModelError(f"per-sample gradients for {counts} rows instead of {len(probe)} samples")
+            if clipping is not None:
+                return [_clipped_by_engine(clipping, parameters, clip_norm) for clip_norm in clip_norms]
             return _clipped_by_optimizer(parameters, clip_norms, plan)
         finally:
             watch.remove()
@@ -269,6 +272,13 @@ def released_sums(
                 for name in ("grad_sample", "summed_grad", "_forward_counter"):
                     if hasattr(p, name):
                         delattr(p, name)
+
+
+def _clipped_by_engine(handle: FlatClipping, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:
+    for p in parameters.values():
+        p.summed_grad = None  # type: ignore[attr-defined]
+    handle.clip_and_accumulate(list(parameters.values()), clip_norm)
+    return {name: p.summed_grad.detach() for name, p in parameters.items()}  # type: ignore[attr-defined]
 
 
 def _clipped_by_optimizer(

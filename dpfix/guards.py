@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet, finalize, ref
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dpfix.engines import Handle
+from dpfix.engines import FlatClipping, Handle
 from dpfix.engines.base import zeros
 from dpfix.errors import (
     AccumulationError,
@@ -26,20 +29,43 @@ from dpfix.plan import Plan
 from dpfix.sampling import DrawLedger
 
 
-class OriginalStep:
-    """Refuses a step of the user's optimizer that does not come through the private one."""
+class OtherSteps:
+    """Refuses every step over the trained parameters that does not come through the private optimizer.
 
-    def __init__(self) -> None:
+    Torch calls it before the step of any optimizer; it lives as long as the private training.
+
+    Args:
+        parameters: the trained parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.allowed = False
+        self._trained = WeakSet(parameters)
+        reference = ref(self)
 
-    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Raise unless the private optimizer is stepping."""
-        if not self.allowed:
-            raise MisuseError(
-                f"optimizer: {type(optimizer).__name__}.step() was called directly, past the private optimizer that "
-                "make_private_safe returned. It would apply gradients without clipping and noise. Use the returned "
-                "optimizer, or call to_standard_module() on the model first to end private training."
-            )
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            this = reference()
+            if this is not None:
+                this.check(optimizer)
+
+        self.remove = finalize(self, register_optimizer_step_pre_hook(hook).remove)
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse a step of another optimizer over trained parameters.
+
+        Args:
+            optimizer: the optimizer that is about to step.
+
+        Raises:
+            MisuseError: it holds a trained parameter, and the private optimizer is not stepping.
+        """
+        if self.allowed or not any(p in self._trained for g in optimizer.param_groups for p in g["params"]):
+            return
+        raise MisuseError(
+            f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "
+            "returned, over parameters that are in private training. It would apply gradients without clipping and noise. "
+            "Use the returned optimizer, or call to_standard_module() on the model first to end private training."
+        )
 
 
 class StepGuard:
@@ -60,29 +86,17 @@ class StepGuard:
         self.ledger = ledger
         self.parameters = parameters
         self.watch = GradWatch(parameters)
-        self.original_step = OriginalStep()
+        self.other_steps = OtherSteps(parameters.values())
         self._identity = {name: id(p) for name, p in parameters.items()}
         self._norms = [handle.model.get_submodule(path) for path in plan.fixed_norms]
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
-        self._hook: Any = None
-
-    def watch_original(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notice steps of the user's optimizer that go past the private one.
-
-        Args:
-            optimizer: the user's optimizer.
-        """
-        hooks = optimizer._optimizer_step_pre_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, OriginalStep)]:
-            del hooks[key]
-        self._hook = optimizer.register_step_pre_hook(self.original_step)
+        self._clipping: FlatClipping | None = None
 
     def detach(self) -> None:
         """Take every hook off; the training is over."""
         self.watch.remove()
-        if self._hook is not None:
-            self._hook.remove()
+        self.other_steps.remove()
         self.handle.detach()
 
     def cleared(self) -> None:
@@ -97,11 +111,11 @@ class StepGuard:
         Yields:
             Nothing.
         """
-        self.original_step.allowed = True
+        self.other_steps.allowed = True
         try:
             yield
         finally:
-            self.original_step.allowed = False
+            self.other_steps.allowed = False
 
     def before_step(self, optimizer: DPOptimizer) -> None:
         """Check everything, and leave the per-sample gradients where Opacus expects them.
@@ -115,12 +129,28 @@ class StepGuard:
         self._check_scaler(optimizer)
         self._check_plan(optimizer)
         self._check_gradients()
-        counts = self.handle.collect(list(self.parameters.values()))
+        parameters = list(self.parameters.values())
+        self._clipping = self.handle if isinstance(self.handle, FlatClipping) and optimizer.flat else None  # type: ignore[attr-defined]
+        counts = (self._clipping.announce if self._clipping else self.handle.collect)(parameters)
         if self.ledger is not None:
             counts = self._check_draw(optimizer, counts, self.ledger)
         elif not counts:
             raise MisuseError(_NOTHING_ARRIVED)
         self._counts = counts
+
+    def clip(self, optimizer: DPOptimizer) -> bool:
+        """Let the engine clip, if it can do so without per-sample gradients.
+
+        Args:
+            optimizer: the private optimizer.
+
+        Returns:
+            Whether it did; an empty draw is left to Opacus, which makes zeros of it.
+        """
+        if self._clipping is None or self._counts == [0]:
+            return False
+        self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm)
+        return True
 
     def _check_scaler(self, optimizer: DPOptimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:

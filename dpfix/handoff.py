@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfix.engines import BY_HAND, ENGINES
+from dpfix.errors import DPFixWarning
 from dpfix.guards import StepGuard
 from dpfix.plan import Plan
 from dpfix.sampling import DrawLedger, PrivateDataLoader, batch_size, sample_rate
@@ -50,6 +52,7 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
 
     class PrivateOptimizer(cls):
         guard: StepGuard
+        flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
 
         def zero_grad(self, set_to_none: bool = False) -> None:
@@ -67,7 +70,8 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
             return released
 
         def clip_and_accumulate(self) -> None:
-            super().clip_and_accumulate()
+            if not self.guard.clip(self):
+                super().clip_and_accumulate()
             self.guard.check_finite()
 
     return _named_like(PrivateOptimizer, cls)
@@ -221,6 +225,7 @@ def hand_off(
     loader: DataLoader[Any] = data_loader
     if ledger is not None:
         loader = PrivateDataLoader(data_loader, stand_in=stand_in, ledger=ledger, generator=privacy_engine.secure_rng)
+    _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())
     parameters = {n: p for n, p in everything.items() if p.requires_grad}
     own = plan.opacus_mode == "no_op"
@@ -243,10 +248,23 @@ def hand_off(
     make_class = _private_wrapper if wrap_model else _private_hooks
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, _private_optimizer(type(private_optimizer)), guard)
-    guard.watch_original(private_optimizer.original_optimizer)
     _account(privacy_engine, private_optimizer, data_loader)
     _ACTIVE[module] = prepared
     return prepared, private_optimizer, loader
+
+
+def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
+    """One accountant speaks about one dataset; Opacus prints both datasets, dpfix says what it means."""
+    known = privacy_engine.dataset
+    if known is not None and known is not loader.dataset:
+        warnings.warn(
+            f"privacy_engine already accounts for another dataset ({type(known).__name__}, {len(known)} samples); data_loader "
+            f"reads {type(loader.dataset).__name__}. Its epsilon adds up the steps on both, which is right only if they are "
+            "the same people. Use a new PrivacyEngine for other data.",
+            DPFixWarning,
+            stacklevel=4,
+        )
+    privacy_engine.dataset = loader.dataset
 
 
 def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any]) -> None:

@@ -200,7 +200,7 @@ def _sum(gradients: list[Gradients]) -> Gradients:
             if name in out:
                 out[name].add_(g)
             else:
-                out[name] = g.double()
+                out[name] = g.to(torch.float64, copy=True)  # float64 would be the very tensor
     return out
 
 

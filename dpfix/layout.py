@@ -210,13 +210,11 @@ def sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDi
     rows = {p.shape[dim] for p in parts}
     if len(rows) != 1:
         return None, "has a different number of rows for different samples"
-    candidates = [SampleDim(dim, rows.pop())]
-    if candidates[0].rows > 1:
-        candidates.append(SampleDim(dim, candidates[0].rows, interleaved=True))
-    for candidate in candidates:
-        if _matches(whole, parts, candidate):
-            return candidate, ""
-    return candidates[0], ""
+    adjacent = SampleDim(dim, rows.pop())
+    interleaved = SampleDim(dim, adjacent.rows, interleaved=True)
+    if adjacent.rows > 1 and not _matches(whole, parts, adjacent) and _matches(whole, parts, interleaved):
+        return interleaved, ""
+    return adjacent, ""
 
 
 def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dpfix.audit import SLACK, Reference, check_bounded, check_engine
-from dpfix.engines import BY_HAND, ENGINES, Engine
+from dpfix.engines import BY_HAND, ENGINES, Engine, FlatClipping
 from dpfix.errors import NoEngineError
 from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
@@ -180,10 +180,15 @@ def _time(
                 try:
                     start = time.perf_counter()
                     step.loss(handle.model, batch).backward()
-                    handle.collect(parameters)
+                    if isinstance(handle, FlatClipping):
+                        handle.clip_and_accumulate(parameters, 1.0)
+                    else:
+                        handle.collect(parameters)
                     times.append(time.perf_counter() - start)
                 finally:
                     handle.detach()
+                    for p in parameters:
+                        p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
     return {name: statistics.median(times) for name, times in seen.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -54,6 +54,33 @@ class Handle(Protocol):
 
     def detach(self) -> None:
         """Take everything off the model."""
+        ...
+
+
+@runtime_checkable
+class FlatClipping(Handle, Protocol):
+    """A handle that can also clip by itself, without per-sample gradients on ``grad_sample``."""
+
+    def announce(self, parameters: list[nn.Parameter]) -> list[int]:
+        """As :meth:`Handle.collect`, but what it leaves on ``grad_sample`` only tells the number of iterations.
+
+        Args:
+            parameters: the trainable parameters.
+
+        Returns:
+            Number of samples of every accumulated iteration; empty if no gradient arrived at all.
+        """
+        ...
+
+    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> None:
+        """Add ``sum_i min(1, C / (|g_i| + 1e-6)) g_i`` to ``summed_grad``, in place where there is one already.
+
+        What has arrived is kept until :meth:`Handle.finish`.
+
+        Args:
+            parameters: the trainable parameters.
+            max_grad_norm: C.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ from dpfix.rules import (
     batch_norm,
     compiled,
     data_loader,
+    distributed,
     embedding,
     eval_mode,
     inplace,
@@ -30,6 +31,7 @@ from dpfix.rules import (
 RULES: tuple[ModuleType, ...] = (
     scripted,
     compiled,
+    distributed,
     eval_mode,
     batch_norm,
     instance_norm,

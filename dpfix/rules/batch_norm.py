@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dpfix.errors import ModelError
 from dpfix.findings import Finding, Fixability, Severity
@@ -64,7 +64,7 @@ def find(scan: Scan) -> Iterator[Finding]:
         a ``forward`` of its own.
     """
     for path, module in scan.modules(_BatchNorm):
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if _lazy(module):
             continue  # looked at again once its parameters exist
         if not is_batch_coupled(module):
             yield _kept(scan, path)
@@ -87,6 +87,11 @@ def find(scan: Scan) -> Iterator[Finding]:
             help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
             "module.eval() and requires_grad_(False) on this layer.",
         )
+
+
+def _lazy(module: nn.Module) -> bool:
+    state = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(isinstance(t, (UninitializedParameter, UninitializedBuffer)) for t in state)
 
 
 def _kept(scan: Scan, path: str) -> Finding:

@@ -70,15 +70,14 @@ class RootCall:
         Yields:
             Nothing.
         """
-        functorch = torch._C._functorch
-        warned = functorch._is_vmap_fallback_warning_enabled()
-        functorch._set_vmap_fallback_warning_enabled(False)  # about speed, which is measured before an engine is chosen
+        # These warnings are about speed, which is measured before an engine is chosen.
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
         self.inside_vmap = True
         try:
             yield
         finally:
             self.inside_vmap = False
-            functorch._set_vmap_fallback_warning_enabled(warned)
+            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 class RootStandIn(StandIn):
@@ -325,7 +324,7 @@ class BookkeepingHandle:
         return [samples for samples, _ in arrived]
 
     def announce(self, parameters: list[nn.Parameter]) -> list[int]:
-        """Leave on ``grad_sample`` what tells Opacus's optimizer the number of iterations and nothing else.
+        """Leave on ``grad_sample`` what tells Opacus's optimizer the number of iterations; its values are NaN.
 
         Args:
             parameters: the trainable parameters.
@@ -335,7 +334,7 @@ class BookkeepingHandle:
         """
         counts = [samples for samples, _ in self._arrived()]
         for p in parameters:
-            parts = [p.detach().new_full((), torch.nan).expand(samples, *p.shape) for samples in counts]
+            parts = [p.detach().new_full((samples, *[1] * p.dim()), torch.nan) for samples in counts]
             p.grad_sample = parts[0] if len(parts) == 1 else parts or None  # type: ignore[attr-defined]
         return counts
 
