@@ -38,8 +38,8 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-dev  ## measure plain Opacus and dpfix side by side, and write docs/comparison.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write docs/comparison.md $(ARGS)
+bench: $(VENV)/.installed-dev  ## measure plain Opacus and dpfix side by side (docs/comparison.md, README.md)
+	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write $(ARGS)
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)

@@ -91,6 +91,11 @@ def make_private_safe(
         Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling),
     )
     _check(call, noise_multiplier, options)
+    if grad_sample_mode == "ew" and not wrap_model:
+        raise ArgumentError(
+            "grad_sample_mode='ew' needs wrap_model=True: Opacus's expanded weights work through its wrapper. Pass "
+            "wrap_model=True, or leave grad_sample_mode at 'auto'."
+        )
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
         prepared = prepare(call, surgery)

@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.engines import BY_HAND, ENGINES
+from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.rules import batch_norm
 from dpfix.scan import Options
 
-MODES = ("auto", *ENGINES, BY_HAND.name)
+MODES = ("auto", *BY_NAME)
 """Legal values of ``grad_sample_mode``."""
 
 CLIPPING = ("flat", "per_layer", "adaptive")

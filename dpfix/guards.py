@@ -73,24 +73,32 @@ class StepGuard:
 
     Args:
         handle: the engine at work.
+        module: the plain model.
         plan: what was audited.
         parameters: the trainable parameters by name.
         ledger: what the private loader drew; ``None`` without Poisson sampling.
     """
 
     def __init__(
-        self, handle: Handle, plan: Plan, parameters: Mapping[str, nn.Parameter], ledger: DrawLedger | None
+        self,
+        handle: Handle,
+        module: nn.Module,
+        plan: Plan,
+        parameters: Mapping[str, nn.Parameter],
+        ledger: DrawLedger | None,
     ) -> None:
         self.handle = handle
+        self.module = module
         self.plan = plan
         self.ledger = ledger
         self.parameters = parameters
         self.watch = GradWatch(parameters)
         self.other_steps = OtherSteps(parameters.values())
         self._identity = {name: id(p) for name, p in parameters.items()}
-        self._norms = [handle.model.get_submodule(path) for path in plan.fixed_norms]
+        self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
+        self._clear = True  # zero_grad was called since the last step
         self._clipping: FlatClipping | None = None
 
     def detach(self) -> None:
@@ -101,6 +109,7 @@ class StepGuard:
 
     def cleared(self) -> None:
         """``zero_grad`` was called."""
+        self._clear = True
         self.handle.clear()
         self.watch.reset()
 
@@ -124,8 +133,14 @@ class StepGuard:
             optimizer: the private optimizer.
 
         Raises:
-            MisuseError: an assumption of the guarantee does not hold; nothing has moved.
+            AccumulationError: ``zero_grad`` was not called since the last step.
+            MisuseError: another assumption of the guarantee does not hold; nothing has moved.
         """
+        if not self._clear:
+            raise AccumulationError(
+                "optimizer.step() without optimizer.zero_grad() since the last step: the gradients of two batches would be "
+                "added up and released as one. Call optimizer.zero_grad() before every backward()."
+            )
         self._check_scaler(optimizer)
         self._check_plan(optimizer)
         self._check_gradients()
@@ -161,8 +176,8 @@ class StepGuard:
             )
 
     def _check_plan(self, optimizer: DPOptimizer) -> None:
-        kind = type(self.handle.model).__name__
-        now = {n: id(p) for n, p in self.handle.model.named_parameters() if p.requires_grad}
+        kind = type(self.module).__name__
+        now = {n: id(p) for n, p in self.module.named_parameters() if p.requires_grad}
         if now != self._identity:
             changed = sorted(n for n in now.keys() | self._identity.keys() if now.get(n) != self._identity.get(n))
             raise PlanBrokenError(
@@ -190,7 +205,7 @@ class StepGuard:
         if self.plan.opacus_mode == "no_op" and self.plan.engine != "no_op" and self.watch.arrived:
             name = self.watch.arrived[0]
             raise PlanBrokenError(
-                f"gradient reached parameter `{name}` of {type(self.handle.model).__name__} past the model's forward: by a "
+                f"gradient reached parameter `{name}` of {type(self.module).__name__} past the model's forward: by a "
                 "penalty on weights in the loss, or a part of the model called directly. It cannot be clipped per "
                 "sample. Use weight_decay for penalties, and call the model as a whole."
             )
@@ -257,12 +272,11 @@ class StepGuard:
         Args:
             released: whether the logical batch is complete.
         """
+        self._clear = False
         if released:
             self._partial = 0
             if self.ledger is not None:
                 self.ledger.settle()
-            for p in self.parameters.values():
-                p.summed_grad = None  # type: ignore[attr-defined]
         else:
             self._partial += sum(self._counts)
         self.handle.finish()
@@ -283,7 +297,7 @@ class StepGuard:
             p.summed_grad = None  # type: ignore[attr-defined]
         self.handle.finish()
         raise NonFiniteGradientError(
-            f"the clipped sum of parameter `{(bad or list(sums))[0]}` of {type(self.handle.model).__name__} is not finite "
+            f"the clipped sum of parameter `{(bad or list(sums))[0]}` of {type(self.module).__name__} is not finite "
             f"({len(bad)} parameter(s)). No parameter was moved and no noise was drawn. Lower the learning rate, look "
             "for divisions by zero and logarithms in the loss, or use float32 instead of autocast."
         )

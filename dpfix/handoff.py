@@ -20,7 +20,8 @@ from opacus.optimizers import DPOptimizer, get_optimizer_class
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dpfix.engines import BY_HAND, ENGINES
+from dpfix.engines import BY_NAME
+from dpfix.engines.opacus_hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.guards import StepGuard
 from dpfix.plan import Plan
@@ -243,8 +244,10 @@ def hand_off(
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
-    engine = BY_HAND if plan.engine == BY_HAND.name else ENGINES[plan.engine]
-    guard = StepGuard(engine.attach(module, plan, prepared), plan, parameters, ledger)
+    handle = BY_NAME[plan.engine].attach(module, plan, prepared)
+    if isinstance(handle, HooksHandle):
+        handle.several_iterations = ledger is None
+    guard = StepGuard(handle, module, plan, parameters, ledger)
     make_class = _private_wrapper if wrap_model else _private_hooks
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, _private_optimizer(type(private_optimizer)), guard)

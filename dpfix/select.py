@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dpfix.audit import SLACK, Reference, check_bounded, check_engine
-from dpfix.engines import BY_HAND, ENGINES, Engine, FlatClipping
+from dpfix.engines import BY_HAND, BY_NAME, ENGINES, Engine, FlatClipping
 from dpfix.errors import NoEngineError
 from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
@@ -23,7 +23,7 @@ from dpfix.training_step import TrainingStep
 TIMED_SAMPLES = 16
 """Batch size at which engines are timed, at most; smaller if the script's batches are."""
 ROUNDS = 3
-BUDGET_SECONDS = 10.0
+BUDGET_SECONDS = 3.0
 """Once an engine has passed, further ones are tried and timed for this long."""
 
 
@@ -38,7 +38,7 @@ def engines_for(mode: str) -> tuple[Engine, ...]:
     """
     if mode == "auto":
         return tuple(ENGINES.values())
-    return (BY_HAND,) if mode == BY_HAND.name else (ENGINES[mode],)
+    return (BY_NAME[mode],)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def choose(
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
     evidence = _try(engines_for(mode), module, step, ordinary, plan)
-    passed = [ENGINES[name] for name, e in evidence.items() if e.passed]
+    passed = [BY_NAME[name] for name, e in evidence.items() if e.passed]
     if len(passed) > 1:
         batch = ordinary.samples.of_size(max(2, min(TIMED_SAMPLES, int(batch_size))))
         seconds = _time(passed, module, step, batch, plan)

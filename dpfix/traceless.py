@@ -165,12 +165,23 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
         with torch.no_grad():
             current.data.copy_(value)  # type: ignore[union-attr]
     elif name in module._buffers:
-        module._buffers[name] = value
+        module._buffers[name] = _copy(value)  # the snapshot itself must not be written to
     elif name in module._parameters:
         if current is not None:
             current.data = value  # type: ignore[union-attr]
     else:
-        vars(module)[name] = copy.copy(value) if isinstance(value, (list, dict)) else value
+        vars(module)[name] = _copy(value)
+
+
+def _same_object(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put the very tensor back where a forward pass has bound a new one with, by now, the old values."""
+    holder: dict[str, Any] = module._buffers if name in module._buffers else vars(module)
+    current = holder.get(name)
+    if current is tensor or name in module._parameters or not isinstance(current, torch.Tensor):
+        return
+    if not same(current, tensor):
+        tensor.data.copy_(current)
+    holder[name] = tensor
 
 
 @contextmanager
@@ -187,7 +198,8 @@ def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator
         The snapshot of the model's state.
     """
     before = state_of(root) if before is None else before
-    flags = {module: module.training for module in root.modules()}
+    flags = {module: (module.training, module._is_full_backward_hook) for module in root.modules()}
+    objects = [(m, name, t) for m in root.modules() for name, t in _slots(m) if isinstance(t, torch.Tensor)]
     grads = {p: (p.grad, None if p.grad is None else p.grad.clone()) for p in root.parameters()}
     with rng_untouched():
         try:
@@ -196,8 +208,10 @@ def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator
             yield before
         finally:
             put_back(root, before)
-            for module, flag in flags.items():
-                module.training = flag
+            for module, name, tensor in objects:
+                _same_object(module, name, tensor)
+            for module, (training, full_hook) in flags.items():
+                module.training, module._is_full_backward_hook = training, full_hook
             for p, (grad, value) in grads.items():
                 p.grad = grad
                 if grad is not None and value is not None and not torch.equal(grad, value):

@@ -64,6 +64,5 @@ def relative_error(found: Gradients, wanted: Gradients) -> float:
     """Largest error of a parameter, relative to its own norm (or 2 % of the norm of everything)."""
     whole = norm(wanted)
     return max(
-        float((found[n].double() - w).norm()) / max(float(w.norm()), 0.02 * whole, 1e-12)
-        for n, w in wanted.items()
+        float((found[n].double() - w).norm()) / max(float(w.norm()), 0.02 * whole, 1e-12) for n, w in wanted.items()
     )

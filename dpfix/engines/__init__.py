@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dpfix.engines.base import Engine, FlatClipping, Handle, Verdict
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.engines.by_hand import ByHand
+from dpfix.engines.expanded_weights import ExpandedWeights
 from dpfix.engines.microbatch import Microbatch
 from dpfix.engines.opacus_hooks import OpacusHooks
 
@@ -19,6 +20,9 @@ ENGINES: Mapping[str, Engine] = {
 """Engines by name, the ones that are usually fastest first."""
 
 BY_HAND = ByHand()
-"""For scripts that fill ``grad_sample`` themselves; never chosen, only asked for as ``"no_op"``."""
+"""For scripts that fill ``grad_sample`` themselves; it cannot be audited."""
 
-__all__ = ["BY_HAND", "ENGINES", "Engine", "FlatClipping", "Handle", "Verdict"]
+BY_NAME: Mapping[str, Engine] = {**ENGINES, "ew": ExpandedWeights(), BY_HAND.name: BY_HAND}
+"""Every engine that can be asked for; those that are not in :data:`ENGINES` are never chosen by themselves."""
+
+__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "Engine", "FlatClipping", "Handle", "Verdict"]

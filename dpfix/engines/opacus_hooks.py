@@ -97,6 +97,7 @@ class HooksHandle:
         self.prepared = prepared
         self.mode = mode
         self._own = own
+        self.several_iterations = True
         self._next = 0
         self._installed: int | None = None
         self._aside: dict[int, dict[nn.Module, tuple[list[Any], int | None]]] = {}
@@ -126,11 +127,8 @@ class HooksHandle:
         self._reached.clear()
 
     def finish(self) -> None:
-        """Forget everything about the step that was made."""
+        """Forget the calls of the step that was made; ``grad_sample`` stays until ``zero_grad``, as in Opacus."""
         self._forget()
-        for p in self.model.parameters():
-            if getattr(p, "grad_sample", None) is not None:
-                p.grad_sample = None  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
         self._aside.clear()
@@ -180,6 +178,12 @@ class HooksHandle:
                 "grad_sample_mode='microbatch'."
             )
         self._passed.add((number, place))
+        if not self.several_iterations and any(self._iteration[n] != self._iteration[number] for n in self._reached):
+            raise AccumulationError(
+                "a second backward pass before optimizer.step(), with Poisson sampling: every draw is accounted as one step. "
+                "Call step() and zero_grad() for every batch, add losses of one batch before one backward(), or use "
+                "opacus.utils.BatchMemoryManager."
+            )
         self._reached.add(number)
         if self._installed == number:
             return

@@ -128,7 +128,10 @@ for _d, (_conv, _up) in enumerate(
             lambda c=_conv, d=_d, o=_options: Seq(c(4, 4, 3, **o), c(2, 4, 1)),
             floats(2, *[7] * _d),
         )
-    CONVOLUTIONS[f"conv{_d}d-same-even"] = (lambda c=_conv: Seq(c(4, 3, 4, padding="same"), c(2, 4, 1)), floats(2, *[6] * _d))
+    CONVOLUTIONS[f"conv{_d}d-same-even"] = (
+        lambda c=_conv: Seq(c(4, 3, 4, padding="same"), c(2, 4, 1)),
+        floats(2, *[6] * _d),
+    )
     CONVOLUTIONS[f"conv{_d}d-pointwise-stride"] = (lambda c=_conv: c(2, 30, 1, stride=2), floats(2, *[6] * _d))
     for _name, _options in {
         "plain": {},
@@ -138,7 +141,9 @@ for _d, (_conv, _up) in enumerate(
         "stride-2-kernel-2": {"stride": 2},
     }.items():
         CONVOLUTIONS[f"transposed{_d}d-{_name}"] = (
-            lambda c=_up, u=_conv, d=_d, o=_options, k=2 if _name.endswith("2") else 3: Seq(c(4, 6, k, **o), u(2, 4, 1)),
+            lambda c=_up, u=_conv, d=_d, o=_options, k=2 if _name.endswith("2") else 3: Seq(
+                c(4, 6, k, **o), u(2, 4, 1)
+            ),
             floats(2, *[5] * _d),
         )
 CONVOLUTIONS["conv2d-large-kernel-share"] = (lambda: nn.Conv2d(16, 24, 3, padding=1), floats(16, 4, 4))
@@ -367,7 +372,9 @@ MODELS: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("case", (LINEAR | CONVOLUTIONS | NORMS | MODELS).values(), ids=(LINEAR | CONVOLUTIONS | NORMS | MODELS))
+@pytest.mark.parametrize(
+    "case", (LINEAR | CONVOLUTIONS | NORMS | MODELS).values(), ids=(LINEAR | CONVOLUTIONS | NORMS | MODELS)
+)
 def test_equals_the_batch_of_one_reference(case: Case) -> None:
     model, make = case
     check(model(), make)
@@ -450,7 +457,9 @@ def test_other_batch_sizes_than_the_probe() -> None:
             close(g[i], p.grad, str(tuple(p.shape)), 1e-9)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_the_model_are_ordinary_models(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     handle, (x,), _ = attached(ClassToken(), floats(5, 6))
     copied = duplicate(handle.model)

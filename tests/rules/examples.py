@@ -69,5 +69,3 @@ def _materialise(module: nn.Module, x: torch.Tensor) -> None:
         module(x[:2])
     for child, flag in flags.items():
         child.training = flag
-
-

@@ -109,7 +109,7 @@ def test_codes_are_unique() -> None:
 def test_torch_script_is_refused() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 3)))
     for module in (scripted, nn.Sequential(scripted)):
-        with pytest.raises(dpfix.ModelError, match="DPF005.*torch.jit script"):
+        with pytest.raises(dpfix.ModelError, match=r"DPF005.*torch.jit script"):
             dpfix.make_private_safe(**example(lambda m=module: {"module": m}).arguments)
 
 
@@ -122,5 +122,5 @@ def test_compiled_model_is_trained_through_its_original() -> None:
 
 def test_compiled_part_is_refused_by_name() -> None:
     model = nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"), nn.Linear(6, 3))
-    with pytest.raises(dpfix.ModelError, match="DPF006.*`0`"):
+    with pytest.raises(dpfix.ModelError, match=r"DPF006.*`0`"):
         dpfix.make_private_safe(**example(lambda: {"module": model}).arguments)

@@ -1,0 +1,71 @@
+"""What the tests of observation and audit share: a model with samples and a step, looked at as the call does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from dpfix import audit, observe, probe
+from dpfix.engines import Engine
+from dpfix.findings import EngineEvidence
+from dpfix.observe import StepRecord
+from dpfix.plan import Plan
+from dpfix.probe import Probe
+from dpfix.training_step import TrainingStep
+
+Step = Callable[[nn.Module, Any], Tensor]
+
+
+def classify(model: nn.Module, batch: Any) -> Tensor:
+    """The usual loop."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A model that was observed on a probe, ready for the audit of engines."""
+
+    model: nn.Module
+    step: TrainingStep
+    samples: Probe
+    record: StepRecord
+    plan: Plan
+    wanted: audit.Reference
+
+    def check(self, engine: Engine) -> EngineEvidence:
+        """What the audit says about an engine."""
+        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        return audit.check_engine(engine, self.model, self.step, self.samples, plan, self.wanted)
+
+    def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
+        """What the audit says about leaving one sample out."""
+        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        return audit.check_bounded(engine, self.model, self.step, self.samples, plan, self.wanted, sample)
+
+
+def look(
+    model: nn.Module,
+    items: list[Any],
+    step: Step = classify,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    loss_reduction: str = "mean",
+) -> Looked:
+    """Observe a model, without repairs and without freezing what is unused."""
+    loader: DataLoader[Any] = DataLoader(items, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    samples = probe.take(loader)
+    training_step = TrainingStep(step, "test", loss_known=True)
+    record = observe.observe(model, training_step, samples)
+    plan = Plan("", "", calls=record.calls, layers=record.layers, loss_reduction=loss_reduction)
+    return Looked(model, training_step, samples, record, plan, audit.reference(record, record.unused))
+
+
+def labelled(*shape: int, samples: int = 4, classes: int = 3) -> list[tuple[Tensor, int]]:
+    """Samples ``(x, y)`` of different size, in double precision."""
+    draw = torch.Generator().manual_seed(5)
+    return [((0.5 + i) * torch.randn(shape, generator=draw, dtype=torch.float64), i % classes) for i in range(samples)]
