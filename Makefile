@@ -49,7 +49,7 @@ rules: $(VENV)/.installed-dev  ## write the pages of the rules from their files
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/
 	$(BIN)/python docs/generate_rules.py
-	$(BIN)/python -m mkdocs build --strict --site-dir site $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site $(ARGS)
 
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf site demo_output .pytest_cache .ruff_cache .hypothesis

@@ -68,7 +68,7 @@ def load_volume() -> tuple[Tensor, Tensor]:
     t1, grey, white = (np.asarray(getattr(datasets, name)(resolution=1).dataobj) for name in names)
     label = np.stack([1 - grey - white, grey, white]).argmax(axis=0)
     brain = (slice(20, 20 + 10 * PATCH), slice(None), slice(0, 10 * PATCH))
-    return torch.from_numpy((t1[brain] - 0.5) / 0.25), torch.from_numpy(label[brain])
+    return torch.from_numpy((t1[brain] - 0.7) / 0.15), torch.from_numpy(label[brain])
 
 
 def cut(image: Tensor, label: Tensor, corner: tuple[int, int, int]) -> Sample:
@@ -204,12 +204,12 @@ def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=8, help="epochs")
+    add("--epochs", type=int, default=6, help="epochs")
     add("--steps", type=int, default=5, help="steps per epoch")
     add("--patches", type=int, default=4000, help="training samples")
     add("--batch-size", type=int, default=16, help="expected batch size")
     add("--lr", type=float, default=0.1, help="learning rate of both runs")
-    add("--noise-multiplier", type=float, default=0.6, help="noise as a multiple of the clip norm")
+    add("--noise-multiplier", type=float, default=0.5, help="noise as a multiple of the clip norm")
     add("--max-grad-norm", type=float, default=1.0, help="clip norm of a sample's gradient")
     add("--delta", type=float, default=1e-5, help="delta of the guarantee")
     add("--seed", type=int, default=0, help="seed of patches, weights and sampling")

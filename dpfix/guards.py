@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet, finalize, ref
+from weakref import finalize, ref
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -40,7 +40,7 @@ class OtherSteps:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.allowed = False
-        self._trained = WeakSet(parameters)
+        self._trained = [ref(p) for p in parameters]  # a WeakSet would compare tensors with ==
         reference = ref(self)
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -59,7 +59,10 @@ class OtherSteps:
         Raises:
             MisuseError: it holds a trained parameter, and the private optimizer is not stepping.
         """
-        if self.allowed or not any(p in self._trained for g in optimizer.param_groups for p in g["params"]):
+        if self.allowed:
+            return
+        trained = {id(p()) for p in self._trained}
+        if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
             return
         raise MisuseError(
             f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "

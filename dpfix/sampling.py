@@ -29,12 +29,14 @@ class DrawLedger:
         self.rounds = 0
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
+        self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
 
     def start(self) -> None:
         """A sampler begins a new pass."""
         self.rounds += 1
         self._drawn.clear()
         self._delivered = None
+        self._delivers = False
 
     def drew(self, samples: int) -> None:
         """A logical batch was drawn.
@@ -47,16 +49,17 @@ class DrawLedger:
     def deliver(self) -> None:
         """The loader hands the oldest drawn batch to the loop."""
         self._delivered = self._drawn.popleft() if self._drawn else None
+        self._delivers = True
 
     def pending(self) -> int | None:
         """Number of samples in the batch the loop is working on, or ``None`` if none was drawn."""
-        if self._delivered is not None:
+        if self._delivers:
             return self._delivered
         return self._drawn[0] if self._drawn else None
 
     def settle(self) -> None:
         """The batch was released in a step; it cannot be used again."""
-        if self._delivered is not None:
+        if self._delivers:
             self._delivered = None
         elif self._drawn:
             self._drawn.popleft()

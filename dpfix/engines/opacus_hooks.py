@@ -158,11 +158,22 @@ class HooksHandle:
                 "run inside a torch.func transform (grad, vmap, functional_call). Call to_standard_module() first, or pass "
                 "grad_sample_mode='microbatch'."
             )
+        self._check_hooked(module)
         self._put_aside()
         self._installed = self._next
         # A call after a backward pass belongs to a new iteration; its gradients are clipped on their own.
         self._iteration[self._next] = max(self._reached, default=-1)
         self._next += 1
+
+    def _check_hooked(self, module: nn.Module) -> None:
+        """Opacus prepares parameters when it hooks the model; one that came later dies inside its backward hook."""
+        for name, p in module.named_parameters():
+            if p.requires_grad and not hasattr(p, "_forward_counter"):
+                raise PlanBrokenError(
+                    f"parameter `{name}` of {type(module).__name__} was replaced, added or unfrozen after "
+                    "make_private_safe, so its gradients are not the audited ones. Change the model first and call "
+                    "make_private_safe again."
+                )
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):

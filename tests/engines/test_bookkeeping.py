@@ -63,8 +63,11 @@ def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STE
     norms = torch.stack([g.flatten(1).square().sum(1) for g in wanted.values()]).sum(0).sqrt()
     handle = Bookkeeping().attach(model, plan)
     parameters = list(names.values())
+    reached: list[Tensor] = []
+    hooks = [p.register_post_accumulate_grad_hook(reached.append) for p in parameters]
     try:
         step.loss(model, probe.batch).backward()
+        assert not reached, "autograd went to a parameter itself"
         assert handle.announce(parameters) == [SAMPLES]
         for clip_norm in (0.05 * norms.median(), norms.median(), 2 * norms.max()):
             for p in parameters:
@@ -79,6 +82,8 @@ def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STE
             assert p.grad is None, f"autograd computed a gradient for {n}"
     finally:
         handle.detach()
+        for hook in hooks:
+            hook.remove()
     assert not any("forward" in vars(m) for m in model.modules())
 
 
@@ -140,8 +145,9 @@ for _d, (_conv, _up) in enumerate(
         "dilation": {"dilation": 2, "bias": False},
         "stride-2-kernel-2": {"stride": 2},
     }.items():
+        _kernel = 2 if _name.endswith("2") else 3
         CONVOLUTIONS[f"transposed{_d}d-{_name}"] = (
-            lambda c=_up, u=_conv, d=_d, o=_options, k=2 if _name.endswith("2") else 3: Seq(
+            lambda c=_up, u=_conv, d=_d, o=_options, k=_kernel: Seq(
                 c(4, 6, k, **o), u(2, 4, 1)
             ),
             floats(2, *[5] * _d),
@@ -345,6 +351,25 @@ def partly_frozen() -> nn.Module:
     return model
 
 
+class Recurrent(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.l = nn.LSTM(4, 3, **options)
+        self.first = not options.get("batch_first", False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.l(x.transpose(0, 1) if self.first else x)
+
+
+LSTMS: dict[str, Case] = {
+    "lstm": (Recurrent, floats(5, 4)),
+    "lstm-batch-first": (lambda: Recurrent(batch_first=True), floats(5, 4)),
+    "lstm-no-bias": (lambda: Recurrent(bias=False), floats(5, 4)),
+    "lstm-both-ways": (lambda: Recurrent(bidirectional=True, batch_first=True), floats(5, 4)),
+    "lstm-two-layers": (lambda: Recurrent(num_layers=2, bidirectional=True), floats(5, 4)),
+    "lstm-one-step": (Recurrent, floats(1, 4)),
+}
+
 MODELS: dict[str, Case] = {
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)), ids(7, 6)),
     "embedding-padding": (lambda: nn.Sequential(nn.Embedding(7, 5, padding_idx=2), nn.Linear(5, 3)), ids(7, 6)),
@@ -372,9 +397,10 @@ MODELS: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", (LINEAR | CONVOLUTIONS | NORMS | MODELS).values(), ids=(LINEAR | CONVOLUTIONS | NORMS | MODELS)
-)
+EVERY = LINEAR | CONVOLUTIONS | NORMS | LSTMS | MODELS
+
+
+@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 def test_equals_the_batch_of_one_reference(case: Case) -> None:
     model, make = case
     check(model(), make)

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision
-from dpfix.engines.bookkeeping.linear import BYTE_COST, outer
+from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
 
 KEEP_RATIO = 3.0
 """Kept gradients may be this many times larger than the layer's input and output gradient."""
+WINDOW_COST = 40
+"""Multiply-adds that cost as much time as one element of a strided window of a Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ class Correlation:
             padded *= size + 2 * padding
         products = padded**2 * self.x.shape[1] + out**2 * self.g.shape[1]
         moves = self.geometry.groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
-        return products + moves * BYTE_COST // 4
+        return products + moves * WINDOW_COST
 
     def _product_cost(self) -> int:
-        return (math.prod(self.g.shape[2:]) + 2 * BYTE_COST) * self.shape.numel()
+        return (math.prod(self.g.shape[2:]) + 2 * BYTE_COST) * self.shape.numel() + CALL_COST
+
+    def _keep_cost(self) -> int:
+        # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
+        small = max(0, 8 * BYTE_COST - math.prod(self.g.shape[2:]))
+        return (3 * BYTE_COST + small) * self.shape.numel()
 
     def worth_keeping(self) -> bool:
         """Whether keeping the per-sample gradients is cheaper than this form, and takes no memory to speak of.
@@ -109,7 +116,7 @@ class Correlation:
         """
         size = self.shape.numel()
         factors = self.x[0].numel() + self.g[0].numel()
-        cheaper = 3 * BYTE_COST * size < min(self._gram_cost(), self._product_cost())
+        cheaper = self._keep_cost() < min(self._gram_cost(), self._product_cost())
         return size <= factors // 4 or (cheaper and size <= KEEP_RATIO * factors)
 
     def per_sample(self) -> torch.Tensor:

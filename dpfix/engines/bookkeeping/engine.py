@@ -16,6 +16,7 @@ from dpfix.engines.bookkeeping.handle import BookkeepingHandle, RootStandIn
 from dpfix.engines.bookkeeping.layers import LayerStandIn
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.engines.bookkeeping.norms import FixedNorm, GroupNorm, LayerNorm, PReLU, RMSNorm
+from dpfix.engines.bookkeeping.recurrent import LSTMStandIn, known_lstm
 from dpfix.plan import Plan
 
 RULES: tuple[Rule, ...] = (
@@ -62,13 +63,17 @@ class Bookkeeping:
         """
         handle = BookkeepingHandle(module, plan)
         modules = dict(module.named_modules())
-        rules, expanded = assign(modules, {layer.path for layer in plan.layers})
+        called = {layer.path for layer in plan.layers}
+        rules, expanded = assign(modules, called)
         for path, rule in rules.items():
             handle.put_in(LayerStandIn(handle, modules[path], path, rule))
         for path in expanded:
             inside = [p for p in expanded if not path or p == path or p.startswith(f"{path}.")]
             parameters = {name: p for place in inside for name, p in expanded[place].items()}
-            handle.put_in(ExpandedStandIn(handle, modules[path], path, parameters))
+            if known_lstm(modules[path]) and len(inside) == 1 and path in called:
+                handle.put_in(LSTMStandIn(handle, modules[path], path))
+            else:
+                handle.put_in(ExpandedStandIn(handle, modules[path], path, parameters))
         handle.put_in(RootStandIn(handle, module))
         return handle
 

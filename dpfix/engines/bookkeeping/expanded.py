@@ -27,8 +27,9 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, anchor: torch.Tensor, parameter: nn.Parameter, samples: int, iteration: Iteration
+        ctx: Any, anchor: torch.Tensor, boxed: tuple[nn.Parameter], samples: int, iteration: Iteration
     ) -> torch.Tensor:
+        (parameter,) = boxed  # in a box, so that the graph does not lead to the parameter itself
         ctx.parameter, ctx.report = parameter, iteration.reporter(samples)
         return parameter.detach().expand(samples, *parameter.shape)
 
@@ -87,7 +88,7 @@ class ExpandedStandIn(StandIn):
         mapped = {path: rows_of(found[path], dim, call.samples).split(found[path]) for path, dim in dims.items()}
         names = list(self.parameters)
         anchor, samples = self.handle.anchor, call.samples
-        expanded = [Expand.apply(anchor, self.parameters[n], samples, call.iteration) for n in names]
+        expanded = [Expand.apply(anchor, (self.parameters[n],), samples, call.iteration) for n in names]
         structure: list[Any] = []
 
         def one(tensors: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

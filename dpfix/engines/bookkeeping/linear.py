@@ -17,8 +17,10 @@ from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_pre
 
 KEEP_RATIO = 1.8
 """Per-sample gradients are kept while they are at most this many times larger than activation and output gradient."""
-BYTE_COST = 32
+BYTE_COST = 16
 """Multiply-adds that cost as much time as moving one number to and from memory."""
+CALL_COST = 1_000_000
+"""Multiply-adds that cost as much time as calling one more kernel."""
 
 
 class Outer:
@@ -42,7 +44,7 @@ class Outer:
         positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
         if positions == 1:
             return squared(self.a[:, 0]) * squared(self.g[:, 0])
-        if gram_cost(positions, wide, high) < positions * wide * high + 2 * BYTE_COST * wide * high:
+        if gram_cost(positions, wide, high) < (positions + 2 * BYTE_COST) * wide * high + CALL_COST:
             gram = torch.bmm(self.a, self.a.mT).mul_(torch.bmm(self.g, self.g.mT))
             return gram.sum((1, 2)).clamp_(min=0)
         buffer = self.a.new_empty(high, wide)
