@@ -83,7 +83,7 @@ class Reference:
                 if name in out:
                     out[name].add_(value, alpha=factor)
                 else:
-                    out[name] = value.double().mul_(factor)
+                    out[name] = value.to(torch.float64, copy=True).mul_(factor)
         return out
 
 

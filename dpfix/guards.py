@@ -115,6 +115,9 @@ class StepGuard:
         self._clear = True
         self.handle.clear()
         self.watch.reset()
+        if not self._partial:  # model.zero_grad() has to clear what was released as optimizer.zero_grad() does
+            for p in self.parameters.values():
+                p.summed_grad = None  # type: ignore[attr-defined]
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -167,6 +170,8 @@ class StepGuard:
         """
         if self._clipping is None or self._counts == [0]:
             return False
+        for p in optimizer.params:
+            p.grad = None  # of the step before; the noise is about to make a new one
         self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm)
         return True
 

@@ -26,6 +26,8 @@ ROUNDS = 3
 BUDGET_SECONDS = 3.0
 """Once an engine has passed, further ones are tried and timed for this long."""
 
+_NOT_TRIED = "not tried"
+
 
 def engines_for(mode: str) -> tuple[Engine, ...]:
     """The engines to try.
@@ -92,7 +94,12 @@ def choose(
         seconds = _time(passed, module, step, batch, plan)
         evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
         passed.sort(key=lambda engine: seconds[engine.name])
-    for engine in passed:
+    untried = [BY_NAME[name] for name, e in evidence.items() if e.reason.startswith(_NOT_TRIED)]
+    for engine in (*passed, *untried):
+        if engine in untried:  # those that passed first did not stand the harder probes
+            evidence |= _try((engine,), module, step, ordinary, plan)
+            if not evidence[engine.name].passed:
+                continue
         chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         problem = next((e for e in _confirm(engine, module, step, ordinary, harder, chosen) if not e.passed), None)
         if problem is None:
@@ -108,7 +115,7 @@ def _try(
     start = time.perf_counter()
     for engine in engines:
         if any(e.passed for e in evidence.values()) and time.perf_counter() - start > BUDGET_SECONDS:
-            reason = f"not tried, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
+            reason = f"{_NOT_TRIED}, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
             evidence[engine.name] = EngineEvidence(engine.name, passed=False, reason=reason)
             continue
         verdict = engine.supports(module, trial.record)

@@ -50,10 +50,13 @@ def first_batch(training: Any) -> Any:
 @every_engine
 def test_accumulated_batches_are_refused(engine: str) -> None:
     model, training = start(engine)
-    batches = iter(training[2])
-    for _ in range(2):
-        loss_of(training, next(batches)).backward()
-    refused(model, dpfix.AccumulationError, "backward passes", training[1].step)
+
+    def act() -> None:
+        for _, batch in zip(range(2), training[2], strict=False):
+            loss_of(training, batch).backward()
+        training[1].step()
+
+    refused(model, dpfix.AccumulationError, "backward pass", act)
 
 
 @every_engine
@@ -138,6 +141,7 @@ def test_batch_norm_switched_on_is_refused() -> None:
     _, training = start(model=model, data_loader=data)
     loss_of(training, first_batch(training)).backward()
     training[1].step()
+    training[1].zero_grad()
     training[0].train()
     batch = first_batch(training)
     refused(

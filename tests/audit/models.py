@@ -308,7 +308,7 @@ def blocks(layers: Callable[[], st.SearchStrategy[nn.Module]], same: Callable[[n
     keeping = layers().filter(same)
     return st.one_of(
         layers(),
-        st.builds(lambda layer, act: nn.Sequential(layer, act), layers(), activations()),
+        st.builds(nn.Sequential, layers(), activations()),
         st.builds(lambda layer, inplace: Residual(layer, inplace=inplace), keeping, st.booleans()),
         st.builds(InPlaceArithmetic, layers()),
         st.builds(lambda layer, two: Twice(layer, two_names=two), keeping, st.booleans()),

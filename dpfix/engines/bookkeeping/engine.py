@@ -15,7 +15,8 @@ from dpfix.engines.bookkeeping.expanded import ExpandedStandIn
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle, RootStandIn
 from dpfix.engines.bookkeeping.layers import LayerStandIn
 from dpfix.engines.bookkeeping.linear import Linear
-from dpfix.engines.bookkeeping.norms import FixedNorm, GroupNorm, LayerNorm, PReLU, RMSNorm
+from dpfix.engines.bookkeeping.norms import FixedNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from dpfix.engines.bookkeeping.prelu import PReLU
 from dpfix.engines.bookkeeping.recurrent import LSTMStandIn, known_lstm
 from dpfix.plan import Plan
 
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     Convolution(),
     Embedding(),
     GroupNorm(),
+    InstanceNorm(),
     LayerNorm(),
     RMSNorm(),
     FixedNorm(),

@@ -63,7 +63,7 @@ def report(call: LayerCall, scale: torch.Tensor | None, shift: torch.Tensor | No
 
 
 class GroupNorm(_Norm):
-    """``nn.GroupNorm``, and ``nn.InstanceNorm1d`` to ``nn.InstanceNorm3d``, which are one group per channel.
+    """``nn.GroupNorm``.
 
     Seen as one sample with ``samples * groups`` groups and its own weights for every sample, PyTorch's own kernel
     gives the per-sample gradients and the input gradient in one pass.
@@ -78,10 +78,7 @@ class GroupNorm(_Norm):
         Returns:
             Whether it does.
         """
-        if isinstance(module, nn.GroupNorm):
-            return type(module).forward is nn.GroupNorm.forward
-        own = isinstance(module, _InstanceNorm) and type(module).forward is _InstanceNorm.forward
-        return own and module.training and not module.track_running_stats
+        return isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Normalise over the groups.
@@ -94,11 +91,8 @@ class GroupNorm(_Norm):
             The same shape; input, weight, mean and reciprocal deviation are kept.
         """
         module: Any = call.module
-        if isinstance(module, _InstanceNorm) and x.dim() != _SPATIAL[module.__class__.__name__[-2:]] + 2:
-            raise NotImplementedError("an instance normalisation was called without a batch")
         rows, channels = x.shape[:2]
-        groups = getattr(module, "num_groups", channels)
-        x = x.contiguous()
+        groups, x = module.num_groups, x.contiguous()
         out, mean, rstd = torch.ops.aten.native_group_norm(
             x, module.weight, module.bias, rows, channels, math.prod(x.shape[2:]), groups, module.eps
         )
@@ -131,7 +125,79 @@ class GroupNorm(_Norm):
         return gx.view(x.shape) if wanted else None
 
 
-_SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+class InstanceNorm(_Norm):
+    """``nn.InstanceNorm1d`` to ``nn.InstanceNorm3d``: as in PyTorch, a BatchNorm of one sample with more channels."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether it normalises by the sample's own statistics.
+
+        Args:
+            module: a module.
+
+        Returns:
+            Whether it does.
+        """
+        own = isinstance(module, _InstanceNorm) and type(module).forward is _InstanceNorm.forward
+        return own and not module.track_running_stats
+
+    def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """As every normalisation; there must be a batch.
+
+        Args:
+            module: the layer.
+            x: its input.
+
+        Returns:
+            The input in the precision of the statistics.
+
+        Raises:
+            NotImplementedError: there is none.
+        """
+        if x.dim() == module._get_no_batch_dim():
+            raise NotImplementedError("an instance normalisation was called without a batch")
+        return full_precision(x)
+
+    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
+        """Normalise every channel of every row.
+
+        Args:
+            call: the call.
+            x: shape ``[rows, channels, *spatial]``.
+
+        Returns:
+            The same shape; input, weight, mean and reciprocal deviation are kept.
+        """
+        module: Any = call.module
+        x = x.contiguous()
+        weight, bias = (t if t is None else t.repeat(len(x)) for t in (module.weight, module.bias))
+        out, mean, rstd = torch.ops.aten.native_batch_norm(
+            x.view(1, -1, *x.shape[2:]), weight, bias, None, None, True, 0.0, module.eps
+        )
+        return torch.ops.aten._unsafe_view(out, x.shape), (x, module.weight, mean, rstd)
+
+    def backward(
+        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        """See :class:`Rule`.
+
+        Args:
+            call: the call.
+            saved: what :meth:`forward` kept.
+            g: gradient of the output.
+            wanted: whether the input's gradient is needed.
+
+        Returns:
+            The gradient of the input.
+        """
+        x, weight, mean, rstd = saved
+        flat, channels = (1, -1, *x.shape[2:]), x.shape[1]
+        gx, scale, shift = torch.ops.aten.native_batch_norm_backward(
+            g.reshape(flat), x.view(flat), weight.repeat(len(x)), None, None, mean, rstd,
+            True, call.module.eps, [wanted, True, True],
+        )  # fmt: skip
+        per_row = [t.view(-1, channels) for t in (scale, shift)]
+        report(call, *(call.rows.adjacent(t).view(call.rows.samples, -1, channels).sum(1) for t in per_row))
+        return gx.view(x.shape) if wanted else None
 
 
 class LayerNorm(_Norm):
@@ -306,55 +372,3 @@ class FixedNorm(_Norm):
         per_row = (t.sum(2) if x.dim() > 2 else t for t in sums)
         report(call, *(t.view(call.rows.samples, -1, t.shape[1]).sum(1) for t in per_row))
         return g * (weight * rstd).view(channel) if wanted else None
-
-
-class PReLU(Rule):
-    """``nn.PReLU``: the slope of a channel gets what came back where its input was negative."""
-
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether it is a PReLU with PyTorch's own forward.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
-        return isinstance(module, nn.PReLU) and type(module).forward is nn.PReLU.forward
-
-    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """``max(0, x) + weight min(0, x)``.
-
-        Args:
-            call: the call.
-            x: shape ``[rows, channels, ...]``.
-
-        Returns:
-            The same shape; input and weight are kept.
-        """
-        weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
-        return torch.prelu(x, weight.to(x.dtype)), (x, weight)
-
-    def backward(
-        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
-    ) -> torch.Tensor | None:
-        """See :class:`Rule`.
-
-        Args:
-            call: the call.
-            saved: input and weight.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradient of the input.
-        """
-        x, weight = saved
-        channels = weight.numel()
-        per_channel = weight.to(x.dtype).view(-1, *[1] * max(0, x.dim() - 2))
-        p = call.parameter("weight")
-        if p is not None:
-            slope = full_precision(torch.where(x < 0, x * g, 0))
-            rows = call.rows.adjacent(slope).reshape(call.rows.samples, -1, channels, slope[0].numel() // channels)
-            call.report(p, Kept(rows.sum((1, 3))))
-        return torch.where(x > 0, g, g * per_channel) if wanted else None

@@ -1,0 +1,63 @@
+"""``nn.PReLU``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule
+from dpfix.engines.bookkeeping.contributions import Kept, full_precision
+
+Saved = tuple[torch.Tensor | None, ...]
+
+
+class PReLU(Rule):
+    """``nn.PReLU``: the slope of a channel gets what came back where its input was negative."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether it is a PReLU with PyTorch's own forward.
+
+        Args:
+            module: a module.
+
+        Returns:
+            Whether it is.
+        """
+        return isinstance(module, nn.PReLU) and type(module).forward is nn.PReLU.forward
+
+    def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
+        """``max(0, x) + weight min(0, x)``.
+
+        Args:
+            call: the call.
+            x: shape ``[rows, channels, ...]``.
+
+        Returns:
+            The same shape; input and weight are kept.
+        """
+        weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
+        return torch.prelu(x, weight.to(x.dtype)), (x, weight)
+
+    def backward(
+        self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        """See :class:`Rule`.
+
+        Args:
+            call: the call.
+            saved: input and weight.
+            g: gradient of the output.
+            wanted: whether the input's gradient is needed.
+
+        Returns:
+            The gradient of the input.
+        """
+        x, weight = saved
+        channels = weight.numel()
+        per_channel = weight.to(x.dtype).view(-1, *[1] * max(0, x.dim() - 2))
+        p = call.parameter("weight")
+        if p is not None:
+            slope = full_precision(torch.where(x < 0, x * g, 0))
+            rows = call.rows.adjacent(slope).reshape(call.rows.samples, -1, channels, slope[0].numel() // channels)
+            call.report(p, Kept(rows.sum((1, 3))))
+        return torch.where(x > 0, g, g * per_channel) if wanted else None
