@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
@@ -229,16 +229,19 @@ def peak_bytes(name: str, engine: str) -> int:
     step, _ = stepper(name, engine)
     step()
     gc.collect()
-    live = live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        for _ in range(3):  # what an earlier step left is freed under the profiler's eyes
+        step()  # what the step before left behind is freed here, which the profiler does not see
+        with record_function("warm step"):
             step()
+    gc.collect()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    start = next(e.start_ns() for e in events if e.name() == "warm step")
     present = peak = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        present += event.nbytes()
-        peak = max(peak, present)
-    return live + peak
+    for event in events:
+        if event.name() == "[memory]":
+            present += event.nbytes()
+            peak = max(peak, present) if event.start_ns() >= start else present
+    return live_bytes() + peak - present
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

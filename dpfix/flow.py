@@ -186,6 +186,10 @@ def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[
     return isolation.check_isolation(call.module, step, trial.samples, trial.record, plan, trial.wanted, call.criterion)
 
 
+_BEYOND_ROUNDING = 1e6
+"""A sample whose gradient is so much larger than the others' (1e22 times in VNet) is made of rounding errors."""
+
+
 def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -> tuple[Trial, ...]:
     """Probes with an empty sample, a rare label and an outlier, as far as the step takes them; all are checked."""
     trials: list[Trial] = []
@@ -197,6 +201,8 @@ def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -
             trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
         except (TrainingStepError, CoupledModelError):
             continue  # no legal sample for this model: an index out of range, a division by zero
+        if float(trial.wanted.norms.max()) > _BEYOND_ROUNDING * float(trial.wanted.norms.median()):
+            continue  # an empty sample behind many normalisations: its gradient is rounding, and cannot be compared
         isolation.check_state(call.module, record)
         _isolated(call, step, trial, plan)
         trials.append(trial)

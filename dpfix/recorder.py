@@ -214,7 +214,9 @@ def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch:
         if watch is not None:
             for t in trees.gradient_tensors(output):
                 watch.outputs[id(t)] = t
-                t.register_hook(lambda g, number=number: recording.reached.add(number))
+                if t.grad_fn is not None:
+                    # On the node: a second tensor hook on a view that was modified in place crashes torch 2.13.
+                    t.grad_fn.register_prehook(lambda g, number=number: recording.reached.add(number))
 
     return [
         child.register_forward_pre_hook(enter, prepend=True),

@@ -179,9 +179,10 @@ class HooksHandle:
         if not (module.training and torch.is_grad_enabled()):
             return
         for place, tensor in enumerate(trees.gradient_tensors(output)):
-            tensor.register_hook(partial(self._gradient_arrives, self._next - 1, place))
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(partial(self._gradient_arrives, self._next - 1, place))
 
-    def _gradient_arrives(self, number: int, place: int, gradient: torch.Tensor) -> None:
+    def _gradient_arrives(self, number: int, place: int, gradients: Any) -> None:
         if (number, place) in self._passed:
             raise AccumulationError(
                 f"a second backward pass went through the same forward call of {type(self.model).__name__}, which "

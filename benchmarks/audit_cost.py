@@ -1,0 +1,343 @@
+"""What the proofs before training and the guards while training cost.
+
+``python benchmarks/audit_cost.py [--only TEXT] [--rounds 7]``
+
+For a few models, everything in CPU time of the process:
+
+* the whole ``make_private_safe`` call, and of it what looks and proves (the record of the training step, the isolation,
+  the audit of the engine that is chosen, each also on the harder probes), in ordinary, non-private training steps at the
+  batch size of the script;
+* the guards' share of a private step: what runs before, after and inside ``optimizer.step()`` besides the engine.
+
+Engines that are tried and not chosen, and the timing of those that passed, are part of the whole call only.
+The exit status is 1 if observing and proving costs more than 12 steps, or the guards more than 1 % of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet, VNet
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dpfix
+from dpfix import audit, isolation, observe, select
+
+MOST_STEPS = 12.0
+LARGEST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A script: its model, its samples, the size of its batches and its training step."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    items: Callable[[int], list[Any]]
+    batch_size: int
+    loss: Callable[[nn.Module, Any], Tensor]
+
+
+# ------------------------------------------------------------------ the set-ups
+
+
+class Transformer(nn.Module):
+    """A small language model."""
+
+    def __init__(self, width: int = 128, layers: int = 2, words: int = 1000, length: int = 64) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, words)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.words(x) + self.places(torch.arange(x.shape[1])[None])))
+
+
+class Reader(nn.Module):
+    """An LSTM that classifies a text by its characters."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.letters, self.rnn = nn.Embedding(60, 32), nn.LSTM(32, width, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.letters(x))[0][:, -1])
+
+
+def images(*shape: int, classes: int = 10) -> Callable[[int], list[Any]]:
+    return lambda count: [(torch.randn(shape), i % classes) for i in range(count)]
+
+
+def texts(length: int, words: int, classes: int = 0) -> Callable[[int], list[Any]]:
+    def make(count: int) -> list[Any]:
+        return [(torch.randint(0, words, (length,)), i % classes if classes else 0) for i in range(count)]
+
+    return make
+
+
+def volumes(count: int) -> list[Any]:
+    return [(torch.randn(1, 32, 32, 32), (torch.rand(1, 32, 32, 32) < 0.1).float()) for _ in range(count)]
+
+
+def classify(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def next_word(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0])[:, :-1].flatten(0, 1), batch[0][:, 1:].flatten())
+
+
+SEGMENTATION = DiceCELoss(sigmoid=True)
+
+
+def segment(model: nn.Module, batch: Any) -> Tensor:
+    return SEGMENTATION(model(batch[0]), batch[1])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(16, 32, 4, 2), nn.ReLU(),
+        nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def unet() -> nn.Module:
+    return UNet(3, 1, 1, (16, 32, 64, 128), (2, 2, 2), num_res_units=2, norm="instance")
+
+
+SETUPS = (
+    Setup("MLP 784-512-512-10, B=256", mlp, images(1, 28, 28), 256, classify),
+    Setup("CNN 28x28, B=256", cnn, images(1, 28, 28), 256, classify),
+    Setup("transformer d=128 x2, T=64, B=16", Transformer, texts(64, 1000), 16, next_word),
+    Setup("char LSTM, T=64, B=64", Reader, texts(64, 60, 10), 64, classify),
+    Setup("MONAI UNet 32^3, B=4", unet, volumes, 4, segment),
+    Setup("MONAI VNet 32^3, B=2", VNet, volumes, 2, segment),
+)
+
+
+# ------------------------------------------------------------------ measuring
+
+
+class Clock:
+    """CPU time spent in some functions, without what they spend in each other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside: list[list[float]] = []
+
+    @contextmanager
+    def watching(self, *places: tuple[Any, str, str]) -> Iterator[Clock]:
+        """Time functions while a block runs.
+
+        Args:
+            *places: ``(owner, attribute, name under which its time is kept)``.
+        """
+        before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in places]
+        for (owner, attribute, function), (_, _, name) in zip(before, places, strict=True):
+            setattr(owner, attribute, self._timed(function, name))
+        try:
+            yield self
+        finally:
+            for owner, attribute, function in before:
+                setattr(owner, attribute, function)
+
+    def _timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            self._inside.append([0.0])
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.process_time() - start
+                within = self._inside.pop()[0]
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent - within
+                if self._inside:
+                    self._inside[-1][0] += spent
+
+        return timed
+
+
+def cpu(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def ordinary_step(setup: Setup, rounds: int) -> float:
+    """Median CPU seconds of a non-private training step."""
+    model = setup.model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batch = torch.utils.data.default_collate(setup.items(setup.batch_size))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        setup.loss(model, batch).backward()
+        optimizer.step()
+
+    step()
+    return statistics.median(cpu(step) for _ in range(rounds))
+
+
+PROVING = (
+    (observe, "observe", "observe"),
+    (isolation, "check_state", "isolate"),
+    (isolation, "check_isolation", "isolate"),
+    (audit, "reference", "isolate"),
+    (select, "_try", "try"),
+    (select, "_time", "time"),
+    (select, "_confirm", "confirm"),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was measured for one set-up; times in CPU seconds."""
+
+    step: float
+    call: float
+    observe: float
+    isolate: float
+    audit: float
+    engines: int
+    engine: str
+    private: float
+    guards: float
+
+    @property
+    def proofs(self) -> float:
+        """Observing and proving, in ordinary steps."""
+        return (self.observe + self.isolate + self.audit) / self.step
+
+
+def call(setup: Setup, **options: Any) -> tuple[float, dict[str, float], dpfix.PrivateTraining]:
+    """One ``make_private_safe``: its CPU time, that of its parts, and what it returns."""
+    model = setup.model().train()
+    loader: Any = DataLoader(setup.items(2 * setup.batch_size), batch_size=setup.batch_size)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clock = Clock()
+    made: list[Any] = []
+
+    def work() -> None:
+        made.append(
+            dpfix.make_private_safe(
+                module=model,
+                optimizer=optimizer,
+                data_loader=loader,
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                training_step=setup.loss,
+                **options,
+            )
+        )
+
+    with _confirmed_at_once(), clock.watching(*PROVING):
+        seconds = cpu(work)
+    return seconds, clock.seconds, made[0]
+
+
+@contextmanager
+def _confirmed_at_once() -> Iterator[None]:
+    """The proofs on the harder probes come from a generator; its time would not be that of its call."""
+    original = select._confirm
+    select._confirm = lambda *args: iter(list(original(*args)))
+    try:
+        yield
+    finally:
+        select._confirm = original
+
+
+def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tuple[float, float]:
+    """Median CPU seconds of a private step, and of the guards in it."""
+    model, optimizer, _ = training
+    total, share = [], []
+    guard = optimizer.guard
+    handle = guard.handle
+    of_engine = ("collect", "announce", "clip_and_accumulate", "clear", "finish")
+    of_guard = ("before_step", "after_step", "check_finite", "cleared", "clip")
+    engine = [(handle, name, "engine") for name in of_engine if hasattr(handle, name)]
+    guarding = [(guard, name, "guards") for name in of_guard if hasattr(guard, name)]
+    batch = torch.utils.data.default_collate(setup.items(setup.batch_size))
+    for number in range(rounds + 1):
+        clock = Clock()
+        guard.ledger.start()
+        guard.ledger.drew(setup.batch_size)
+        with clock.watching(*engine, *guarding):
+
+            def step() -> None:
+                optimizer.zero_grad()
+                setup.loss(model, batch).backward()
+                optimizer.step()
+
+            seconds = cpu(step)
+        if number:
+            total.append(seconds)
+            share.append(clock.seconds["guards"])
+    return statistics.median(total), statistics.median(share)
+
+
+def measure(setup: Setup, rounds: int) -> Cost:
+    torch.manual_seed(0)
+    step = ordinary_step(setup, rounds)
+    whole, _, first = call(setup)
+    chosen = first.plan.engine
+    # The same call with the chosen engine alone: what looking and proving cost without the engines that lost.
+    _, parts, training = call(setup, grad_sample_mode=chosen)
+    proving = parts.get("try", 0.0) + parts.get("confirm", 0.0)
+    private, guarding = private_step(setup, training, rounds)
+    return Cost(
+        step, whole, parts["observe"], parts["isolate"], proving, len(first.report.evidence), chosen, private, guarding
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="set-ups whose name contains this text")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of which the median is taken")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(f"CPU time of the process, one thread, medians of {arguments.rounds} steps; torch {torch.__version__}\n")
+    print(
+        "| model | step, ms | whole call, steps | observe | isolate | audit | observe + isolate + audit, steps | engine | "
+        "private step / step | guards, us | guards / private step |"
+    )
+    print("|---" * 11 + "|")
+    worst, largest = 0.0, 0.0
+    for setup in SETUPS:
+        if arguments.only.lower() not in setup.name.lower():
+            continue
+        c = measure(setup, arguments.rounds)
+        print(
+            f"| {setup.name} | {1e3 * c.step:.1f} | {c.call / c.step:.1f} ({c.engines} engines) | {c.observe / c.step:.1f} | "
+            f"{c.isolate / c.step:.1f} | {c.audit / c.step:.1f} | {c.proofs:.1f} | {c.engine} | {c.private / c.step:.2f} | "
+            f"{1e6 * c.guards:.0f} | {c.guards / c.private:.2%} |",
+            flush=True,
+        )
+        worst, largest = max(worst, c.proofs), max(largest, c.guards / c.private)
+    print(f"\nlargest: {worst:.1f} steps (allowed {MOST_STEPS:g}), guards {largest:.2%} (allowed {LARGEST_SHARE:.0%})")
+    return int(worst > MOST_STEPS or largest > LARGEST_SHARE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
