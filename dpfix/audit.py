@@ -148,7 +148,13 @@ def relative_error(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch
 
 
 def check_engine(
-    engine: Engine, module: nn.Module, step: TrainingStep, probe: Probe, plan: Plan, wanted: Reference
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    plan: Plan,
+    wanted: Reference,
+    left_out: int | None = None,
 ) -> EngineEvidence:
     """Compare what an engine releases for a probe with the reference, at three clip norms.
 
@@ -159,14 +165,19 @@ def check_engine(
         probe: the samples.
         plan: how the model is to be trained with this engine.
         wanted: the batch-of-one reference.
+        left_out: number of a sample; if given, leaving it out may move the sum by at most C.
 
     Returns:
         The evidence: passed, the largest error, or what went wrong.
     """
     try:
         sums = released_sums(engine, module, step, probe, plan, wanted.clip_norms)
+        fewer = sums[:0]
+        if left_out is not None:
+            fewer = released_sums(engine, module, step, probe.without(left_out), plan, wanted.clip_norms)
     except _ENGINE_FAILURES as error:
-        return _failed(engine, error)
+        text = " ".join(str(error).split())[:160]
+        return EngineEvidence(engine.name, passed=False, reason=f"{type(error).__name__}: {text}")
     worst, where = 0.0, ""
     for found, released in zip(sums, wanted.clipped_sums, strict=True):
         error, name = relative_error(found, released)
@@ -175,50 +186,16 @@ def check_engine(
     if not worst <= wanted.tolerance:
         reason = f"its clipped sum differs from the batch-of-one reference by {worst:.1e} (`{where}`)"
         return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
+    moved = max((_moved(a, b, c) for a, b, c in zip(sums, fewer, wanted.clip_norms, strict=False)), default=0.0)
+    if not moved <= 1 + max(SLACK, wanted.tolerance if wanted.tolerance > 2e-3 else 0):
+        reason = f"one sample moves its clipped sum by {moved:.3f} times the clip norm"
+        return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
     return EngineEvidence(engine.name, passed=True, max_error=worst)
 
 
-def check_bounded(
-    engine: Engine,
-    module: nn.Module,
-    step: TrainingStep,
-    probe: Probe,
-    plan: Plan,
-    wanted: Reference,
-    sample: int,
-) -> EngineEvidence:
-    """Leaving a sample out moves the clipped sum by at most C.
-
-    Args:
-        engine: the engine.
-        module: the repaired model.
-        step: from batch to loss.
-        probe: the samples.
-        plan: how the model is to be trained with this engine.
-        wanted: the reference, for its clip norms and tolerance.
-        sample: number of the sample to leave out.
-
-    Returns:
-        The evidence; ``max_error`` is the largest movement as a multiple of C.
-    """
-    try:
-        every = released_sums(engine, module, step, probe, plan, wanted.clip_norms)
-        fewer = released_sums(engine, module, step, probe.without(sample), plan, wanted.clip_norms)
-    except _ENGINE_FAILURES as error:
-        return _failed(engine, error)
-    moved = 0.0
-    for clip_norm, a, b in zip(wanted.clip_norms, every, fewer, strict=True):
-        if clip_norm > 0:
-            moved = max(moved, norm_of({n: a[n].double() - b[n].double() for n in a}) / clip_norm)
-    if not moved <= 1 + max(SLACK, wanted.tolerance if wanted.tolerance > 2e-3 else 0):
-        reason = f"one sample moves its clipped sum by {moved:.3f} times the clip norm"
-        return EngineEvidence(engine.name, passed=False, max_error=moved, reason=reason)
-    return EngineEvidence(engine.name, passed=True, max_error=moved)
-
-
-def _failed(engine: Engine, error: BaseException) -> EngineEvidence:
-    text = " ".join(str(error).split())[:160]
-    return EngineEvidence(engine.name, passed=False, reason=f"{type(error).__name__}: {text}")
+def _moved(every: Gradients, fewer: Gradients, clip_norm: float) -> float:
+    """How far leaving a sample out moves the clipped sum, as a multiple of C."""
+    return norm_of({n: every[n].double() - fewer[n].double() for n in every}) / clip_norm if clip_norm > 0 else 0.0
 
 
 def released_sums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from dpfix import audit, dry_run, isolation, notes, observe, probe, sampling, se
 from dpfix.errors import CoupledModelError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
 from dpfix.plan import Plan
+from dpfix.probe import COLLATE_FAILURES
 from dpfix.rules import RULES
 from dpfix.scan import Options, Scan, run_rules
 from dpfix.select import Trial
@@ -105,7 +107,8 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     """
     findings = _repair(call, surgery)
     with rng_untouched():
-        samples = probe.take(call.data_loader)
+        size = math.ceil(sampling.batch_size(call.data_loader))
+        samples = probe.take(call.data_loader, min(probe.SAMPLES, size))
     step = infer(samples.batch, call.criterion, call.training_step)
     if dry_run.materialise(call.module, step, samples):
         findings += [f for f in _repair(call, surgery) if f not in findings]
@@ -187,23 +190,41 @@ def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[
 
 
 _BEYOND_ROUNDING = 1e6
-"""A sample whose gradient is so much larger than the others' (1e22 times in VNet) is made of rounding errors."""
+"""A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
 
 
 def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -> tuple[Trial, ...]:
-    """Probes with an empty sample, a rare label and an outlier, as far as the step takes them; all are checked."""
+    """Harder probes, as far as the step takes them: the model and the loss are checked on each.
+
+    Returns:
+        Those on which an engine is to be checked too. A sample of zeros is not among them: behind a normalisation its
+        gradient is made of rounding errors, on which two right engines need not agree.
+    """
     trials: list[Trial] = []
-    for number, changed in enumerate(probe.provoked(samples)):
+    changes = probe.provoked(samples)
+    for number in range(_CHANGES):
         if number == 1 and trials:
             break  # the first one has every provocation in it
-        try:
-            record = observe.observe(call.module, step, changed)
-            trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
-        except (TrainingStepError, CoupledModelError):
-            continue  # no legal sample for this model: an index out of range, a division by zero
-        if float(trial.wanted.norms.max()) > _BEYOND_ROUNDING * float(trial.wanted.norms.median()):
-            continue  # an empty sample behind many normalisations: its gradient is rounding, and cannot be compared
-        isolation.check_state(call.module, record)
-        _isolated(call, step, trial, plan)
-        trials.append(trial)
+        trial = _attempt(call, step, lambda: next(changes), plan)
+        if trial is not None:
+            trials.append(trial)
+    _attempt(call, step, lambda: probe.emptied(samples), plan)
     return tuple(trials)
+
+
+_CHANGES = 5
+
+
+def _attempt(call: Call, step: TrainingStep, make: Callable[[], probe.Probe], plan: Plan) -> Trial | None:
+    """Check model and loss on a harder probe; ``None`` if the step cannot take it."""
+    try:
+        changed = make()
+        record = observe.observe(call.module, step, changed)
+        trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
+    except (TrainingStepError, CoupledModelError, *COLLATE_FAILURES):
+        return None  # no legal sample for this model: an index out of range, a division by zero
+    if float(trial.wanted.norms.max()) > _BEYOND_ROUNDING * float(trial.wanted.norms.median()):
+        return None
+    isolation.check_state(call.module, record)
+    _isolated(call, step, trial, plan)
+    return trial

@@ -133,11 +133,12 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
         alone = []
         for batch in probe.singles:
             alone.append(run_step(module, step, batch, before))
-            put_back(module, before)
+            if alone[-1].written:
+                put_back(module, before)
         together = run_step(module, step, probe.batch, before, recording)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
-        if together.random_modules:
+        if together.random_modules and not used >= {n for n, p in module.named_parameters() if p.requires_grad}:
             used |= _used_by_chance(module, step, probe, before)
     everything = [*alone, together]
     calls, problem = layout_of_calls(together.calls.get("", []), [run.calls.get("", []) for run in alone])

@@ -6,7 +6,7 @@ with zeros kept, since padding and empty regions are structure. None of it is st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,12 @@ from dpfix.errors import LoaderError
 from dpfix.sampling import CollateOrStandIn, index_set
 
 SAMPLES = 4
-"""Number of samples in a probe."""
+"""Number of samples in a probe, at most; as many as the script's batches have if those are smaller."""
+
+COLLATE_FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError)
+"""What a dataset or a collate function raises for samples it cannot take."""
+
+_SEED = 20160623
 
 
 @dataclass(frozen=True)
@@ -86,63 +91,94 @@ SCALED = 2
 """Number of the sample that :func:`provoked` scales (the last one of a smaller probe)."""
 
 
-def provoked(probe: Probe) -> tuple[Probe, ...]:
-    """Probes that bring out what depends on the data: an empty sample, a rare label, an outlier.
+def provoked(probe: Probe) -> Iterator[Probe]:
+    """Probes that bring out what depends on the data: an empty mask, a rare label, an outlier.
 
     The first has them all; the others one each, for steps that cannot take some of them.
 
     Args:
         probe: the ordinary probe.
 
-    Returns:
-        Changed probes: sample 0 blank (zeros, smallest integers), sample 1 with the largest integers, sample 2 with
-        floating values 50 times as large. Integers come from the values that the probe holds at the same place.
+    Yields:
+        Changed probes: sample 0 with the smallest labels and empty masks, sample 1 with the largest labels, sample 2 with
+        floating values 50 times as large. Labels come from the values that the probe holds at the same place; where it
+        holds a single one, the next one is tried too.
     """
     low, high = _extremes(probe.items)
     scaled = min(SCALED, len(probe) - 1)
 
     def blank(i: int, path: trees.Path, leaf: Any) -> Any:
-        return _filled(leaf, low.get(path)) if i == 0 else leaf
+        return _filled(leaf, low[path]) if i == 0 and path in low else leaf
 
     def rare(i: int, path: trees.Path, leaf: Any) -> Any:
-        return _filled(leaf, high.get(path), floats=False) if i == 1 else leaf
+        if i != 1 or path not in high:
+            return leaf
+        return _filled(leaf, high[path] + (high[path] == low[path]))
+
+    def rarer(i: int, path: trees.Path, leaf: Any) -> Any:
+        return _filled(leaf, low[path] - 1) if i == 1 and path in low and low[path] == high[path] else leaf
 
     def outlier(i: int, path: trees.Path, leaf: Any) -> Any:
-        floating = torch.is_tensor(leaf) and leaf.is_floating_point()
-        floating = floating or (isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating))
-        return leaf * 50 if i == scaled and floating else leaf
+        return leaf * 50 if i == scaled and path not in low and _is_floating(leaf) else leaf
 
     def everything(i: int, path: trees.Path, leaf: Any) -> Any:
         return outlier(i, path, rare(i, path, blank(i, path, leaf)))
 
-    return tuple(probe.changed(change) for change in (everything, blank, rare, outlier))
+    yield from (probe.changed(change) for change in (everything, blank, rare, rarer, outlier))
+
+
+def emptied(probe: Probe) -> Probe:
+    """The probe with a first sample of nothing but zeros: padding, background.
+
+    Args:
+        probe: the ordinary probe.
+
+    Returns:
+        The changed probe; whole numbers are the smallest that the probe holds at the same place.
+    """
+    low, _ = _extremes(probe.items)
+
+    def empty(i: int, path: trees.Path, leaf: Any) -> Any:
+        if i:
+            return leaf
+        return _filled(leaf, low[path]) if path in low else leaf * 0 if _is_floating(leaf) else leaf
+
+    return probe.changed(empty)
+
+
+def _is_floating(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return np.issubdtype(leaf.dtype, np.floating)
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _extremes(items: tuple[Any, ...]) -> tuple[dict[trees.Path, Any], dict[trees.Path, Any]]:
+    """Smallest and largest value of every leaf that holds whole numbers (labels, masks, ids) in all samples."""
     low: dict[trees.Path, Any] = {}
     high: dict[trees.Path, Any] = {}
+    mixed: set[trees.Path] = set()
     for item in items:
         for path, leaf in trees.leaves(item):
-            values = torch.as_tensor(leaf) if isinstance(leaf, (int, np.ndarray, torch.Tensor)) else None
-            if values is None or values.is_floating_point() or values.is_complex() or not values.numel():
+            if not isinstance(leaf, (int, np.ndarray, torch.Tensor)):
+                continue
+            values = torch.as_tensor(leaf).detach().as_subclass(torch.Tensor)
+            if values.is_complex() or not values.numel() or not bool((values == values.round()).all()):
+                mixed.add(path)
                 continue
             low[path] = min(low.get(path, values.min().item()), values.min().item())
             high[path] = max(high.get(path, values.max().item()), values.max().item())
+    for path in mixed:
+        low.pop(path, None)
+        high.pop(path, None)
     return low, high
 
 
-def _filled(leaf: Any, integer: Any, *, floats: bool = True) -> Any:
+def _filled(leaf: Any, value: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        if leaf.is_floating_point():
-            return torch.zeros_like(leaf) if floats else leaf
-        return leaf if integer is None else torch.full_like(leaf, integer)
+        return torch.full_like(leaf, value)
     if isinstance(leaf, np.ndarray):
-        if np.issubdtype(leaf.dtype, np.floating):
-            return np.zeros_like(leaf) if floats else leaf
-        return leaf if integer is None else np.full_like(leaf, integer)
-    if isinstance(leaf, int) and integer is not None:
-        return type(leaf)(integer)
-    return leaf
+        return np.full_like(leaf, value)
+    return type(leaf)(value)
 
 
 def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
@@ -159,14 +195,16 @@ def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
         LoaderError: the dataset or the collate function fails.
     """
     indices = index_set(loader)
-    chosen = [indices[i % len(indices)] for i in range(max(2, min(samples, len(indices))))]
+    # In a fixed random order: the first samples of a dataset sorted by class would all have the same label.
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
+    chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
     collate: Any = loader.collate_fn
     if isinstance(collate, CollateOrStandIn):
         collate = collate.collate
-    generator = torch.Generator().manual_seed(20160623)
+    generator = torch.Generator().manual_seed(_SEED)
     try:
         return _collated([_redraw(loader.dataset[i], generator) for i in chosen], collate)
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+    except COLLATE_FAILURES as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed: "
             f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "

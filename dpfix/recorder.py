@@ -91,13 +91,14 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _CUTS or (name == "__get__" and func is torch.Tensor.data.__get__):  # type: ignore[attr-defined]
+        if name in _CUTS or (name == "__get__" and func == torch.Tensor.data.__get__):  # type: ignore[attr-defined]
             self._cut(args, "detach" if name in _CUTS else ".data")
         elif args and _is_in_place(name, kwargs):
             self._overwritten(args[0], name)
-        for value in args:
-            if isinstance(value, nn.Parameter):
-                self._used(value)
+        for value in (*args, *kwargs.values()):
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(one, nn.Parameter):
+                    self._used(one)
         return func(*args, **kwargs)
 
     def _cut(self, args: Any, what: str) -> None:
@@ -225,4 +226,7 @@ def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch:
 
 
 def _detached(_: trees.Path, leaf: Any) -> Any:
-    return leaf.detach().as_subclass(torch.Tensor) if isinstance(leaf, torch.Tensor) else leaf
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
+        return leaf.detach().as_subclass(torch.Tensor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from dpfix.audit import SLACK, Reference, check_bounded, check_engine
+from dpfix.audit import SLACK, Reference, check_engine
 from dpfix.engines import BY_HAND, BY_NAME, ENGINES, Engine, FlatClipping
 from dpfix.errors import NoEngineError
 from dpfix.findings import EngineEvidence
@@ -129,19 +129,13 @@ def _try(
 
 
 def _confirm(
-    engine: Engine,
-    module: nn.Module,
-    step: TrainingStep,
-    ordinary: Trial,
-    harder: Sequence[Trial],
-    plan: Plan,
+    engine: Engine, module: nn.Module, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
 ) -> Iterator[EngineEvidence]:
-    """The harder probes, then the bound on the last of them (an outlier is in it, where there is one)."""
-    for trial in harder:
-        yield check_engine(engine, module, step, trial.samples, plan, trial.wanted)
-    last = harder[-1] if harder else ordinary
-    left_out = min(SCALED, len(last.samples) - 1)
-    yield check_bounded(engine, module, step, last.samples, plan, last.wanted, left_out)
+    """The harder probes, and on the last of them (an outlier is in it, where there is one) the bound."""
+    trials = [*harder] or [ordinary]
+    for trial in trials:
+        left_out = min(SCALED, len(trial.samples) - 1) if trial is trials[-1] else None
+        yield check_engine(engine, module, step, trial.samples, plan, trial.wanted, left_out)
 
 
 def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, harder: Sequence[Trial]) -> list[str]:
@@ -165,7 +159,7 @@ def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, ha
         f"bounded: leaving a sample out moves the clipped sum by at most {1 + SLACK:g} times the clip norm",
     ]
     if harder:
-        lines.append(f"the same on {len(harder)} harder probe(s): an empty sample, a rare label, a sample scaled by 50")
+        lines.append(f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50")
     return lines
 
 

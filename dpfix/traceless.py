@@ -281,7 +281,7 @@ def _spread(like: torch.Tensor, fill: Any) -> torch.Tensor:
     """A tensor like another, equal along every dimension but the last; constant if it has only one."""
     row = torch.empty(like.shape[-1] if like.dim() > 1 else 1, dtype=like.dtype, device=like.device)
     fill(row)
-    return row.expand(like.shape)
+    return row.expand(like.shape) if like.dim() else row.reshape(())
 
 
 def _keep(row: torch.Tensor, probability: float) -> torch.Tensor:
