@@ -32,7 +32,7 @@ slow: $(VENV)/.installed-dev  ## run the long tests too
 lint: $(VENV)/.installed-dev  ## check format, style, docstrings and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev  ## format the code and sort the imports
 	$(BIN)/ruff check --select I --fix

@@ -18,9 +18,8 @@ from dpfix.arguments import check_budget, check_delta, check_names, check_object
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.findings import Report
 from dpfix.flow import Call, prepare, refuse
-from dpfix.rules import compiled
-from dpfix.rules import data_loader as data_loader_rule
-from dpfix.scan import Options, Scan, run_rules
+from dpfix.rules import RULES, compiled
+from dpfix.scan import Options, run_rules
 from dpfix.surgery import Surgery
 from dpfix.traceless import rng_untouched
 from dpfix.training import PrivateTraining
@@ -78,17 +77,22 @@ def make_private_safe(
         A tuple ``(model, optimizer, data_loader)`` with ``report``, ``plan`` and the privacy accounting.
 
     Raises:
+        ArgumentError: an argument cannot be used.
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
     """
-    call = Call(
-        _plain(module),
-        getattr(optimizer, "original_optimizer", optimizer),
+    call = _call(
+        module,
+        optimizer,
         data_loader,
-        criterion,
-        training_step,
-        batch_first,
-        loss_reduction,
-        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling),
+        criterion=criterion,
+        training_step=training_step,
+        batch_first=batch_first,
+        loss_reduction=loss_reduction,
+        grad_sample_mode=grad_sample_mode,
+        norm=norm,
+        clipping=clipping,
+        max_grad_norm=max_grad_norm,
+        poisson_sampling=poisson_sampling,
     )
     _check(call, noise_multiplier, options)
     if grad_sample_mode == "ew" and not wrap_model:
@@ -150,13 +154,14 @@ def make_private_safe_with_epsilon(
     Raises:
         ArgumentError: the budget cannot be reached, or an argument is out of range.
     """
-    check_objects(_plain(module), optimizer, data_loader)
     check_delta(target_delta)
     check_budget(target_epsilon, epochs)
-    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
-    scan = Scan(module, optimizer, data_loader, Options(poisson_sampling=arguments.get("poisson_sampling", True)))
-    refuse(run_rules(scan, (data_loader_rule,)))
+    given = {k: v for k, v in arguments.items() if k in inspect.signature(_call).parameters}
+    call = _call(module, optimizer, data_loader, max_grad_norm=max_grad_norm, **given)
+    _check(call, 0.0, {k: v for k, v in arguments.items() if k not in inspect.signature(make_private_safe).parameters})
+    refuse(run_rules(call.scan, RULES))  # what can be refused at once is, before the search for the noise
+    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     try:
         noise = get_noise_multiplier(
             target_epsilon=target_epsilon,
@@ -257,6 +262,33 @@ class SafePrivacyEngine(PrivacyEngine):
             See :func:`make_private_safe`.
         """
         return make_private_safe_with_epsilon(privacy_engine=self, **arguments)
+
+
+def _call(
+    module: Any,
+    optimizer: Any,
+    data_loader: Any,
+    *,
+    max_grad_norm: Any,
+    criterion: Callable[..., Any] | None = None,
+    training_step: StepFunction | None = None,
+    batch_first: bool = True,
+    loss_reduction: str = "mean",
+    grad_sample_mode: str = "auto",
+    norm: str = "group",
+    clipping: str = "flat",
+    poisson_sampling: bool = True,
+) -> Call:
+    return Call(
+        _plain(module),
+        getattr(optimizer, "original_optimizer", optimizer),
+        data_loader,
+        criterion,
+        training_step,
+        batch_first,
+        loss_reduction,
+        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling),
+    )
 
 
 def _plain(module: Any) -> Any:

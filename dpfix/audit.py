@@ -186,15 +186,24 @@ def check_engine(
     if not worst <= wanted.tolerance:
         reason = f"its clipped sum differs from the batch-of-one reference by {worst:.1e} (`{where}`)"
         return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
-    moved = max((_moved(a, b, c) for a, b, c in zip(sums, fewer, wanted.clip_norms, strict=False)), default=0.0)
+    moved = max((movement(a, b, c) for a, b, c in zip(sums, fewer, wanted.clip_norms, strict=False)), default=0.0)
     if not moved <= 1 + max(SLACK, wanted.tolerance if wanted.tolerance > 2e-3 else 0):
         reason = f"one sample moves its clipped sum by {moved:.3f} times the clip norm"
         return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
     return EngineEvidence(engine.name, passed=True, max_error=worst)
 
 
-def _moved(every: Gradients, fewer: Gradients, clip_norm: float) -> float:
-    """How far leaving a sample out moves the clipped sum, as a multiple of C."""
+def movement(every: Gradients, fewer: Gradients, clip_norm: float) -> float:
+    """How far leaving a sample out moves the clipped sum.
+
+    Args:
+        every: the clipped sum of all samples.
+        fewer: the clipped sum without one of them.
+        clip_norm: C.
+
+    Returns:
+        The Euclidean distance as a multiple of C.
+    """
     return norm_of({n: every[n].double() - fewer[n].double() for n in every}) / clip_norm if clip_norm > 0 else 0.0
 
 

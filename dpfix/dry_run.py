@@ -84,4 +84,5 @@ def materialise(module: nn.Module, step: TrainingStep, probe: Probe) -> bool:
 
 
 def _lazy(module: nn.Module) -> list[str]:
-    return [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if isinstance(t, lazy)]

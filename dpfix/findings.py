@@ -88,7 +88,7 @@ class EngineEvidence:
 
     def __str__(self) -> str:
         if not self.passed:
-            return f"{self.engine}: not used, {self.reason}"
+            return f"{self.engine}: not used: {self.reason}"
         timing = f", {self.seconds * 1e3:.1f} ms per probe step" if self.seconds is not None else ""
         error = "" if self.max_error is None else f", largest relative error {self.max_error:.1e}"
         return f"{self.engine}: equals the batch-of-one reference{error}{timing}"
@@ -132,7 +132,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"dpfix report for {self.model}"]
         lines += _section("settings", [f"{k}: {v}" for k, v in self.settings.items()])
-        lines += _section(f"findings ({len(self.findings)})", [str(f) for f in self.findings])
+        lines += _section(f"findings ({len(self.findings)})", _grouped(self.findings))
         lines += _section("audit", list(self.audit))
         lines += _section(f"engine: {self.engine or 'none'}", [str(e) for e in self.evidence])
         return "\n".join(lines)
@@ -164,6 +164,18 @@ class Report:
             f"<h1>{html.escape(self.model)}</h1><table border='1'>{rows}</table>"
             f"<h2>engine: {html.escape(self.engine or 'none')}</h2><ul>{items}</ul>"
         )
+
+
+def _grouped(findings: tuple[Finding, ...]) -> list[str]:
+    """One entry for all findings that differ in their place only; the JSON and HTML forms keep every one."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for f in findings:
+        groups.setdefault((f.code, f.why, f.help), []).append(f)
+    out = []
+    for first, *others in groups.values():
+        places = ", ".join(f"`{f.path}`" for f in others)
+        out.append(str(first) + (f"\n  and:  {len(others)} more of the same: {places}" if others else ""))
+    return out
 
 
 def _section(title: str, rows: list[str]) -> list[str]:

@@ -16,10 +16,11 @@ from torch import nn
 
 from dpfix import sampling
 from dpfix.dry_run import described_failures
-from dpfix.errors import DPFixError
+from dpfix.errors import CoupledModelError, DPFixError, TrainingStepError
 from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers
 from dpfix.probe import Probe
 from dpfix.recorder import Call, Recording, Site, recorder
+from dpfix.scan import place
 from dpfix.traceless import FixedRandomness, Key, put_back, same, traceless, written
 from dpfix.training_step import TrainingStep
 
@@ -132,7 +133,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
     with traceless(module) as before:
         alone = []
         for batch in probe.singles:
-            alone.append(run_step(module, step, batch, before))
+            alone.append(_run_alone(module, step, batch, before, probe))
             if alone[-1].written:
                 put_back(module, before)
         together = run_step(module, step, probe.batch, before, recording)
@@ -162,6 +163,24 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
     )
 
 
+def _run_alone(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key, Any], probe: Probe) -> Run:
+    """One sample alone; a model that runs on a batch only is one that needs the other samples."""
+    notes = Recording()
+    try:
+        return run_step(module, step, batch, before, notes, details=False)
+    except TrainingStepError as error:
+        put_back(module, before)
+        run_step(module, step, probe.batch, before)
+        put_back(module, before)
+        raise CoupledModelError(
+            f"DPF013 [breaks-guarantee] {place(module, notes.failed)} mixes the samples of a batch: it works on "
+            f"{len(probe)} samples, but not on one alone: {error.__cause__}.\n"
+            "  why:  a layer that needs several samples mixes them (a normalisation over the batch), so clipping per sample "
+            "bounds nothing.\n"
+            "  help: use a normalisation per sample (GroupNorm, LayerNorm) instead; a layer in eval() may also help."
+        ) from error
+
+
 def _root_only(run: Run) -> Run:
     """Activations of the layers are not needed once their layout is known."""
     return replace(run, calls={"": list(run.calls.get("", []))})
@@ -173,6 +192,8 @@ def run_step(
     batch: Any,
     before: dict[Key, Any],
     recording: Recording | None = None,
+    *,
+    details: bool = True,
 ) -> Run:
     """One forward and backward pass on the plain model with fixed randomness.
 
@@ -181,12 +202,13 @@ def run_step(
         step: from batch to loss.
         batch: a collated batch.
         before: snapshot of the model's state, to tell what was written.
-        recording: where details are written down, if they are wanted.
+        recording: where it is written down, if that is wanted.
+        details: whether to write down functions and gradients, too.
 
     Returns:
         What happened.
     """
-    details = recording is not None
+    details = details and recording is not None
     notes = Recording() if recording is None else recording
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for p in parameters.values():

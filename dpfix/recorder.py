@@ -68,6 +68,7 @@ class Recording:
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
         stack: paths of the modules being called.
+        failed: path of the innermost module whose forward raised.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Recording:
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
+    failed: str = ""
 
 
 class _Watch(TorchFunctionMode):
@@ -206,6 +208,9 @@ def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch:
     def leave(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if recording.stack:
             recording.stack.pop()
+        if sys.exc_info()[1] is not None:  # called because forward raised
+            recording.failed = recording.failed or path
+            return
         number = len(recording.order)
         recording.order.append((path, tuple(tuple(t.shape) for t in trees.tensors(output))))
         if keep:

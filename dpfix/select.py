@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -87,6 +89,19 @@ def choose(
     if mode == BY_HAND.name:
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
+    with _quiet():
+        return _choose(module, step, ordinary, harder, plan, mode, batch_size)
+
+
+def _choose(
+    module: nn.Module,
+    step: TrainingStep,
+    ordinary: Trial,
+    harder: Sequence[Trial],
+    plan: Plan,
+    mode: str,
+    batch_size: float,
+) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     evidence = _try(engines_for(mode), module, step, ordinary, plan)
     passed = [BY_NAME[name] for name, e in evidence.items() if e.passed]
     if len(passed) > 1:
@@ -106,6 +121,14 @@ def choose(
             return chosen, tuple(evidence.values())
         evidence[engine.name] = problem
     raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Engines that are only being tried must not warn the user about layers they may never train."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _try(

@@ -43,10 +43,20 @@ class Looked:
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         return audit.check_engine(engine, self.model, self.step, self.samples, plan, self.wanted)
 
-    def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
-        """What the audit says about leaving one sample out."""
+    def movement(self, engine: Engine, sample: int) -> float:
+        """How far leaving one sample out moves what an engine releases, at most, in units of the clip norm."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return audit.check_bounded(engine, self.model, self.step, self.samples, plan, self.wanted, sample)
+        norms = self.wanted.clip_norms
+        sums = [
+            audit.released_sums(engine, self.model, self.step, samples, plan, norms)
+            for samples in (self.samples, self.samples.without(sample))
+        ]
+        return max(audit.movement(every, fewer, norm) for every, fewer, norm in zip(*sums, norms, strict=True))
+
+    def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
+        """What the audit says about an engine when leaving one sample out is tried too."""
+        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        return audit.check_engine(engine, self.model, self.step, self.samples, plan, self.wanted, sample)
 
 
 def look(

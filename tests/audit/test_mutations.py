@@ -260,9 +260,9 @@ def test_rows_that_are_missing_are_counted(layers: Looked) -> None:
 def test_bound_is_broken_by_wrong_norms(layers: Looked, name: str) -> None:
     """The third proof, by itself: what leaving a sample out moves, without any reference."""
     engine = MUTATIONS[name][0]()
-    moved = [layers.check_bounded(engine, i).max_error or 0 for i in range(4)]
-    right = [layers.check_bounded(clipping(right_factors), i) for i in range(4)]
-    assert all(e.passed and e.max_error is not None and e.max_error <= 1 for e in right)
+    moved = [layers.movement(engine, i) for i in range(4)]
+    right = clipping(right_factors)
+    assert all(layers.check_bounded(right, i).passed and layers.movement(right, i) <= 1.001 for i in range(4))
     if name != "scale off by the batch size":  # a sum that is too small is wrong, but bounded
         assert max(moved) > 1.001
 
@@ -301,9 +301,10 @@ def check_right_engines(looked: Looked) -> None:
             continue
         evidence = looked.check(engine)
         event(f"{name}: {'passed' if evidence.passed else 'refused'}")
-        if not evidence.passed:
-            assert name in OPACUS, evidence.reason
+        if not evidence.passed and name in OPACUS:
             assert not opacus_is_right(looked, name), f"{name} is right, but: {evidence.reason}"
+        elif not evidence.passed:  # an engine may give up on a model, with an error; it may not be wrong
+            assert name != "microbatch" and evidence.max_error is None, f"{name}: {evidence.reason}"
 
 
 def check_broken_engines(looked: Looked) -> None:

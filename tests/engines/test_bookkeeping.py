@@ -147,9 +147,7 @@ for _d, (_conv, _up) in enumerate(
     }.items():
         _kernel = 2 if _name.endswith("2") else 3
         CONVOLUTIONS[f"transposed{_d}d-{_name}"] = (
-            lambda c=_up, u=_conv, d=_d, o=_options, k=_kernel: Seq(
-                c(4, 6, k, **o), u(2, 4, 1)
-            ),
+            lambda c=_up, u=_conv, d=_d, o=_options, k=_kernel: Seq(c(4, 6, k, **o), u(2, 4, 1)),
             floats(2, *[5] * _d),
         )
 CONVOLUTIONS["conv2d-large-kernel-share"] = (lambda: nn.Conv2d(16, 24, 3, padding=1), floats(16, 4, 4))

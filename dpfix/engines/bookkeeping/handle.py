@@ -110,8 +110,9 @@ class RootStandIn(StandIn):
             output = self.original(*args, **kwargs)
         dims = dict(layout.output)
         for path, leaf in trees.leaves(output):
-            if isinstance(leaf, torch.Tensor) and dims.get(path) is not None:
-                rows_of(leaf, dims[path], call.samples)
+            dim = dims.get(path)
+            if isinstance(leaf, torch.Tensor) and dim is not None:
+                rows_of(leaf, dim, call.samples)
         return output
 
 
