@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,28 @@ class OtherSteps:
         )
 
 
+class _Structure:
+    """The modules and parameters of a model, remembered so that a look at every step is cheap."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self._parameters = [(m._parameters, tuple(m._parameters.values())) for m in modules if m._parameters]
+        self._flags = [(p, p.requires_grad) for p in module.parameters()]
+
+    def unchanged(self) -> bool:
+        """Whether every module and parameter is the same object, trained or frozen as before."""
+        return (
+            all(_same_objects(*pair) for pair in self._children)
+            and all(_same_objects(*pair) for pair in self._parameters)
+            and all(p.requires_grad is flag for p, flag in self._flags)
+        )
+
+
+def _same_objects(now: Mapping[str, Any], before: tuple[Any, ...]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now.values(), before))
+
+
 class StepGuard:
     """The guard of one private training.
 
@@ -98,11 +121,15 @@ class StepGuard:
         self.watch = GradWatch(parameters)
         self.other_steps = OtherSteps(parameters.values())
         self._identity = {name: id(p) for name, p in parameters.items()}
+        self._held = frozenset(self._identity.values())
+        self._structure = _Structure(module)
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
         self._clear = True  # zero_grad was called since the last step
+        self._can_clip = handle if isinstance(handle, FlatClipping) else None
         self._clipping: FlatClipping | None = None
+        self._sample_norms: torch.Tensor | None = None
 
     def detach(self) -> None:
         """Take every hook off; the training is over."""
@@ -151,7 +178,8 @@ class StepGuard:
         self._check_plan(optimizer)
         self._check_gradients()
         parameters = list(self.parameters.values())
-        self._clipping = self.handle if isinstance(self.handle, FlatClipping) and optimizer.flat else None  # type: ignore[attr-defined]
+        self._clipping = self._can_clip if optimizer.flat else None  # type: ignore[attr-defined]
+        self._sample_norms = None
         counts = (self._clipping.announce if self._clipping else self.handle.collect)(parameters)
         if self.ledger is not None:
             counts = self._check_draw(optimizer, counts, self.ledger)
@@ -172,7 +200,7 @@ class StepGuard:
             return False
         for p in optimizer.params:
             p.grad = None  # of the step before; the noise is about to make a new one
-        self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm)
+        self._sample_norms = self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm)
         return True
 
     def _check_scaler(self, optimizer: DPOptimizer) -> None:
@@ -185,8 +213,8 @@ class StepGuard:
 
     def _check_plan(self, optimizer: DPOptimizer) -> None:
         kind = type(self.module).__name__
-        now = {n: id(p) for n, p in self.module.named_parameters() if p.requires_grad}
-        if now != self._identity:
+        if not self._structure.unchanged():
+            now = {n: id(p) for n, p in self.module.named_parameters() if p.requires_grad}
             changed = sorted(n for n in now.keys() | self._identity.keys() if now.get(n) != self._identity.get(n))
             raise PlanBrokenError(
                 f"parameter `{changed[0]}` of {kind} was replaced, added, frozen or unfrozen after make_private_safe "
@@ -194,7 +222,7 @@ class StepGuard:
                 "first and call make_private_safe again."
             )
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if held != set(self._identity.values()):
+        if held != self._held:
             missing = [n for n, p in self._identity.items() if p not in held]
             raise PlanBrokenError(
                 f"optimizer: its param_groups changed after make_private_safe ({len(missing)} parameter(s) missing"
@@ -296,11 +324,15 @@ class StepGuard:
         Raises:
             NonFiniteGradientError: it is not; nothing was released and the gradients are dropped.
         """
+        if self._sample_norms is not None and bool(torch.isfinite(self._sample_norms).all()):
+            return  # a sum of finitely many finite gradients: no need to read it again
         sums = {n: p.summed_grad for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
         total = torch.stack([s.detach().sum().to("cpu", torch.float64) for s in sums.values()]).sum() if sums else None
         if total is None or bool(torch.isfinite(total)):
             return
         bad = [n for n, s in sums.items() if not bool(torch.isfinite(s).all())]
+        if not bad:
+            return  # finite sums whose own sum is too large for the check
         for p in self.parameters.values():
             p.summed_grad = None  # type: ignore[attr-defined]
         self.handle.finish()

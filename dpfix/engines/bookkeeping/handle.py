@@ -340,18 +340,23 @@ class BookkeepingHandle:
         return counts
 
     @torch.no_grad()
-    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> None:
+    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> torch.Tensor | None:
         """Add ``sum_i min(1, C / |g_i|) g_i`` to ``summed_grad``; what has arrived is kept.
 
         Args:
             parameters: the trainable parameters.
             max_grad_norm: C.
+
+        Returns:
+            Norms of the samples' gradients, shape ``[samples]``.
         """
+        every = []
         for samples, found in self._arrived():
             whole = {p: add_up(found[p]) for p in parameters if p in found}
             norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
             scale = self._scale(samples)
             norm = scale * torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
+            every.append(norm)
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
             for p in parameters:
                 part = whole.get(p)
@@ -359,6 +364,7 @@ class BookkeepingHandle:
                     _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
                 elif getattr(p, "summed_grad", None) is None:
                     p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
+        return torch.cat(every) if every else None
 
 
 def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:
