@@ -38,8 +38,11 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-dev  ## measure plain Opacus and dpfix side by side (docs/comparison.md, README.md)
+bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the audit, speed of the engines
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write $(ARGS)
+	$(ONE_THREAD) $(BIN)/python benchmarks/coupled.py --write docs/coupled.md
+	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)

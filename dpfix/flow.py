@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix import audit, dry_run, isolation, notes, observe, probe, sampling, select
-from dpfix.errors import CoupledModelError, ModelError, TrainingStepError
+from dpfix.errors import CoupledModelError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES
@@ -189,7 +189,7 @@ def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[
     return isolation.check_isolation(call.module, step, trial.samples, trial.record, plan, trial.wanted, call.criterion)
 
 
-_BEYOND_ROUNDING = 1e6
+_LARGER = 1e6
 """A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
 
 
@@ -223,8 +223,13 @@ def _attempt(call: Call, step: TrainingStep, make: Callable[[], probe.Probe], pl
         trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
     except (TrainingStepError, CoupledModelError, *COLLATE_FAILURES):
         return None  # no legal sample for this model: an index out of range, a division by zero
-    if float(trial.wanted.norms.max()) > _BEYOND_ROUNDING * float(trial.wanted.norms.median()):
+    if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):
         return None
     isolation.check_state(call.module, record)
-    _isolated(call, step, trial, plan)
+    try:
+        _isolated(call, step, trial, plan)
+    except (CoupledModelError, LossError):
+        if observe.decided_by_rounding(call.module, step, changed, trial.wanted.tolerance):
+            return None
+        raise
     return trial

@@ -185,12 +185,16 @@ def _check_loss(
     )
     raise CoupledLossError(
         f"DPF014 [breaks-guarantee] the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: "
-        f"the gradient of `{name}` differs by {error:.1e} (relative) ({step.origin}).\n"
+        f"the gradient of `{name}` differs {_by(error)} ({step.origin}).\n"
         "  why:  one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
         f"{'Cause' if told else 'Known causes'}: {known}.\n"
         "  help: criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages;"
         " use it in the loop and in training_step."
     )
+
+
+def _by(error: float) -> str:
+    return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
 
 
 def _sum(gradients: list[Gradients]) -> Gradients:

@@ -181,6 +181,37 @@ def _run_alone(module: nn.Module, step: TrainingStep, batch: Any, before: dict[K
         ) from error
 
 
+def decided_by_rounding(module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float) -> bool:
+    """Whether a sample's gradient changes when the parameters move by as little as rounding does.
+
+    A constant sample behind several normalisations is such a case: each divides by nearly nothing. Its gradient in a
+    batch and alone may then differ without any coupling.
+
+    Args:
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        tolerance: relative change that counts.
+
+    Returns:
+        True if that is so for any of the samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with traceless(module) as before:
+        for batch in probe.singles:
+            still = run_step(module, step, batch, before).gradients
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=generator).to(p))
+            moved = run_step(module, step, batch, before).gradients
+            put_back(module, before)
+            size = sum(float(g.double().square().sum()) for g in still.values()) ** 0.5
+            change = sum(float((g - moved[n]).double().square().sum()) for n, g in still.items()) ** 0.5
+            if not change <= tolerance * size:
+                return True
+    return False
+
+
 def _root_only(run: Run) -> Run:
     """Activations of the layers are not needed once their layout is known."""
     return replace(run, calls={"": list(run.calls.get("", []))})

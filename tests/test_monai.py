@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.findings import Fixability
@@ -109,3 +110,18 @@ def test_batch_dice_is_refused_with_a_way_out(options: dict[str, Any]) -> None:
             max_grad_norm=1.0,
             criterion=DiceCELoss(to_onehot_y=True, softmax=True, **options),
         )
+
+
+def test_an_empty_patch_behind_instance_norms_is_no_coupling() -> None:
+    """Each norm divides the rounding errors of a constant patch by nearly nothing; that is nobody else's doing."""
+    model = nets.UNet(3, 1, 2, (16, 32, 64), (2, 2))
+    data = TensorDataset(torch.randn(6, 1, 32, 32, 32), torch.randint(0, 2, (6, 32, 32, 32)))
+    private = dpfix.make_private_safe(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=4),
+        criterion=torch.nn.functional.cross_entropy,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert private.plan.engine
