@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin, is_lazy
 
 from dpfix.errors import DPFixError, ModelError, TrainingStepError
 from dpfix.probe import Probe
@@ -83,6 +84,43 @@ def materialise(module: nn.Module, step: TrainingStep, probe: Probe) -> bool:
     return True
 
 
+def remembered_lazy(module: nn.Module) -> Callable[[], None]:
+    """What gives lazy modules back their state before they created their parameters.
+
+    Args:
+        module: the model.
+
+    Returns:
+        A function that makes every lazy module, and every parameter without shape, again what it is now.
+    """
+    modules = [m for m in module.modules() if isinstance(m, LazyModuleMixin)]
+    inner = (
+        "_parameters",
+        "_buffers",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_load_state_dict_pre_hooks",
+    )
+    before = [(m, type(m), dict(vars(m)), {name: dict(vars(m)[name]) for name in inner}) for m in modules]
+    tensors = [
+        t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and is_lazy(t)
+    ]
+    shapeless = [(t, type(t), t.data) for t in tensors]
+
+    def undo() -> None:
+        for m, cls, attributes, containers in before:
+            m.__class__ = cls
+            vars(m).clear()
+            vars(m).update(attributes)
+            for name, content in containers.items():
+                vars(m)[name].clear()
+                vars(m)[name].update(content)
+        for t, cls, data in shapeless:
+            t.data = data
+            t.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
+
+    return undo
+
+
 def _lazy(module: nn.Module) -> list[str]:
-    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
-    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if isinstance(t, lazy)]
+    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t is not None and is_lazy(t)]

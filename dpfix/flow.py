@@ -110,6 +110,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
         size = math.ceil(sampling.batch_size(call.data_loader))
         samples = probe.take(call.data_loader, min(probe.SAMPLES, size))
     step = infer(samples.batch, call.criterion, call.training_step)
+    surgery.undo_with(dry_run.remembered_lazy(call.module))
     if dry_run.materialise(call.module, step, samples):
         findings += [f for f in _repair(call, surgery) if f not in findings]
     _check_validator(call, findings)

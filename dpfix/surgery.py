@@ -42,6 +42,14 @@ class Surgery:
         """Keep the changes."""
         self._committed = True
 
+    def undo_with(self, undo: Callable[[], None]) -> None:
+        """Register how to undo a change that was made elsewhere.
+
+        Args:
+            undo: called on a roll-back.
+        """
+        self._undo.append(undo)
+
     def roll_back(self) -> None:
         """Undo every change, last one first."""
         while self._undo:

@@ -350,3 +350,25 @@ def test_the_probe_reads_few_samples() -> None:
 
     dpfix.make_private_safe(**setting(data_loader=DataLoader(Counted(*points(500).tensors), batch_size=8)))
     assert len(set(read)) <= 16
+
+
+def test_a_refused_lazy_model_is_lazy_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d(affine=False), nn.Flatten(), nn.LazyLinear(3))
+    data = TensorDataset(torch.randn(12, 3, 6, 6), torch.randint(0, 3, (12,)))
+    classes, parameters = [type(m) for m in model], list(model.parameters())
+    rng = torch.get_rng_state()
+    with pytest.raises(dpfix.CoupledLossError):
+        dpfix.make_private_safe(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            criterion=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0])),
+        )
+    assert [type(m) for m in model] == classes
+    assert all(a is b and type(a) is type(b) for a, b in zip(model.parameters(), parameters, strict=True))
+    assert isinstance(model[3].weight, nn.parameter.UninitializedParameter)
+    assert torch.equal(torch.get_rng_state(), rng)
+    model(torch.randn(2, 3, 6, 6))  # and it still creates its parameters by itself
+    assert model[3].weight.shape == (3, 128)
