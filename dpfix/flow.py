@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from opacus.validators import ModuleValidator
@@ -202,18 +203,14 @@ def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -
         gradient is made of rounding errors, on which two right engines need not agree.
     """
     trials: list[Trial] = []
-    changes = probe.provoked(samples)
-    for number in range(_CHANGES):
+    for number, make in enumerate(probe.provoked(samples)):
         if number == 1 and trials:
             break  # the first one has every provocation in it
-        trial = _attempt(call, step, lambda: next(changes), plan)
+        trial = _attempt(call, step, make, plan)
         if trial is not None:
             trials.append(trial)
-    _attempt(call, step, lambda: probe.emptied(samples), plan)
+    _attempt(call, step, partial(probe.emptied, samples), plan)
     return tuple(trials)
-
-
-_CHANGES = 5
 
 
 def _attempt(call: Call, step: TrainingStep, make: Callable[[], probe.Probe], plan: Plan) -> Trial | None:

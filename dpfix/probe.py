@@ -6,8 +6,9 @@ with zeros kept, since padding and empty regions are structure. None of it is st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ SCALED = 2
 """Number of the sample that :func:`provoked` scales (the last one of a smaller probe)."""
 
 
-def provoked(probe: Probe) -> Iterator[Probe]:
+def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
     """Probes that bring out what depends on the data: an empty mask, a rare label, an outlier.
 
     The first has them all; the others one each, for steps that cannot take some of them.
@@ -99,10 +100,10 @@ def provoked(probe: Probe) -> Iterator[Probe]:
     Args:
         probe: the ordinary probe.
 
-    Yields:
-        Changed probes: sample 0 with the smallest labels and empty masks, sample 1 with the largest labels, sample 2 with
-        floating values 50 times as large. Labels come from the values that the probe holds at the same place; where it
-        holds a single one, the next one is tried too.
+    Returns:
+        Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
+        labels and empty masks, sample 1 with the largest labels, sample 2 with floating values 50 times as large. Labels
+        come from the values that the probe holds at the same place; where it holds a single one, the next is tried too.
     """
     low, high = _extremes(probe.items)
     scaled = min(SCALED, len(probe) - 1)
@@ -124,7 +125,7 @@ def provoked(probe: Probe) -> Iterator[Probe]:
     def everything(i: int, path: trees.Path, leaf: Any) -> Any:
         return outlier(i, path, rare(i, path, blank(i, path, leaf)))
 
-    yield from (probe.changed(change) for change in (everything, blank, rare, rarer, outlier))
+    return tuple(partial(probe.changed, change) for change in (everything, blank, rare, rarer, outlier))
 
 
 def emptied(probe: Probe) -> Probe:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.findings import Finding
 
-OPACUS_MODES = ("hooks", "functorch", "ew", "ghost")
+OPACUS_MODES = ("hooks", "functorch", "ew")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from opacus import PrivacyEngine
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
@@ -332,3 +332,24 @@ def test_other_clipping(clipping: str) -> None:
 def test_single_sample_datasets_are_enough() -> None:
     training = dpfix.make_private_safe(**setting(data_loader=DataLoader(points(2), batch_size=1)))
     assert train(training, 3) == 3
+
+
+def test_a_collate_that_rejects_changed_samples_is_no_obstacle() -> None:
+    """The harder probes change labels; a collate function may refuse every one of them."""
+
+    def collate(items: list[Any]) -> tuple[Tensor, Tensor]:
+        if any(int(y) != 1 or float(x.abs().max()) in (0.0, 7.0) for x, y in items):
+            raise ValueError("no such sample")
+        return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])
+
+    data = [(torch.randn(6), torch.tensor(1)) for _ in range(12)]
+    model = nn.Sequential(nn.Linear(6, 3))
+    private = dpfix.make_private_safe(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=4, collate_fn=collate),  # type: ignore[arg-type]
+        criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert any("harder" in line for line in private.report.audit)
