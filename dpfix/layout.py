@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpfix import trees
+from dpfix.errors import PlanBrokenError
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,59 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[tree
         Path and number of dimensions of every tensor.
     """
     return tuple((path, leaf.dim()) for path, leaf in trees.leaves((args, kwargs)) if torch.is_tensor(leaf))
+
+
+def known_layout(
+    layouts: Mapping[Any, CallLayout], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallLayout:
+    """How a call of the model carries its samples, if the probe has shown such a call.
+
+    Args:
+        layouts: the plan's layouts by signature.
+        module: the model, for the message.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The layout.
+
+    Raises:
+        PlanBrokenError: the call has a form the probe has not shown.
+    """
+    layout = layouts.get(signature(args, kwargs))
+    if layout is None:
+        shapes = [tuple(t.shape) for t in trees.tensors((args, kwargs))]
+        raise PlanBrokenError(
+            f"{type(module).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
+            "training step did not show when it was checked. Pass the training_step your loop really makes to "
+            "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
+        )
+    return layout
+
+
+def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Number of samples in a call of the model.
+
+    Args:
+        layout: how the call carries them.
+        module: the model, for the message.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The number.
+
+    Raises:
+        PlanBrokenError: the inputs hold different numbers of samples.
+    """
+    found = dict(trees.leaves((args, kwargs)))
+    counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
+    if len(counts) != 1:
+        raise PlanBrokenError(
+            f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}. "
+            "Every tensor that carries samples has to carry the same ones."
+        )
+    return counts.pop()
 
 
 def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[tuple[CallLayout, ...], str]:

@@ -8,8 +8,6 @@ sample j inside the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -18,11 +16,10 @@ from torch import nn
 
 from dpfix import trees
 from dpfix.engines.base import Verdict, zeros
+from dpfix.engines.parameters import Aliases, parameter_slots, swapped
 from dpfix.errors import PlanBrokenError
-from dpfix.layout import CallLayout, signature
+from dpfix.layout import CallLayout, known_layout, samples_in
 from dpfix.plan import Plan
-
-Aliases = dict[str, torch.Tensor]
 
 
 class Microbatch:
@@ -140,36 +137,16 @@ class MicrobatchHandle:
 
         Returns:
             The model's output for the whole batch.
-
-        Raises:
-            PlanBrokenError: the call has a form the probe has not shown.
         """
         transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         if not (self.model.training and torch.is_grad_enabled()) or transformed:
             return self._original(*args, **kwargs)
         args, kwargs = trees.plain(args), trees.plain(kwargs)
-        layout = self._layouts.get(signature(args, kwargs))
-        if layout is None:
-            shapes = [tuple(t.shape) for t in trees.tensors((args, kwargs))]
-            raise PlanBrokenError(
-                f"{type(self.model).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
-                "training step did not show when it was checked. Pass the training_step your loop really makes to "
-                "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
-            )
-        samples = self._count(layout, args, kwargs)
+        layout = known_layout(self._layouts, self.model, args, kwargs)
+        samples = samples_in(layout, self.model, args, kwargs)
         aliases = self._current(samples)
         outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
         return join_outputs(layout, outputs, self.plan.loss_reduction)
-
-    def _count(self, layout: CallLayout, args: Any, kwargs: Any) -> int:
-        found = dict(trees.leaves((args, kwargs)))
-        counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
-        if len(counts) != 1:
-            raise PlanBrokenError(
-                f"the inputs of {type(self.model).__name__} hold different numbers of samples: {sorted(counts)}. "
-                "Every tensor that carries samples has to carry the same ones."
-            )
-        return counts.pop()
 
     def _current(self, samples: int) -> list[Aliases]:
         """Aliases for this call; a call after a backward pass starts a new iteration."""
@@ -261,54 +238,3 @@ def join_outputs(layout: CallLayout, outputs: list[Any], loss_reduction: str) ->
         return leaf
 
     return trees.map_leaves(join, outputs[0])
-
-
-def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[Any, Any, str]]:
-    """Every place inside a model that holds one of some parameters.
-
-    Besides the registered names these are plain attributes, lists and dicts, such as the flat weights that
-    ``nn.LSTM`` hands to its kernel.
-
-    Args:
-        root: the model.
-        parameters: the parameters by name.
-
-    Returns:
-        ``(container, key, parameter name)``, each place once.
-    """
-    names = {id(p): name for name, p in parameters.items()}
-    slots: list[tuple[Any, Any, str]] = []
-
-    def look(container: Any, items: Any) -> None:
-        slots.extend((container, key, names[id(v)]) for key, v in items if id(v) in names)
-
-    for module in root.modules():
-        look(module._parameters, module._parameters.items())
-        for name, value in vars(module).items():
-            if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules"):
-                look(value, value.items())
-            elif isinstance(value, list):
-                look(value, enumerate(value))
-        look(vars(module), vars(module).items())
-    return slots
-
-
-@contextmanager
-def swapped(slots: list[tuple[Any, Any, str]], tensors: Aliases) -> Iterator[None]:
-    """Put other tensors in the place of parameters.
-
-    Args:
-        slots: ``(container, key, parameter name)``.
-        tensors: the tensors by parameter name.
-
-    Yields:
-        Nothing.
-    """
-    before = [container[key] for container, key, _ in slots]
-    try:
-        for container, key, name in slots:
-            container[key] = tensors[name]
-        yield
-    finally:
-        for (container, key, _), value in zip(slots, before, strict=True):
-            container[key] = value

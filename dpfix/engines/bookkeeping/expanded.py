@@ -16,7 +16,7 @@ from dpfix import trees
 from dpfix.engines.bookkeeping.contributions import Kept
 from dpfix.engines.bookkeeping.layers import StandIn
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
-from dpfix.engines.microbatch import parameter_slots, swapped
+from dpfix.engines.parameters import parameter_slots, swapped
 
 if TYPE_CHECKING:
     from dpfix.engines.bookkeeping.handle import BookkeepingHandle, Iteration, RootCall

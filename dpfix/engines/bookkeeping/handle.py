@@ -15,7 +15,7 @@ from dpfix.engines.bookkeeping.contributions import Contribution, add_up
 from dpfix.engines.bookkeeping.layers import StandIn
 from dpfix.engines.bookkeeping.rows import rows_of
 from dpfix.errors import PlanBrokenError
-from dpfix.layout import CallLayout, LayerCall, signature
+from dpfix.layout import CallLayout, LayerCall, known_layout, samples_in
 from dpfix.plan import Plan
 
 _EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
@@ -176,19 +176,8 @@ class BookkeepingHandle:
 
         Returns:
             The layout.
-
-        Raises:
-            PlanBrokenError: the call has a form the probe has not shown.
         """
-        layout = self._layouts.get(signature(args, kwargs))
-        if layout is None:
-            shapes = [tuple(t.shape) for t in trees.tensors((args, kwargs))]
-            raise PlanBrokenError(
-                f"{type(self.model).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
-                "training step did not show when it was checked. Pass the training_step your loop really makes to "
-                "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
-            )
-        return layout
+        return known_layout(self._layouts, self.model, args, kwargs)
 
     @contextmanager
     def root_call(self, layout: CallLayout, args: Any, kwargs: Any) -> Iterator[RootCall]:
@@ -201,19 +190,10 @@ class BookkeepingHandle:
 
         Yields:
             The call.
-
-        Raises:
-            PlanBrokenError: the inputs hold different numbers of samples.
         """
-        found = dict(trees.leaves((args, kwargs)))
-        counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
-        if len(counts) != 1:
-            raise PlanBrokenError(
-                f"the inputs of {type(self.model).__name__} hold different numbers of samples: {sorted(counts)}. "
-                "Every tensor that carries samples has to carry the same ones."
-            )
+        samples = samples_in(layout, self.model, args, kwargs)
         iteration = self._iterations[-1] if not self._iterations[-1].found else self._start()
-        before, self._active = self._active, RootCall(counts.pop(), iteration)
+        before, self._active = self._active, RootCall(samples, iteration)
         self._last = self._active
         try:
             yield self._active
