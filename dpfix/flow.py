@@ -126,7 +126,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
 
     ordinary = Trial(samples, record, audit.reference(record, record.unused))
     proofs = _isolated(call, step, ordinary, plan)
-    harder = _provoke(call, step, samples, plan)
+    harder = _provoke(call, step, ordinary, plan)
     plan, evidence = select.choose(
         call.module,
         step,
@@ -195,7 +195,7 @@ _LARGER = 1e6
 """A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
 
 
-def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -> tuple[Trial, ...]:
+def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
     """Harder probes, as far as the step takes them: the model and the loss are checked on each.
 
     Returns:
@@ -203,21 +203,25 @@ def _provoke(call: Call, step: TrainingStep, samples: probe.Probe, plan: Plan) -
         gradient is made of rounding errors, on which two right engines need not agree.
     """
     trials: list[Trial] = []
-    for number, make in enumerate(probe.provoked(samples)):
+    for number, make in enumerate(probe.provoked(ordinary.samples)):
         if number == 1 and trials:
             break  # the first one has every provocation in it
-        trial = _attempt(call, step, make, plan)
+        trial = _attempt(call, step, make, ordinary, plan)
         if trial is not None:
             trials.append(trial)
-    _attempt(call, step, partial(probe.emptied, samples), plan)
+    _attempt(call, step, partial(probe.emptied, ordinary.samples), ordinary, plan)
     return tuple(trials)
 
 
-def _attempt(call: Call, step: TrainingStep, make: Callable[[], probe.Probe], plan: Plan) -> Trial | None:
-    """Check model and loss on a harder probe; ``None`` if the step cannot take it."""
+def _attempt(
+    call: Call, step: TrainingStep, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
+) -> Trial | None:
+    """Check model and loss on a harder probe; ``None`` if the step cannot take it, or if it is the ordinary one."""
     try:
         changed = make()
-        record = observe.observe(call.module, step, changed)
+        if None not in changed.unchanged:
+            return None
+        record = observe.observe(call.module, step, changed, ordinary.record)
         trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
     except (TrainingStepError, CoupledModelError, *COLLATE_FAILURES):
         return None  # no legal sample for this model: an index out of range, a division by zero

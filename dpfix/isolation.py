@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpfix import trees
-from dpfix.audit import Reference, norm_of
+from dpfix.audit import Reference, gap, norm_of, weighted_sum
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, StateWrittenError, TrainingStepError
 from dpfix.layout import sample_dim
 from dpfix.losses import coupling_causes
@@ -158,7 +158,7 @@ def _check_loss(
     """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
     samples = len(record.alone)
     scale = samples if plan.loss_reduction == "mean" else 1
-    parts = _sum([run.gradients for run in record.alone])
+    parts = weighted_sum([run.gradients for run in record.alone], [1.0] * samples)
     size = float(sum(norm_of(run.gradients) for run in record.alone))
     error, name = _distance(record.together.gradients, scale, parts, size)
     if error <= 5 * wanted.tolerance:
@@ -197,21 +197,10 @@ def _by(error: float) -> str:
     return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
 
 
-def _sum(gradients: list[Gradients]) -> Gradients:
-    out: Gradients = {}
-    for one in gradients:
-        for name, g in one.items():
-            if name in out:
-                out[name].add_(g)
-            else:
-                out[name] = g.to(torch.float64, copy=True)  # float64 would be the very tensor
-    return out
-
-
 def _distance(found: Gradients, factor: float, wanted: Gradients, size: float) -> tuple[float, str]:
     worst, where = 0.0, ""
     for name, value in wanted.items():
-        error = float((value - found[name].double() * factor).norm()) / max(size, 1e-12)
+        error = gap(found[name], value, factor) / max(size, 1e-12)
         if not error <= worst:
             worst, where = (error if error == error else float("inf")), name
     return worst, where

@@ -118,33 +118,40 @@ class StepRecord:
         return max(rows, default=1)
 
 
-def observe(module: nn.Module, step: TrainingStep, probe: Probe) -> StepRecord:
+def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepRecord | None = None) -> StepRecord:
     """Run the step on every sample alone and on all together.
 
     Args:
         module: the repaired model, in training mode.
         step: from batch to loss.
         probe: the samples.
+        known: what the ordinary probe showed, if this one was made from it: samples that are the same are not run again,
+            and functions and layers are not written down again.
 
     Returns:
         What was seen. The model, every generator and every gradient are afterwards as before, also if the step fails.
     """
     recording = Recording()
+    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
     with traceless(module) as before:
         alone = []
-        for batch in probe.singles:
+        for number, batch in enumerate(probe.singles):
+            same_as = probe.unchanged[number] if known is not None else None
+            if known is not None and same_as is not None:
+                run = known.alone[same_as]
+                alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
+                continue
             alone.append(_run_alone(module, step, batch, before, probe))
             if alone[-1].written:
                 put_back(module, before)
-        together = run_step(module, step, probe.batch, before, recording)
+        together = run_step(module, step, probe.batch, before, recording, details=known is None)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
-        if together.random_modules and not used >= {n for n, p in module.named_parameters() if p.requires_grad}:
+        if together.random_modules and not used >= set(trainable):
             used |= _used_by_chance(module, step, probe, before)
     everything = [*alone, together]
     calls, problem = layout_of_calls(together.calls.get("", []), [run.calls.get("", []) for run in alone])
-    layers = layout_of_layers(together.calls, [run.calls for run in alone])
-    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+    layers = layout_of_layers(together.calls, [run.calls for run in alone]) if known is None else known.layers
     constant, dependent = _writes(everything)
     return StepRecord(
         together=_root_only(together),

@@ -7,7 +7,7 @@ with zeros kept, since padding and empty regions are structure. None of it is st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,14 @@ class Probe:
         singles: every sample alone, collated.
         collate: the loader's collate function.
         items: the samples themselves.
+        unchanged: for every sample its number in the probe that this one was made from; ``None`` if it is another.
     """
 
     batch: Any
     singles: tuple[Any, ...]
     collate: Callable[[list[Any]], Any]
     items: tuple[Any, ...]
+    unchanged: tuple[int | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.singles)
@@ -58,19 +60,28 @@ class Probe:
         """
         return self.collate([self.items[i % len(self.items)] for i in range(samples)])
 
-    def changed(self, change: Callable[[int, trees.Path, Any], Any]) -> Probe:
+    def changed(self, change: Callable[[int, trees.Path, Any], Any], samples: int) -> Probe:
         """A probe of changed samples.
 
         Args:
-            change: ``(sample number, path, leaf) -> leaf``.
+            change: ``(sample number, path, leaf) -> leaf``; the very same leaf if it stays.
+            samples: how many of the first samples are taken.
 
         Returns:
             The new probe.
         """
-        items = [
-            trees.map_leaves(lambda path, leaf, i=i: change(i, path, leaf), item) for i, item in enumerate(self.items)
-        ]
-        return _collated(items, self.collate)
+        items, unchanged = [], []
+        for i, item in enumerate(self.items[:samples]):
+            new: list[bool] = []
+
+            def leaf_of(path: trees.Path, leaf: Any, i: int = i, new: list[bool] = new) -> Any:
+                out = change(i, path, leaf)
+                new.append(out is not leaf)
+                return out
+
+            items.append(trees.map_leaves(leaf_of, item))
+            unchanged.append(None if any(new) else i)
+        return replace(_collated(items, self.collate), unchanged=tuple(unchanged))
 
     def without(self, sample: int) -> Probe:
         """The probe with one sample left out.
@@ -104,6 +115,7 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
         Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
         labels and empty masks, sample 1 with the largest labels, sample 2 with floating values 50 times as large. Labels
         come from the values that the probe holds at the same place; where it holds a single one, the next is tried too.
+        Further samples would show nothing new and are left out.
     """
     low, high = _extremes(probe.items)
     scaled = min(SCALED, len(probe) - 1)
@@ -125,17 +137,18 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
     def everything(i: int, path: trees.Path, leaf: Any) -> Any:
         return outlier(i, path, rare(i, path, blank(i, path, leaf)))
 
-    return tuple(partial(probe.changed, change) for change in (everything, blank, rare, rarer, outlier))
+    changes = (everything, blank, rare, rarer, outlier)
+    return tuple(partial(probe.changed, change, SCALED + 1) for change in changes)
 
 
 def emptied(probe: Probe) -> Probe:
-    """The probe with a first sample of nothing but zeros: padding, background.
+    """A sample of nothing but zeros (padding, background) beside an ordinary one.
 
     Args:
         probe: the ordinary probe.
 
     Returns:
-        The changed probe; whole numbers are the smallest that the probe holds at the same place.
+        Two samples; whole numbers of the first are the smallest that the probe holds at the same place.
     """
     low, _ = _extremes(probe.items)
 
@@ -144,7 +157,7 @@ def emptied(probe: Probe) -> Probe:
             return leaf
         return _filled(leaf, low[path]) if path in low else leaf * 0 if _is_floating(leaf) else leaf
 
-    return probe.changed(empty)
+    return probe.changed(empty, 2)
 
 
 def _is_floating(leaf: Any) -> bool:

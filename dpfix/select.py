@@ -144,7 +144,7 @@ def _try(
         verdict = engine.supports(module, trial.record)
         this = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         evidence[engine.name] = (
-            check_engine(engine, module, step, trial.samples, this, trial.wanted)
+            check_engine(engine, module, step, trial.samples, this, trial.wanted, trial.wanted.clip_norms)
             if verdict
             else EngineEvidence(engine.name, passed=False, reason=verdict.reason)
         )
@@ -154,11 +154,15 @@ def _try(
 def _confirm(
     engine: Engine, module: nn.Module, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
 ) -> Iterator[EngineEvidence]:
-    """The harder probes, and on the last of them (an outlier is in it, where there is one) the bound."""
+    """The harder probes, and on the last of them (an outlier is in it, where there is one) the bound.
+
+    At the clip norm that clips every sample: there an outlier does not drown the others.
+    """
     trials = [*harder] or [ordinary]
     for trial in trials:
         left_out = min(SCALED, len(trial.samples) - 1) if trial is trials[-1] else None
-        yield check_engine(engine, module, step, trial.samples, plan, trial.wanted, left_out)
+        clip_norms = trial.wanted.clip_norms[:1]
+        yield check_engine(engine, module, step, trial.samples, plan, trial.wanted, clip_norms, left_out)
 
 
 def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, harder: Sequence[Trial]) -> list[str]:

@@ -41,7 +41,9 @@ class Looked:
     def check(self, engine: Engine) -> EngineEvidence:
         """What the audit says about an engine."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return audit.check_engine(engine, self.model, self.step, self.samples, plan, self.wanted)
+        return audit.check_engine(
+            engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms
+        )
 
     def movement(self, engine: Engine, sample: int) -> float:
         """How far leaving one sample out moves what an engine releases, at most, in units of the clip norm."""
@@ -56,7 +58,9 @@ class Looked:
     def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
         """What the audit says about an engine when leaving one sample out is tried too."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return audit.check_engine(engine, self.model, self.step, self.samples, plan, self.wanted, sample)
+        return audit.check_engine(
+            engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms, sample
+        )
 
 
 def look(
