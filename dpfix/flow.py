@@ -122,11 +122,13 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
         for name in record.unused:
             surgery.freeze(call.module.get_parameter(name))
         findings.append(notes.frozen(call.module, record))
+    findings += notes.scratch(record)
     plan = _plan(call, record)
 
     ordinary = Trial(samples, record, audit.reference(record, record.unused))
     proofs = _isolated(call, step, ordinary, plan)
     harder = _provoke(call, step, ordinary, plan)
+    empty = _attempt(call, step, partial(probe.emptied, samples), ordinary, plan)
     plan, evidence = select.choose(
         call.module,
         step,
@@ -138,8 +140,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
-    stand_in = observe.stand_in(call.module, step, samples, record)
-    return Prepared(plan, stand_in, tuple(findings), evidence, tuple(proofs))
+    return Prepared(plan, _stand_in(empty or ordinary), tuple(findings), evidence, tuple(proofs))
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
@@ -184,6 +185,7 @@ def _plan(call: Call, record: observe.StepRecord) -> Plan:
         batch_first=call.batch_first,
         frozen_parameters=record.unused if record.together.used else (),
         fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),
+        scratch=record.scratch,
     )
 
 
@@ -199,8 +201,8 @@ def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tup
     """Harder probes, as far as the step takes them: the model and the loss are checked on each.
 
     Returns:
-        Those on which an engine is to be checked too. A sample of zeros is not among them: behind a normalisation its
-        gradient is made of rounding errors, on which two right engines need not agree.
+        Those on which an engine is to be checked too. A sample of zeros belongs to none of them: behind a normalisation
+        its gradient is made of rounding errors, on which two right engines need not agree.
     """
     trials: list[Trial] = []
     for number, make in enumerate(probe.provoked(ordinary.samples)):
@@ -209,8 +211,20 @@ def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tup
         trial = _attempt(call, step, make, ordinary, plan)
         if trial is not None:
             trials.append(trial)
-    _attempt(call, step, partial(probe.emptied, ordinary.samples), ordinary, plan)
     return tuple(trials)
+
+
+def _stand_in(trial: Trial) -> Any:
+    """What an empty draw delivers: one sample without data, whose gradient is dropped, on which the step runs.
+
+    Args:
+        trial: the probe with a sample of zeros if the step can take it, else the ordinary one (redrawn values).
+
+    Returns:
+        A batch of one sample.
+    """
+    finite = [b for b, run in zip(trial.samples.singles, trial.record.alone, strict=True) if math.isfinite(run.loss)]
+    return (finite or [*trial.samples.singles])[0]
 
 
 def _attempt(

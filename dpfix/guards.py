@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from dpfix.errors import (
 from dpfix.grad_watch import GradWatch
 from dpfix.plan import Plan
 from dpfix.sampling import DrawLedger
+from dpfix.traceless import Scratch
 
 
 class OtherSteps:
@@ -124,6 +126,7 @@ class StepGuard:
         self._held = frozenset(self._identity.values())
         self._structure = _Structure(module)
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
+        self._scratch = Scratch(module, plan.scratch)
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
         self._clear = True  # zero_grad was called since the last step
@@ -136,6 +139,7 @@ class StepGuard:
         self.watch.remove()
         self.other_steps.remove()
         self.handle.detach()
+        self._scratch.put_back()
 
     def cleared(self) -> None:
         """``zero_grad`` was called."""
@@ -317,6 +321,7 @@ class StepGuard:
             self._partial += sum(self._counts)
         self.handle.finish()
         self.watch.reset()
+        self._scratch.put_back()
 
     def check_finite(self) -> None:
         """The clipped sum must be finite before noise is added.
@@ -324,7 +329,7 @@ class StepGuard:
         Raises:
             NonFiniteGradientError: it is not; nothing was released and the gradients are dropped.
         """
-        if self._sample_norms is not None and bool(torch.isfinite(self._sample_norms).all()):
+        if self._sample_norms is not None and math.isfinite(float(self._sample_norms.sum())):
             return  # a sum of finitely many finite gradients: no need to read it again
         sums = {n: p.summed_grad for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
         total = torch.stack([s.detach().sum().to("cpu", torch.float64) for s in sums.values()]).sum() if sums else None

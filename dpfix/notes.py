@@ -93,6 +93,32 @@ def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[
     return notes
 
 
+def scratch(record: StepRecord) -> list[Finding]:
+    """The finding about attributes that hold something of the last batch.
+
+    Args:
+        record: what the probe showed.
+
+    Returns:
+        One finding, or none.
+    """
+    if not record.scratch:
+        return []
+    name = ".".join(part for part in record.scratch[0] if part)
+    return [
+        Finding(
+            "DPF025",
+            Severity.BREAKS_GUARANTEE,
+            Fixability.EXACT,
+            f"forward keeps `{name}` until its next call ({len(record.scratch)} such attribute(s)).",
+            "something of the last batch would leave the training, without noise, with the model object.",
+            "put back to what it was before the call after every step; every forward pass sets it anew",
+            "return what the loop needs from forward instead.",
+            name,
+        )
+    ]
+
+
 def replaced_sampler(loader: DataLoader, options: Options) -> list[Finding]:
     """Whether Poisson sampling changes how the user's loader draws.
 

@@ -6,7 +6,6 @@ singles are at the same time the batch-of-one reference that the audit compares 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix import sampling
 from dpfix.dry_run import described_failures
-from dpfix.errors import CoupledModelError, DPFixError, TrainingStepError
+from dpfix.errors import CoupledModelError, TrainingStepError
 from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers
 from dpfix.probe import Probe
 from dpfix.recorder import Call, Recording, Site, recorder
@@ -85,6 +83,7 @@ class StepRecord:
         in_place: where the output of a module was overwritten.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
+        scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
     """
 
     together: Run
@@ -100,6 +99,7 @@ class StepRecord:
     in_place: tuple[Site, ...]
     constant_writes: tuple[str, ...]
     sample_writes: tuple[str, ...]
+    scratch: tuple[Key, ...] = ()
 
     @property
     def random_modules(self) -> frozenset[str]:
@@ -149,10 +149,10 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         used = together.used.union(*(run.used for run in alone))
         if together.random_modules and not used >= set(trainable):
             used |= _used_by_chance(module, step, probe, before)
-    everything = [*alone, together]
+        constant, dependent = _writes([*alone, together])
+        scratch = _scratch(module, step, probe, before, alone[0], dependent) if known is None else known.scratch
     calls, problem = layout_of_calls(together.calls.get("", []), [run.calls.get("", []) for run in alone])
     layers = layout_of_layers(together.calls, [run.calls for run in alone]) if known is None else known.layers
-    constant, dependent = _writes(everything)
     return StepRecord(
         together=_root_only(together),
         alone=tuple(_root_only(run) for run in alone),
@@ -165,8 +165,9 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         several=_several(module, recording),
         detached=tuple(recording.detached),
         in_place=tuple(recording.in_place),
-        constant_writes=constant,
-        sample_writes=dependent,
+        constant_writes=tuple(map(_name, constant)),
+        sample_writes=tuple(_name(key) for key in dependent if key not in scratch),
+        scratch=scratch,
     )
 
 
@@ -273,32 +274,6 @@ def run_step(
     )
 
 
-def stand_in(module: nn.Module, step: TrainingStep, probe: Probe, record: StepRecord) -> Any:
-    """What an empty draw delivers: one sample without data on which the training step runs.
-
-    A sample of zeros if the step gives a finite loss for it, else a probe sample (redrawn values). Whatever it holds,
-    the step that follows an empty draw is made of noise alone.
-
-    Args:
-        module: the repaired model.
-        step: from batch to loss.
-        probe: the samples.
-        record: what the probe showed.
-
-    Returns:
-        A batch of one sample.
-    """
-    blank = sampling.stand_in(probe.singles[0])
-    with traceless(module) as before:
-        try:
-            if math.isfinite(run_step(module, step, blank, before).loss):
-                return blank
-        except DPFixError:
-            pass  # zeros are no legal sample for this step; a probe sample is
-    finite = [b for b, run in zip(probe.singles, record.alone, strict=True) if math.isfinite(run.loss)]
-    return (finite or [*probe.singles])[0]
-
-
 def _dense(p: nn.Parameter) -> torch.Tensor:
     if p.grad is None:
         return torch.zeros_like(p, memory_format=torch.contiguous_format)
@@ -320,15 +295,43 @@ def _used_by_chance(module: nn.Module, step: TrainingStep, probe: Probe, before:
     return frozenset(used)
 
 
-def _writes(runs: list[Run]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _name(key: Key) -> str:
+    return ".".join(part for part in key if part)
+
+
+def _scratch(
+    module: nn.Module, step: TrainingStep, probe: Probe, before: dict[Key, Any], first: Run, written: list[Key]
+) -> tuple[Key, ...]:
+    """Attributes that hold nothing of an earlier step: after another sample, the step ends as it does from the start."""
+    modules = dict(module.named_modules())
+    attributes = [
+        (path, name)
+        for path, name in written
+        if name not in modules[path]._buffers and name not in modules[path]._parameters
+    ]
+    if not attributes:
+        return ()
+    try:
+        run_step(module, step, probe.singles[-1], before)
+        again = run_step(module, step, probe.singles[0], before)
+    except TrainingStepError:
+        return ()  # what the first step left behind breaks the second
+    finally:
+        put_back(module, before)
+    if any(not torch.allclose(g, first.gradients[n], rtol=1e-3, atol=1e-6) for n, g in again.gradients.items()):
+        return ()
+    return tuple(key for key in attributes if key in again.written and same(again.written[key], first.written.get(key)))
+
+
+def _writes(runs: list[Run]) -> tuple[list[Key], list[Key]]:
     keys = dict.fromkeys(key for run in runs for key in run.written)
     constant, dependent = [], []
     for key in keys:
         values = [run.written.get(key) for run in runs if key in run.written]
         everywhere = len(values) == len(runs) and all(same(values[0], v) for v in values)
         counter = all(isinstance(v, (bool, int, str)) for v in values)
-        (constant if everywhere or counter else dependent).append(".".join(part for part in key if part))
-    return tuple(constant), tuple(dependent)
+        (constant if everywhere or counter else dependent).append(key)
+    return constant, dependent
 
 
 def _module_calls(recording: Recording) -> tuple[ModuleCall, ...]:

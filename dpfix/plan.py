@@ -20,6 +20,7 @@ class Plan:
         batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
         frozen_parameters: trainable parameters that no gradient reaches; frozen while training privately.
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
+        scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
     """
 
@@ -31,4 +32,5 @@ class Plan:
     batch_first: bool = True
     frozen_parameters: tuple[str, ...] = ()
     fixed_norms: tuple[str, ...] = ()
+    scratch: tuple[tuple[str, str], ...] = ()
     no_grad_regions: tuple[str, ...] = field(default=())

@@ -142,7 +142,7 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
 
 
 def emptied(probe: Probe) -> Probe:
-    """A sample of nothing but zeros (padding, background) beside an ordinary one.
+    """A sample of nothing but zeros (padding, background) and empty strings beside an ordinary one.
 
     Args:
         probe: the ordinary probe.
@@ -155,6 +155,8 @@ def emptied(probe: Probe) -> Probe:
     def empty(i: int, path: trees.Path, leaf: Any) -> Any:
         if i:
             return leaf
+        if isinstance(leaf, (str, bytes)):
+            return type(leaf)()
         return _filled(leaf, low[path]) if path in low else leaf * 0 if _is_floating(leaf) else leaf
 
     return probe.changed(empty, 2)

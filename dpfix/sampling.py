@@ -7,13 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, RandomSampler
-
-from dpfix import trees
 
 Collate = Callable[[list[Any]], Any]
 
@@ -269,25 +266,3 @@ def draws_with_replacement(loader: DataLoader[Any]) -> bool:
     """
     sampler = getattr(loader.batch_sampler, "sampler", None)
     return isinstance(sampler, RandomSampler) and sampler.replacement
-
-
-def stand_in(batch: Any) -> Any:
-    """A batch of the same structure that holds no data: zeros, empty strings.
-
-    Args:
-        batch: one sample, collated.
-
-    Returns:
-        Tensors and arrays of zeros of the same shape and dtype; other leaves as they are.
-    """
-
-    def blank(_: trees.Path, leaf: Any) -> Any:
-        if torch.is_tensor(leaf):
-            return torch.zeros_like(leaf)
-        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            return np.zeros_like(leaf)
-        if isinstance(leaf, (str, bytes)):
-            return type(leaf)()
-        return leaf
-
-    return trees.map_leaves(blank, batch)

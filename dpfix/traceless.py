@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ Key = tuple[str, str]
 """``(module path, name)`` of a piece of state."""
 
 _LAZY = (UninitializedParameter, UninitializedBuffer)
+_ABSENT: Any = object()
 _NOT_STATE = frozenset({"training", "forward"})
 
 
@@ -168,19 +169,52 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
     elif name in module._parameters:
         if current is not None:
             current.data = value  # type: ignore[union-attr]
+    elif isinstance(current, (list, dict)) and type(current) is type(value):
+        _refill(current, value)  # the same container: other modules may hold it, too
     else:
         vars(module)[name] = _copy(value)
 
 
-def _same_object(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put the very tensor back where a forward pass has bound a new one with, by now, the old values."""
+def _refill(container: Any, value: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(_copy(value))
+
+
+def _same_object(module: nn.Module, name: str, thing: Any) -> None:
+    """Put the very tensor or container back where a forward pass has bound another with, by now, the old values."""
     holder: dict[str, Any] = module._buffers if name in module._buffers else vars(module)
     current = holder.get(name)
-    if current is tensor or name in module._parameters or not isinstance(current, torch.Tensor):
+    if current is thing or name in module._parameters or type(current) is not type(thing):
         return
-    if not same(current, tensor):
-        tensor.data.copy_(current)
-    holder[name] = tensor
+    if not same(current, thing):
+        thing.data.copy_(current) if isinstance(thing, torch.Tensor) else _refill(thing, current)
+    holder[name] = thing
+
+
+class Scratch:
+    """Attributes that every forward pass overwrites, put back when asked: nothing of a batch outlives its step.
+
+    Args:
+        root: the model.
+        keys: the attributes; each is put back to what it is now.
+    """
+
+    def __init__(self, root: nn.Module, keys: Iterable[Key]) -> None:
+        modules = dict(root.named_modules())
+        self._kept = [
+            (vars(modules[path]), name, vars(modules[path]).get(name, _ABSENT), _copy(vars(modules[path]).get(name)))
+            for path, name in keys
+        ]
+
+    def put_back(self) -> None:
+        """The same objects with the old contents; tensors that a forward pass has bound are left alone."""
+        for attributes, name, thing, value in self._kept:
+            if thing is _ABSENT:
+                attributes.pop(name, None)
+                continue
+            if not same(thing, value):
+                thing.data.copy_(value) if isinstance(thing, torch.Tensor) else _refill(thing, value)
+            attributes[name] = thing
 
 
 @contextmanager
@@ -198,7 +232,8 @@ def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator
     """
     before = state_of(root) if before is None else before
     flags = {module: (module.training, module._is_full_backward_hook) for module in root.modules()}
-    objects = [(m, name, t) for m in root.modules() for name, t in _slots(m) if isinstance(t, torch.Tensor)]
+    held = (torch.Tensor, list, dict)
+    objects = [(m, name, t) for m in root.modules() for name, t in _slots(m) if isinstance(t, held)]
     grads = {p: (p.grad, None if p.grad is None else p.grad.clone()) for p in root.parameters()}
     with rng_untouched():
         try:

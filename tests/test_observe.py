@@ -425,11 +425,10 @@ CONSTANT: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 DEPENDENT: dict[str, Callable[[Any, Tensor], Any]] = {
     "buffer": lambda m, x: m.buffer.mul_(0.9).add_(x.mean(0)),
-    "kept": lambda m, x: setattr(m, "kept", x),
-    "value": lambda m, x: setattr(m, "value", float(x.mean())),
+    "kept": lambda m, x: setattr(m, "kept", x.sum() + (0 if m.kept is None else m.kept)),
+    "value": lambda m, x: setattr(m, "value", 0.9 * m.value + float(x.mean())),
     "log": lambda m, x: m.log.append(x.mean()),
-    "table": lambda m, x: m.table.update(a=x.mean()),
-    "fresh": lambda m, x: setattr(m, "fresh", x.mean()),
+    "table": lambda m, x: m.table.setdefault("first", x.mean()),
     "a.weight": lambda m, x: m.a.weight.data.add_(x.mean()),
 }
 
@@ -446,10 +445,44 @@ def test_state_that_depends_on_a_sample(name: str) -> None:
     assert found.sample_writes == (name,) and found.constant_writes == ()
 
 
+SCRATCH: dict[str, Callable[[Any, Tensor], Any]] = {
+    "kept": lambda m, x: setattr(m, "kept", x),
+    "value": lambda m, x: setattr(m, "value", float(x.mean())),
+    "log": lambda m, x: m.log.__setitem__(0, x.mean()),
+    "table": lambda m, x: m.table.update(a=x.mean()),
+    "fresh": lambda m, x: setattr(m, "fresh", x.mean()),
+}
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_attribute_that_every_step_overwrites(name: str) -> None:
+    model = Writes(SCRATCH[name])
+    log, table = model.log, model.table
+    found = record(model)
+    assert found.scratch == (("", name),) and not (found.sample_writes or found.constant_writes)
+    assert model.log is log and model.table is table and torch.equal(log[0], torch.zeros(1)) and list(table) == ["a"]
+
+
+class ReadsFirst(Plain):
+    """Overwrites an attribute in every step, after it has used what the step before left."""
+
+    last: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x + self.last)
+        self.last = x.detach().mean()
+        return out
+
+
+def test_attribute_that_is_read_before_it_is_overwritten() -> None:
+    found = record(ReadsFirst())
+    assert found.scratch == () and found.sample_writes == ("last",)
+
+
 def test_number_of_samples_is_no_secret_about_one_of_them_but_a_batch_size_that_is_kept_is_reported() -> None:
     """``add or remove one sample`` changes it: what it is told by must not be released."""
     found = record(Writes(lambda m, x: setattr(m, "kept", torch.tensor(float(len(x))))))
-    assert found.sample_writes == ("kept",)
+    assert found.scratch == (("", "kept"),)
 
 
 # ------------------------------------------------------------------ layouts

@@ -129,12 +129,13 @@ class RunningMean(nn.Module):
 
 
 class Cache(nn.Module):
-    """Keeps its last input as a plain attribute."""
+    """Keeps its first input as a plain attribute."""
 
-    last: Tensor | None = None
+    first: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.last = x.detach()
+        if self.first is None:
+            self.first = x.detach()
         return x
 
 
@@ -237,7 +238,7 @@ REFUSALS = (
             lambda: setting(host(nn.MultiheadAttention(16, 2, batch_first=True)), grad_sample_mode="hooks")),
     Refusal("batch-mean", dpfix.CoupledModelError, "DPF013.*BatchMean at `4`", lambda: setting(host(BatchMean()))),
     Refusal("running-mean", dpfix.StateWrittenError, "DPF012.*`4.mean`", lambda: setting(host(RunningMean()))),
-    Refusal("cache", dpfix.StateWrittenError, "DPF012.*`4.last`", lambda: setting(host(Cache()))),
+    Refusal("cache", dpfix.StateWrittenError, "DPF012.*`4.first`", lambda: setting(host(Cache()))),
     Refusal("penalty", dpfix.DPFixError, "weight_decay", changed(training_step=penalised)),
     Refusal("contrastive", dpfix.CoupledLossError, "DPF014", changed(training_step=contrastive)),
     Refusal("sum-for-mean", dpfix.LossError, "DPF015.*loss_reduction='sum'", changed(training_step=summed)),

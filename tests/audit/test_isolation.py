@@ -236,12 +236,13 @@ class ActNorm(nn.Module):
 
 
 class Cache(nn.Module):
-    """Keeps the last activations for a plot."""
+    """Keeps the first activations for a plot."""
 
-    last: Tensor | None = None
+    first: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.last = x.detach()
+        if self.first is None:
+            self.first = x.detach()
         return x
 
 
@@ -275,7 +276,7 @@ class Statistic(nn.Module):
         (Average, "average"),
         (Codebook, "codes"),
         (ActNorm, "scale"),
-        (Cache, "last"),
+        (Cache, "first"),
         (ListCache, "seen"),
         (Statistic, "largest"),
     ],

@@ -238,6 +238,28 @@ def test_broken_engine_is_caught(layers: Looked, name: str) -> None:
         assert f"`{parameter}`" in evidence.reason
 
 
+def single_precision() -> list[tuple[Tensor, int]]:
+    return [(x.float(), y) for x, y in labelled(5)]
+
+
+class Rounded(Changed):
+    """Per-sample gradients to half a per cent in single precision, right in double precision."""
+
+    def change(self, samples: Samples) -> None:  # type: ignore[override]
+        for name, g in samples.items():
+            if g.dtype == torch.float32:
+                samples[name] = 1.005 * g
+
+
+def test_error_of_rounding_is_told_from_a_fault() -> None:
+    torch.manual_seed(1)
+    looked = look(Layers(), single_precision())
+    assert looked.check(BrokenEngine(Rounded)).passed
+    wrong = looked.check(one_layer("head.weight", lambda g: 1.005 * g))
+    assert not wrong.passed and "`head.weight`" in wrong.reason
+    assert not looked.check(one_layer("head.weight", lambda g: 1.1 * g)).passed
+
+
 def test_the_same_engines_pass_without_a_fault(layers: Looked) -> None:
     for engine in (BrokenEngine(Changed, change=lambda samples: None), BrokenEngine(Uses), clipping(right_factors)):
         assert layers.check(engine).passed
