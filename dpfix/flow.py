@@ -110,7 +110,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     with rng_untouched():
         size = math.ceil(sampling.batch_size(call.data_loader))
         samples = probe.take(call.data_loader, min(probe.SAMPLES, size))
-    step = infer(samples.batch, call.criterion, call.training_step)
+    step = infer(samples.batch, call.criterion, call.training_step, call.loss_reduction)
     surgery.undo_with(dry_run.remembered_lazy(call.module))
     if dry_run.materialise(call.module, step, samples):
         findings += [f for f in _repair(call, surgery) if f not in findings]
@@ -123,7 +123,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
             surgery.freeze(call.module.get_parameter(name))
         findings.append(notes.frozen(call.module, record))
     findings += notes.scratch(record)
-    plan = _plan(call, record)
+    plan = _plan(call, record, step)
 
     ordinary = Trial(samples, record, audit.reference(record, record.unused))
     proofs = _isolated(call, step, ordinary, plan)
@@ -175,13 +175,14 @@ def _check_validator(call: Call, findings: list[Finding]) -> None:
             )
 
 
-def _plan(call: Call, record: observe.StepRecord) -> Plan:
+def _plan(call: Call, record: observe.StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         engine="",
         opacus_mode="",
         calls=record.calls,
         layers=record.layers,
         loss_reduction=call.loss_reduction,
+        loss_known=step.loss_known,
         batch_first=call.batch_first,
         frozen_parameters=record.unused if record.together.used else (),
         fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),

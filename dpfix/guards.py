@@ -27,6 +27,7 @@ from dpfix.errors import (
     PlanBrokenError,
 )
 from dpfix.grad_watch import GradWatch
+from dpfix.loss_proof import LossProof
 from dpfix.plan import Plan
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
@@ -96,6 +97,45 @@ def _same_objects(now: Mapping[str, Any], before: tuple[Any, ...]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now.values(), before))
 
 
+class _Writes:
+    """Sees whether parameters were written to between the forward pass and the step."""
+
+    def __init__(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._at_forward: int | None = None
+        self._hook = module.register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._at_forward = self._versions()
+
+    def _versions(self) -> int:
+        return sum(p._version for p in self._parameters)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse the step if they were.
+
+        Args:
+            module: the model, for the message.
+
+        Raises:
+            MisuseError: they were.
+        """
+        before, self._at_forward = self._at_forward, None
+        if before is None or before == self._versions():
+            return
+        raise MisuseError(
+            f"parameters of {type(module).__name__} were written to between the model's forward pass and optimizer.step(). "
+            "What is known about a batch there has no noise yet: an update by hand with p.grad, or a step to a worst case "
+            "(SAM), would not be covered by the guarantee, and the gradients are those of other parameters. Write to "
+            "parameters after optimizer.step() (weight decay by hand, averaging, clamping)."
+        )
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._hook.remove()
+
+
 class StepGuard:
     """The guard of one private training.
 
@@ -127,6 +167,8 @@ class StepGuard:
         self._structure = _Structure(module)
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._scratch = Scratch(module, plan.scratch)
+        self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan)
+        self._writes = _Writes(module, parameters.values())
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
         self._clear = True  # zero_grad was called since the last step
@@ -138,17 +180,26 @@ class StepGuard:
         """Take every hook off; the training is over."""
         self.watch.remove()
         self.other_steps.remove()
+        self._writes.remove()
         self.handle.detach()
         self._scratch.put_back()
+        if self._loss_proof is not None:
+            self._loss_proof.remove()
 
     def cleared(self) -> None:
         """``zero_grad`` was called."""
         self._clear = True
+        self._clear_loss_proof()
         self.handle.clear()
         self.watch.reset()
         if not self._partial:  # model.zero_grad() has to clear what was released as optimizer.zero_grad() does
             for p in self.parameters.values():
                 p.summed_grad = None  # type: ignore[attr-defined]
+
+    def _clear_loss_proof(self) -> None:
+        if self._loss_proof is not None:
+            self._loss_proof.clear()
+            self._loss_proof = None if self._loss_proof.done else self._loss_proof
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -178,8 +229,11 @@ class StepGuard:
                 "optimizer.step() without optimizer.zero_grad() since the last step: the gradients of two batches would be "
                 "added up and released as one. Call optimizer.zero_grad() before every backward()."
             )
+        if self._loss_proof is not None:
+            self._loss_proof.before_step()
         self._check_scaler(optimizer)
         self._check_plan(optimizer)
+        self._writes.check(self.module)
         self._check_gradients()
         parameters = list(self.parameters.values())
         self._clipping = self._can_clip if optimizer.flat else None  # type: ignore[attr-defined]
@@ -322,6 +376,7 @@ class StepGuard:
         self.handle.finish()
         self.watch.reset()
         self._scratch.put_back()
+        self._clear_loss_proof()
 
     def check_finite(self) -> None:
         """The clipped sum must be finite before noise is added.

@@ -11,6 +11,7 @@ from torch import nn
 
 from dpfix import trees
 from dpfix.errors import LossError
+from dpfix.loss_trace import as_one
 
 _BATCH_STATISTIC = ("ntxent", "contrastive", "barlow", "vicreg", "cox", "infonce", "supcon", "clip")
 _WEIGHTED_MEAN = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -55,9 +56,11 @@ class PerSampleLoss(nn.Module):
         Raises:
             LossError: the tensors hold different numbers of samples, or none.
         """
-        tree = (arguments, keywords)
+        return as_one(self._mean, (arguments, keywords))
+
+    def _mean(self, tree: Any) -> torch.Tensor:
         samples = _samples(tree)
-        nothing_counts = _nothing_counts(self.criterion, arguments, keywords)
+        nothing_counts = _nothing_counts(self.criterion, *tree)
         if samples > 1 and nothing_counts is None and self._can_be_vectorised(tree, samples):
             return self._vectorised(tree)
         void = [False] * samples if nothing_counts is None else nothing_counts.tolist()

@@ -57,8 +57,9 @@ def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[
             _advice(
                 "DPF020",
                 f"the loop's loss is not known ({step.origin}).",
-                "a loss that couples the samples (batch Dice, class weights with mean, ignore_index) is not noticed.",
-                help="pass criterion= or training_step= to have the loss checked too.",
+                "whether it couples the samples (batch Dice, class weights with mean, ignore_index) is checked on the first "
+                "real steps, in backward().",
+                help="pass criterion= or training_step= to have it checked before training, on harder samples too.",
                 path="training_step",
             )
         )

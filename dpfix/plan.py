@@ -17,6 +17,7 @@ class Plan:
         calls: how the calls of ``forward`` carry their samples.
         layers: how the calls of the modules that own parameters carry theirs.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
+        loss_known: whether the loss was checked; if not, that is done on the first real steps.
         batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
         frozen_parameters: trainable parameters that no gradient reaches; frozen while training privately.
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
@@ -29,6 +30,7 @@ class Plan:
     calls: tuple[CallLayout, ...] = ()
     layers: tuple[LayerCall, ...] = ()
     loss_reduction: str = "mean"
+    loss_known: bool = True
     batch_first: bool = True
     frozen_parameters: tuple[str, ...] = ()
     fixed_norms: tuple[str, ...] = ()

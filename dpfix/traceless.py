@@ -187,7 +187,7 @@ def _same_object(module: nn.Module, name: str, thing: Any) -> None:
     if current is thing or name in module._parameters or type(current) is not type(thing):
         return
     if not same(current, thing):
-        thing.data.copy_(current) if isinstance(thing, torch.Tensor) else _refill(thing, current)
+        thing.data.copy_(current) if isinstance(current, torch.Tensor) else _refill(thing, current)
     holder[name] = thing
 
 

@@ -57,7 +57,9 @@ class TrainingStep:
         return loss.reshape(())
 
 
-def infer(batch: Any, criterion: Callable[..., Any] | None, given: StepFunction | None) -> TrainingStep:
+def infer(
+    batch: Any, criterion: Callable[..., Any] | None, given: StepFunction | None, loss_reduction: str = "mean"
+) -> TrainingStep:
     """Tell how this script goes from a batch to a loss.
 
     ``training_step`` wins; otherwise the batch's structure and ``criterion`` decide: ``(x, y)``,
@@ -68,6 +70,7 @@ def infer(batch: Any, criterion: Callable[..., Any] | None, given: StepFunction 
         batch: one batch as the loader delivers it.
         criterion: the script's loss function, if the call named one.
         given: the user's own ``training_step``.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the samples; a stand-in loss follows it.
 
     Returns:
         The training step; ``loss_known`` is false for a stand-in loss.
@@ -78,24 +81,26 @@ def infer(batch: Any, criterion: Callable[..., Any] | None, given: StepFunction 
     if given is not None:
         return TrainingStep(given, "training_step as given", loss_known=True)
     if isinstance(batch, Mapping):
-        return _from_mapping(batch, criterion)
+        return _from_mapping(batch, criterion, loss_reduction)
     if isinstance(batch, (list, tuple)) and len(batch) >= 2:
-        return _step(lambda b: tuple(b[:-1]), lambda b: b[-1], criterion, "model(*batch[:-1]), batch[-1]")
+        return _step(
+            lambda b: tuple(b[:-1]), lambda b: b[-1], criterion, "model(*batch[:-1]), batch[-1]", loss_reduction
+        )
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
-        return _step(lambda b: (b[0],), None, criterion, "model(batch[0])")
+        return _step(lambda b: (b[0],), None, criterion, "model(batch[0])", loss_reduction)
     if torch.is_tensor(batch):
-        return _step(lambda b: (b,), None, criterion, "model(batch)")
+        return _step(lambda b: (b,), None, criterion, "model(batch)", loss_reduction)
     raise TrainingStepError(
         f"data_loader delivers {type(batch).__name__}; dpfix cannot tell how a batch becomes a loss. "
         "Pass training_step=lambda model, batch: <the loss your loop computes>."
     )
 
 
-def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None) -> TrainingStep:
+def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None, loss_reduction: str) -> TrainingStep:
     for x, y in (("image", "label"), ("input", "target"), ("x", "y")):
         if x in batch and y in batch:
             text = f'model(batch["{x}"]), batch["{y}"]'
-            return _step(lambda b, x=x: (b[x],), lambda b, y=y: b[y], criterion, text)
+            return _step(lambda b, x=x: (b[x],), lambda b, y=y: b[y], criterion, text, loss_reduction)
 
     def run(model: nn.Module, b: Mapping[Any, Any]) -> torch.Tensor:
         out = model(**b)
@@ -115,11 +120,12 @@ def _step(
     target: Callable[[Any], Any] | None,
     criterion: Callable[..., Any] | None,
     text: str,
+    loss_reduction: str,
 ) -> TrainingStep:
     if criterion is None:
 
         def stand_in(model: nn.Module, batch: Any) -> torch.Tensor:
-            return stand_in_loss(model(*inputs(batch)))
+            return stand_in_loss(model(*inputs(batch)), loss_reduction)
 
         return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False)
     if target is None:
@@ -129,7 +135,7 @@ def _step(
     )
 
 
-def stand_in_loss(output: Any) -> torch.Tensor:
+def stand_in_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
     """A per-sample loss over whatever a model returns, for when the script's loss is not known.
 
     Every floating output enters with a fixed weight along its last dimension and a small square, so
@@ -137,9 +143,10 @@ def stand_in_loss(output: Any) -> torch.Tensor:
 
     Args:
         output: the model's output, any structure.
+        loss_reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
-        The mean over all elements, summed over the outputs: a scalar.
+        The mean (or sum) over all elements, summed over the outputs: a scalar.
 
     Raises:
         TrainingStepError: no output carries gradient.
@@ -154,5 +161,6 @@ def stand_in_loss(output: Any) -> torch.Tensor:
     for t in outputs:
         values = t.as_subclass(torch.Tensor)
         positions = torch.arange(t.shape[-1] if t.dim() else 1, device=t.device, dtype=t.dtype)
-        total = total + (values * torch.cos(positions) + 0.1 * values.square()).mean()
+        losses = values * torch.cos(positions) + 0.1 * values.square()
+        total = total + (losses.mean() if loss_reduction == "mean" else losses.sum())
     return total

@@ -13,11 +13,12 @@ import dpfix
 ROOT = Path(dpfix.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch"),
+    ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch",
+     "loss_trace"),
     ("rules", "engines", "weights"),
     ("surgery",),
     ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "select", "handoff", "guards",
-     "statement", "notes", "arguments", "training"),
+     "statement", "notes", "arguments", "training", "loss_proof"),
     ("flow", "api"),
     ("cli", "__main__", "integrations", "__init__"),
 )  # fmt: skip

@@ -175,12 +175,15 @@ class HooksHandle:
                     "make_private_safe again."
                 )
 
-    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
-            return
+            return output
+        # The output of a hooked layer is a view that autograd forbids to overwrite; the script's loss may do so.
+        output = trees.map_leaves(lambda _, t: t.clone() if isinstance(t, torch.Tensor) and t._is_view() else t, output)
         for place, tensor in enumerate(trees.gradient_tensors(output)):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(partial(self._gradient_arrives, self._next - 1, place))
+        return output
 
     def _gradient_arrives(self, number: int, place: int, gradients: Any) -> None:
         if (number, place) in self._passed:
