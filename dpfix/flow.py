@@ -181,6 +181,7 @@ def _plan(call: Call, record: observe.StepRecord, step: TrainingStep) -> Plan:
         opacus_mode="",
         calls=record.calls,
         layers=record.layers,
+        elsewhere=record.elsewhere,
         loss_reduction=call.loss_reduction,
         loss_known=step.loss_known,
         batch_first=call.batch_first,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix import trees
 from dpfix.errors import PlanBrokenError
@@ -234,6 +235,9 @@ def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
     parts = [[(path, leaf) for path, leaf in trees.leaves(s) if torch.is_tensor(leaf)] for s in singles]
     if any([path for path, _ in p] != [path for path, _ in whole] for p in parts):
         return (), "its structure depends on the number of samples"
+    mixed = _packed_problem(batch, singles)
+    if mixed:
+        return (), mixed
     layout: list[tuple[trees.Path, SampleDim | None]] = []
     for number, (path, leaf) in enumerate(whole):
         dim, problem = sample_dim(leaf, [p[number][1] for p in parts])
@@ -241,6 +245,29 @@ def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
             return (), f"tensor {'.'.join(map(str, path)) or 'itself'} of shape {tuple(leaf.shape)} {problem}"
         layout.append((path, dim))
     return tuple(layout), ""
+
+
+def _packed_problem(batch: Any, singles: Sequence[Any]) -> str:
+    """Whether the sequences of packed sequences are known to be in the order of the samples.
+
+    One that has to be sorted (``enforce_sorted=True``) may have been sorted inside the model; that shows only if the
+    sequences of the probe differ in length.
+
+    Returns:
+        What is wrong, or an empty string.
+    """
+    parts = [[leaf for _, leaf in trees.leaves(s) if isinstance(leaf, PackedSequence)] for s in singles]
+    for number, whole in enumerate(leaf for _, leaf in trees.leaves(batch) if isinstance(leaf, PackedSequence)):
+        padded, lengths = pad_packed_sequence(whole)
+        ones = [p[number].data for p in parts if len(p) > number]
+        if len(ones) != len(singles) or len(lengths) != len(ones):
+            return "a packed sequence does not hold one sequence per sample"
+        for i, (one, length) in enumerate(zip(ones, lengths, strict=True)):
+            if one.shape != padded[:length, i].shape or not torch.allclose(one, padded[:length, i], 1e-3, 1e-5):
+                return "a packed sequence holds the samples in another order"
+        if whole.sorted_indices is None and len({int(n) for n in lengths}) == 1 and len(ones) > 1:
+            return "a packed sequence may have been sorted, which cannot be told from sequences of one length"
+    return ""
 
 
 def sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDim | None, str]:

@@ -78,6 +78,7 @@ class StepRecord:
         modules: every module call, in order.
         unused: trainable parameters that no gradient reached in any run.
         functional: trainable parameters used outside their own module, with the first place.
+        elsewhere: paths of the modules that use them there, by name.
         several: trainable parameters whose module is called more than once, or that have several names.
         detached: where a graph was cut.
         in_place: where the output of a module was overwritten.
@@ -94,6 +95,7 @@ class StepRecord:
     modules: tuple[ModuleCall, ...]
     unused: tuple[str, ...]
     functional: Mapping[str, str]
+    elsewhere: tuple[tuple[str, tuple[str, ...]], ...]
     several: tuple[str, ...]
     detached: tuple[Site, ...]
     in_place: tuple[Site, ...]
@@ -162,6 +164,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         modules=_module_calls(recording),
         unused=tuple(name for name in trainable if name not in used),
         functional=dict(recording.functional),
+        elsewhere=tuple((name, tuple(places)) for name, places in recording.elsewhere.items()),
         several=_several(module, recording),
         detached=tuple(recording.detached),
         in_place=tuple(recording.in_place),

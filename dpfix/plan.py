@@ -16,6 +16,7 @@ class Plan:
         opacus_mode: the ``grad_sample_mode`` handed to Opacus.
         calls: how the calls of ``forward`` carry their samples.
         layers: how the calls of the modules that own parameters carry theirs.
+        elsewhere: trainable parameters that modules use which do not own them, with the paths of these modules.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         loss_known: whether the loss was checked; if not, that is done on the first real steps.
         batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
@@ -29,6 +30,7 @@ class Plan:
     opacus_mode: str
     calls: tuple[CallLayout, ...] = ()
     layers: tuple[LayerCall, ...] = ()
+    elsewhere: tuple[tuple[str, tuple[str, ...]], ...] = ()
     loss_reduction: str = "mean"
     loss_known: bool = True
     batch_first: bool = True

@@ -67,6 +67,7 @@ class Recording:
         detached: where a graph was cut.
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
+        elsewhere: the modules that were being called then, by parameter.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised.
     """
@@ -77,6 +78,7 @@ class Recording:
     detached: dict[Site, None] = field(default_factory=dict)
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     failed: str = ""
 
@@ -97,11 +99,13 @@ class _Watch(TorchFunctionMode):
             self._cut(args, "detach" if name in _CUTS else ".data")
         elif args and _is_in_place(name, kwargs):
             self._overwritten(args[0], name)
-        for value in (*args, *kwargs.values()):
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(one, nn.Parameter):
-                    self._used(one)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if trees.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
+            for value in (*args, *kwargs.values()):
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(one, nn.Parameter):
+                        self._used(one)
+        return output
 
     def _cut(self, args: Any, what: str) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
@@ -118,9 +122,13 @@ class _Watch(TorchFunctionMode):
 
     def _used(self, parameter: nn.Parameter) -> None:
         owner = self.owners.get(id(parameter))
-        if owner is None or self._module() in owner[1] or owner[0] in self.recording.functional:
+        recomputed = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+        if owner is None or self._module() in owner[1] or recomputed:
             return
-        self.recording.functional[owner[0]] = user_place() or "place unknown"
+        if self.recording.stack:
+            self.recording.elsewhere.setdefault(owner[0], {})[self._module()] = None
+        if owner[0] not in self.recording.functional:
+            self.recording.functional[owner[0]] = user_place() or "place unknown"
 
     def _module(self) -> str:
         return self.recording.stack[-1] if self.recording.stack else ""
@@ -159,7 +167,7 @@ def recorder(module: nn.Module, recording: Recording, *, details: bool) -> Itera
     Yields:
         Nothing.
     """
-    keep = {path for path, m in module.named_modules() if not path or _owns_parameters(m)}
+    keep = {path for path, m in module.named_modules() if not path or _holds_parameters(m)}
     watch = _Watch(recording, _owners(module)) if details else None
     with ExitStack() as stack:
         for path, child in module.named_modules():
@@ -170,12 +178,9 @@ def recorder(module: nn.Module, recording: Recording, *, details: bool) -> Itera
         yield
 
 
-def _owns_parameters(module: nn.Module) -> bool:
-    own = any(p.requires_grad for p in module.parameters(recurse=False))
-    holders = (nn.ParameterList, nn.ParameterDict)
-    return own or any(
-        isinstance(c, holders) and any(p.requires_grad for p in c.parameters()) for c in module.children()
-    )
+def _holds_parameters(module: nn.Module) -> bool:
+    # With those inside: a parameter may be used by a module around its own.
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _owners(module: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:

@@ -75,7 +75,7 @@ def look(
     samples = probe.take(loader)
     training_step = TrainingStep(step, "test", loss_known=True)
     record = observe.observe(model, training_step, samples)
-    plan = Plan("", "", calls=record.calls, layers=record.layers, loss_reduction=loss_reduction)
+    plan = Plan("", "", record.calls, record.layers, record.elsewhere, loss_reduction=loss_reduction)
     return Looked(model, training_step, samples, record, plan, audit.reference(record, record.unused))
 
 
