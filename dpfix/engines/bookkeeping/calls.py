@@ -15,35 +15,86 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.contributions import Contribution
+from dpfix.engines.bookkeeping.contributions import Contribution, Kept, Part
 from dpfix.engines.bookkeeping.rows import Rows
 
+Report = Callable[[nn.Parameter, Contribution], None]
+"""Takes a parameter and what a call adds to its per-sample gradient."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LayerCall:
     """What a rule needs to know about a call.
 
     Attributes:
-        module: the layer.
+        module: the layer, for its settings.
         rows: where the samples are in the layer's input (and, for its dimension, its output).
-        report: takes a parameter and what this call adds to its per-sample gradient.
+        reporter: where contributions go.
+        weight: the weight of this call: a parameter, some rows of one, or computed from parameters by a parametrisation.
+        bias: the same for the bias.
+        sources: the parameters that a computed weight or bias is made of.
     """
 
-    module: nn.Module
+    module: Any
     rows: Rows
-    report: Callable[[nn.Parameter, Contribution], None]
+    reporter: Report
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    sources: tuple[nn.Parameter, ...] = ()
 
-    def parameter(self, name: str) -> nn.Parameter | None:
-        """A parameter of the layer that is trained.
+    def trains(self, name: str) -> bool:
+        """Whether a per-sample gradient is wanted.
 
         Args:
-            name: its attribute.
+            name: ``weight`` or ``bias``.
 
         Returns:
-            The parameter, or ``None`` if there is none or it is frozen.
+            Whether it is.
         """
-        p = getattr(self.module, name, None)
-        return p if isinstance(p, nn.Parameter) and p.requires_grad else None
+        value = getattr(self, name)
+        return value is not None and value.requires_grad
+
+    def report(self, name: str, contribution: Contribution) -> None:
+        """What this call adds to the per-sample gradient of a tensor.
+
+        Args:
+            name: ``weight`` or ``bias``.
+            contribution: the contribution.
+        """
+        value = getattr(self, name)
+        if isinstance(value, nn.Parameter):
+            self.reporter(value, contribution)
+            return
+        base = value._base
+        if isinstance(base, nn.Parameter) and value.shape[1:] == base.shape[1:] and value.stride() == base.stride():
+            first = (value.storage_offset() - base.storage_offset()) // base.stride(0)
+            self.reporter(base, Part(contribution, first, first + len(value), base.shape))
+            return
+        for parameter, gradients in pulled_back(value, self.sources, contribution.per_sample()):
+            self.reporter(parameter, Kept(gradients))
+
+
+def pulled_back(
+    value: torch.Tensor, sources: tuple[nn.Parameter, ...], gradients: torch.Tensor
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Per-sample gradients of what a weight was computed from (a weight or spectral normalisation).
+
+    Args:
+        value: the computed weight, with its graph.
+        sources: parameters it may depend on.
+        gradients: per-sample gradients of the weight, shape ``[samples, *weight]``.
+
+    Returns:
+        The parameters that it depends on, with their per-sample gradients.
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        found = torch.autograd.grad(
+            value, sources, gradients.to(value.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+    return [(p, g) for p, g in zip(sources, found, strict=True) if g is not None]
 
 
 class Rule(ABC):
@@ -137,6 +188,19 @@ class Recorded(torch.autograd.Function):
         saved = tuple(None if t is None else t.detach() for t in ctx.saved_tensors)
         gradient = ctx.rule.backward(ctx.call, saved, g.detach(), ctx.needs_input_grad[0])
         return gradient, None, None, None
+
+
+def plainly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of some kind and computes what that kind does: a subclass may have another forward.
+
+    Args:
+        module: a module.
+        *kinds: classes.
+
+    Returns:
+        Whether it is.
+    """
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def autocast(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ and the gradients themselves only when they are asked for (a parameter that is u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -58,7 +59,7 @@ class Kept:
         Returns:
             Shape ``[samples]``.
         """
-        return squared(self.gradients.flatten(1))
+        return squared(self.gradients.reshape(len(self.gradients), -1))
 
     def per_sample(self) -> torch.Tensor:
         """See :class:`Contribution`.
@@ -79,6 +80,91 @@ class Kept:
         """
         flat = self.gradients.reshape(len(self.gradients), -1)
         return (factors.to(flat.dtype) @ flat).view(self.gradients.shape[1:])
+
+
+class Part:
+    """What goes to some rows of a parameter only, as the projections inside ``nn.MultiheadAttention`` do.
+
+    Args:
+        inner: the contribution to these rows.
+        first: the first row.
+        last: the row behind the last one.
+        shape: shape of the whole parameter.
+    """
+
+    def __init__(self, inner: Contribution, first: int, last: int, shape: torch.Size) -> None:
+        self.inner, self.first, self.last, self.shape = inner, first, last, shape
+
+    def squared_norms(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        return self.inner.squared_norms()
+
+    def per_sample(self) -> torch.Tensor:
+        """See :class:`Contribution`; zeros elsewhere.
+
+        Returns:
+            Shape ``[samples, *parameter]``.
+        """
+        rows = self.inner.per_sample()
+        whole = rows.new_zeros(len(rows), *self.shape)
+        whole[:, self.first : self.last] = rows
+        return whole
+
+    def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
+        """See :class:`Contribution`; zeros elsewhere.
+
+        Args:
+            factors: shape ``[samples]``.
+
+        Returns:
+            Shape of the parameter.
+        """
+        rows = self.inner.weighted_sum(factors)
+        whole = rows.new_zeros(self.shape)
+        whole[self.first : self.last] = rows
+        return whole
+
+
+class Apart:
+    """Parts of a parameter that do not overlap, so that their squared norms add up.
+
+    Args:
+        parts: the parts.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+
+    def squared_norms(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        return torch.stack([p.squared_norms() for p in self.parts]).sum(0)
+
+    def per_sample(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples, *parameter]``.
+        """
+        return torch.stack([p.per_sample() for p in self.parts]).sum(0)
+
+    def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Args:
+            factors: shape ``[samples]``.
+
+        Returns:
+            Shape of the parameter.
+        """
+        return torch.stack([p.weighted_sum(factors) for p in self.parts]).sum(0)
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:
@@ -103,20 +189,3 @@ def full_precision(tensor: torch.Tensor) -> torch.Tensor:
         The same in float32, unless it already was at least that.
     """
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def add_up(parts: list[Contribution]) -> Contribution:
-    """Several contributions to one parameter: a norm needs their sum per sample, not the sum of their norms.
-
-    Args:
-        parts: contributions with the same samples.
-
-    Returns:
-        One contribution.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0].per_sample().clone()
-    for part in parts[1:]:
-        total += part.per_sample()
-    return Kept(total)

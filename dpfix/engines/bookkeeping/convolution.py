@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.correlation import Geometry, correlation
 
@@ -29,9 +29,7 @@ class Convolution(Rule):
         Returns:
             Whether it is.
         """
-        return any(
-            isinstance(module, kind) and type(module).forward is kind.forward for kind in _CONVOLUTIONS + _TRANSPOSED
-        )
+        return plainly(module, *_CONVOLUTIONS, *_TRANSPOSED)
 
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         """Pad what the convolution itself cannot: values other than zeros, or more on one side.
@@ -65,9 +63,9 @@ class Convolution(Rule):
         Returns:
             Shape ``[rows, filters, *out]``; input and weight are kept.
         """
-        module: Any = call.module
-        x, weight, bias = autocast(x, module.weight, module.bias)
-        return torch.ops.aten.convolution(x, weight, bias, *settings(module)), (x, weight)
+        assert call.weight is not None
+        x, weight, bias = autocast(x, call.weight, call.bias)
+        return torch.ops.aten.convolution(x, weight, bias, *settings(call.module)), (x, weight)
 
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
@@ -84,21 +82,20 @@ class Convolution(Rule):
             Shape of the input.
         """
         x, weight = saved
-        module: Any = call.module
-        own, bias = call.parameter("weight"), call.parameter("bias")
         rows = len(x) // call.rows.samples
         by_sample = call.rows.adjacent(g)
-        if bias is not None:
+        if call.trains("bias"):
             sums = full_precision(by_sample).flatten(2).sum(2)
-            call.report(bias, Kept(sums.view(call.rows.samples, rows, -1).sum(1)))
-        if own is not None:
-            stride, padding, dilation, transposed, _, groups = settings(module)
+            call.report("bias", Kept(sums.view(call.rows.samples, rows, -1).sum(1)))
+        if call.trains("weight"):
+            stride, padding, dilation, transposed, _, groups = settings(call.module)
             pair = (call.rows.adjacent(x), by_sample)
             source, target = pair[::-1] if transposed else pair
-            call.report(own, correlation(source, target, own.shape, Geometry(stride, padding, dilation, groups), rows))
+            geometry = Geometry(stride, padding, dilation, groups)
+            call.report("weight", correlation(source, target, weight.shape, geometry, rows))
         if not wanted:
             return None
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *settings(module), [True, False, False])[0]
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *settings(call.module), [True, False, False])[0]
 
 
 def symmetric(module: Any) -> tuple[int, ...] | None:

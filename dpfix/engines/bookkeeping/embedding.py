@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.contributions import full_precision, squared
+from dpfix.engines.bookkeeping.linear import Outer
 
 
 class Lookup:
@@ -38,6 +37,18 @@ class Lookup:
         sums = self.g.new_zeros(len(keys), self.g.shape[2]).index_add_(0, place.flatten(), self.g.flatten(0, 1))
         return self.g.new_zeros(samples).index_add_(0, keys // self.rows, squared(sums))
 
+    def joined(self, others: list[Lookup]) -> Lookup:
+        """The sum of several calls: one with all their positions.
+
+        Args:
+            others: further ones with the same samples and table.
+
+        Returns:
+            Their sum.
+        """
+        every = [self, *others]
+        return Lookup(torch.cat([o.ids for o in every], 1), torch.cat([o.g for o in every], 1), self.rows)
+
     def per_sample(self) -> torch.Tensor:
         """See :class:`Contribution`.
 
@@ -62,6 +73,48 @@ class Lookup:
         return torch.ops.aten.embedding_dense_backward(scaled, self.ids, self.rows, -1, False)
 
 
+class Tied:
+    """A table that is looked up and also multiplies, as the input and output embedding of a language model.
+
+    Args:
+        lookup: its use as a table, of shape ``[rows, width]``.
+        product: its use as a weight, of the same shape.
+    """
+
+    def __init__(self, lookup: Lookup, product: Outer) -> None:
+        self.lookup, self.product = lookup, product
+
+    def squared_norms(self) -> torch.Tensor:
+        """``|a|^2 + |b|^2 + 2 <a, b>``, where ``<a, b> = sum_ts <g_t, a_s> g'_s[id_t]``.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        ids, g, product = self.lookup.ids, self.lookup.g, self.product
+        picked = product.g.gather(2, ids.unsqueeze(1).expand(-1, product.g.shape[1], -1))
+        both = (torch.bmm(product.a, g.mT) * picked).sum((1, 2))
+        return (self.lookup.squared_norms() + product.squared_norms() + 2 * both).clamp_(min=0)
+
+    def per_sample(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples, rows, width]``.
+        """
+        return self.lookup.per_sample() + self.product.per_sample()
+
+    def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
+        """The sum of both.
+
+        Args:
+            factors: shape ``[samples]``.
+
+        Returns:
+            Shape ``[rows, width]``.
+        """
+        return self.lookup.weighted_sum(factors).add_(self.product.weighted_sum(factors))
+
+
 class Embedding(Rule):
     """``nn.Embedding``."""
 
@@ -76,8 +129,7 @@ class Embedding(Rule):
         Returns:
             Whether it is.
         """
-        plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
-        return plain and not module.scale_grad_by_freq and module.max_norm is None  # type: ignore[union-attr]
+        return plainly(module, nn.Embedding) and not module.scale_grad_by_freq and module.max_norm is None  # type: ignore[union-attr]
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Look the ids up.
@@ -89,7 +141,8 @@ class Embedding(Rule):
         Returns:
             Shape ``[*ids, width]``; the ids are kept.
         """
-        weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
+        assert call.weight is not None
+        weight = call.weight
         out = F.embedding(x.reshape(-1), weight)
         return torch.ops.aten._unsafe_view(out, [*x.shape, weight.shape[1]]), (x,)
 
@@ -108,12 +161,12 @@ class Embedding(Rule):
             Nothing.
         """
         (ids,) = saved
-        module: Any = call.module
-        weight = call.parameter("weight")
-        if weight is not None:
+        padding = call.module.padding_idx
+        if call.trains("weight"):
+            assert call.weight is not None
             by_sample = call.rows.matrices(ids.unsqueeze(-1)).squeeze(-1).long()
             rows = call.rows.matrices(g)
-            if module.padding_idx is not None:
-                rows = rows.masked_fill((by_sample == module.padding_idx).unsqueeze(-1), 0)
-            call.report(weight, Lookup(by_sample, rows, len(weight)))
+            if padding is not None:
+                rows = rows.masked_fill((by_sample == padding).unsqueeze(-1), 0)
+            call.report("weight", Lookup(by_sample, rows, len(call.weight)))
         return None

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dpfix.engines.base import Verdict
 from dpfix.engines.bookkeeping.calls import Rule
+from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
 from dpfix.engines.bookkeeping.expanded import ExpandedStandIn
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle, RootStandIn
 from dpfix.engines.bookkeeping.layers import LayerStandIn
 from dpfix.engines.bookkeeping.linear import Linear
-from dpfix.engines.bookkeeping.norms import FixedNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from dpfix.engines.bookkeeping.norms import NORMS
 from dpfix.engines.bookkeeping.prelu import PReLU
-from dpfix.engines.bookkeeping.recurrent import LSTMStandIn, known_lstm
+from dpfix.engines.bookkeeping.recurrent import CellStandIn, RecurrentStandIn
 from dpfix.plan import Plan
 
-RULES: tuple[Rule, ...] = (
-    Linear(),
-    Convolution(),
-    Embedding(),
-    GroupNorm(),
-    InstanceNorm(),
-    LayerNorm(),
-    RMSNorm(),
-    FixedNorm(),
-    PReLU(),
-)
-"""The layers that are known; everything else goes through ``vmap``."""
+RULES: tuple[Rule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())
+"""The layers that are one rule."""
+COMPOSITE: tuple[Any, ...] = (RecurrentStandIn, CellStandIn, *COMPOSED)
+"""The layers that are made of several; everything else goes through ``vmap``."""
 
 
 class Bookkeeping:
@@ -66,50 +63,103 @@ class Bookkeeping:
         handle = BookkeepingHandle(module, plan)
         modules = dict(module.named_modules())
         called = {layer.path for layer in plan.layers}
-        rules, expanded = assign(modules, called)
+        rules, expanded = assign(modules, called, dict(plan.elsewhere))
         for path, rule in rules.items():
             handle.put_in(LayerStandIn(handle, modules[path], path, rule))
+        for path, kind in composites(modules, called, expanded).items():
+            handle.put_in(kind(handle, modules[path], path))
+            del expanded[path]
         for path in expanded:
             inside = [p for p in expanded if not path or p == path or p.startswith(f"{path}.")]
             parameters = {name: p for place in inside for name, p in expanded[place].items()}
-            if known_lstm(modules[path]) and len(inside) == 1 and path in called:
-                handle.put_in(LSTMStandIn(handle, modules[path], path))
-            else:
-                handle.put_in(ExpandedStandIn(handle, modules[path], path, parameters))
+            handle.put_in(ExpandedStandIn(handle, modules[path], path, parameters))
         handle.put_in(RootStandIn(handle, module))
         return handle
 
 
 def assign(
-    modules: dict[str, nn.Module], called: set[str]
+    modules: dict[str, nn.Module], called: set[str], elsewhere: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Rule], dict[str, dict[str, nn.Parameter]]]:
     """Decide for every module that owns trainable parameters how it is accounted for.
 
     A parameter whose own module is never called (the output projection inside ``nn.MultiheadAttention``, a
-    ``ParameterList``, the original of a parametrised weight) belongs to the nearest module around it that is.
+    ``ParameterList``) belongs to the nearest module around it that is; one that is used outside of its own module, to
+    the nearest module around all uses.
 
     Args:
         modules: the modules by path.
         called: paths of modules whose calls the probe has shown.
+        elsewhere: paths of the modules that use a parameter which is not theirs, by parameter name.
 
     Returns:
         Rules by path, and the parameters to expand by path of the module that uses them.
     """
     rules: dict[str, Rule] = {}
     expanded: dict[str, dict[str, nn.Parameter]] = {}
+    used = _uses(modules, elsewhere)
     for path, module in modules.items():
         own = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}
         if not own:
             continue
-        rule = next((r for r in RULES if r.accepts(module)), None)
-        known = own.keys() <= {"weight", "bias"} and not parametrize.is_parametrized(module)
-        if rule is not None and known and path in called:
-            rules[path] = rule
+        layer = path.partition("parametrizations")[0].rstrip(".") if "parametrizations" in path.split(".") else path
+        rule = next((r for r in RULES if r.accepts(modules[layer])), None)
+        places = {place for p in own.values() for place in used.get(id(p), ())}
+        if rule is not None and _known(modules[layer]) and layer in called and not places:
+            rules[layer] = rule
             continue
-        user = path
-        while user and (user not in called or "parametrizations" in user.split(".")):
+        user = _around([layer, *places])
+        while user and user not in called:
             user = user.rpartition(".")[0]
         expanded.setdefault(user, {}).update({f"{path}.{n}" if path else n: p for n, p in own.items()})
     for path in expanded:
         rules.pop(path, None)
     return rules, expanded
+
+
+def composites(
+    modules: dict[str, nn.Module], called: set[str], expanded: Mapping[str, Mapping[str, nn.Parameter]]
+) -> dict[str, Any]:
+    """Which of the modules that no single rule computes are known to be made of several.
+
+    Args:
+        modules: the modules by path.
+        called: paths of modules whose calls the probe has shown.
+        expanded: parameters by path of the module that uses them.
+
+    Returns:
+        The kind of stand-in by path.
+    """
+    found = {}
+    for path, parameters in expanded.items():
+        kind = next((k for k in COMPOSITE if k.accepts(modules[path])), None)
+        complete = {id(p) for p in parameters.values()} == {
+            id(p) for p in modules[path].parameters() if p.requires_grad
+        }
+        if kind is not None and path in called and complete:
+            found[path] = kind
+    return found
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether weight and bias are all that a layer's trained parameters make: as they are, or computed from them."""
+    own = {n for n, p in module._parameters.items() if p is not None and p.requires_grad}
+    hooked = any(isinstance(h, (WeightNorm, SpectralNorm)) for h in module._forward_pre_hooks.values())
+    computed = set(module.parametrizations) if parametrize.is_parametrized(module) else set()  # type: ignore[arg-type]
+    return own | computed <= {"weight", "bias"} or (hooked and own <= {"weight_g", "weight_v", "weight_orig", "bias"})
+
+
+def _uses(modules: dict[str, nn.Module], elsewhere: Mapping[str, Sequence[str]]) -> dict[int, list[str]]:
+    """All places that use a parameter which is used elsewhere, by the parameter's id: its owners, and the others."""
+    root = modules[""]
+    ids = {id(root.get_parameter(name)): list(places) for name, places in elsewhere.items()}
+    for path, module in modules.items():
+        for p in module._parameters.values():
+            if id(p) in ids:
+                ids[id(p)].append(path)
+    return ids
+
+
+def _around(paths: Sequence[str]) -> str:
+    """The module around several."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))

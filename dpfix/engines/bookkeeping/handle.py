@@ -11,9 +11,10 @@ from torch import nn
 
 from dpfix import trees
 from dpfix.engines.base import zeros
-from dpfix.engines.bookkeeping.contributions import Contribution, add_up
+from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.layers import StandIn
 from dpfix.engines.bookkeeping.rows import rows_of
+from dpfix.engines.bookkeeping.sums import add_up
 from dpfix.errors import PlanBrokenError
 from dpfix.layout import CallLayout, LayerCall, known_layout, samples_in
 from dpfix.plan import Plan

@@ -7,12 +7,10 @@ follows Bu et al., "Differentially Private Optimization on Large Model at Small 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast, plainly
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 
 KEEP_RATIO = 1.8
@@ -50,6 +48,18 @@ class Outer:
         buffer = self.a.new_empty(high, wide)
         norms = [torch.linalg.vector_norm(torch.mm(g.mT, a, out=buffer)) for a, g in zip(self.a, self.g, strict=True)]
         return torch.stack(norms).square()
+
+    def joined(self, others: list[Outer]) -> Outer:
+        """The sum of several calls: one with all their positions.
+
+        Args:
+            others: further ones with the same samples and parameter.
+
+        Returns:
+            Their sum.
+        """
+        every = [self, *others]
+        return Outer(torch.cat([o.a for o in every], 1), torch.cat([o.g for o in every], 1), self.shape)
 
     def per_sample(self) -> torch.Tensor:
         """See :class:`Contribution`.
@@ -111,7 +121,7 @@ def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
 
 
 class Linear(Rule):
-    """``nn.Linear`` with any leading dimensions."""
+    """``nn.Linear`` with any leading dimensions, and whatever else is a product of rows with a weight."""
 
     features = 1
 
@@ -124,20 +134,20 @@ class Linear(Rule):
         Returns:
             Whether it is.
         """
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return plainly(module, nn.Linear)
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """``x W^T + b``.
 
         Args:
-            call: the call.
+            call: the call; a weight of more than two dimensions has one row per output.
             x: shape ``[..., in]``.
 
         Returns:
             Shape ``[..., out]``; input and weight are kept.
         """
-        module: Any = call.module
-        x, weight, bias = autocast(x, module.weight, module.bias)
+        assert call.weight is not None
+        x, weight, bias = autocast(x, call.weight.flatten(1), call.bias)
         return linear(x, weight, bias), (x, weight)
 
     def backward(
@@ -155,27 +165,13 @@ class Linear(Rule):
             Shape ``[..., in]``.
         """
         x, weight = saved
-        report_linear(call, x, g, call.parameter("weight"), call.parameter("bias"))
+        by_sample = call.rows.matrices(g)
+        if call.trains("bias"):
+            call.report("bias", Kept(full_precision(by_sample).sum(1)))
+        if call.trains("weight"):
+            assert call.weight is not None
+            call.report("weight", outer(call.rows.matrices(x), by_sample, call.weight.shape))
         return g @ weight if wanted else None
-
-
-def report_linear(
-    call: LayerCall, x: torch.Tensor, g: torch.Tensor, weight: nn.Parameter | None, bias: nn.Parameter | None
-) -> None:
-    """Report what ``x W^T + b`` adds to the gradients of W and b.
-
-    Args:
-        call: the call.
-        x: shape ``[..., in]``.
-        g: shape ``[..., out]``.
-        weight: W, if it is trained.
-        bias: b, if it is trained.
-    """
-    by_sample = call.rows.matrices(g)
-    if bias is not None:
-        call.report(bias, Kept(full_precision(by_sample).sum(1)))
-    if weight is not None:
-        call.report(weight, outer(call.rows.matrices(x), by_sample, weight.shape))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule
+from dpfix.engines.bookkeeping.calls import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 
 Saved = tuple[torch.Tensor | None, ...]
@@ -23,7 +23,7 @@ class PReLU(Rule):
         Returns:
             Whether it is.
         """
-        return isinstance(module, nn.PReLU) and type(module).forward is nn.PReLU.forward
+        return plainly(module, nn.PReLU)
 
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """``max(0, x) + weight min(0, x)``.
@@ -35,8 +35,8 @@ class PReLU(Rule):
         Returns:
             The same shape; input and weight are kept.
         """
-        weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
-        return torch.prelu(x, weight.to(x.dtype)), (x, weight)
+        assert call.weight is not None
+        return torch.prelu(x, call.weight.to(x.dtype)), (x, call.weight)
 
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
@@ -55,9 +55,8 @@ class PReLU(Rule):
         x, weight = saved
         channels = weight.numel()
         per_channel = weight.to(x.dtype).view(-1, *[1] * max(0, x.dim() - 2))
-        p = call.parameter("weight")
-        if p is not None:
+        if call.trains("weight"):
             slope = full_precision(torch.where(x < 0, x * g, 0))
             rows = call.rows.adjacent(slope).reshape(call.rows.samples, -1, channels, slope[0].numel() // channels)
-            call.report(p, Kept(rows.sum((1, 3))))
+            call.report("weight", Kept(rows.sum((1, 3))))
         return torch.where(x > 0, g, g * per_channel) if wanted else None

@@ -1,142 +1,151 @@
-"""``nn.LSTM`` as PyTorch computes it: the fused kernel forward, one linear layer's per-sample gradients backward.
+"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` as PyTorch computes them, and their cells.
 
-With the output known, every step's gates are one product over all steps; what remains of the backward pass is a short
-recurrence. Then input-to-hidden and hidden-to-hidden weights are linear layers on ``x`` and on the previous output.
+PyTorch's fused kernel forward; backward, one linear layer's per-sample gradients for each of their weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from dpfix.engines.bookkeeping import gates
+from dpfix.engines.bookkeeping.calls import Report, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.layers import StandIn
-from dpfix.engines.bookkeeping.linear import outer
+from dpfix.engines.bookkeeping.layers import Apply, OutOfMap, StandIn, sources
+from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
 
 if TYPE_CHECKING:
     from dpfix.engines.bookkeeping.handle import RootCall
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_BACKWARD: dict[str, Callable[..., gates.Found]] = {
+    "LSTM": gates.lstm,
+    "GRU": gates.gru,
+    "RNN_TANH": partial(gates.simple, relu=False),
+    "RNN_RELU": partial(gates.simple, relu=True),
+}
+_LINEAR = Linear()
 
 
-def known_lstm(module: nn.Module) -> bool:
-    """Whether it is an LSTM that can be taken apart into layers and directions.
+class Sequence:
+    """One layer of a recurrent module in one direction.
 
     Args:
-        module: a module.
-
-    Returns:
-        Whether it is.
+        module: the module.
+        suffix: layer and direction, as in the parameters' names.
+        rows: where the samples are in tensors of shape ``[steps, batch, features]``.
+        report: takes a parameter and a contribution.
+        lengths: steps of every sequence, if they differ.
     """
-    plain = isinstance(module, nn.LSTM) and type(module).forward is nn.LSTM.forward
-    return plain and not module.proj_size  # type: ignore[union-attr]
+
+    def __init__(
+        self, module: nn.RNNBase, suffix: str, rows: Rows, report: Report, lengths: torch.Tensor | None
+    ) -> None:
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
+        names += ["weight_hr"] if module.proj_size else []
+        self.weights: dict[str, nn.Parameter] = {n: getattr(module, f"{n}_{suffix}") for n in names}
+        self.mode, self.rows, self._report, self.lengths = module.mode, rows, report, lengths
+
+    def kernel(self, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """PyTorch's own.
+
+        Args:
+            x: shape ``[steps, batch, in]``.
+            h: first hidden state, shape ``[batch, out]``.
+            c: first cell state, shape ``[batch, hidden]``.
+
+        Returns:
+            Outputs (zero behind the end of a sequence), last hidden state, last cell state.
+        """
+        run = getattr(torch._VF, self.mode.lower())  # type: ignore[attr-defined]
+        weights = [w.detach() for w in self.weights.values()]
+        settings = (weights, "bias_ih" in self.weights, 1, 0.0, False, False)
+        state = (h[None], c[None]) if self.mode == "LSTM" else h[None]
+        if self.lengths is None:
+            out, *last = run(x, state, *settings, False)
+            return out, *(s[0].clone() for s in last), *([c.clone()] if self.mode != "LSTM" else [])
+        order = self.lengths.argsort(descending=True, stable=True)
+        back, lengths = order.argsort(), self.lengths[order]
+        data, sizes = torch._VF._pack_padded_sequence(x[:, order], lengths, False)  # type: ignore[attr-defined]
+        state = tuple(s[:, order] for s in state) if isinstance(state, tuple) else state[:, order]
+        data, *last = run(data, sizes, state, *settings)
+        out, _ = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(x))  # type: ignore[attr-defined]
+        return out[:, back], *(s[0][back] for s in last), *([c.clone()] if self.mode != "LSTM" else [])
+
+    def report(self, p: gates.Pass, found: gates.Found) -> None:
+        """Report the contributions of the linear maps.
+
+        Args:
+            p: the layer after its forward pass.
+            found: its gradients.
+        """
+        ih, hh = self.rows.matrices(found.ih), self.rows.matrices(found.hh)
+        pairs = {"weight_ih": (p.x, ih), "weight_hh": (p.previous, hh)}
+        if found.hr is not None:
+            pairs["weight_hr"] = (found.hr[0], self.rows.matrices(found.hr[1]))
+        for name, (source, g) in pairs.items():
+            if self.weights[name].requires_grad:
+                self._report(self.weights[name], outer(self.rows.matrices(source), g, self.weights[name].shape))
+        for name, g in (("bias_ih", ih), ("bias_hh", hh)):
+            if name in self.weights and self.weights[name].requires_grad:
+                self._report(self.weights[name], Kept(full_precision(g).sum(1)))
 
 
 class Direction(torch.autograd.Function):
-    """One layer of an LSTM in one direction."""
+    """A :class:`Sequence` in the graph."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, anchor: torch.Tensor, owner: Any
+        ctx: Any, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, anchor: torch.Tensor, sequence: Sequence
     ) -> Any:
-        weights = [w.detach() for w in owner.weights]
-        out, hn, cn = torch._VF.lstm(  # type: ignore[attr-defined]
-            x, (h[None], c[None]), weights, len(weights) == 4, 1, 0.0, False, False, False
-        )
-        ctx.owner = owner
-        ctx.save_for_backward(x, h, c, out, *owner.weights)
-        return out, hn[0].clone(), cn[0].clone()
+        found = sequence.kernel(x, h, c)
+        ctx.sequence = sequence
+        ctx.save_for_backward(x, h, c, found[0], *sequence.weights.values())
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_out: torch.Tensor, g_h: torch.Tensor, g_c: torch.Tensor) -> Any:  # noqa: D102
-        x, h, c, out, *weights = (t.detach() for t in ctx.saved_tensors)
-        previous = torch.cat([h[None], out[:-1]])
-        gates, g_h, g_c = gate_gradients(x, previous, c, weights, (g_out, g_h, g_c))
-        ctx.owner.report(x, previous, gates)
-        return gates @ weights[0], g_h, g_c, None, None
+        x, h, c, out, *weights = (full_precision(t.detach()) for t in ctx.saved_tensors)
+        sequence: Sequence = ctx.sequence
+        p = gates.Pass(x, h, c, out, dict(zip(sequence.weights, weights, strict=True)))
+        g_out, g_h, g_c = g_out.to(out.dtype, copy=True), full_precision(g_h), full_precision(g_c)
+        cells = g_c[None]
+        if sequence.lengths is None:
+            g_out[-1] += g_h
+        else:  # the last state of a sequence is the output of its last step
+            ends = (sequence.lengths.to(x.device) - 1, torch.arange(x.shape[1], device=x.device))
+            cells = g_c.new_zeros(len(x), *g_c.shape)
+            cells[ends], g_out[ends] = g_c, g_out[ends] + g_h
+        found = _BACKWARD[sequence.mode](p, g_out, cells)
+        sequence.report(p, found)
+        return found.ih @ p.weights["weight_ih"], found.first, found.cell, None, None
 
 
-def gate_gradients(
-    x: torch.Tensor, previous: torch.Tensor, c: torch.Tensor, weights: list[torch.Tensor], g: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the gates before their non-linearities.
+class RecurrentStandIn(StandIn):
+    """For ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with any number of layers, in one or both directions."""
 
-    Args:
-        x: input, shape ``[steps, batch, in]``.
-        previous: hidden states before every step, shape ``[steps, batch, hidden]``.
-        c: first cell state, shape ``[batch, hidden]``.
-        weights: input-to-hidden and hidden-to-hidden weight, and their biases if there are any.
-        g: gradients of all outputs, of the last hidden and of the last cell state.
-
-    Returns:
-        Shape ``[steps, batch, 4 * hidden]``, and the gradients of the first hidden and cell state.
-    """
-    gates = x @ weights[0].mT + previous @ weights[1].mT
-    if len(weights) == 4:
-        gates += weights[2] + weights[3]
-    i, f, z, o = gates.chunk(4, -1)
-    i, f, z, o = i.sigmoid(), f.sigmoid(), z.tanh(), o.sigmoid()
-    cells = [c]
-    for t in range(len(x)):
-        cells.append(torch.addcmul(i[t] * z[t], f[t], cells[-1]))
-    before, squashed = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
-    to_cell = o * (1 - squashed * squashed)  # d out / d cell
-    slopes = torch.cat([z * i * (1 - i), before * f * (1 - f), i * (1 - z * z)], -1)  # d cell / d gates
-    to_output = squashed * o * (1 - o)  # d out / d output gate
-    g_out, g_h, g_c = g
-    found, hidden = gates, c.shape[-1]
-    for t in range(len(x) - 1, -1, -1):
-        g_h = g_out[t] + g_h
-        g_c = torch.addcmul(g_c, g_h, to_cell[t])
-        torch.mul(g_c.repeat(1, 3), slopes[t], out=found[t][:, : 3 * hidden])
-        torch.mul(g_h, to_output[t], out=found[t][:, 3 * hidden :])
-        g_h = found[t] @ weights[1]
-        g_c = g_c * f[t]
-    return found, g_h, g_c
-
-
-class _Owner:
-    """The parameters of one layer and direction, and where their gradients are reported.
-
-    Args:
-        module: the LSTM.
-        suffix: layer and direction, as in the parameters' names.
-        rows: where the samples are in tensors of shape ``[steps, batch, features]``.
-        report: takes a parameter and a contribution.
-    """
-
-    def __init__(self, module: nn.LSTM, suffix: str, rows: Rows, report: Any) -> None:
-        names = _NAMES if module.bias else _NAMES[:2]
-        self.weights: list[nn.Parameter] = [getattr(module, f"{name}_{suffix}") for name in names]
-        self.rows, self._report = rows, report
-
-    def report(self, x: torch.Tensor, previous: torch.Tensor, gates: torch.Tensor) -> None:
-        """Report the contributions of both linear maps.
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether it can be taken apart into layers and directions.
 
         Args:
-            x: inputs, shape ``[steps, batch, in]``.
-            previous: previous outputs, shape ``[steps, batch, hidden]``.
-            gates: gradients of the gates, shape ``[steps, batch, 4 * hidden]``.
+            module: a module.
+
+        Returns:
+            Whether it can.
         """
-        by_sample = self.rows.matrices(gates)
-        for weight, source in zip(self.weights[:2], (x, previous), strict=True):
-            if weight.requires_grad:
-                self._report(weight, outer(self.rows.matrices(source), by_sample, weight.shape))
-        for bias in self.weights[2:]:
-            if bias.requires_grad:
-                self._report(bias, Kept(full_precision(by_sample).sum(1)))
-
-
-class LSTMStandIn(StandIn):
-    """For ``nn.LSTM`` with any number of layers, in one or both directions."""
+        plain = plainly(module, nn.LSTM, nn.GRU, nn.RNN) and not parametrize.is_parametrized(module)
+        return plain and all(isinstance(w, nn.Parameter) for w in module._flat_weights)  # type: ignore[union-attr]
 
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The LSTM, layer by layer.
+        """The module, layer by layer.
 
         Args:
             call: the model's call.
@@ -145,40 +154,173 @@ class LSTMStandIn(StandIn):
             kwargs: the same by keyword.
 
         Returns:
-            Output, and the last hidden and cell states.
+            Output, and the last states.
 
         Raises:
-            NotImplementedError: the input is a packed sequence, or has no batch.
+            NotImplementedError: there is no batch, or the rows of a packed sequence are not the samples.
+        """
+        module: Any = self.module
+        x, states = _bound(*args, **kwargs)
+        if isinstance(x, PackedSequence):
+            self.handle.layout(self.path, number)  # refuses rows in another order than the samples
+            if int(x.batch_sizes[0]) != call.samples:
+                raise NotImplementedError("a recurrent layer was called with several packed sequences per sample")
+            return self._packed(call, x, states)
+        layout = self.input_dim(number)
+        if x.dim() != 3 or layout is None or layout.dim != (0 if module.batch_first else 1):
+            raise NotImplementedError("a recurrent layer was called without a batch of samples")
+        where = rows_of(x, layout, call.samples)
+        out, last = self._layers(
+            call, Rows(where.samples, 1, where.interleaved), x.transpose(0, 1) if module.batch_first else x, states
+        )
+        return out.transpose(0, 1) if module.batch_first else out, last
+
+    def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module under ``vmap``.
+
+        Args:
+            call: the model's call.
+            args: the input, and perhaps the first states.
+            kwargs: the same by keyword.
+
+        Returns:
+            Output, and the last states.
+
+        Raises:
+            NotImplementedError: there is no batch, or the input is a packed sequence.
         """
         module: Any = self.module
         x, states = _bound(*args, **kwargs)
         if isinstance(x, PackedSequence) or x.dim() != 3:
-            raise NotImplementedError("an LSTM was called with a packed sequence, or without a batch")
-        layout = self.handle.layout(self.path, number).inputs[0][1]
-        if layout is None or layout.dim != (0 if module.batch_first else 1):
-            raise NotImplementedError("an LSTM was called with the samples in its time dimension")
-        where = rows_of(x, layout, call.samples)
-        rows, report = Rows(where.samples, 1, where.interleaved), call.iteration.reporter(call.samples)
+            raise NotImplementedError("a recurrent layer was called one sample at a time without a batch")
+        given = () if states is None else states if isinstance(states, tuple) else (states,)
+
+        def whole(samples: int, x: torch.Tensor, *states: torch.Tensor) -> Any:
+            # [samples, time, rows, features] to [time, samples * rows, features]
+            x, *states = (t.movedim(0, 1).flatten(1, 2) for t in (x, *states))  # type: ignore[assignment]
+            out, last = self._layers(call, Rows(samples, 1), x, _one_or_several(states))
+            found = (out, *last) if isinstance(last, tuple) else (out, last)
+            return tuple(t.unflatten(1, (samples, -1)).movedim(1, 0) for t in found)
+
         x = x.transpose(0, 1) if module.batch_first else x
+        out, *last = OutOfMap.apply(whole, x, *given)
+        return out.transpose(0, 1) if module.batch_first else out, _one_or_several(last)
+
+    def _packed(self, call: RootCall, x: PackedSequence, states: Any) -> Any:
+        padded, lengths = pad_packed_sequence(x)  # in the order of the samples
+        out, last = self._layers(call, Rows(call.samples, 1), padded, states, lengths)
+        if x.sorted_indices is not None:
+            out, lengths = out[:, x.sorted_indices], lengths[x.sorted_indices.to(lengths.device)]
+        data, _ = torch._VF._pack_padded_sequence(out, lengths, False)  # type: ignore[attr-defined]
+        return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), last
+
+    def _layers(
+        self, call: RootCall, where: Rows, x: torch.Tensor, states: Any, lengths: torch.Tensor | None = None
+    ) -> Any:
+        module: Any = self.module
+        report, several = call.iteration.reporter(call.samples), module.mode == "LSTM"
         ways = ("", "_reverse") if module.bidirectional else ("",)
+        widths = (module.proj_size or module.hidden_size, module.hidden_size)
         if states is None:
-            empty = x.new_zeros(module.num_layers * len(ways), x.shape[1], module.hidden_size)
-            states = (empty, empty)
-        last: list[tuple[torch.Tensor, torch.Tensor]] = []
+            first = [x.new_zeros(module.num_layers * len(ways), x.shape[1], width) for width in widths]
+        else:
+            first = list(states) if several else [states, states]
+        last: list[tuple[torch.Tensor, ...]] = []
         for layer in range(module.num_layers):
             outs = []
             for way in ways:
-                owner = _Owner(module, f"l{layer}{way}", rows, report)
-                h, c = states[0][len(last)], states[1][len(last)]
-                out, hn, cn = Direction.apply(x.flip(0) if way else x, h, c, self.handle.anchor, owner)
-                outs.append(out.flip(0) if way else out)
-                last.append((hn, cn))
+                sequence = Sequence(module, f"l{layer}{way}", where, report, lengths)
+                h, c = (states[len(last)] for states in first)
+                c = c if several else c.detach()
+                out, *final = Direction.apply(_turned(x, lengths) if way else x, h, c, self.handle.anchor, sequence)
+                outs.append(_turned(out, lengths) if way else out)
+                last.append(tuple(final))
             x = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
             if module.dropout and layer + 1 < module.num_layers:
                 x = torch.dropout(x, module.dropout, module.training)
         hidden, cell = (torch.stack(s) for s in zip(*last, strict=True))
-        return x.transpose(0, 1) if module.batch_first else x, (hidden, cell)
+        x = x.clone() if x is outs[-1] else x  # what the backward pass needs is not the caller's to overwrite
+        return x, (hidden, cell) if several else hidden
 
 
-def _bound(input: torch.Tensor, hx: Any = None) -> tuple[Any, Any]:
+def _turned(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Every sequence backwards, shape ``[steps, batch, features]``; what is behind its end stays there."""
+    if lengths is None:
+        return x.flip(0)
+    step, length = torch.arange(len(x), device=x.device)[:, None], lengths.to(x.device)
+    place = torch.where(step < length, length - 1 - step, step)
+    return x.gather(0, place[..., None].expand(x.shape))
+
+
+def _one_or_several(states: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> Any:
+    """First or last states as PyTorch takes and gives them."""
+    return tuple(states) if len(states) > 1 else next(iter(states), None)
+
+
+def _bound(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
+
+
+class CellStandIn(StandIn):
+    """For ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: two linear layers, and PyTorch's autograd for the rest."""
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether it is one of the cells.
+
+        Args:
+            module: a module.
+
+        Returns:
+            Whether it is.
+        """
+        return plainly(module, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+    def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step.
+
+        Args:
+            call: the model's call.
+            number: how many calls of this cell came before in the step.
+            args: the input, and perhaps the state.
+            kwargs: the same by keyword.
+
+        Returns:
+            The next state.
+
+        Raises:
+            NotImplementedError: there is no batch.
+        """
+        x, state = _bound(*args, **kwargs)
+        layout = self.input_dim(number)
+        if x.dim() != 2 or layout is None or layout.dim != 0:
+            raise NotImplementedError("a recurrent cell was called without a batch of samples")
+        return self._step(Apply(call, self.handle.anchor), x, state, rows_of(x, layout, call.samples))
+
+    def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step under ``vmap``.
+
+        Args:
+            call: the model's call.
+            args: the input, and perhaps the state.
+            kwargs: the same by keyword.
+
+        Returns:
+            The next state.
+        """
+        x, state = _bound(*args, **kwargs)
+        return self._step(Apply(call, self.handle.anchor), x, state, None)
+
+    def _step(self, apply: Apply, x: torch.Tensor, state: Any, where: Rows | None) -> Any:
+        module: Any = self.module
+        kind = "LSTM" if isinstance(module, nn.LSTMCell) else getattr(module, "nonlinearity", "GRU")
+        if state is None:
+            state = x.new_zeros(*x.shape[:-1], module.hidden_size)
+            state = (state, state) if kind == "LSTM" else state
+        hidden = state[0] if kind == "LSTM" else state
+        own = {n: (getattr(module, f"weight_{n}"), getattr(module, f"bias_{n}")) for n in ("ih", "hh")}
+        ih, hh = (
+            apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1], sources=sources(module))
+            for t, n in ((x, "ih"), (hidden, "hh"))
+        )
+        return gates.cell_step(kind, ih, hh, state)

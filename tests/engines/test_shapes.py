@@ -1,0 +1,98 @@
+"""The book-keeping engine over shapes that nobody chose, and over the choice between its forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dpfix.engines.bookkeeping.contributions import Contribution
+from dpfix.engines.bookkeeping.correlation import Correlation, Geometry
+from dpfix.engines.bookkeeping.embedding import Lookup, Tied
+from dpfix.engines.bookkeeping.linear import Outer
+from tests.engines.comparing import check, floats, ids
+
+small = st.integers(1, 4)
+FEW = settings(max_examples=25, deadline=None)
+
+
+@FEW
+@given(sizes=st.lists(small, min_size=0, max_size=3), wide=st.integers(1, 40), high=st.integers(1, 40))
+def test_linear(sizes: list[int], wide: int, high: int) -> None:
+    check(nn.Sequential(nn.Linear(wide, high), nn.Tanh(), nn.Linear(high, 2)), floats(*sizes, wide))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
+    kernel = tuple(draw(small) for _ in range(dims))
+    transposed = draw(st.booleans())
+    stride, dilation = (tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(2))
+    padding = tuple(draw(st.integers(0, max(0, d * (k - 1) // 2))) for d, k in zip(dilation, kernel, strict=True))
+    size = tuple(d * (k - 1) + 1 + draw(st.integers(0, 6)) for d, k in zip(dilation, kernel, strict=True))
+    kinds = (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        if transposed
+        else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
+    layer = kinds[dims - 1](
+        2 * groups, groups * draw(small), kernel, stride, padding, groups=groups, dilation=dilation,
+        bias=draw(st.booleans()),
+    )  # fmt: skip
+    return layer, (2 * groups, *size)
+
+
+@FEW
+@given(convolutions())
+def test_convolution(case: tuple[nn.Module, tuple[int, ...]]) -> None:
+    layer, shape = case
+    check(layer, floats(*shape))
+
+
+@FEW
+@given(words=st.integers(2, 9), positions=st.integers(1, 6), width=st.integers(1, 6))
+def test_embedding(words: int, positions: int, width: int) -> None:
+    check(nn.Sequential(nn.Embedding(words, width), nn.Linear(width, 3)), ids(words, positions))
+
+
+def same(contribution: Contribution, wanted: torch.Tensor) -> None:
+    """All three answers of a contribution, against per-sample gradients."""
+    factors = torch.rand(len(wanted), dtype=torch.float64)
+    assert torch.allclose(contribution.per_sample(), wanted, rtol=1e-10)
+    assert torch.allclose(contribution.squared_norms(), wanted.flatten(1).square().sum(1), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(contribution.weighted_sum(factors), torch.einsum("i,i...", factors, wanted), rtol=1e-9)
+
+
+@FEW
+@given(positions=st.integers(1, 40), wide=st.integers(1, 60), high=st.integers(1, 60))
+def test_products(positions: int, wide: int, high: int) -> None:
+    a = torch.randn(3, positions, wide, dtype=torch.float64)
+    g = torch.randn(3, positions, high, dtype=torch.float64)
+    same(Outer(a, g, torch.Size((high, wide))), torch.einsum("bto,bti->boi", g, a))
+
+
+@FEW
+@given(words=st.integers(1, 9), positions=st.integers(1, 6), products=st.integers(1, 6))
+def test_a_table_that_also_multiplies(words: int, positions: int, products: int) -> None:
+    index = torch.randint(0, words, (3, positions))
+    g, a = (torch.randn(3, n, 4, dtype=torch.float64) for n in (positions, products))
+    logits = torch.randn(3, products, words, dtype=torch.float64)
+    table = torch.einsum("btw,bti->bwi", nn.functional.one_hot(index, words).double(), g)
+    tied = Tied(Lookup(index, g, words), Outer(a, logits, torch.Size((words, 4))))
+    same(tied, table + torch.einsum("btw,bti->bwi", logits, a))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["gram", "product"])
+def test_both_ways_to_norms_of_convolutions(large: bool) -> None:
+    size = 24 if large else 4
+    x = torch.randn(2, 4, size, size, dtype=torch.float64)
+    g = torch.randn(2, 6, size, size, dtype=torch.float64)
+    form = Correlation(x, g, torch.Size((6, 4, 3, 3)), Geometry((1, 1), (1, 1), (1, 1), 1))
+    weight = torch.zeros(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    one = [
+        torch.autograd.grad(nn.functional.conv2d(a[None], weight, padding=1), weight, b[None])[0]
+        for a, b in zip(x, g, strict=True)
+    ]
+    same(form, torch.stack(one))
