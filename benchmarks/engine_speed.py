@@ -131,7 +131,7 @@ def unet() -> nn.Module:
 def vnet() -> nn.Module:
     from monai.networks.nets import VNet
 
-    return VNet(3, 1, 2, dropout_prob_down=None, dropout_prob_up=(None, None))
+    return VNet(3, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0))
 
 
 def tokens(model: nn.Module, batch: Any) -> Tensor:

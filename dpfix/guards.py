@@ -258,8 +258,15 @@ class StepGuard:
             return False
         for p in optimizer.params:
             p.grad = None  # of the step before; the noise is about to make a new one
-        self._sample_norms = self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm)
+        self._sample_norms = self._clipping.clip_and_accumulate(
+            optimizer.params, optimizer.max_grad_norm, keep=False
+        )
         return True
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the engine clipped in the step that is being made."""
+        return self._clipping is not None
 
     def _check_scaler(self, optimizer: DPOptimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:

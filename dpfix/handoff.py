@@ -17,6 +17,7 @@ import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, get_optimizer_class
+from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -56,7 +57,7 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
         flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
 
-        def zero_grad(self, set_to_none: bool = False) -> None:
+        def zero_grad(self, set_to_none: bool = True) -> None:  # torch's default: zeros would only take memory
             super().zero_grad(set_to_none)
             self.guard.cleared()
 
@@ -75,7 +76,34 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
                 super().clip_and_accumulate()
             self.guard.check_finite()
 
+        def add_noise(self) -> None:
+            if in_place and self.guard.clipped and self.noise_multiplier > 0:
+                add_noise_in_place(self)
+            else:
+                super().add_noise()
+
+    in_place = cls.add_noise is DPOptimizer.add_noise
     return _named_like(PrivateOptimizer, cls)
+
+
+def add_noise_in_place(optimizer: DPOptimizer) -> None:
+    """What ``DPOptimizer.add_noise`` does, with the same random numbers, in the memory of the clipped sum.
+
+    The sum without noise is gone afterwards; nobody can come across it.
+
+    Args:
+        optimizer: the private optimizer, whose parameters have ``summed_grad``.
+    """
+    std = optimizer.noise_multiplier * optimizer.max_grad_norm
+    for p in optimizer.params:
+        total: torch.Tensor = p.summed_grad  # type: ignore[attr-defined]
+        if optimizer.secure_mode:
+            total += _generate_noise(std, total, optimizer.generator, True)
+        else:
+            total += torch.normal(
+                0.0, std, total.shape, device=total.device, generator=optimizer.generator, dtype=total.dtype
+            )
+        p.grad, p.summed_grad = total.view_as(p), None  # type: ignore[attr-defined]
 
 
 @functools.cache

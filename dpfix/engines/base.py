@@ -72,14 +72,15 @@ class FlatClipping(Handle, Protocol):
         """
         ...
 
-    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> torch.Tensor | None:
+    def clip_and_accumulate(
+        self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
+    ) -> torch.Tensor | None:
         """Add ``sum_i min(1, C / (|g_i| + 1e-6)) g_i`` to ``summed_grad``, in place where there is one already.
-
-        What has arrived is kept until :meth:`Handle.finish`.
 
         Args:
             parameters: the trainable parameters.
             max_grad_norm: C.
+            keep: whether what has arrived is needed again before :meth:`Handle.finish`.
 
         Returns:
             Norms of the samples' gradients, shape ``[samples]``, for the check that they are finite; ``None`` if unknown.

@@ -321,12 +321,15 @@ class BookkeepingHandle:
         return counts
 
     @torch.no_grad()
-    def clip_and_accumulate(self, parameters: list[nn.Parameter], max_grad_norm: float) -> torch.Tensor | None:
-        """Add ``sum_i min(1, C / |g_i|) g_i`` to ``summed_grad``; what has arrived is kept.
+    def clip_and_accumulate(
+        self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
+    ) -> torch.Tensor | None:
+        """Add ``sum_i min(1, C / |g_i|) g_i`` to ``summed_grad``.
 
         Args:
             parameters: the trainable parameters.
             max_grad_norm: C.
+            keep: whether what has arrived is needed again; if not, it is given up piece by piece.
 
         Returns:
             Norms of the samples' gradients, shape ``[samples]``.
@@ -334,13 +337,15 @@ class BookkeepingHandle:
         every = []
         for samples, found in self._arrived():
             whole = {p: add_up(found[p]) for p in parameters if p in found}
+            if not keep:
+                found.clear()
             norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
             scale = self._scale(samples)
             norm = scale * torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
             every.append(norm)
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
             for p in parameters:
-                part = whole.get(p)
+                part = whole.pop(p, None)
                 if part is not None:
                     _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
                 elif getattr(p, "summed_grad", None) is None:

@@ -142,7 +142,7 @@ class RecurrentStandIn(StandIn):
             Whether it can.
         """
         plain = plainly(module, nn.LSTM, nn.GRU, nn.RNN) and not parametrize.is_parametrized(module)
-        return plain and all(isinstance(w, nn.Parameter) for w in module._flat_weights)  # type: ignore[union-attr]
+        return plain and all(isinstance(getattr(module, n), nn.Parameter) for n in module._flat_weights_names)  # type: ignore
 
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module, layer by layer.
