@@ -45,6 +45,7 @@ def make_private_safe(
     wrap_model: bool = True,
     rand_on_empty: bool = False,
     norm: str = "group",
+    no_grad_regions: bool = True,
     **options: Any,
 ) -> PrivateTraining:
     """Make a model, its optimizer and its loader private; the training loop stays as it is.
@@ -71,6 +72,7 @@ def make_private_safe(
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
         norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
+        no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
         **options: further options of Opacus's optimizers (adaptive clipping).
 
     Returns:
@@ -93,6 +95,7 @@ def make_private_safe(
         clipping=clipping,
         max_grad_norm=max_grad_norm,
         poisson_sampling=poisson_sampling,
+        no_grad_regions=no_grad_regions,
     )
     _check(call, noise_multiplier, options)
     if grad_sample_mode == "ew" and not wrap_model:
@@ -120,7 +123,7 @@ def make_private_safe(
             **options,
         )
         surgery.commit()
-    return PrivateTraining(made, prepared.report(call, noise_multiplier), prepared.plan, engine)
+    return PrivateTraining(made, prepared.report(call, noise_multiplier), engine)
 
 
 def make_private_safe_with_epsilon(
@@ -276,6 +279,7 @@ def _call(
     loss_reduction: str = "mean",
     grad_sample_mode: str = "auto",
     norm: str = "group",
+    no_grad_regions: bool = True,
     clipping: str = "flat",
     poisson_sampling: bool = True,
 ) -> Call:
@@ -287,7 +291,7 @@ def _call(
         training_step,
         batch_first,
         loss_reduction,
-        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling),
+        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions),
     )
 
 

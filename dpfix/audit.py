@@ -24,6 +24,7 @@ from dpfix.grad_watch import GradWatch
 from dpfix.observe import Gradients, StepRecord, observe
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES, Probe
+from dpfix.regions import NoGradRegions
 from dpfix.traceless import FixedRandomness, traceless
 from dpfix.training_step import TrainingStep
 
@@ -289,10 +290,13 @@ def released_sums(
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with traceless(module):
         handle = engine.attach(module, plan)
+        regions = NoGradRegions(module, plan.no_grad_regions)
         watch = GradWatch(parameters)
         try:
             with FixedRandomness():
                 step.loss(handle.model, probe.batch).backward()
+            if regions.tripped:
+                raise ModelError(f"gradient reached `{regions.tripped[0].site.path}`, which runs without a graph")
             clipping = handle if isinstance(handle, FlatClipping) else None
             counts = (clipping.announce if clipping else handle.collect)(list(parameters.values()))
             if engine.opacus_mode == "no_op" and watch.arrived:
@@ -308,6 +312,7 @@ def released_sums(
             return _clipped_by_optimizer(parameters, clip_norms, plan)
         finally:
             watch.remove()
+            regions.detach()
             handle.detach()
             for p in parameters.values():
                 for name in ("grad_sample", "summed_grad", "_forward_counter"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix import audit, dry_run, isolation, notes, observe, probe, sampling, select
+from dpfix import audit, cuts, dry_run, isolation, notes, observe, probe, sampling, select
 from dpfix.errors import CoupledModelError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
 from dpfix.plan import Plan
@@ -126,6 +126,9 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     plan = _plan(call, record, step)
 
     ordinary = Trial(samples, record, audit.reference(record, record.unused))
+    if call.options.no_grad_regions:
+        plan = replace(plan, no_grad_regions=cuts.find(call.module, step, samples, record, plan.frozen_parameters))
+        findings += notes.regions(plan, len(samples))
     proofs = _isolated(call, step, ordinary, plan)
     harder = _provoke(call, step, ordinary, plan)
     empty = _attempt(call, step, partial(probe.emptied, samples), ordinary, plan)

@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import finalize, ref
 
@@ -29,6 +30,7 @@ from dpfix.errors import (
 from dpfix.grad_watch import GradWatch
 from dpfix.loss_proof import LossProof
 from dpfix.plan import Plan
+from dpfix.regions import NoGradRegions
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
 
@@ -168,6 +170,7 @@ class StepGuard:
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._scratch = Scratch(module, plan.scratch)
         self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan)
+        self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = _Writes(module, parameters.values())
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
@@ -181,6 +184,7 @@ class StepGuard:
         self.watch.remove()
         self.other_steps.remove()
         self._writes.remove()
+        self.regions.detach()
         self.handle.detach()
         self._scratch.put_back()
         if self._loss_proof is not None:
@@ -190,6 +194,7 @@ class StepGuard:
         """``zero_grad`` was called."""
         self._clear = True
         self._clear_loss_proof()
+        self.regions.reset()
         self.handle.clear()
         self.watch.reset()
         if not self._partial:  # model.zero_grad() has to clear what was released as optimizer.zero_grad() does
@@ -213,6 +218,55 @@ class StepGuard:
             yield
         finally:
             self.other_steps.allowed = False
+
+    def gives_up(self, optimizer: Any) -> bool:
+        """Whether gradient reached the output of a no-grad region, so that this step cannot be applied.
+
+        Nothing is released. The draw is counted by the accountant, since what the loop does may depend on it. From the
+        next step on the call is an ordinary one.
+
+        Args:
+            optimizer: the private optimizer.
+
+        Returns:
+            Whether the step is left out.
+
+        Raises:
+            PlanBrokenError: that happened inside a logical batch of a ``BatchMemoryManager``.
+        """
+        if not self.regions.tripped:
+            return False
+        tripped = list(dict.fromkeys(self.regions.tripped))
+        for region in tripped:
+            self.regions.drop(region)
+        self.plan = replace(self.plan, no_grad_regions=self.regions.regions)
+        name = tripped[0].site.path or "the model"
+        virtual = self._partial or optimizer._check_skip_next_step(pop_next=False)
+        for p in self.parameters.values():
+            p.grad = p.summed_grad = None  # type: ignore[attr-defined]
+            p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
+        fact = (
+            f"gradient reached the output of `{name}` ({tripped[0].site.place or 'called by the loop'}), a call that ran "
+            "without a graph because no gradient came back to it when it was checked."
+        )
+        self._partial = 0
+        self.after_step(released=True)
+        if virtual:
+            optimizer._step_skip_queue.clear()
+            raise PlanBrokenError(
+                f"{fact} This logical batch of the BatchMemoryManager is lost, nothing was released. The call is an ordinary "
+                "one from now on: go on with the next logical batch, or pass no_grad_regions=False."
+            )
+        if optimizer.step_hook is not None:
+            optimizer.step_hook(optimizer)
+        warnings.warn(
+            f"{fact} This step is not applied: no parameter has moved, and the accountant has counted the draw. The call is "
+            "an ordinary one from the next step on; the loop has nothing to do. Pass the training_step that the loop "
+            "makes, or no_grad_regions=False, to make_private_safe.",
+            DPFixWarning,
+            stacklevel=4,
+        )
+        return True
 
     def before_step(self, optimizer: DPOptimizer) -> None:
         """Check everything, and leave the per-sample gradients where Opacus expects them.
@@ -258,9 +312,7 @@ class StepGuard:
             return False
         for p in optimizer.params:
             p.grad = None  # of the step before; the noise is about to make a new one
-        self._sample_norms = self._clipping.clip_and_accumulate(
-            optimizer.params, optimizer.max_grad_norm, keep=False
-        )
+        self._sample_norms = self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm, keep=False)
         return True
 
     @property
@@ -383,6 +435,7 @@ class StepGuard:
         self.handle.finish()
         self.watch.reset()
         self._scratch.put_back()
+        self.regions.reset()
         self._clear_loss_proof()
 
     def check_finite(self) -> None:

@@ -66,6 +66,8 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+            if self.guard.gives_up(self):
+                return False
             self.guard.before_step(self)
             released = bool(super().pre_step(closure))
             self.guard.after_step(released)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,31 @@ class CallLayout:
         inputs: layout of ``(args, kwargs)``.
         output: layout of what is returned.
         signature: paths and numbers of dimensions of the input tensors; tells calls of different form apart.
+        lists: paths of lists in ``(args, kwargs)`` that hold one entry per sample; ``inputs`` and ``signature`` are those of
+            a call with the first entry alone.
     """
 
     inputs: Layout
     output: Layout
     signature: tuple[tuple[trees.Path, int], ...]
+    lists: tuple[trees.Path, ...] = ()
+
+    def one(self, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0) -> Any:
+        """The arguments with a single entry in every list of samples.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            sample: which entry.
+
+        Returns:
+            ``(args, kwargs)``.
+        """
+        return (
+            trees.map_at(lambda entries: [entries[sample]], (args, kwargs), self.lists)
+            if self.lists
+            else (args, kwargs)
+        )
 
 
 @dataclass(frozen=True)
@@ -122,13 +142,31 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[tree
     return tuple((path, leaf.dim()) for path, leaf in trees.leaves((args, kwargs)) if torch.is_tensor(leaf))
 
 
+def find_layout(layouts: Iterable[CallLayout], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallLayout | None:
+    """How a call of the model carries its samples.
+
+    Args:
+        layouts: the plan's layouts.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The layout; ``None`` if the probe has not shown such a call.
+    """
+    form = signature(args, kwargs)
+    for layout in layouts:
+        if layout.signature == (signature(*layout.one(args, kwargs)) if layout.lists else form):
+            return layout
+    return None
+
+
 def known_layout(
-    layouts: Mapping[Any, CallLayout], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layouts: Iterable[CallLayout], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> CallLayout:
     """How a call of the model carries its samples, if the probe has shown such a call.
 
     Args:
-        layouts: the plan's layouts by signature.
+        layouts: the plan's layouts.
         module: the model, for the message.
         args: positional arguments.
         kwargs: keyword arguments.
@@ -139,7 +177,7 @@ def known_layout(
     Raises:
         PlanBrokenError: the call has a form the probe has not shown.
     """
-    layout = layouts.get(signature(args, kwargs))
+    layout = find_layout(layouts, args, kwargs)
     if layout is None:
         shapes = [tuple(t.shape) for t in trees.tensors((args, kwargs))]
         raise PlanBrokenError(
@@ -165,14 +203,39 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
     Raises:
         PlanBrokenError: the inputs hold different numbers of samples.
     """
-    found = dict(trees.leaves((args, kwargs)))
+    found = dict(trees.leaves(layout.one(args, kwargs)))
     counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
+    trees.map_at(lambda entries: counts.add(len(entries)), (args, kwargs), layout.lists)
     if len(counts) != 1:
         raise PlanBrokenError(
             f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}. "
             "Every tensor that carries samples has to carry the same ones."
         )
     return counts.pop()
+
+
+def _lists_of_samples(whole: Any, parts: Sequence[Any], path: trees.Path = ()) -> list[trees.Path]:
+    """Paths of the lists with one entry per sample: entry i is the one that sample i has alone."""
+    singles = isinstance(whole, list) and all(isinstance(p, list) and len(p) == 1 for p in parts)
+    if singles and len(whole) == len(parts) > 1 and all(_alike(whole[i], p[0]) for i, p in enumerate(parts)):
+        return [path]
+    keys = dict(trees.children(whole) or ())
+    below = [dict(trees.children(p) or ()) for p in parts]
+    return [
+        found
+        for key, child in keys.items()
+        if all(key in b for b in below)
+        for found in _lists_of_samples(child, [b[key] for b in below], (*path, key))
+    ]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    pairs = [trees.tensors(a), trees.tensors(b)]
+    return (
+        bool(pairs[0])
+        and [t.shape for t in pairs[0]] == [t.shape for t in pairs[1]]
+        and all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
+    )
 
 
 def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[tuple[CallLayout, ...], str]:
@@ -192,16 +255,19 @@ def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> 
     found: dict[Any, CallLayout] = {}
     for number, call in enumerate(together):
         singles = [calls[number] for calls in alone]
-        inputs, problem = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles])
+        arguments, single_arguments = (call.args, call.kwargs), [(c.args, c.kwargs) for c in singles]
+        lists = tuple(_lists_of_samples(arguments, single_arguments))
+        arguments = trees.map_at(lambda entries: entries[:1], arguments, lists)
+        inputs, problem = _layout(arguments, single_arguments)
         if problem:
             return (), f"input of call {number} of the model: {problem}"
         output, problem = _layout(call.output, [c.output for c in singles])
         if problem:
             return (), f"output of call {number} of the model: {problem}"
-        layout = CallLayout(inputs, output, signature(call.args, call.kwargs))
+        layout = CallLayout(inputs, output, signature(*arguments), lists)
         if found.setdefault(layout.signature, layout) != layout:
             return (), "two calls of the same form carry their samples differently"
-        if all(dim is None for _, dim in inputs):
+        if not lists and all(dim is None for _, dim in inputs):
             return (), "no input of the model carries the samples"
     return tuple(found.values()), ""
 

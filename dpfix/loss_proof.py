@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from dpfix import trees
+from dpfix.call_sites import user_place
 from dpfix.errors import CoupledLossError, DPFixWarning, LossError
-from dpfix.layout import SampleDim, samples_in, signature
+from dpfix.layout import SampleDim, find_layout, samples_in
 from dpfix.loss_trace import LossTrace, is_on, switch_off
 from dpfix.plan import Plan
-from dpfix.recorder import user_place
 
 STEPS = 3
 """Real steps with at least two samples on which the loss is followed."""
@@ -49,7 +49,7 @@ class LossProof:
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self._module = module
         self._mean = plan.loss_reduction == "mean"
-        self._layouts = {c.signature: c for c in plan.calls}
+        self._layouts = plan.calls
         self._trace = LossTrace(self._check)
         self._left = STEPS
         self._seen = False  # a loss of the present step was followed
@@ -91,7 +91,7 @@ class LossProof:
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or not trees.gradient_tensors(output):
             return
-        layout = self._layouts.get(signature(args, kwargs))
+        layout = find_layout(self._layouts, args, kwargs)
         if layout is None:
             self._trace.gap("a call of the model has a form that the probe did not show")
             return

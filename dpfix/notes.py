@@ -12,6 +12,7 @@ from dpfix import sampling
 from dpfix.errors import DPFixError
 from dpfix.findings import Finding, Fixability, Severity
 from dpfix.observe import StepRecord
+from dpfix.plan import Plan
 from dpfix.scan import Options
 from dpfix.training_step import TrainingStep
 
@@ -92,6 +93,33 @@ def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[
             )
         )
     return notes
+
+
+def regions(plan: Plan, samples: int) -> list[Finding]:
+    """The findings about module calls that run without a graph.
+
+    Args:
+        plan: the plan.
+        samples: size of the probe on which the savings were measured.
+
+    Returns:
+        One finding per call.
+    """
+    return [
+        Finding(
+            "DPF026",
+            Severity.ADVICE,
+            Fixability.EXACT,
+            f"no gradient comes back to the call of `{r.site.path or 'the model'}`"
+            + (f" at {r.site.place}" if r.site.place else f" (call {r.site.root + 1} of the step)")
+            + (f": {r.cut}." if r.cut else "."),
+            "its graph would be built and never walked; Opacus's hooks lose the pairing of activations and gradients.",
+            f"runs without a graph: saves {r.saved_bytes / 1e6:.3g} MB and {r.saved_seconds * 1e3:.2g} ms on {samples} samples",
+            "the same by hand: `with torch.no_grad():` around that call. no_grad_regions=False leaves it alone.",
+            r.site.path,
+        )
+        for r in plan.no_grad_regions
+    ]
 
 
 def scratch(record: StepRecord) -> list[Finding]:

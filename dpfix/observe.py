@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpfix.call_sites import CallSite
 from dpfix.dry_run import described_failures
 from dpfix.errors import CoupledModelError, TrainingStepError
 from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers
@@ -57,12 +58,20 @@ class ModuleCall:
         number: how many calls of this module came before.
         shapes: shapes of the output tensors.
         reached: whether a gradient came back to one of them.
+        site: which call of the step it is; ``None`` under ``no_grad``.
+        carries_graph: whether an output requires gradient.
+        entered: moment of the call.
+        left: moment of the return.
     """
 
     path: str
     number: int
     shapes: tuple[tuple[int, ...], ...]
     reached: bool
+    site: CallSite | None
+    carries_graph: bool
+    entered: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class StepRecord:
         functional: trainable parameters used outside their own module, with the first place.
         elsewhere: paths of the modules that use them there, by name.
         several: trainable parameters whose module is called more than once, or that have several names.
-        detached: where a graph was cut.
+        cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
@@ -97,11 +106,16 @@ class StepRecord:
     functional: Mapping[str, str]
     elsewhere: tuple[tuple[str, tuple[str, ...]], ...]
     several: tuple[str, ...]
-    detached: tuple[Site, ...]
+    cuts: Mapping[Site, frozenset[int]]
     in_place: tuple[Site, ...]
     constant_writes: tuple[str, ...]
     sample_writes: tuple[str, ...]
     scratch: tuple[Key, ...] = ()
+
+    @property
+    def detached(self) -> tuple[Site, ...]:
+        """Where a graph was cut."""
+        return tuple(self.cuts)
 
     @property
     def random_modules(self) -> frozenset[str]:
@@ -166,7 +180,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         functional=dict(recording.functional),
         elsewhere=tuple((name, tuple(places)) for name, places in recording.elsewhere.items()),
         several=_several(module, recording),
-        detached=tuple(recording.detached),
+        cuts={site: frozenset(numbers) for site, numbers in recording.detached.items()},
         in_place=tuple(recording.in_place),
         constant_writes=tuple(map(_name, constant)),
         sample_writes=tuple(_name(key) for key in dependent if key not in scratch),
@@ -340,9 +354,12 @@ def _writes(runs: list[Run]) -> tuple[list[Key], list[Key]]:
 def _module_calls(recording: Recording) -> tuple[ModuleCall, ...]:
     count: dict[str, int] = {}
     out = []
-    for number, (path, shapes) in enumerate(recording.order):
-        out.append(ModuleCall(path, count.get(path, 0), shapes, number in recording.reached))
-        count[path] = count.get(path, 0) + 1
+    for number, call in enumerate(recording.order):
+        earlier = count.get(call.path, 0)
+        reached = number in recording.reached
+        times = (call.site, call.carries_graph, call.entered, call.left)
+        out.append(ModuleCall(call.path, earlier, call.shapes, reached, *times))
+        count[call.path] = earlier + 1
     return tuple(out)
 
 

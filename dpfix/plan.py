@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dpfix.call_sites import CallSite
 from dpfix.layout import CallLayout, LayerCall
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module call that runs without a graph, since no gradient comes back to it.
+
+    Attributes:
+        site: the call.
+        of: how many calls of the module that line makes in one call of the model.
+        cut: what cuts the graph behind it, with its place; empty if that was not seen.
+        saved_bytes: size of what autograd would have kept for the probe batch.
+        saved_seconds: time that building the graph took for the probe batch.
+    """
+
+    site: CallSite
+    of: int
+    cut: str = field(default="", compare=False)
+    saved_bytes: int = field(default=0, compare=False)
+    saved_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -37,4 +57,4 @@ class Plan:
     frozen_parameters: tuple[str, ...] = ()
     fixed_norms: tuple[str, ...] = ()
     scratch: tuple[tuple[str, str], ...] = ()
-    no_grad_regions: tuple[str, ...] = field(default=())
+    no_grad_regions: tuple[Region, ...] = ()

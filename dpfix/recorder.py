@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dpfix import trees
+from dpfix.call_sites import CallCounter, CallSite, user_place
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _IN_PLACE_OPERATORS = frozenset(
     f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 ) | {"__setitem__"}
@@ -56,15 +54,36 @@ class Site:
         return f"{self.what} at {self.place}" + (f" in `{self.module}`" if self.module else "")
 
 
+@dataclass(frozen=True)
+class Returned:
+    """A module call that has returned.
+
+    Attributes:
+        path: path of the module.
+        shapes: shapes of the output tensors.
+        site: which call of the step it is; ``None`` under ``no_grad``.
+        carries_graph: whether an output requires gradient.
+        entered: moment of the call.
+        left: moment of the return; a call inside another one lies between its moments.
+    """
+
+    path: str
+    shapes: tuple[tuple[int, ...], ...]
+    site: CallSite | None
+    carries_graph: bool
+    entered: int
+    left: int
+
+
 @dataclass
 class Recording:
     """What a recorder has written down so far.
 
     Attributes:
         calls: calls of the kept modules, by path.
-        order: ``(path, output shapes)`` of every module call, in order.
+        order: every module call, in the order in which they returned.
         reached: numbers (in ``order``) of the calls whose output a gradient reached.
-        detached: where a graph was cut.
+        detached: where a graph was cut, and the numbers of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
         elsewhere: the modules that were being called then, by parameter.
@@ -73,14 +92,42 @@ class Recording:
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    order: list[tuple[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
+    order: list[Returned] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
-    detached: dict[Site, None] = field(default_factory=dict)
+    detached: dict[Site, set[int]] = field(default_factory=dict)
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     failed: str = ""
+    _clock: int = 0
+    _open: list[tuple[int, CallSite | None]] = field(default_factory=list)
+    _counter: CallCounter = field(default_factory=CallCounter)
+
+    def entered(self, path: str) -> None:
+        """A module is being called.
+
+        Args:
+            path: its path.
+        """
+        self._clock += 1
+        self._open.append((self._clock, self._counter.site(path) if torch.is_grad_enabled() else None))
+
+    def returned(self, path: str, output: Any) -> int:
+        """It has returned.
+
+        Args:
+            path: its path.
+            output: what it returned.
+
+        Returns:
+            The number of the call.
+        """
+        entered, site = self._open.pop() if self._open else (0, None)
+        self._clock += 1
+        shapes = tuple(tuple(t.shape) for t in trees.tensors(output))
+        self.order.append(Returned(path, shapes, site, bool(trees.gradient_tensors(output)), entered, self._clock))
+        return len(self.order) - 1
 
 
 class _Watch(TorchFunctionMode):
@@ -91,6 +138,7 @@ class _Watch(TorchFunctionMode):
         self.recording = recording
         self.owners = owners
         self.outputs: dict[int, torch.Tensor] = {}
+        self.nodes: dict[Any, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,7 +159,24 @@ class _Watch(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
             place = user_place()
             if place:
-                self.recording.detached[Site(self._module(), place, what)] = None
+                self.recording.detached.setdefault(Site(self._module(), place, what), set()).update(
+                    self._calls_behind(args[0])
+                )
+
+    def _calls_behind(self, t: torch.Tensor) -> set[int]:
+        """Numbers of the nearest module calls that a tensor was computed from."""
+        found: set[int] = set()
+        todo, seen = [t.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self.nodes:
+                found.add(self.nodes[node])
+            else:
+                todo.extend(n for n, _ in node.next_functions)
+        return found
 
     def _overwritten(self, target: Any, name: str) -> None:
         base = target if getattr(target, "_base", None) is None else target._base
@@ -138,21 +203,6 @@ def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     if name in _IN_PLACE_OPERATORS or kwargs.get("inplace") is True:
         return True
     return name.endswith("_") and not name.endswith("__") and not name.startswith("requires_grad")
-
-
-def user_place() -> str:
-    """The innermost line of code that is neither torch's nor dpfix's.
-
-    Returns:
-        ``file:line``, or an empty string if there is none.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = os.path.abspath(frame.f_code.co_filename)
-        if not file.startswith((_HERE + os.sep, _TORCH + os.sep)) and not file.startswith("<"):
-            return f"{os.path.basename(file)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
 
 
 @contextmanager
@@ -209,6 +259,8 @@ def _parametrised(module: nn.Module, name: str) -> Iterator[str]:
 def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch: _Watch | None) -> list[Any]:
     def enter(m: nn.Module, args: Any) -> None:
         recording.stack.append(path)
+        if watch is not None:
+            recording.entered(path)
 
     def leave(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if recording.stack:
@@ -216,16 +268,16 @@ def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch:
         if sys.exc_info()[1] is not None:  # called because forward raised
             recording.failed = recording.failed or path
             return
-        number = len(recording.order)
-        recording.order.append((path, tuple(tuple(t.shape) for t in trees.tensors(output))))
         if keep:
             recording.calls.setdefault(path, []).append(
                 Call(*(trees.map_leaves(_detached, part) for part in (args, kwargs, output)))
             )
         if watch is not None:
+            number = recording.returned(path, output)
             for t in trees.gradient_tensors(output):
                 watch.outputs[id(t)] = t
                 if t.grad_fn is not None:
+                    watch.nodes.setdefault(t.grad_fn, number)
                     # On the node: a second tensor hook on a view that was modified in place crashes torch 2.13.
                     t.grad_fn.register_prehook(lambda g, number=number: recording.reached.add(number))
 

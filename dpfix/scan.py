@@ -28,6 +28,7 @@ class Options:
         clipping: Opacus's clipping scheme.
         max_grad_norm: the clip norm, or one per parameter for per-layer clipping.
         poisson_sampling: whether the loader is to draw Poisson batches.
+        no_grad_regions: whether module calls that no gradient comes back to run without a graph.
     """
 
     grad_sample_mode: str = "auto"
@@ -35,6 +36,7 @@ class Options:
     clipping: str = "flat"
     max_grad_norm: Any = 1.0
     poisson_sampling: bool = True
+    no_grad_regions: bool = True
 
     @property
     def opacus_only(self) -> bool:

@@ -6,7 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -18,6 +18,7 @@ from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.probe import SCALED, Probe
+from dpfix.regions import applied
 from dpfix.scan import place
 from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
@@ -116,7 +117,9 @@ def _choose(
             if not evidence[engine.name].passed:
                 continue
         chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        problem = next((e for e in _confirm(engine, module, step, ordinary, harder, chosen) if not e.passed), None)
+        problem = next(
+            (e for e in _confirm(engine, module, step, ordinary, harder, chosen, mode) if not e.passed), None
+        )
         if problem is None:
             return chosen, tuple(evidence.values())
         evidence[engine.name] = problem
@@ -152,13 +155,24 @@ def _try(
 
 
 def _confirm(
-    engine: Engine, module: nn.Module, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    ordinary: Trial,
+    harder: Sequence[Trial],
+    plan: Plan,
+    mode: str,
 ) -> Iterator[EngineEvidence]:
     """The harder probes, and on the last of them (an outlier is in it, where there is one) the bound.
 
     At the clip norm that clips every sample: there an outlier does not drown the others.
     """
     trials = [*harder] or [ordinary]
+    if (
+        plan.no_grad_regions and mode == "auto"
+    ):  # a region that is given up while training must leave an engine that is right
+        without = replace(plan, no_grad_regions=())
+        yield check_engine(engine, module, step, ordinary.samples, without, ordinary.wanted, ordinary.wanted.clip_norms)
     for trial in trials:
         left_out = min(SCALED, len(trial.samples) - 1) if trial is trials[-1] else None
         clip_norms = trial.wanted.clip_norms[:1]
@@ -203,8 +217,9 @@ def _time(
             break
         for engine in engines:
             times = seen[engine.name]
-            with traceless(module, before):
+            with traceless(module, before), ExitStack() as stack:
                 handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
+                stack.enter_context(applied(module, plan.no_grad_regions))
                 try:
                     start = time.perf_counter()
                     step.loss(handle.model, batch).backward()

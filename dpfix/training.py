@@ -20,31 +20,31 @@ class PrivateTraining(tuple[Any, ...]):
 
     Attributes:
         report: what was found, changed and chosen.
-        plan: how the model is being trained.
         privacy_engine: the engine whose accountant counts the steps.
     """
 
     report: Report
-    plan: Plan
     privacy_engine: PrivacyEngine
 
-    def __new__(
-        cls, items: tuple[Any, ...], report: Report, plan: Plan, privacy_engine: PrivacyEngine
-    ) -> PrivateTraining:
+    def __new__(cls, items: tuple[Any, ...], report: Report, privacy_engine: PrivacyEngine) -> PrivateTraining:
         """Build the tuple.
 
         Args:
             items: model, optimizer and loader.
             report: the report.
-            plan: the plan.
             privacy_engine: the engine.
 
         Returns:
             The tuple with its attributes.
         """
         self = super().__new__(cls, items)
-        self.report, self.plan, self.privacy_engine = report, plan, privacy_engine
+        self.report, self.privacy_engine = report, privacy_engine
         return self
+
+    @property
+    def plan(self) -> Plan:
+        """How the model is being trained; a no-grad region that gradient has reached is no longer in it."""
+        return self[1].guard.plan
 
     def get_epsilon(self, delta: float) -> float:
         """Privacy loss of the steps made so far.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -75,6 +75,29 @@ def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> An
         return fn(path, tree)
     new = {key: map_leaves(fn, part, (*path, key)) for key, part in parts}
     return _rebuild(tree, new)
+
+
+def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: Path = ()) -> Any:
+    """The same containers with the parts at some paths replaced.
+
+    Args:
+        fn: called with the part.
+        tree: any object; it is not changed.
+        paths: keys that lead to the parts.
+        path: keys that led here.
+
+    Returns:
+        A new tree.
+
+    >>> map_at(len, {"a": [1, 2], "b": (3,)}, [("a",)])
+    {'a': 2, 'b': (3,)}
+    """
+    if path in paths:
+        return fn(tree)
+    parts = children(tree)
+    if parts is None:
+        return tree
+    return _rebuild(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in parts})
 
 
 def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
 
 import dpfix
 from dpfix.engines import ENGINES
@@ -76,3 +79,35 @@ def test_dropout_masks_of_forward_and_gradient_are_the_same(engine: str, monkeyp
     samples = gradients_one_by_one(case.plain(), case.step, case.singles())
     assert relative_error(found, clipped_sum(samples, 0.5)) <= 1e-6
     assert len({tuple(row.flatten().tolist()) for row in torch.cat(RecordedDropout.drawn)}) > 1
+
+
+class Listed(nn.Module):
+    """Takes a list with one entry per sample, of whatever size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, pieces: list[list[torch.Tensor]]) -> torch.Tensor:
+        return self.head(torch.stack([torch.tanh(self.inner(p[0])).sum(0) for p in pieces]))
+
+
+def test_list_of_samples() -> None:
+    def step(model: nn.Module, batch: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+        return F.cross_entropy(model([[x] for x, _ in batch]), torch.tensor([y for _, y in batch]))
+
+    draw = torch.Generator().manual_seed(1)
+    items = [(torch.randn(2 + i % 3, 3, generator=draw), i % 3) for i in range(12)]
+    loader: DataLoader[object] = DataLoader(items, batch_size=4, collate_fn=list)  # type: ignore[arg-type]
+    model = Listed()
+    given = {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0), "data_loader": loader}
+    training = dpfix.make_private_safe(**given, noise_multiplier=0.0, max_grad_norm=0.1, training_step=step)
+    for batch in training[2]:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        wanted = clipped_sum(gradients_one_by_one(model.eval(), step, [[x] for x in batch]), 0.1)
+        model.train()
+        training[1].zero_grad()
+        step(training[0], batch).backward()
+        training[1].step()
+        moved = {n: (before[n] - p.detach()) * training[1].expected_batch_size for n, p in model.named_parameters()}
+        assert not batch or relative_error(moved, wanted) <= 1e-3

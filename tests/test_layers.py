@@ -14,11 +14,11 @@ ROOT = Path(dpfix.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch",
-     "loss_trace"),
+     "loss_trace", "call_sites"),
     ("rules", "engines", "weights"),
     ("surgery",),
     ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "select", "handoff", "guards",
-     "statement", "notes", "arguments", "training", "loss_proof"),
+     "statement", "notes", "arguments", "training", "loss_proof", "regions", "cuts"),
     ("flow", "api"),
     ("cli", "__main__", "integrations", "__init__"),
 )  # fmt: skip

@@ -106,7 +106,6 @@ class MicrobatchHandle:
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.model = module
         self.plan = plan
-        self._layouts: dict[Any, CallLayout] = {c.signature: c for c in plan.calls}
         self._original = module.forward
         self._iterations = [Iteration()]
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -142,7 +141,7 @@ class MicrobatchHandle:
         if not (self.model.training and torch.is_grad_enabled()) or transformed:
             return self._original(*args, **kwargs)
         args, kwargs = trees.plain(args), trees.plain(kwargs)
-        layout = known_layout(self._layouts, self.model, args, kwargs)
+        layout = known_layout(self.plan.calls, self.model, args, kwargs)
         samples = samples_in(layout, self.model, args, kwargs)
         aliases = self._current(samples)
         outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
@@ -166,7 +165,7 @@ class MicrobatchHandle:
             dim = dims.get(path)
             return leaf if dim is None else dim.take(leaf, i, samples)
 
-        one_args, one_kwargs = trees.map_leaves(take, (args, kwargs))
+        one_args, one_kwargs = trees.map_leaves(take, layout.one(args, kwargs, i))
         with swapped(self._slots, aliases):
             return self._original(*one_args, **one_kwargs)
 

@@ -47,7 +47,8 @@ class Bookkeeping:
         Returns:
             The verdict.
         """
-        return Verdict(record.layout_problem)
+        lists = any(call.lists for call in record.calls)
+        return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
 
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> BookkeepingHandle:
         """Put stand-ins in the place of the layers' forwards.

@@ -128,7 +128,6 @@ class BookkeepingHandle:
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.model, self.plan = module, plan
         self.anchor = torch.zeros((), requires_grad=True)
-        self._layouts: dict[Any, CallLayout] = {c.signature: c for c in plan.calls}
         self._layers: dict[str, list[LayerCall]] = {}
         for layer in plan.layers:
             self._layers.setdefault(layer.path, []).append(layer)
@@ -178,7 +177,7 @@ class BookkeepingHandle:
         Returns:
             The layout.
         """
-        return known_layout(self._layouts, self.model, args, kwargs)
+        return known_layout(self.plan.calls, self.model, args, kwargs)
 
     @contextmanager
     def root_call(self, layout: CallLayout, args: Any, kwargs: Any) -> Iterator[RootCall]:
