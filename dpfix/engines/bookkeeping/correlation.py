@@ -12,18 +12,28 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision
+from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
+from dpfix.engines.bookkeeping.tuning import fastest, rounded
 
-KEEP_RATIO = 3.0
-"""Kept gradients may be this many times larger than the layer's input and output gradient."""
+KEEP_RATIO = 2.0
+"""Kept gradients may be this many times larger than the layer's input and output gradient, which they replace."""
 WINDOW_COST = 40
 """Multiply-adds that cost as much time as one element of a strided window of a Gram matrix."""
+WORTH_TRYING = 2.5
+"""Ways whose cost is estimated at up to this many times the smallest estimate are tried."""
+TRIED_SAMPLES = 8
+BUFFER = 2**18
+"""Numbers that fit into a processor's cache."""
+UNCACHED = 8
+"""How much longer it takes to copy a number when the copies do not fit."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +66,29 @@ class Correlation:
     def __init__(self, x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> None:
         self.x, self.g, self.shape, self.geometry = full_precision(x), full_precision(g), shape, geometry
 
+    # ---------------------------------------------------------------- norms
+
     def squared_norms(self) -> torch.Tensor:
+        """Squared norms in the way that was found to be fastest.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        return getattr(self, self.way if self.way.startswith("norms") else "norms_by_sample")()
+
+    def norms_by_gram(self) -> torch.Tensor:
         """``sum_tt' G[t, t'] sum_k X[s t + d k, s t' + d k]`` with the Gram matrices G and X over the channels.
 
         Returns:
             Shape ``[samples]``.
         """
-        if self._gram_cost() > self._product_cost():
-            return self._norms_one_by_one()
-        groups, samples = self.geometry.groups, len(self.x)
-        pads = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
-        x = torch.nn.functional.pad(self.x, pads) if any(pads) else self.x
-        sizes, out = x.shape[2:], self.g.shape[2:]
-        x = x.reshape(samples * groups, -1, math.prod(sizes))
-        g = self.g.reshape(samples * groups, -1, math.prod(out))
+        x, g = self._by_group(self._padded(self.x), self.g)
+        sizes, out = x.shape[2:], g.shape[2:]
+        x, g = x.flatten(2), g.flatten(2)
         over_x = torch.bmm(x.mT, x).view(-1, *sizes, *sizes)
         over_g = torch.bmm(g.mT, g)
         box = self._box(over_x, out)
-        return (over_g * box.view_as(over_g)).sum((1, 2)).view(samples, groups).sum(1).clamp_(min=0)
+        return self._over_groups((over_g * box.view_as(over_g)).sum((1, 2))).clamp_(min=0)
 
     def _box(self, gram: torch.Tensor, out: torch.Size) -> torch.Tensor:
         # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel
@@ -85,41 +100,127 @@ class Correlation:
             total = part.clone() if total is None else total.add_(part)
         return total
 
-    def _norms_one_by_one(self) -> torch.Tensor:
+    def norms_by_sample(self) -> torch.Tensor:
+        """One ordinary weight gradient per sample.
+
+        Returns:
+            Shape ``[samples]``.
+        """
         norms = [
             torch.linalg.vector_norm(weight_gradient(x[None], g[None], self.shape, self.geometry))
             for x, g in zip(self.x, self.g, strict=True)
         ]
         return torch.stack(norms).square()
 
-    def _gram_cost(self) -> int:
-        out, padded = math.prod(self.g.shape[2:]), 1
-        for size, padding in zip(self.x.shape[2:], self.geometry.padding, strict=True):
-            padded *= size + 2 * padding
-        products = padded**2 * self.x.shape[1] + out**2 * self.g.shape[1]
-        moves = self.geometry.groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
-        return products + moves * WINDOW_COST
-
-    def _product_cost(self) -> int:
-        return (math.prod(self.g.shape[2:]) + 2 * BYTE_COST) * self.shape.numel() + CALL_COST
-
-    def _keep_cost(self) -> int:
-        # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
-        small = max(0, 8 * BYTE_COST - math.prod(self.g.shape[2:]))
-        return (3 * BYTE_COST + small) * self.shape.numel()
-
-    def worth_keeping(self) -> bool:
-        """Whether keeping the per-sample gradients is cheaper than this form, and takes no memory to speak of.
+    def norms_by_patches(self) -> torch.Tensor:
+        """As many samples at a time as fit into a buffer.
 
         Returns:
-            Whether it is.
+            Shape ``[samples]``.
         """
-        size = self.shape.numel()
-        factors = self.x[0].numel() + self.g[0].numel()
-        cheaper = self._keep_cost() < min(self._gram_cost(), self._product_cost())
-        return size <= factors // 4 or (cheaper and size <= KEEP_RATIO * factors)
+        return self._over_groups(torch.cat([squared(part.flatten(1)) for part in self._products()]))
+
+    def _products(self) -> Iterator[torch.Tensor]:
+        """Per-sample gradients of some samples (and groups) at a time, shape ``[some, filters, kernel * channels]``."""
+        kernel, out = self.shape[2:], self.g.shape[2:]
+        x, g = self._by_group(self._padded(self.x), self.g)
+        numbers = math.prod(out) * self.shape[1:].numel() + self.shape.numel() // self.geometry.groups
+        step = max(1, BUFFER // numbers)
+        for front, back in zip(x.split(step), g.flatten(2).split(step), strict=True):
+            some = front.movedim(1, -1).contiguous()
+            first, *moves, last = some.stride()
+            windows = [m * s for m, s in zip(moves, self.geometry.stride, strict=True)]
+            inside = [m * d for m, d in zip(moves, self.geometry.dilation, strict=True)]
+            size = (len(some), *out, *kernel, some.shape[-1])
+            patches = some.as_strided(size, (first, *windows, *inside, last))
+            yield torch.bmm(back, patches.reshape(len(some), math.prod(out), -1))
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        pads = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
+        return torch.nn.functional.pad(x, pads) if any(pads) else x
+
+    def _by_group(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = len(self.x) * self.geometry.groups
+        return tuple(t.reshape(rows, -1, *t.shape[2:]) for t in tensors)
+
+    def _over_groups(self, norms: torch.Tensor) -> torch.Tensor:
+        return norms.view(len(self.x), self.geometry.groups).sum(1)
+
+    # ---------------------------------------------------------------- the choice
+
+    @cached_property
+    def way(self) -> str:
+        """The fastest way on this machine; estimated first, and tried on a few samples where that leaves a doubt."""
+        costs = self._costs()
+        likely = sorted(name for name, cost in costs.items() if cost <= WORTH_TRYING * min(costs.values()))
+        few = Correlation(self.x[:TRIED_SAMPLES], self.g[:TRIED_SAMPLES], self.shape, self.geometry)
+        factors = few.x.new_ones(len(few.x))
+
+        def whole_step(name: str) -> Callable[[], object]:
+            if name.startswith("keep"):
+                return lambda: squared(getattr(few, name)().flatten(1))
+            return lambda: (getattr(few, name)(), few.weighted_sum(factors))
+
+        shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
+        key = ("convolution", shapes, self.geometry, self.x.dtype)
+        return fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
+
+    def _costs(self) -> dict[str, float]:
+        """Multiply-adds per sample that take as long as each way, roughly."""
+        size, groups = self.shape.numel(), self.geometry.groups
+        out, padded = math.prod(self.g.shape[2:]), 1
+        for length, padding in zip(self.x.shape[2:], self.geometry.padding, strict=True):
+            padded *= length + 2 * padding
+        patches = out * math.prod(self.shape[2:]) * self.x.shape[1]
+        moved = patches * (1 if patches <= BUFFER else UNCACHED) + size
+        moves = groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
+        again = out * size  # the weight gradient of the batch
+        costs = {
+            "norms_by_gram": padded**2 * self.x.shape[1] + out**2 * self.g.shape[1] + moves * WINDOW_COST + again,
+            "norms_by_sample": (out + 2 * BYTE_COST) * size + CALL_COST + again,
+            "norms_by_patches": out * size + moved * BYTE_COST + again,
+        }
+        if size <= KEEP_RATIO * (self.x[0].numel() + self.g[0].numel()):
+            # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
+            costs["keep_by_groups"] = (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
+            costs["keep_by_patches"] = out * size + (moved + size) * BYTE_COST
+        return costs
+
+    def chosen(self) -> Contribution:
+        """The gradients themselves, or the factors they are made of.
+
+        Returns:
+            Whichever costs less, among what takes no more memory than the factors.
+        """
+        return Kept(getattr(self, self.way)()) if self.way.startswith("keep") else self
+
+    def keep_by_patches(self) -> torch.Tensor:
+        """Per-sample gradients from products of some samples at a time.
+
+        Returns:
+            Shape ``[samples, *weight]``.
+        """
+        samples, kernel = len(self.x), self.shape[2:]
+        found = self.g.new_empty(
+            samples * self.geometry.groups, self.shape[0] // self.geometry.groups, self.shape[1:].numel()
+        )
+        place = 0
+        for part in self._products():
+            # the patches have their channels last
+            into = found[place : place + len(part)].view(*part.shape[:2], self.shape[1], -1)
+            into.copy_(part.view(*part.shape[:2], -1, self.shape[1]).mT)
+            place += len(part)
+        return found.view(samples, self.shape[0], self.shape[1], *kernel)
 
     def per_sample(self) -> torch.Tensor:
+        """See :class:`Contribution`.
+
+        Returns:
+            Shape ``[samples, *weight]``.
+        """
+        return self.keep_by_groups()
+
+    def keep_by_groups(self) -> torch.Tensor:
         """All samples in one grouped convolution gradient.
 
         Returns:
@@ -191,7 +292,7 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
     whole = Correlation(x, g, shape, geometry)
     if rows > 1:
         return Kept(whole.per_sample().unflatten(0, (-1, rows)).sum(1))
-    return Kept(whole.per_sample()) if whole.worth_keeping() else whole
+    return whole.chosen()
 
 
 def _positions_last(t: torch.Tensor, rows: int) -> torch.Tensor:

@@ -55,8 +55,9 @@ class PReLU(Rule):
         x, weight = saved
         channels = weight.numel()
         per_channel = weight.to(x.dtype).view(-1, *[1] * max(0, x.dim() - 2))
+        gx, slope = torch.ops.aten._prelu_kernel_backward(g, x, per_channel)
         if call.trains("weight"):
-            slope = full_precision(torch.where(x < 0, x * g, 0))
-            rows = call.rows.adjacent(slope).reshape(call.rows.samples, -1, channels, slope[0].numel() // channels)
+            by_sample = call.rows.adjacent(full_precision(slope))
+            rows = by_sample.reshape(call.rows.samples, -1, channels, slope[0].numel() // channels)
             call.report("weight", Kept(rows.sum((1, 3))))
-        return torch.where(x > 0, g, g * per_channel) if wanted else None
+        return gx if wanted else None
