@@ -46,6 +46,7 @@ def make_private_safe(
     rand_on_empty: bool = False,
     norm: str = "group",
     no_grad_regions: bool = True,
+    cache: bool = True,
     **options: Any,
 ) -> PrivateTraining:
     """Make a model, its optimizer and its loader private; the training loop stays as it is.
@@ -73,6 +74,7 @@ def make_private_safe(
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
         norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
         no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
+        cache: remember in the user's cache directory which engine was fastest for this model; it is audited all the same.
         **options: further options of Opacus's optimizers (adaptive clipping).
 
     Returns:
@@ -96,6 +98,7 @@ def make_private_safe(
         max_grad_norm=max_grad_norm,
         poisson_sampling=poisson_sampling,
         no_grad_regions=no_grad_regions,
+        cache=cache,
     )
     _check(call, noise_multiplier, options)
     if grad_sample_mode == "ew" and not wrap_model:
@@ -282,6 +285,7 @@ def _call(
     no_grad_regions: bool = True,
     clipping: str = "flat",
     poisson_sampling: bool = True,
+    cache: bool = True,
 ) -> Call:
     return Call(
         _plain(module),
@@ -291,7 +295,7 @@ def _call(
         training_step,
         batch_first,
         loss_reduction,
-        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions),
+        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions, cache),
     )
 
 

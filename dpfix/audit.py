@@ -17,7 +17,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from dpfix.engines import Engine, FlatClipping
+from dpfix.engines import Engine, FlatClipping, Handle
 from dpfix.errors import CoupledModelError, DPFixError, ModelError
 from dpfix.findings import EngineEvidence
 from dpfix.grad_watch import GradWatch
@@ -307,9 +307,7 @@ def released_sums(
                 )
             if counts != [len(probe)]:
                 raise ModelError(f"per-sample gradients for {counts} rows instead of {len(probe)} samples")
-            if clipping is not None:
-                return [_clipped_by_engine(clipping, parameters, clip_norm) for clip_norm in clip_norms]
-            return _clipped_by_optimizer(parameters, clip_norms, plan)
+            return clipped_sums(handle, parameters, clip_norms, plan)
         finally:
             watch.remove()
             regions.detach()
@@ -318,6 +316,25 @@ def released_sums(
                 for name in ("grad_sample", "summed_grad", "_forward_counter"):
                     if hasattr(p, name):
                         delattr(p, name)
+
+
+def clipped_sums(
+    handle: Handle, parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
+) -> list[Gradients]:
+    """Let the engine clip, or Opacus's optimizer where per-sample gradients were collected, once per clip norm.
+
+    Args:
+        handle: the engine, after the backward pass.
+        parameters: the trained parameters by name.
+        clip_norms: the clip norms.
+        plan: how the model is to be trained.
+
+    Returns:
+        The clipped sums by parameter name.
+    """
+    if isinstance(handle, FlatClipping):
+        return [_clipped_by_engine(handle, parameters, clip_norm) for clip_norm in clip_norms]
+    return _clipped_by_optimizer(parameters, clip_norms, plan)
 
 
 def _clipped_by_engine(handle: FlatClipping, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:

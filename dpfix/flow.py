@@ -140,6 +140,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
         plan,
         call.options.grad_sample_mode,
         sampling.batch_size(call.data_loader),
+        call.options.cache,
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)

@@ -29,7 +29,7 @@ from dpfix.errors import (
 )
 from dpfix.grad_watch import GradWatch
 from dpfix.loss_proof import LossProof
-from dpfix.plan import Plan
+from dpfix.plan import Plan, switched_on
 from dpfix.regions import NoGradRegions
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
@@ -348,11 +348,7 @@ class StepGuard:
             )
         for path, norm in zip(self.plan.fixed_norms, self._norms, strict=True):
             if norm.training:
-                raise PlanBrokenError(
-                    f"{type(norm).__name__} at `{path}` of {kind} was in eval() when it was audited and is in training "
-                    "mode now, where it mixes the samples of a batch. model.train() switches it on: call "
-                    f"model.get_submodule('{path}').eval() after it."
-                )
+                raise PlanBrokenError(switched_on(self.module, path))
 
     def _check_gradients(self) -> None:
         if self.plan.opacus_mode == "no_op" and self.plan.engine != "no_op" and self.watch.arrived:

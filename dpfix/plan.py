@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from dpfix.call_sites import CallSite
 from dpfix.layout import CallLayout, LayerCall
 
@@ -58,3 +60,20 @@ class Plan:
     fixed_norms: tuple[str, ...] = ()
     scratch: tuple[tuple[str, str], ...] = ()
     no_grad_regions: tuple[Region, ...] = ()
+
+
+def switched_on(module: nn.Module, path: str) -> str:
+    """What is said about a normalisation that was audited in evaluation mode and is in training mode now.
+
+    Args:
+        module: the model.
+        path: path of the normalisation.
+
+    Returns:
+        The text of the refusal.
+    """
+    return (
+        f"{type(module.get_submodule(path)).__name__} at `{path}` of {type(module).__name__} was in eval() when it was audited "
+        "and is in training mode now, where it mixes the samples of a batch. model.train() switches it on: call "
+        f"model.get_submodule('{path}').eval() after it."
+    )

@@ -29,6 +29,7 @@ class Options:
         max_grad_norm: the clip norm, or one per parameter for per-layer clipping.
         poisson_sampling: whether the loader is to draw Poisson batches.
         no_grad_regions: whether module calls that no gradient comes back to run without a graph.
+        cache: whether the order of the engines is remembered for the next run.
     """
 
     grad_sample_mode: str = "auto"
@@ -37,6 +38,7 @@ class Options:
     max_grad_norm: Any = 1.0
     poisson_sampling: bool = True
     no_grad_regions: bool = True
+    cache: bool = True
 
     @property
     def opacus_only(self) -> bool:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from dpfix import plan_cache, timing
 from dpfix.audit import SLACK, Reference, check_engine
-from dpfix.engines import BY_HAND, BY_NAME, ENGINES, Engine, FlatClipping
+from dpfix.engines import BY_HAND, BY_NAME, ENGINES, Engine
 from dpfix.errors import NoEngineError
 from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.probe import SCALED, Probe
-from dpfix.regions import applied
 from dpfix.scan import place
-from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
 
-TIMED_SAMPLES = 16
+TIMED_SAMPLES = 32
 """Batch size at which engines are timed, at most; smaller if the script's batches are."""
-ROUNDS = 3
 BUDGET_SECONDS = 3.0
-"""Once an engine has passed, further ones are tried and timed for this long."""
+"""Once an engine has passed, further ones are tried for this long."""
 
 _NOT_TRIED = "not tried"
 
@@ -69,6 +66,7 @@ def choose(
     plan: Plan,
     mode: str,
     batch_size: float,
+    cache: bool,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     """Audit the candidates, time those that pass, keep the fastest that also passes on the harder probes.
 
@@ -80,6 +78,7 @@ def choose(
         plan: everything about the training but the engine.
         mode: ``grad_sample_mode`` of the call.
         batch_size: the script's batch size.
+        cache: whether to remember the order of the engines, and to use it where it is remembered.
 
     Returns:
         The plan with its engine, and the evidence for every candidate.
@@ -91,7 +90,7 @@ def choose(
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
     with _quiet():
-        return _choose(module, step, ordinary, harder, plan, mode, batch_size)
+        return _choose(module, step, ordinary, harder, plan, mode, batch_size, cache)
 
 
 def _choose(
@@ -102,14 +101,28 @@ def _choose(
     plan: Plan,
     mode: str,
     batch_size: float,
+    cache: bool,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
-    evidence = _try(engines_for(mode), module, step, ordinary, plan)
-    passed = [BY_NAME[name] for name, e in evidence.items() if e.passed]
+    batch = ordinary.samples.of_size(max(2, min(TIMED_SAMPLES, int(batch_size))))
+    candidates = engines_for(mode)
+    regions = [(r.site, r.of) for r in plan.no_grad_regions]
+    settings = {"candidates": [e.name for e in candidates], "size": batch_size, "regions": regions}
+    name = plan_cache.key(module, batch, plan=replace(plan, no_grad_regions=()), **settings)
+    known = plan_cache.remembered(name) if cache and len(candidates) > 1 else None
+    if known is not None and next(iter(known)) in ENGINES:
+        best = next(iter(known))
+        why = f"{_NOT_TRIED}, `{best}` was faster when this model was timed before"
+        evidence = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
+        evidence |= _try((ENGINES[best],), module, step, ordinary, plan)
+    else:
+        evidence = _try(candidates, module, step, ordinary, plan)
+    passed = [BY_NAME[n] for n, e in evidence.items() if e.passed]
     if len(passed) > 1:
-        batch = ordinary.samples.of_size(max(2, min(TIMED_SAMPLES, int(batch_size))))
-        seconds = _time(passed, module, step, batch, plan)
+        seconds = timing.in_order(passed, module, step, batch, plan, batch_size)
         evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
-        passed.sort(key=lambda engine: seconds[engine.name])
+        passed = [BY_NAME[n] for n in seconds]
+        if cache:
+            plan_cache.remember(name, seconds)
     untried = [BY_NAME[name] for name, e in evidence.items() if e.reason.startswith(_NOT_TRIED)]
     for engine in (*passed, *untried):
         if engine in untried:  # those that passed first did not stand the harder probes
@@ -202,37 +215,6 @@ def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, ha
     if harder:
         lines.append(f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50")
     return lines
-
-
-def _time(
-    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan
-) -> dict[str, float]:
-    """Median seconds of a forward and backward pass, the engines taking turns."""
-    seen: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    before = state_of(module)
-    begin = time.perf_counter()
-    for turn in range(ROUNDS):
-        if turn and time.perf_counter() - begin > BUDGET_SECONDS:
-            break
-        for engine in engines:
-            times = seen[engine.name]
-            with traceless(module, before), ExitStack() as stack:
-                handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
-                stack.enter_context(applied(module, plan.no_grad_regions))
-                try:
-                    start = time.perf_counter()
-                    step.loss(handle.model, batch).backward()
-                    if isinstance(handle, FlatClipping):
-                        handle.clip_and_accumulate(parameters, 1.0)
-                    else:
-                        handle.collect(parameters)
-                    times.append(time.perf_counter() - start)
-                finally:
-                    handle.detach()
-                    for p in parameters:
-                        p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
-    return {name: statistics.median(times) for name, times in seen.items()}
 
 
 def _nothing_passed(module: nn.Module, mode: str, evidence: Sequence[EngineEvidence]) -> str:

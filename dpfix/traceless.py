@@ -340,4 +340,5 @@ _FILL: Mapping[str, Any] = {
     "randint": lambda row, given: row.random_(given.get("low", 0), given["high"]),
     "randint_like": lambda row, given: row.random_(given.get("low", 0), given["high"]),
     "bernoulli_": _bernoulli,
+    "bernoulli": _bernoulli,  # what dropout becomes under vmap
 }

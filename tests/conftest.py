@@ -19,6 +19,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one, or the user, has remembered."""
+    monkeypatch.setenv("DPFIX_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; these come from libraries and are about no misuse of theirs by dpfix."""
     for ignored in (

@@ -60,8 +60,16 @@ class RecordedDropout(torch.nn.Dropout):
         if RecordedDropout.played is not None:
             return x * RecordedDropout.played.pop(0)
         mask = super().forward(torch.ones_like(x))
-        RecordedDropout.drawn.append(mask.detach())
+        RecordedDropout.drawn.append(_whole(mask.detach()))
         return x * mask
+
+
+def _whole(mask: torch.Tensor) -> torch.Tensor:
+    """The masks of all samples; under ``vmap`` a tensor shows one sample only."""
+    if not torch._C._functorch.is_batchedtensor(mask):
+        return mask
+    dim = torch._C._functorch.maybe_get_bdim(mask)
+    return torch._C._functorch.get_unwrapped(mask).movedim(dim, 0).flatten(0, 1)
 
 
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])

@@ -17,8 +17,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "loss_trace", "call_sites"),
     ("rules", "engines", "weights"),
     ("surgery",),
-    ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "select", "handoff", "guards",
-     "statement", "notes", "arguments", "training", "loss_proof", "regions", "cuts"),
+    ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",
+     "handoff", "guards", "statement", "notes", "arguments", "training", "loss_proof",
+     "regions", "cuts"),
     ("flow", "api"),
     ("cli", "__main__", "integrations", "__init__"),
 )  # fmt: skip

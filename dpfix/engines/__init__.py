@@ -10,9 +10,11 @@ from dpfix.engines.by_hand import ByHand
 from dpfix.engines.expanded_weights import ExpandedWeights
 from dpfix.engines.microbatch import Microbatch
 from dpfix.engines.opacus_hooks import OpacusHooks
+from dpfix.engines.vmap import Vmap
 
 ENGINES: Mapping[str, Engine] = {
     "bookkeeping": Bookkeeping(),
+    "vmap": Vmap(),
     "hooks": OpacusHooks("hooks"),
     "functorch": OpacusHooks("functorch"),
     "microbatch": Microbatch(),

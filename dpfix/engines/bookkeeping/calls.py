@@ -17,6 +17,7 @@ from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, Part
 from dpfix.engines.bookkeeping.rows import Rows
+from dpfix.engines.mapped import without_fallback_warnings
 
 Report = Callable[[nn.Parameter, Contribution], None]
 """Takes a parameter and what a call adds to its per-sample gradient."""
@@ -87,13 +88,10 @@ def pulled_back(
     Returns:
         The parameters that it depends on, with their per-sample gradients.
     """
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-    try:
+    with without_fallback_warnings():
         found = torch.autograd.grad(
             value, sources, gradients.to(value.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-    finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
     return [(p, g) for p, g in zip(sources, found, strict=True) if g is not None]
 
 

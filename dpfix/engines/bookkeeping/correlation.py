@@ -175,7 +175,7 @@ class Correlation:
         moved = patches * (1 if patches <= BUFFER else UNCACHED) + size
         moves = groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
         again = out * size  # the weight gradient of the batch
-        costs = {
+        costs: dict[str, float] = {
             "norms_by_gram": padded**2 * self.x.shape[1] + out**2 * self.g.shape[1] + moves * WINDOW_COST + again,
             "norms_by_sample": (out + 2 * BYTE_COST) * size + CALL_COST + again,
             "norms_by_patches": out * size + moved * BYTE_COST + again,

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpfix import trees
 from dpfix.engines.bookkeeping.contributions import Kept
 from dpfix.engines.bookkeeping.layers import StandIn
-from dpfix.engines.bookkeeping.rows import Rows, rows_of
-from dpfix.engines.parameters import parameter_slots, swapped
+from dpfix.engines.mapped import call_mapped
+from dpfix.engines.parameters import parameter_slots
 
 if TYPE_CHECKING:
     from dpfix.engines.bookkeeping.handle import BookkeepingHandle, Iteration, RootCall
@@ -83,35 +82,10 @@ class ExpandedStandIn(StandIn):
             The module's output for the whole batch.
         """
         layout = self.handle.layout(self.path, number)
-        dims = {path: dim for path, dim in layout.inputs if dim is not None}
-        found = dict(trees.leaves((args, kwargs)))
-        mapped = {path: rows_of(found[path], dim, call.samples).split(found[path]) for path, dim in dims.items()}
-        names = list(self.parameters)
         anchor, samples = self.handle.anchor, call.samples
-        expanded = [Expand.apply(anchor, (self.parameters[n],), samples, call.iteration) for n in names]
-        structure: list[Any] = []
-
-        def one(tensors: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            given = dict(zip(mapped, tensors, strict=True))
-            a, k = trees.map_leaves(given.get, (args, kwargs))
-            with swapped(self.slots, dict(zip(names, values, strict=True))):
-                output = self.original(*a, **k)
-            structure[:] = [output]
-            return tuple(trees.tensors(output))
-
+        expanded = {n: Expand.apply(anchor, (p,), samples, call.iteration) for n, p in self.parameters.items()}
         with call.mapping():
-            tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(expanded))
-        return self._joined(structure[0], list(tensors), dict(layout.output), samples)
-
-    def _joined(self, output: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int) -> Any:
-        def join(path: trees.Path, leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            tensor, dim = tensors.pop(0), dims.get(path)
-            if dim is not None:
-                return Rows(samples, dim.dim, dim.interleaved).merge(tensor)
-            if tensor.dim() == 1:  # a loss that the module computes itself
-                return tensor.mean() if self.handle.plan.loss_reduction == "mean" else tensor.sum()
-            return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
-
-        return trees.map_leaves(join, output)
+            return call_mapped(
+                self.original, self.slots, expanded, layout.inputs, layout.output, samples,
+                self.handle.plan.loss_reduction, args, kwargs,
+            )  # fmt: skip

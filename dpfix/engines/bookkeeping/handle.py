@@ -71,14 +71,11 @@ class RootCall:
         Yields:
             Nothing.
         """
-        # These warnings are about speed, which is measured before an engine is chosen.
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
         self.inside_vmap = True
         try:
             yield
         finally:
             self.inside_vmap = False
-            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 class RootStandIn(StandIn):

@@ -1,0 +1,93 @@
+"""Calling a module one sample at a time under ``vmap``, with parameters that have a leading sample dimension.
+
+The forward pass runs under ``vmap``, the backward pass is the script's own: per-sample gradients arrive at the
+parameters that were given, nothing is computed twice, and random masks are those of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dpfix import trees
+from dpfix.engines.bookkeeping.rows import Rows, rows_of
+from dpfix.engines.parameters import Aliases, swapped
+from dpfix.layout import Layout
+
+Slots = list[tuple[Any, Any, str]]
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Operations that ``vmap`` runs in a loop are only slow, and speed is measured before an engine is chosen.
+
+    Yields:
+        Nothing.
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+
+def call_mapped(
+    function: Callable[..., Any],
+    slots: Slots,
+    values: Aliases,
+    inputs: Layout,
+    output: Layout,
+    samples: int,
+    loss_reduction: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a module for every sample.
+
+    Args:
+        function: the module's forward.
+        slots: where its parameters are held.
+        values: what is put there, shape ``[samples, *parameter]``.
+        inputs: how its arguments carry the samples.
+        output: how its output does.
+        samples: number of samples.
+        loss_reduction: how a scalar per sample (a loss that the module computes) becomes the batch's.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The output for the whole batch.
+    """
+    found, names, structure = dict(trees.leaves((args, kwargs))), list(values), list[Any]()
+    mapped = {p: rows_of(found[p], dim, samples).split(found[p]) for p, dim in inputs if dim is not None}
+
+    def one(tensors: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(mapped, tensors, strict=True))
+        a, k = trees.map_leaves(given.get, (args, kwargs))
+        with swapped(slots, dict(zip(names, own, strict=True))):
+            result = function(*a, **k)
+        structure[:] = [result]
+        return tuple(trees.tensors(result))
+
+    with without_fallback_warnings():
+        tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(values.values()))
+    return _joined(structure[0], list(tensors), dict(output), samples, loss_reduction)
+
+
+def _joined(
+    result: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int, loss_reduction: str
+) -> Any:
+    def join(path: trees.Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        tensor, dim = tensors.pop(0), dims.get(path)
+        if dim is not None:
+            return Rows(samples, dim.dim, dim.interleaved).merge(tensor)
+        if tensor.dim() == 1:
+            return tensor.mean() if loss_reduction == "mean" else tensor.sum()
+        return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
+
+    return trees.map_leaves(join, result)

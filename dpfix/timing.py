@@ -1,0 +1,91 @@
+"""Timing the engines that passed the audit on a probe batch, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from dpfix.audit import clipped_sums
+from dpfix.engines import Engine, FlatClipping
+from dpfix.plan import Plan
+from dpfix.regions import applied
+from dpfix.traceless import state_of, traceless
+from dpfix.training_step import TrainingStep
+
+ROUNDS = 3
+BUDGET_SECONDS = 3.0
+"""No further round is begun after this long."""
+NOTICEABLE = 1.05
+"""An engine that keeps per-sample gradients has to be this much faster than one that does not."""
+MATERIALISED_BYTES = 2**30
+"""Per-sample gradients of a whole batch may take this much memory, where an engine passed that needs none."""
+
+
+def in_order(
+    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan, batch_size: float
+) -> dict[str, float | None]:
+    """The engines from best to worst.
+
+    Args:
+        engines: those that passed the audit.
+        module: the repaired model.
+        step: from batch to loss.
+        batch: a probe batch.
+        plan: everything about the training but the engine.
+        batch_size: the script's batch size.
+
+    Returns:
+        Median seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
+    """
+    numbers = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    lean = {e.name for e in engines if _keeps_nothing(e, module, plan)}
+    large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
+    timed = [e for e in engines if e.name in lean or not large]
+    seconds = _time(timed, module, step, batch, plan) if len(timed) > 1 else {}
+    found: dict[str, float | None] = {e.name: seconds.get(e.name) for e in timed}
+    order = sorted(found, key=lambda n: (found[n] or 0.0) * (1 if n in lean else NOTICEABLE))
+    return {n: found[n] for n in order} | {e.name: None for e in engines if e.name not in found}
+
+
+def _keeps_nothing(engine: Engine, module: nn.Module, plan: Plan) -> bool:
+    handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
+    handle.detach()
+    return isinstance(handle, FlatClipping)
+
+
+def _time(
+    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan
+) -> dict[str, float]:
+    seen: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    before = state_of(module)
+    begin = time.perf_counter()
+    for turn in range(ROUNDS):
+        if turn and time.perf_counter() - begin > BUDGET_SECONDS:
+            break
+        for engine in engines:
+            with traceless(module, before):
+                seen[engine.name].append(_seconds(engine, module, step, batch, plan))
+    # What happens once (choosing kernels, filling caches) happens in the first round.
+    return {name: statistics.median(times[1:] or times) for name, times in seen.items()}
+
+
+def _seconds(engine: Engine, module: nn.Module, step: TrainingStep, batch: object, plan: Plan) -> float:
+    """One step up to the clipped sum."""
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
+    try:
+        with applied(module, plan.no_grad_regions):
+            start = time.perf_counter()
+            step.loss(handle.model, batch).backward()
+        if not isinstance(handle, FlatClipping):
+            handle.collect(list(parameters.values()))
+        clipped_sums(handle, parameters, (1.0,), plan)
+        return time.perf_counter() - start
+    finally:
+        handle.detach()
+        for p in parameters.values():
+            p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]

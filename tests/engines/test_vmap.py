@@ -1,0 +1,44 @@
+"""The whole model under vmap: what only it and the loop over samples can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dpfix
+from dpfix import timing
+from dpfix.engines import ENGINES
+from dpfix.engines.vmap import Vmap
+from tests.audit.setups import labelled, look
+from tests.helpers import setting
+
+
+def test_a_penalty_on_input_gradients() -> None:
+    def penalised(model: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        out = model(x)
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return F.cross_entropy(out, batch[1]) + slope.square().sum(1).mean()
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    assert look(model, labelled(6), penalised).check(Vmap()).passed
+
+
+def test_tables_with_a_padding_token_are_left_to_others() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)).double()
+    items = [(torch.tensor([0, 2, i]), i % 3) for i in range(4)]
+    looked = look(model, items)
+    assert "padding_idx of `0`" in Vmap().supports(model, looked.record).reason
+    assert not looked.check(Vmap()).passed, "torch's vmap has learnt of padding_idx: the exception can go"
+
+
+def test_per_sample_gradients_of_a_large_batch_are_not_kept_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MATERIALISED_BYTES", 100)
+    training = dpfix.make_private_safe(**setting())
+    assert training.plan.engine == "bookkeeping"
+    seconds = {e.engine: e.seconds for e in training.report.evidence}
+    assert seconds["vmap"] is None and set(seconds) == set(ENGINES)
