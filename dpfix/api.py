@@ -126,7 +126,9 @@ def make_private_safe(
             **options,
         )
         surgery.commit()
-    return PrivateTraining(made, prepared.report(call, noise_multiplier), engine)
+    report = prepared.report(call, noise_multiplier)
+    notes.warn_blocked(report)
+    return PrivateTraining(made, report, engine)
 
 
 def make_private_safe_with_epsilon(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfix import sampling
-from dpfix.errors import DPFixError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.activations import Repeated
+from dpfix.errors import DPFixError, DPFixWarning
+from dpfix.findings import Finding, Fixability, Report, Severity
 from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.scan import Options
@@ -52,7 +54,7 @@ def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[
     Returns:
         Advice.
     """
-    notes = []
+    notes = [twice(module, pair) for pair in record.together.repeated]
     if not step.loss_known:
         notes.append(
             _advice(
@@ -146,6 +148,44 @@ def scratch(record: StepRecord) -> list[Finding]:
             name,
         )
     ]
+
+
+def twice(module: nn.Module, pair: Repeated) -> Finding:
+    """The finding about an activation of probabilities.
+
+    Args:
+        module: the model.
+        pair: what made the probabilities, and what took them for logits.
+
+    Returns:
+        It blocks training if the second one is in the loss; inside the model it may be meant and is advice.
+    """
+    in_loss = pair.second.module is None
+    fact = f"{pair.second} is applied to the probabilities that {pair.first} has made ({type(module).__name__})."
+    return Finding(
+        "DPF030",
+        Severity.BLOCKS_TRAINING if in_loss else Severity.ADVICE,
+        Fixability.NOTHING,
+        fact[0].upper() + fact[1:],
+        "an activation of probabilities is nearly flat (a sigmoid of them lies in [0.5, 0.7311]): gradients shrink, and "
+        "noise of the same size drowns them.",
+        help="apply one of the two: let the model return logits, or take a loss that expects probabilities (BCELoss, "
+        "NLLLoss of a log, sigmoid=False and softmax=False in MONAI's losses)."
+        if in_loss
+        else "if it is not meant, take one of the two out.",
+        path=(pair.first.module or "") if in_loss else (pair.second.module or ""),
+    )
+
+
+def warn_blocked(report: Report) -> None:
+    """Warn about what blocks training and was neither repaired nor refused: nobody has to print a report.
+
+    Args:
+        report: the report of a call that went through.
+    """
+    for finding in report.findings:
+        if finding.severity is Severity.BLOCKS_TRAINING and finding.fixability is Fixability.NOTHING:
+            warnings.warn(str(finding), DPFixWarning, stacklevel=3)
 
 
 def replaced_sampler(loader: DataLoader, options: Options) -> list[Finding]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpfix import activations
 from dpfix.call_sites import CallSite
 from dpfix.dry_run import described_failures
 from dpfix.errors import CoupledModelError, TrainingStepError
@@ -38,6 +39,7 @@ class Run:
         written: state that the step changed, with its new value.
         random_modules: paths of modules inside which something random was drawn.
         low_precision: whether half precision was used.
+        repeated: activations of what has already gone through one; looked for where details are written down.
     """
 
     loss: float
@@ -47,6 +49,7 @@ class Run:
     written: dict[Key, Any]
     random_modules: frozenset[str]
     low_precision: bool
+    repeated: tuple[activations.Repeated, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,7 @@ def run_step(
         described_failures(step),
     ):
         loss = step.loss(module, batch)
+        repeated = activations.repeated(loss, notes.activations) if details else ()
         loss.backward()
     gradients = {n: _dense(p) for n, p in parameters.items()}
     used = frozenset(n for n, p in parameters.items() if p.grad is not None)
@@ -288,6 +292,7 @@ def run_step(
         written(module, before),
         frozenset().union(*mode.random_ops.values()) if mode.random_ops else frozenset(),
         mode.low_precision,
+        repeated,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dpfix import trees
+from dpfix import activations, trees
 from dpfix.call_sites import CallCounter, CallSite, user_place
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -87,6 +87,7 @@ class Recording:
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
         elsewhere: the modules that were being called then, by parameter.
+        activations: calls of activations.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised.
     """
@@ -98,6 +99,7 @@ class Recording:
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
+    activations: activations.Calls = field(default_factory=activations.Calls)
     stack: list[str] = field(default_factory=list)
     failed: str = ""
     _clock: int = 0
@@ -147,13 +149,20 @@ class _Watch(TorchFunctionMode):
             self._cut(args, "detach" if name in _CUTS else ".data")
         elif args and _is_in_place(name, kwargs):
             self._overwritten(args[0], name)
-        output = func(*args, **kwargs)
+        output = self._run(name, lambda: func(*args, **kwargs))
         if trees.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
             for value in (*args, *kwargs.values()):
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(one, nn.Parameter):
                         self._used(one)
         return output
+
+    def _run(self, name: str, call: Callable[[], Any]) -> Any:
+        if name not in activations.FUNCTIONS:
+            return call()
+        inside = self.recording.stack[-1] if self.recording.stack else None
+        place = user_place() or "place unknown"
+        return self.recording.activations.run(call, activations.Activation(name.rstrip("_"), place, inside))
 
     def _cut(self, args: Any, what: str) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
