@@ -13,6 +13,7 @@
     │   └── CoupledLossError        one sample's share of the loss depends on another sample
     ├── OptimizerError              optimizer and model do not belong together
     ├── LoaderError                 the data loader cannot be sampled as the accountant assumes
+    ├── SegmentationError           probabilities, labels or regions that do not fit together
     ├── TrainingStepError           how a batch becomes a loss is unknown, or that step itself fails
     └── MisuseError                 the training loop breaks an assumption (also a RuntimeError)
         ├── AccumulationError       several backward passes before one step (also a ValueError)
@@ -84,6 +85,10 @@ class OptimizerError(DPFixError, ValueError):
 
 class LoaderError(DPFixError, ValueError):
     """The data loader cannot be sampled the way the accountant assumes."""
+
+
+class SegmentationError(DPFixError, ValueError):
+    """Probabilities, labels or regions are not what they are taken for, or do not fit together."""
 
 
 class TrainingStepError(DPFixError, ValueError):

@@ -15,7 +15,7 @@ ROOT = Path(dpfix.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch",
      "activations", "loss_trace", "call_sites"),
-    ("rules", "engines", "weights"),
+    ("rules", "engines", "weights", "segmentation"),
     ("surgery",),
     ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",
      "handoff", "guards", "statement", "notes", "arguments", "training", "loss_proof",

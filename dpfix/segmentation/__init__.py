@@ -1,0 +1,22 @@
+"""Segmentation: probabilities averaged once, regions and labels, Dice per case."""
+
+from dpfix.segmentation.ensemble import (
+    EnsembledCases,
+    ensemble_probabilities,
+    segmentation_from_probabilities,
+)
+from dpfix.segmentation.folders import ensemble_folders
+from dpfix.segmentation.inference import predict_probabilities
+from dpfix.segmentation.regions import Regions, region_dice
+from dpfix.segmentation.values import check_probabilities
+
+__all__ = [
+    "EnsembledCases",
+    "Regions",
+    "check_probabilities",
+    "ensemble_folders",
+    "ensemble_probabilities",
+    "predict_probabilities",
+    "region_dice",
+    "segmentation_from_probabilities",
+]
