@@ -178,6 +178,7 @@ def _extremes(items: tuple[Any, ...]) -> tuple[dict[trees.Path, Any], dict[trees
             if not isinstance(leaf, (int, np.ndarray, torch.Tensor)):
                 continue
             values = torch.as_tensor(leaf).detach().as_subclass(torch.Tensor)
+            values = values.to(torch.uint8) if values.dtype is torch.bool else values  # round() knows no booleans
             if values.is_complex() or not values.numel() or not bool((values == values.round()).all()):
                 mixed.add(path)
                 continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.segmentation import (
@@ -21,7 +21,7 @@ from tests.segmentation.exports import ORDER, REGIONS, truth
 pytest.importorskip("monai")
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceLoss
-from monai.networks.nets import UNet, BasicUNetPlusPlus
+from monai.networks.nets import BasicUNetPlusPlus, UNet
 from monai.transforms import Compose, EnsureTyped, Lambdad
 
 TUMOUR = Regions({"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)})
@@ -140,7 +140,7 @@ def test_a_model_that_ends_in_its_activation() -> None:
         predict_probabilities(unet(nn.Sigmoid()), image)
     once = predict_probabilities(unet(nn.Sigmoid()), image, logits=False)
     torch.testing.assert_close(once, predict_probabilities(unet(), image))
-    with pytest.raises(dpfix.SegmentationError, match="output 0 of UNet holds values .*logits"):
+    with pytest.raises(dpfix.SegmentationError, match=r"output 0 of UNet holds values .*logits"):
         predict_probabilities(unet(), image * 5, logits=False)
 
 
@@ -178,3 +178,17 @@ def test_monai_model_trained_on_regions_and_ensembled() -> None:
     segmentation = segmentation_from_probabilities(p, regions_class_order=TUMOUR.order)
     dice = region_dice(TUMOUR.from_labels(segmentation[None])[None], data[0]["label"][None])
     assert dice.shape == (1, 3) and bool((dice.nan_to_num() <= 1).all())
+
+
+def test_regions_as_booleans() -> None:
+    """nnU-Net's transforms deliver the truth as boolean masks, one per region."""
+    target = TUMOUR.from_labels(torch.stack([label_map(i) for i in range(6)]), dim=1).bool()
+    training = dpfix.make_private_safe(
+        module=(net := unet()),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(6, 1, 16, 16, 16), target), batch_size=3),
+        training_step=lambda model, batch: DiceLoss(sigmoid=True)(model(batch[0]), batch[1].float()),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert training.plan.engine
