@@ -35,6 +35,7 @@ from dpfix.losses import PerSampleLoss
 from dpfix.plan import Plan
 from dpfix.statement import PrivacyStatement
 from dpfix.training import PrivateTraining
+from dpfix.weights import Difference, EquivalenceReport, verify_equivalence
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,9 @@ __all__ = [
     "CoupledModelError",
     "DPFixError",
     "DPFixWarning",
+    "Difference",
     "EngineEvidence",
+    "EquivalenceReport",
     "Finding",
     "Fixability",
     "ForeignBatchError",
@@ -71,4 +74,5 @@ __all__ = [
     "diagnose",
     "make_private_safe",
     "make_private_safe_with_epsilon",
+    "verify_equivalence",
 ]

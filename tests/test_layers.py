@@ -14,11 +14,11 @@ ROOT = Path(dpfix.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch",
-     "activations", "loss_trace", "call_sites"),
+     "activations", "loss_trace", "call_sites", "traceless"),
     ("rules", "engines", "weights", "segmentation"),
     ("surgery",),
-    ("traceless", "sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",
-     "handoff", "guards", "statement", "notes", "arguments", "training", "loss_proof",
+    ("sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",
+     "handoff", "guards", "statement", "notes", "arguments", "checkpoint", "training", "loss_proof",
      "regions", "cuts"),
     ("flow", "api"),
     ("cli", "__main__", "integrations", "__init__"),

@@ -1,0 +1,96 @@
+"""Copies of a model that share nothing with it and carry none of the hooks of dpfix or Opacus."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.errors import ArgumentError
+
+_WRAPPERS = {
+    "AbstractGradSampleModule": "_module",
+    "AbstractGradSampleHooks": "_module",
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "DifferentiallyPrivateDistributedDataParallel": "module",
+    "AveragedModel": "module",
+}
+"""Name of a class among a wrapper's bases, and the attribute in which it keeps the model."""
+_HOOKS = tuple(f"_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+_OURS = ("dpfix", "opacus")
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The user's own module inside Opacus's, ``torch.compile``'s and the data-parallel wrappers.
+
+    Args:
+        model: a module, a wrapper of it, or Opacus's hooks object for a model that is not wrapped.
+
+    Returns:
+        The innermost module.
+
+    Raises:
+        ArgumentError: there is no module inside.
+    """
+    inner = model
+    while (attribute := _inside(inner)) is not None:
+        inner = getattr(inner, attribute)
+    if not isinstance(inner, nn.Module):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the model, or the first item of what "
+            "make_private_safe returned."
+        )
+    return inner
+
+
+def _inside(model: Any) -> str | None:
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((attribute for name, attribute in _WRAPPERS.items() if name in names), None)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A deep copy with cloned weights, ties kept, and without hooks and gradients of private training.
+
+    Args:
+        module: a model, possibly in private training; it is not touched.
+
+    Returns:
+        The copy.
+    """
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for name, hooks in _hook_tables(child):
+            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_ours(hook))
+            flags = getattr(child, f"{name}_with_kwargs", None)
+            if flags is not None:
+                memo[id(flags)] = OrderedDict((k, v) for k, v in flags.items() if k in memo[id(hooks)])
+        for name, value in vars(child).items():
+            if name == "forward" and _is_ours(value):
+                memo[id(value)] = None
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()  # left over from a forward pass; cannot be copied as it is
+    copied = copy.deepcopy(module, memo)
+    for child in copied.modules():
+        if vars(child).get("forward", child) is None:
+            del vars(child)["forward"]
+    return copied
+
+
+def _hook_tables(module: nn.Module) -> Iterator[tuple[str, Mapping[int, Any]]]:
+    for name in _HOOKS:
+        yield name, getattr(module, name)
+
+
+def _is_ours(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", hook)
+    place = getattr(hook, "__module__", None) or type(owner).__module__
+    return str(place).partition(".")[0] in _OURS

@@ -1,0 +1,396 @@
+"""Whether two modules compute the same function: compared layer by layer, not by counting keys."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from dpfix import trees
+from dpfix.errors import ArgumentError
+from dpfix.traceless import rng_untouched
+from dpfix.weights.copies import plain_copy, unwrap
+
+MODES = ("eval", "train")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A place where two modules part.
+
+    Attributes:
+        path: module path in ``a``; empty for the model's own output.
+        other_path: module path in ``b``.
+        mode: ``"eval"`` or ``"train"``.
+        call: how often the module had been called before in this pass.
+        output: which part of its output, for example ``[0]`` or ``['mu']``.
+        size: largest absolute difference; infinite if the outputs cannot be compared.
+        scale: largest absolute value of ``a``'s output there.
+        reason: what differs other than the values: shape, structure, number of calls.
+    """
+
+    path: str
+    other_path: str
+    mode: str
+    call: int
+    output: str
+    size: float
+    scale: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        place = f"`{self.path}`" if self.path else "the model's output"
+        if self.other_path != self.path:
+            place += f" (`{self.other_path}` in the other)"
+        part = f", output {self.output}" if self.output else ""
+        call = f", call {self.call + 1}" if self.call else ""
+        what = self.reason or f"largest difference {self.size:.2e} at values up to {self.scale:.2e}"
+        return f"{place} in {self.mode}(){part}{call}: {what}"
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """What :func:`verify_equivalence` found. True in a boolean context if the outputs agree.
+
+    Attributes:
+        equal: whether all outputs of the models agree within the tolerance, in every mode.
+        max_difference: largest absolute difference of the outputs; infinite if they cannot be compared.
+        first: the first layer, in the order of execution, that parts; ``None`` if no layer does. Layers can part
+            although the outputs agree: behind a weight of zero, or when a name is used for different work.
+        layers: number of layer calls that were compared.
+        modes: the modes that were run.
+        dtype: ``"float64"`` if the comparison ran in double precision, else ``"as given"``.
+        randomised: whether the weights were drawn anew.
+        atol: absolute tolerance.
+        rtol: tolerance relative to ``a``'s value.
+    """
+
+    equal: bool
+    max_difference: float
+    first: Difference | None
+    layers: int
+    modes: tuple[str, ...]
+    dtype: str
+    randomised: bool
+    atol: float
+    rtol: float
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+    def __str__(self) -> str:
+        how = f"{' and '.join(self.modes)}, dtype {self.dtype}{', weights drawn anew' if self.randomised else ''}"
+        told = "equal" if self.equal else "not equal"
+        lines = [
+            f"{told}: largest difference of the outputs {self.max_difference:.2e} ({how}, {self.layers} layer calls)"
+        ]
+        if self.first is not None:
+            note = "" if not self.equal else " (the outputs agree all the same)"
+            lines.append(f"  first parts at {self.first}{note}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Trace:
+    """Outputs of one run: of the layers in the order in which they finish, and of the model."""
+
+    layers: list[tuple[str, int, Any]] = field(default_factory=list)
+    output: Any = None
+
+
+def verify_equivalence(
+    a: nn.Module,
+    b: nn.Module,
+    inputs: Any,
+    *,
+    seed: int = 0,
+    atol: float = 1e-6,
+    rtol: float = 1e-5,
+    mapping: Mapping[str, str] | None = None,
+    randomise: bool | Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = False,
+    float64: bool = False,
+    modes: tuple[str, ...] = MODES,
+    method: str = "forward",
+) -> EquivalenceReport:
+    """Compare two modules layer by layer and name the first place where they part.
+
+    Both are copied, so the given objects, their weights and every generator stay as they are. Random numbers are
+    seeded anew before and after every layer that is compared, by its name, so that dropout and ``randn_like`` draw the
+    same in both although they may draw in another order. ``"train"`` keeps the training flags of a module that is in
+    training mode (a BatchNorm in ``eval()`` stays there).
+
+    Args:
+        a: the module that is right.
+        b: the one to compare with it; wrappers of Opacus, ``torch.compile`` and data-parallel ones are taken off.
+        inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        seed: of the random numbers, and of the weights if they are drawn.
+        atol: absolute tolerance.
+        rtol: tolerance relative to ``a``'s value.
+        mapping: module paths of ``a`` to those of ``b``; by default all paths that both have.
+        randomise: draw all weights anew first, because a weight that is zero hides what lies behind it. With ``True``
+            ``b`` must have the state-dict keys of ``a``; otherwise a function from ``a``'s state dict to ``b``'s.
+        float64: compare in double precision.
+        modes: any of ``"eval"`` and ``"train"``.
+        method: what is called, ``"forward"`` or another method (``"encode"``).
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: a mode or a path of ``mapping`` does not exist, or the weights cannot be drawn for both.
+    """
+    a, b = plain_copy(unwrap(a)), plain_copy(unwrap(b))
+    _check(a, b, mapping, modes)
+    if float64:
+        a, b = a.double(), b.double()
+        inputs = trees.map_leaves(_double, inputs)
+    if randomise:
+        _randomise(a, b, seed, None if randomise is True else randomise)
+    paths = _common(a, b) if mapping is None else dict(mapping)
+    found: list[Difference] = []
+    outputs: list[tuple[bool, float]] = []
+    layers = 0
+    for mode in modes:
+        with rng_untouched(), torch.no_grad():
+            first = _run(a, inputs, {path: path for path in paths}, mode, seed, method)
+            second = _run(b, inputs, {other: path for path, other in paths.items()}, mode, seed, method)
+        layers += len(first.layers)
+        found += _parted(first, second, paths, mode, atol, rtol)
+        whole = list(_compare(first.output, second.output, atol, rtol))
+        found += [replace(d, mode=mode) for equal, d in whole if not equal]
+        outputs += [(equal, d.size) for equal, d in whole]
+    return EquivalenceReport(
+        equal=all(equal for equal, _ in outputs),
+        max_difference=max((size for _, size in outputs), default=0.0),
+        first=found[0] if found else None,
+        layers=layers,
+        modes=tuple(modes),
+        dtype="float64" if float64 else "as given",
+        randomised=bool(randomise),
+        atol=atol,
+        rtol=rtol,
+    )
+
+
+def compare_outputs(a: Any, b: Any) -> float:
+    """Largest absolute difference of two outputs: tensors in tuples, mappings or dataclasses.
+
+    Args:
+        a: an output.
+        b: another.
+
+    Returns:
+        The difference; infinite if structure or shapes differ, or a value is not a number in only one of them.
+
+    >>> compare_outputs((torch.ones(2), {"mu": torch.zeros(3)}), (torch.ones(2), {"mu": torch.full((3,), 0.5)}))
+    0.5
+    """
+    return max((d.size for _, d in _compare(a, b, 0.0, 0.0)), default=0.0)
+
+
+def draw_weights(
+    state: Mapping[str, torch.Tensor], seed: int, constant: frozenset[str] = frozenset()
+) -> dict[str, torch.Tensor]:
+    """New values for a state dict, none of them zero by design and of a size that keeps activations near one.
+
+    Args:
+        state: tensors by key; it is not changed.
+        seed: of the values; a key's values depend on the seed, the key and the shape alone.
+        constant: keys to leave as they are; integer and boolean tensors always are.
+
+    Returns:
+        A new mapping with the same keys.
+    """
+    return {key: value if key in constant else _draw(key, value, seed) for key, value in state.items()}
+
+
+def _draw(key: str, value: torch.Tensor, seed: int) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value.clone()
+    drawn = torch.from_numpy(np.random.Generator(np.random.PCG64(_number(seed, key))).standard_normal(value.shape))
+    if value.dim() > 1:
+        drawn = drawn / math.sqrt(max(1, value[0].numel()))
+    elif key.endswith("weight"):
+        drawn = 1 + 0.2 * drawn
+    elif "var" in key.rpartition(".")[2]:
+        drawn = 1 + drawn.abs()
+    else:
+        drawn = 0.2 * drawn
+    return drawn.to(value)
+
+
+def _number(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _check(a: nn.Module, b: nn.Module, mapping: Mapping[str, str] | None, modes: tuple[str, ...]) -> None:
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ArgumentError(f"modes={modes!r}: use one or both of {', '.join(map(repr, MODES))}.")
+    for name, model, paths in (("a", a, (mapping or {}).keys()), ("b", b, (mapping or {}).values())):
+        there = dict(model.named_modules(remove_duplicate=False))
+        missing = [path for path in paths if path not in there]
+        if missing:
+            raise ArgumentError(
+                f"mapping names {missing[0]!r}, and {name} ({type(model).__name__}) has no such module."
+            )
+
+
+def _common(a: nn.Module, b: nn.Module) -> dict[str, str]:
+    there = {path for path, _ in b.named_modules()}
+    return {path: path for path, _ in a.named_modules() if path in there}
+
+
+def _double(_: trees.Path, leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+def _randomise(
+    a: nn.Module,
+    b: nn.Module,
+    seed: int,
+    convert: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None,
+) -> None:
+    buffers = frozenset(name for name, _ in a.named_buffers())
+    drawn = draw_weights(a.state_dict(), seed, buffers)
+    a.load_state_dict(drawn)
+    try:
+        b.load_state_dict(drawn if convert is None else convert(dict(drawn)))
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"randomise=True needs the same state-dict keys in both modules: {error} Pass a function from a's state "
+            "dict to b's as randomise."
+        ) from error
+
+
+# ------------------------------------------------------------------ running
+
+
+def _run(model: nn.Module, inputs: Any, names: Mapping[str, str], mode: str, seed: int, method: str) -> _Trace:
+    """One pass; ``names`` are the layers to record, each with the name by which its random numbers are seeded."""
+    model = plain_copy(model)
+    if mode == "eval" or not model.training:
+        model.train(mode == "train")
+    trace = _Trace()
+    with _recording(model, names, trace, seed):
+        _reseed(seed, "", 0)
+        trace.output = _snapshot(_call(getattr(model, method), inputs))
+    return trace
+
+
+def _call(function: Callable[..., Any], inputs: Any) -> Any:
+    inputs = trees.map_leaves(lambda _, x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(*inputs) if isinstance(inputs, tuple) else function(inputs)
+
+
+@contextmanager
+def _recording(model: nn.Module, names: Mapping[str, str], trace: _Trace, seed: int) -> Iterator[None]:
+    calls: dict[str, int] = {}
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        _reseed(seed, name, calls.get(name, 0))
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        number = calls.get(name, 0)
+        calls[name] = number + 1
+        trace.layers.append((name, number, _snapshot(output)))
+        _reseed(seed, name, number, "after")
+
+    handles = []
+    for path, name in names.items():
+        if path:  # the model itself is compared as a whole
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(partial(enter, name), prepend=True))
+            handles.append(module.register_forward_hook(partial(leave, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reseed(*parts: object) -> None:
+    number = _number(*parts)
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
+def _snapshot(output: Any) -> Any:
+    """The tensors of an output as they are now; a layer behind may work in place."""
+
+    def keep(_: trees.Path, leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return {"data": leaf.data.clone(), "batch_sizes": leaf.batch_sizes.clone()}
+        return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    return dict(trees.leaves(trees.map_leaves(keep, output)))
+
+
+# ------------------------------------------------------------------ comparing
+
+
+def _parted(
+    first: _Trace, second: _Trace, paths: Mapping[str, str], mode: str, atol: float, rtol: float
+) -> list[Difference]:
+    others = {(name, number): output for name, number, output in second.layers}
+    for name, number, output in first.layers:
+        place = {"path": name, "other_path": paths[name], "mode": mode, "call": number}
+        if (name, number) not in others:
+            called = sum(other == name for other, _ in others)
+            return [
+                Difference(**place, output="", size=math.inf, scale=0.0, reason=f"called {called} times in the other")
+            ]
+        for equal, difference in _compare(output, others[name, number], atol, rtol):
+            if not equal:
+                return [replace(difference, **place)]
+    return []
+
+
+def _compare(a: Any, b: Any, atol: float, rtol: float) -> Iterator[tuple[bool, Difference]]:
+    """Every leaf of two outputs: whether it agrees, and by how much it does not."""
+    a = a if isinstance(a, dict) and all(isinstance(k, tuple) for k in a) else dict(trees.leaves(a))
+    b = b if isinstance(b, dict) and all(isinstance(k, tuple) for k in b) else dict(trees.leaves(b))
+    if a.keys() != b.keys():
+        parts = sorted(_shown(path) or "the output" for path in a.keys() ^ b.keys())
+        yield False, Difference("", "", "", 0, "", math.inf, 0.0, f"only one of them has {', '.join(parts[:3])}")
+        return
+    for path in a:
+        equal, size, scale, reason = _leaf(a[path], b[path], atol, rtol)
+        yield equal, Difference("", "", "", 0, _shown(path), size, scale, reason)
+
+
+def _shown(path: trees.Path) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _leaf(a: Any, b: Any, atol: float, rtol: float) -> tuple[bool, float, float, str]:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        same = isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor) and (a is b or a == b)
+        return bool(same), 0.0 if same else math.inf, 0.0, "" if same else f"{_named(a)} and {_named(b)}"
+    if a.shape != b.shape:
+        return False, math.inf, 0.0, f"shapes {list(a.shape)} and {list(b.shape)}"
+    if a.numel() == 0:
+        return True, 0.0, 0.0, ""
+    x, y = (t.detach().to("cpu", torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    if bool((torch.isnan(x) | torch.isnan(y)).any()):
+        return False, math.inf, float(x.abs().nan_to_num().max()), "not a number"
+    gap = torch.where(x == y, torch.zeros((), dtype=torch.float64), (x - y).abs())
+    agrees = bool((gap <= atol + rtol * x.abs()).all())
+    return agrees, float(gap.max()), float(x.abs().max()), ""
+
+
+def _named(leaf: Any) -> str:
+    return "a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf)[:40]
