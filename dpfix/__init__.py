@@ -12,6 +12,7 @@ from dpfix.api import (
 from dpfix.errors import (
     AccumulationError,
     ArgumentError,
+    CheckpointError,
     CoupledLossError,
     CoupledModelError,
     DPFixError,
@@ -19,29 +20,43 @@ from dpfix.errors import (
     ForeignBatchError,
     LoaderError,
     LossError,
+    MissingKeysError,
     MisuseError,
     ModelError,
     NoEngineError,
     NonFiniteGradientError,
+    NotConvertibleError,
     OptimizerError,
     PlanBrokenError,
     SegmentationError,
+    ShapeMismatchError,
     StateWrittenError,
     TrainingStepError,
     UnknownArgumentError,
+    UnusedKeysError,
 )
 from dpfix.findings import EngineEvidence, Finding, Fixability, Report, Severity
 from dpfix.losses import PerSampleLoss
 from dpfix.plan import Plan
 from dpfix.statement import PrivacyStatement
 from dpfix.training import PrivateTraining
-from dpfix.weights import Difference, EquivalenceReport, verify_equivalence
+from dpfix.weights import (
+    Difference,
+    EquivalenceReport,
+    LegacyReport,
+    LoadReport,
+    Recording,
+    load_pretrained,
+    verify_equivalence,
+    verify_legacy,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccumulationError",
     "ArgumentError",
+    "CheckpointError",
     "CoupledLossError",
     "CoupledModelError",
     "DPFixError",
@@ -52,27 +67,36 @@ __all__ = [
     "Finding",
     "Fixability",
     "ForeignBatchError",
+    "LegacyReport",
+    "LoadReport",
     "LoaderError",
     "LossError",
+    "MissingKeysError",
     "MisuseError",
     "ModelError",
     "NoEngineError",
     "NonFiniteGradientError",
+    "NotConvertibleError",
     "OptimizerError",
     "PerSampleLoss",
     "Plan",
     "PlanBrokenError",
     "PrivacyStatement",
     "PrivateTraining",
+    "Recording",
     "Report",
     "SafePrivacyEngine",
     "SegmentationError",
     "Severity",
+    "ShapeMismatchError",
     "StateWrittenError",
     "TrainingStepError",
     "UnknownArgumentError",
+    "UnusedKeysError",
     "diagnose",
+    "load_pretrained",
     "make_private_safe",
     "make_private_safe_with_epsilon",
     "verify_equivalence",
+    "verify_legacy",
 ]

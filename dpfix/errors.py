@@ -15,6 +15,11 @@
     ├── LoaderError                 the data loader cannot be sampled as the accountant assumes
     ├── SegmentationError           probabilities, labels or regions that do not fit together
     ├── TrainingStepError           how a batch becomes a loss is unknown, or that step itself fails
+    ├── CheckpointError             a checkpoint does not fit the model (also a RuntimeError)
+    │   ├── UnusedKeysError         keys of the checkpoint that the model has no place for
+    │   ├── MissingKeysError        weights of the model that the checkpoint does not have
+    │   ├── ShapeMismatchError      a weight of another shape
+    │   └── NotConvertibleError     the model cannot compute what the checkpoint's model computed
     └── MisuseError                 the training loop breaks an assumption (also a RuntimeError)
         ├── AccumulationError       several backward passes before one step (also a ValueError)
         ├── ForeignBatchError       a batch that the private loader did not draw
@@ -93,6 +98,26 @@ class SegmentationError(DPFixError, ValueError):
 
 class TrainingStepError(DPFixError, ValueError):
     """How a batch becomes a loss is unknown, or the training step itself fails."""
+
+
+class CheckpointError(DPFixError, RuntimeError):
+    """A checkpoint does not fit the model."""
+
+
+class UnusedKeysError(CheckpointError):
+    """Keys of the checkpoint that the model has no place for."""
+
+
+class MissingKeysError(CheckpointError):
+    """Weights of the model that the checkpoint does not have."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A weight has another shape than the model's."""
+
+
+class NotConvertibleError(CheckpointError):
+    """The model cannot compute what the checkpoint's model computed, whatever its weights are."""
 
 
 class MisuseError(DPFixError, RuntimeError):

@@ -1,0 +1,112 @@
+"""How the keys of a checkpoint become the keys of a model: every key is used, renamed, dropped or filled by a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_LAZY = (UninitializedParameter, UninitializedBuffer)
+
+
+@dataclass
+class Conversion:
+    """A state dict on its way into a model. The checkpoint's own mapping is only read.
+
+    Attributes:
+        old: the checkpoint's tensors by key.
+        wanted: the model's tensors by key, for shapes and dtypes.
+        values: tensors by the model's keys.
+        sources: the checkpoint's keys that each of them was made of.
+        filled: keys of the model that get a value the checkpoint does not have, with the reason.
+        dropped: keys of the checkpoint that are left out, with the reason.
+        adjusted: attributes to set on modules: ``(module, path, name, value, reason)``.
+        missing: keys of the model without a source, with the keys that were looked for.
+        refusals: why the model cannot compute the same.
+        assumed: what cannot be told from the weights.
+    """
+
+    old: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    adjusted: list[tuple[nn.Module, str, str, Any, str]] = field(default_factory=list)
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def take(self, new: str, *old: str, join: Callable[[list[Tensor]], Tensor] | None = None) -> None:
+        """Make a tensor of the model out of tensors of the checkpoint.
+
+        Args:
+            new: the model's key; nothing happens if the model does not have it, or if it has its value already.
+            *old: the checkpoint's keys.
+            join: makes one tensor of several; they are put below each other if not given.
+        """
+        if new not in self.wanted or new in self.sources:
+            return
+        absent = tuple(key for key in old if key not in self.old)
+        if absent:
+            self.missing[new] = absent
+            return
+        tensors = [self.old[key] for key in old]
+        self.values[new] = (join or torch.cat)(tensors) if len(tensors) > 1 else tensors[0]
+        self.sources[new] = old
+
+    def fill(self, new: str, value: Tensor, reason: str) -> None:
+        """Give a tensor of the model a value that the checkpoint does not have.
+
+        Args:
+            new: the model's key.
+            value: the value.
+            reason: why this value is right.
+        """
+        if new in self.wanted and new not in self.sources:
+            self.values[new], self.filled[new], self.sources[new] = value, reason, ()
+
+    def drop(self, old: str, reason: str) -> None:
+        """Leave a tensor of the checkpoint out.
+
+        Args:
+            old: the checkpoint's key; nothing happens if it is not there.
+            reason: why it has no effect.
+        """
+        if old in self.old:
+            self.dropped[old] = reason
+
+    def take_rest(self) -> None:
+        """All other keys of the model come from the same key of the checkpoint."""
+        for key in self.wanted:
+            if key not in self.missing:
+                self.take(key, key)
+
+    @property
+    def renamed(self) -> dict[str, tuple[str, ...]]:
+        """Keys of the model whose value comes from other keys."""
+        return {new: old for new, old in self.sources.items() if old and old != (new,)}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of the checkpoint that nothing was made of."""
+        used = {key for old in self.sources.values() for key in old} | self.dropped.keys()
+        return tuple(key for key in self.old if key not in used)
+
+    @property
+    def misshapen(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Keys of the model whose new value has another shape, with the checkpoint's and the model's shape."""
+        return {
+            key: (list(value.shape), list(self.wanted[key].shape))
+            for key, value in self.values.items()
+            if not isinstance(self.wanted[key], _LAZY) and value.shape != self.wanted[key].shape
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key on both sides is accounted for, with the right shape."""
+        return not (self.missing or self.unused or self.misshapen or self.refusals)
