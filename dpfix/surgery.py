@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dpfix.errors import ModelError, OptimizerError
 from dpfix.findings import Finding, Fixability
 from dpfix.scan import Scan
+from dpfix.weights import origins
 
 
 class Surgery:
@@ -69,10 +70,14 @@ class Surgery:
         for rule, finding in fixed:
             module = self.scan.module.get_submodule(finding.path)
             result = rule.fix(module, self.scan)
+            exact = finding.fixability is Fixability.EXACT
             if isinstance(result, nn.Module):
                 self.replace(module, result)
+                self._undo.append(origins.remember_replaced(module, result, result._get_name(), exact))
             else:
+                before = {name: getattr(module, name) for name in result}
                 self.set_attributes(module, result)
+                self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
         after = Scan(self.scan.module, self.scan.optimizer, self.scan.data_loader, self.scan.options)
         for rule in dict.fromkeys(rule for rule, _ in fixed):
             left = [f for f in rule.find(after) if f.fixability in changes]
@@ -152,6 +157,7 @@ class Surgery:
             parameter: a trainable parameter of the model.
         """
         parameter.requires_grad_(False)
+        origins.remember_frozen(parameter)
         self._undo.append(lambda: _thaw(parameter))
 
 

@@ -9,7 +9,8 @@ Example: ``nn.InstanceNorm3d(32, affine=True, track_running_stats=True)``.
 
 Use instead: ``track_running_stats=False`` (the default).
 
-Fix safety: exact in training mode; in evaluation mode the layer then normalises with the sample's own statistics.
+Fix safety: changes the model in evaluation mode, where the layer then normalises with the sample's own statistics; in
+training mode it computes the same.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def find(scan: Scan) -> Iterator[Finding]:
         yield Finding(
             code=CODE,
             severity=Severity.BREAKS_GUARANTEE,
-            fixability=Fixability.EXACT,
+            fixability=Fixability.CHANGES_MODEL,
             fact=f"{scan.place(path)} keeps running statistics of the batch.",
             why="the running mean and variance depend on every sample and leave without noise.",
             fix="running statistics dropped; training-mode output unchanged, evaluation uses the sample's own",

@@ -17,6 +17,7 @@ replacement is used if its output on a probe equals the original's, and refused 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from dpfix.errors import ModelError
 from dpfix.findings import Finding, Fixability, Severity
+from dpfix.weights.equivalence import verify_equivalence
 
 if TYPE_CHECKING:
     from dpfix.scan import Scan
@@ -98,13 +100,11 @@ def _difference(module: nn.Module) -> float | None:
     if type(module) not in _KINDS or frozen or getattr(module, "dropout", 0):
         return None
     try:
-        new = _opacus_replacement(module)
-        inputs = _inputs(module)
-        with torch.no_grad():
-            a, b = module(*inputs)[0], new(*inputs)[0]
+        # Only outputs can be compared: the replacement's layers have other names.
+        report = verify_equivalence(module, _opacus_replacement(module), _inputs(module), mapping={"": ""})
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
         return None
-    return float((a - b).abs().max()) if a.shape == b.shape else None
+    return report.max_difference if math.isfinite(report.max_difference) else None
 
 
 def _inputs(module: nn.Module) -> tuple[torch.Tensor, ...]:

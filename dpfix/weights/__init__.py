@@ -1,6 +1,7 @@
 """Weights in, weights out: equivalence of modules, export to the original architecture, checkpoints of elsewhere."""
 
 from dpfix.weights.equivalence import Difference, EquivalenceReport, compare_outputs, verify_equivalence
+from dpfix.weights.export import changed_layers, export_plain, plain_state_dict, save_plain
 from dpfix.weights.load import LoadReport, load_pretrained
 from dpfix.weights.recorded import LegacyReport, Recording, verify_legacy
 
@@ -10,8 +11,12 @@ __all__ = [
     "LegacyReport",
     "LoadReport",
     "Recording",
+    "changed_layers",
     "compare_outputs",
+    "export_plain",
     "load_pretrained",
+    "plain_state_dict",
+    "save_plain",
     "verify_equivalence",
     "verify_legacy",
 ]

@@ -24,6 +24,8 @@ _WRAPPERS = {
 }
 """Name of a class among a wrapper's bases, and the attribute in which it keeps the model."""
 _HOOKS = tuple(f"_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+_LEFT_BY_OPACUS = ("autograd_grad_sample_hooks", "ft_compute_sample_grad")
+_LEFT_BY_HOOKS = ("activations", "max_batch_len", "norm_sample")
 _OURS = ("dpfix", "opacus")
 
 
@@ -65,21 +67,30 @@ def plain_copy(module: nn.Module) -> nn.Module:
         The copy.
     """
     memo: dict[int, Any] = {}
-    for child in module.modules():
+    left_out: list[tuple[str, str]] = []
+    for path, child in module.named_modules():
+        hooked = False
         for name, hooks in _hook_tables(child):
-            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_ours(hook))
+            kept = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_ours(hook))
+            hooked |= len(kept) < len(hooks)
+            memo[id(hooks)] = kept
             flags = getattr(child, f"{name}_with_kwargs", None)
             if flags is not None:
-                memo[id(flags)] = OrderedDict((k, v) for k, v in flags.items() if k in memo[id(hooks)])
+                memo[id(flags)] = OrderedDict((k, v) for k, v in flags.items() if k in kept)
         for name, value in vars(child).items():
-            if name == "forward" and _is_ours(value):
-                memo[id(value)] = None
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
+            if (
+                name in _LEFT_BY_OPACUS
+                or (hooked and name in _LEFT_BY_HOOKS)
+                or (name == "forward" and _is_ours(value))
+            ):
+                if not isinstance(value, int):  # numbers are shared: all that are equal would be left out
+                    memo[id(value)] = None
+                left_out.append((path, name))
+            elif isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # left over from a forward pass; cannot be copied as it is
     copied = copy.deepcopy(module, memo)
-    for child in copied.modules():
-        if vars(child).get("forward", child) is None:
-            del vars(child)["forward"]
+    for path, name in left_out:
+        vars(copied.get_submodule(path)).pop(name, None)
     return copied
 
 

@@ -20,6 +20,8 @@ from dpfix.errors import (
 from dpfix.weights import files, legacy
 from dpfix.weights.conversion import Conversion
 from dpfix.weights.copies import unwrap
+from dpfix.weights.opacus_layers import original_state, replacement_state
+from dpfix.weights.origins import origins_in
 
 AS_IS = "as is"
 SOURCES = (AS_IS, legacy.SOURCE)
@@ -107,7 +109,7 @@ def load_pretrained(
     """
     _check(source, legacy_projection)
     module = unwrap(model)
-    wanted = module.state_dict()
+    wanted = _keys(module)
     old, stripped = strip_prefixes(files.tensors(checkpoint, entry), wanted)
     conversion, source = _conversion(module, old, wanted, source, legacy_projection)
     _refuse(module, conversion, source, strict)
@@ -163,6 +165,7 @@ def _conversion(
 ) -> tuple[Conversion, str]:
     plain = Conversion(old, wanted)
     plain.take_rest()
+    _drop_repaired(module, plain)
     if source == AS_IS or (source is None and (plain.complete or not legacy.networks_in(module))):
         return plain, AS_IS
     if not legacy.networks_in(module):
@@ -171,9 +174,39 @@ def _conversion(
             f"({', '.join(legacy.NETWORKS)}). Build the network from monai.networks.nets, and load into that."
         )
     converted = legacy.convert(module, old, wanted, projection)
+    _drop_repaired(module, converted)
     if source is None and not converted.renamed and not converted.refusals:
         return plain, AS_IS
     return converted, legacy.SOURCE
+
+
+def _keys(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model; where a layer is replaced, under the keys of the original one."""
+    wanted = dict(module.state_dict())
+    for path, layer, names in _replaced(module):
+        wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{path}.")}
+        wanted |= {f"{path}.{name}": value for name, value in original_state(layer, names).items()}
+    return wanted
+
+
+def _replaced(module: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
+    """Layers that stand for others with other keys: path, layer, and the original's keys."""
+    return [
+        (path, module.get_submodule(path), list(origin.shell.state_dict()))
+        for path, origin in origins_in(module)
+        if origin.exact and origin.shell is not None
+    ]
+
+
+def _drop_repaired(module: nn.Module, conversion: Conversion) -> None:
+    """What only the original of a repaired layer has (running statistics) has no place any more."""
+    for path, origin in origins_in(module):
+        if origin.shell is not None and not origin.exact:
+            gone = origin.shell.state_dict().keys() - module.get_submodule(path).state_dict().keys()
+        else:
+            gone = {name for name, value in origin.attributes.items() if isinstance(value, Tensor)}
+        for name in sorted(gone):
+            conversion.drop(f"{path}.{name}", f"repaired: {origin.told}")
 
 
 def _refuse(module: nn.Module, conversion: Conversion, source: str, strict: bool) -> None:
@@ -214,10 +247,14 @@ _SHOWN = 6
 
 def _apply(module: nn.Module, conversion: Conversion) -> None:
     """Write the values, and read them back."""
-    module.load_state_dict(conversion.values, strict=False)
+    values = dict(conversion.values)
+    for path, layer, _ in _replaced(module):
+        part = {key.removeprefix(f"{path}."): values.pop(key) for key in list(values) if key.startswith(f"{path}.")}
+        values |= {f"{path}.{name}": value for name, value in replacement_state(layer, part).items()}
+    module.load_state_dict(values, strict=False)
     for block, _, name, value, _ in conversion.adjusted:
         setattr(block, name, value)
-    written = module.state_dict()
+    written = _keys(module)
     for key, value in conversion.values.items():
         if not _same(written[key], value):
             raise CheckpointError(

@@ -1,0 +1,125 @@
+"""What the layers of a repaired model were before, for as long as the model lives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer was.
+
+    Attributes:
+        told: the change in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
+        exact: whether the repaired layer computes the same.
+        shell: the original layer on the meta device, without values; ``None`` if only attributes were set.
+        attributes: the attributes that were set, with their original values.
+    """
+
+    told: str
+    exact: bool
+    shell: nn.Module | None
+    attributes: Mapping[str, Any]
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+_FROZEN: Any = WeakIdKeyDictionary()
+
+
+def remember_replaced(old: nn.Module, new: nn.Module, told: str, exact: bool) -> Callable[[], None]:
+    """Note what a new layer stands for.
+
+    Args:
+        old: the original layer.
+        new: the layer in its place.
+        told: the change in words.
+        exact: whether both compute the same.
+
+    Returns:
+        A function that forgets it.
+    """
+    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {told}", exact, _shell(old), {})
+    return lambda: forget(new)
+
+
+def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str, exact: bool) -> Callable[[], None]:
+    """Note what attributes of a layer were.
+
+    Args:
+        module: the layer.
+        before: the attributes' values before they are set.
+        told: the change in words.
+        exact: whether it computes the same.
+
+    Returns:
+        A function that forgets it.
+    """
+    earlier = _ORIGINS.get(module)
+    kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
+    _ORIGINS[module] = Origin(f"{type(module).__name__}: {told}", exact, None, kept)
+    return lambda: forget(module)
+
+
+def remember_frozen(parameter: nn.Parameter) -> None:
+    """Note that a parameter was trainable before private training froze it.
+
+    Args:
+        parameter: the parameter.
+    """
+    _FROZEN[parameter] = True
+
+
+def was_trainable(parameter: nn.Parameter) -> bool:
+    """Whether private training froze a parameter.
+
+    Args:
+        parameter: a parameter of a model.
+
+    Returns:
+        True if it was trainable before.
+    """
+    return parameter in _FROZEN
+
+
+def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
+    """The repaired layers of a model, under every path that leads to them.
+
+    Args:
+        model: a model.
+
+    Yields:
+        ``(module path, origin)`` pairs.
+    """
+    for path, module in model.named_modules(remove_duplicate=False):
+        origin = _ORIGINS.get(module)
+        if origin is not None:
+            yield path, origin
+
+
+def forget(module: nn.Module) -> None:
+    """Forget what a layer was.
+
+    Args:
+        module: the layer.
+    """
+    _ORIGINS.pop(module, None)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A copy without values: class, options, names, shapes, dtypes and flags."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        if not isinstance(p, UninitializedParameter):
+            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(module, memo)
