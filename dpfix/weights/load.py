@@ -109,7 +109,7 @@ def load_pretrained(
     """
     _check(source, legacy_projection)
     module = unwrap(model)
-    wanted = _keys(module)
+    wanted = keyed_as_original(module)
     old, stripped = strip_prefixes(files.tensors(checkpoint, entry), wanted)
     conversion, source = _conversion(module, old, wanted, source, legacy_projection)
     _refuse(module, conversion, source, strict)
@@ -180,8 +180,15 @@ def _conversion(
     return converted, legacy.SOURCE
 
 
-def _keys(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model; where a layer is replaced, under the keys of the original one."""
+def keyed_as_original(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a repaired model; where an exact repair replaced a layer, under the keys of the original one.
+
+    Args:
+        module: a model without wrappers.
+
+    Returns:
+        Tensors by key, most of them the model's own.
+    """
     wanted = dict(module.state_dict())
     for path, layer, names in _replaced(module):
         wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{path}.")}
@@ -254,7 +261,7 @@ def _apply(module: nn.Module, conversion: Conversion) -> None:
     module.load_state_dict(values, strict=False)
     for block, _, name, value, _ in conversion.adjusted:
         setattr(block, name, value)
-    written = _keys(module)
+    written = keyed_as_original(module)
     for key, value in conversion.values.items():
         if not _same(written[key], value):
             raise CheckpointError(

@@ -1,0 +1,239 @@
+"""Checkpoints from which a private training goes on exactly as it would have: Opacus's file, and what it leaves out.
+
+Opacus saves the weights, the optimizer and the accountant. Added are the generators, the plan, and the noise and clip norm
+that a scheduler may have moved. Everything is tensors and plain values, so that loading never runs code from the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from opacus import PrivacyEngine
+from torch import nn
+
+from dpfix.errors import CheckpointError, DPFixWarning
+from dpfix.plan import Plan
+from dpfix.weights.copies import unwrap
+from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
+
+ENTRY = "dpfix"
+_LOG = logging.getLogger("dpfix")
+_SCHEDULERS = ("noise_scheduler", "grad_clip_scheduler")
+_PRIVACY = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+
+
+def save(
+    engine: PrivacyEngine,
+    path: Any,
+    module: nn.Module,
+    optimizer: Any,
+    data_loader: Any,
+    schedulers: Mapping[str, Any],
+    more: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        engine: whose accountant is saved.
+        path: file name or binary file.
+        module: the model, wrapped or not; its weights are saved under the keys of its original layers.
+        optimizer: the private optimizer, or ``None``.
+        data_loader: the private loader, for the state of a generator of its own, or ``None``.
+        schedulers: Opacus's schedulers by name; ``None`` where there is none.
+        more: further entries.
+        options: further arguments of ``torch.save``.
+    """
+    content = dict(more)
+    content["module_state_dict"] = keyed_as_original(unwrap(module))
+    content["privacy_accountant_state_dict"] = dict(_accountant_state(engine))
+    if optimizer is not None:
+        content["optimizer_state_dict"] = optimizer.state_dict()
+    content |= {f"{name}_state_dict": s.state_dict() for name, s in schedulers.items() if s is not None}
+    content[ENTRY] = {
+        "generators": _generators(optimizer, data_loader),
+        "plan": _plan(optimizer),
+        "privacy": {name: _plain(getattr(optimizer, name)) for name in _PRIVACY if optimizer is not None},
+    }
+    torch.save(content, path, **options)
+
+
+def load(
+    engine: PrivacyEngine,
+    path: Any,
+    module: nn.Module,
+    optimizer: Any,
+    data_loader: Any,
+    schedulers: Mapping[str, Any],
+    strict: bool,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Read a checkpoint into the objects of a call that was made in the same way.
+
+    Args:
+        engine: whose accountant goes on.
+        path: file name or binary file.
+        module: the model, wrapped or not.
+        optimizer: the private optimizer, or ``None``.
+        data_loader: the private loader, or ``None``.
+        schedulers: Opacus's schedulers by name.
+        strict: refuse weights that do not fit.
+        options: further arguments of ``torch.load``.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        CheckpointError: the file holds more than tensors and plain values, is no checkpoint, or is another accountant's.
+    """
+    try:
+        arguments: dict[str, Any] = {"weights_only": True, **options}
+        content = torch.load(path, **arguments)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path!r} holds more than tensors and plain values, and reading it would run code from the file. If you "
+            "trust it, pass torch_load_kwargs={'weights_only': False}."
+        ) from error
+    _check(content, engine)
+    added = content.get(ENTRY, {})
+    _compare_plans(added.get("plan"), _plan(optimizer))
+    load_pretrained(module, content["module_state_dict"], source=AS_IS, strict=strict)
+    engine.accountant.load_state_dict(content["privacy_accountant_state_dict"])
+    states = {"optimizer": optimizer} | dict(schedulers)
+    for name, target in states.items():
+        _restore(name, target, content.get(f"{name}_state_dict"))
+    if not added:
+        _warn(
+            "it holds no generators and no plan (it was saved by Opacus): the training goes on, but not with the same noise."
+        )
+        return content
+    _restore_privacy(optimizer, added["privacy"])
+    _restore_generators(added["generators"], optimizer, data_loader)
+    return content
+
+
+def _accountant_state(engine: PrivacyEngine) -> Mapping[str, Any]:
+    accountant: Any = engine.accountant
+    return accountant.state_dict()
+
+
+def _check(content: Any, engine: PrivacyEngine) -> None:
+    needed = ("module_state_dict", "privacy_accountant_state_dict")
+    if not isinstance(content, dict) or any(name not in content for name in needed):
+        raise CheckpointError(
+            "the file is no checkpoint of a private training: it needs module_state_dict and privacy_accountant_state_dict. "
+            "For weights alone there is dpfix.load_pretrained."
+        )
+    saved, here = content["privacy_accountant_state_dict"].get("mechanism"), engine.accountant.mechanism()
+    if saved != here:
+        raise CheckpointError(
+            f"the checkpoint's accountant is {saved!r}, and this privacy engine's is {here!r}: their histories cannot be "
+            f"added up. Use SafePrivacyEngine(accountant={saved!r})."
+        )
+
+
+def _restore(name: str, target: Any, state: Any) -> None:
+    if target is not None and state is not None:
+        target.load_state_dict(state)
+    elif state is not None:
+        _warn(f"{name}: the checkpoint has its state, and none was given.")
+    elif target is not None:
+        _warn(f"{name}: one was given, and the checkpoint has no state of it.")
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def _plan(optimizer: Any) -> dict[str, Any]:
+    plan: Plan | None = getattr(getattr(optimizer, "guard", None), "plan", None)
+    if plan is None:
+        return {}
+    return {"engine": plan.engine, "frozen_parameters": list(plan.frozen_parameters)}
+
+
+def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    if not saved or not here:
+        return
+    if saved["engine"] != here["engine"]:
+        _LOG.warning(
+            "checkpoint: it was trained with the engine %r, and this call chose %r: the same up to rounding. For the very same "
+            "numbers pass grad_sample_mode=%r.",
+            *(saved["engine"], here["engine"], saved["engine"]),
+        )
+    if saved["frozen_parameters"] != here["frozen_parameters"]:
+        raise CheckpointError(
+            f"the checkpoint's training left {saved['frozen_parameters']} untrained, and this one {here['frozen_parameters']}: "
+            "the loss or the model is another one."
+        )
+
+
+def _restore_privacy(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    if optimizer is None:
+        return
+    for name, value in saved.items():
+        here = _plain(getattr(optimizer, name))
+        if here != value:
+            _warn(f"{name}={value} is taken from the checkpoint; the call said {here}.")
+            setattr(optimizer, name, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.item() if isinstance(value, (torch.Tensor, np.generic)) else value
+
+
+# ------------------------------------------------------------------ generators
+
+
+def _own(optimizer: Any, data_loader: Any) -> dict[str, torch.Generator]:
+    """Generators besides the global ones: of the noise, and of the loader."""
+    found = {"noise": getattr(optimizer, "generator", None), "loader": getattr(data_loader, "generator", None)}
+    return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
+
+
+def _generators(optimizer: Any, data_loader: Any) -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    version, numbers, following = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, list(numbers), following],
+        "own": {name: g.get_state() for name, g in _own(optimizer, data_loader).items()},
+    }
+
+
+def _restore_generators(saved: Mapping[str, Any], optimizer: Any, data_loader: Any) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, following = saved["python"]
+    random.setstate((version, tuple(numbers), following))
+    here = _own(optimizer, data_loader)
+    for name in saved["own"].keys() ^ here.keys():
+        _warn(
+            f"the {name} has a generator of its own in {'the checkpoint' if name in saved['own'] else 'this call'} only."
+        )
+    for name in saved["own"].keys() & here.keys():
+        here[name].set_state(saved["own"][name])
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"checkpoint: {text}", DPFixWarning, stacklevel=4)

@@ -1,0 +1,144 @@
+"""A private training that is saved and loaded goes on with the same numbers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opacus import PrivacyEngine
+from opacus.schedulers import ExponentialNoise
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpfix
+from tests.cases import Recurrent
+from tests.helpers import points, setting
+
+
+def begin(mode: str = "bookkeeping", **changes: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ELU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    given = setting(model, optimizer=optimizer, grad_sample_mode=mode) | changes
+    training = dpfix.make_private_safe(**given)
+    return model, training
+
+
+def epoch(model: nn.Module, training: dpfix.PrivateTraining) -> None:
+    _, optimizer, loader = training
+    looping = training[0] if isinstance(training[0], nn.Module) else model
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(looping(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "not wrapped"])
+@pytest.mark.parametrize("mode", ["bookkeeping", "microbatch", "hooks"])
+@pytest.mark.parametrize("own", [False, True], ids=["global generators", "own generators"])
+def test_the_training_goes_on_exactly(mode: str, wrap: bool, own: bool, tmp_path: Path) -> None:
+    def fresh() -> tuple[nn.Module, dpfix.PrivateTraining]:
+        extra: dict[str, Any] = {"wrap_model": wrap}
+        if own:
+            extra["noise_generator"] = torch.Generator().manual_seed(1)
+            extra["data_loader"] = DataLoader(points(), batch_size=8, generator=torch.Generator().manual_seed(2))
+        return begin(mode, **extra)
+
+    torch.manual_seed(0)
+    model, training = fresh()
+    epoch(model, training)
+    given = {"path": tmp_path / "run.pt", "module": training[0], "optimizer": training[1], "data_loader": training[2]}
+    training.privacy_engine.save_checkpoint(**given)
+    epoch(model, training)
+    wanted = (random.random(), np.random.rand(), torch.rand(1))
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(99)
+    again, resumed = fresh()
+    given |= {"module": resumed[0], "optimizer": resumed[1], "data_loader": resumed[2]}
+    resumed.privacy_engine.load_checkpoint(**given)
+    epoch(again, resumed)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert training.privacy_engine.accountant.history == resumed.privacy_engine.accountant.history
+    assert training.get_epsilon(1e-3) == resumed.get_epsilon(1e-3)
+    first, second = (t[1].original_optimizer.state_dict()["state"] for t in (training, resumed))
+    assert all(torch.equal(first[i]["exp_avg_sq"], second[i]["exp_avg_sq"]) for i in first)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == wanted
+
+
+def test_weights_are_saved_under_the_original_keys(tmp_path: Path) -> None:
+    """The file's weights load into the original, also where Opacus's hooks needed another layer."""
+    original = Recurrent(nn.GRU(4, 5, batch_first=True), 5)
+    model = Recurrent(nn.GRU(4, 5, batch_first=True), 5)
+    loader = DataLoader(TensorDataset(torch.randn(8, 5, 4), torch.arange(8) % 3), batch_size=4)
+    training = dpfix.make_private_safe(**setting(model, data_loader=loader, grad_sample_mode="hooks"))
+    training.privacy_engine.save_checkpoint(path=tmp_path / "run.pt", module=training[0], optimizer=training[1])
+    dpfix.load_pretrained(original, tmp_path / "run.pt")
+    assert dpfix.verify_equivalence(original, training[0], torch.randn(3, 5, 4), mapping={"": ""})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    epoch(model, training)
+    training.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", module=training[0], optimizer=training[1])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_another_engine_and_other_settings_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, training = begin("bookkeeping")
+    training.privacy_engine.save_checkpoint(path=tmp_path / "run.pt", module=training[0], optimizer=training[1])
+    _, other = begin("microbatch", noise_multiplier=2.0)
+    expected = r"noise_multiplier=1.0 is taken from the checkpoint; the call said 2.0"
+    with pytest.warns(dpfix.DPFixWarning, match=expected):
+        other.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", module=other[0], optimizer=other[1])
+    assert "pass grad_sample_mode='bookkeeping'" in caplog.text
+    assert other[1].noise_multiplier == 1.0
+
+
+def test_a_scheduler_goes_on(tmp_path: Path) -> None:
+    _, training = begin()
+    scheduler = ExponentialNoise(training[1], gamma=0.5)
+    scheduler.step()
+    given = {"path": tmp_path / "run.pt", "optimizer": training[1], "noise_scheduler": scheduler}
+    training.privacy_engine.save_checkpoint(module=training[0], **given)
+    _, again = begin()
+    resumed = ExponentialNoise(again[1], gamma=0.5)
+    given |= {"optimizer": again[1], "noise_scheduler": resumed}
+    with pytest.warns(dpfix.DPFixWarning, match=r"noise_multiplier=0.5 is taken from the checkpoint"):
+        again.privacy_engine.load_checkpoint(module=again[0], **given)
+    resumed.step()
+    assert again[1].noise_multiplier == 0.25
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    _, training = begin()
+    file = tmp_path / "run.pt"
+    training.privacy_engine.save_checkpoint(path=file, module=training[0], checkpoint_dict={"model": nn.Linear(1, 1)})
+    with pytest.raises(dpfix.CheckpointError, match="would run code from the file"):
+        training.privacy_engine.load_checkpoint(path=file, module=training[0])
+
+
+def test_what_is_no_checkpoint_or_another_accountants_is_refused(tmp_path: Path) -> None:
+    model, training = begin()
+    file = tmp_path / "run.pt"
+    torch.save(model.state_dict(), file)
+    with pytest.raises(dpfix.CheckpointError, match=r"For weights alone there is dpfix.load_pretrained"):
+        training.privacy_engine.load_checkpoint(path=file, module=training[0])
+    training.privacy_engine.save_checkpoint(path=file, module=training[0])
+    other = dpfix.SafePrivacyEngine(accountant="rdp")
+    with pytest.raises(dpfix.CheckpointError, match=r"accountant is 'prv', and this privacy engine's is 'rdp'"):
+        other.load_checkpoint(path=file, module=training[0])
+
+
+def test_a_checkpoint_of_opacus_is_read(tmp_path: Path) -> None:
+    model, training = begin()
+    epoch(model, training)
+    plain = PrivacyEngine()
+    plain.accountant = training.privacy_engine.accountant
+    plain.save_checkpoint(path=tmp_path / "run.pt", module=training[0], optimizer=training[1])
+    again, resumed = begin()
+    with pytest.warns(dpfix.DPFixWarning, match="saved by Opacus"):
+        resumed.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", module=resumed[0], optimizer=resumed[1])
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert len(resumed.privacy_engine.accountant) == len(training.privacy_engine.accountant) > 0
