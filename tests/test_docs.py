@@ -94,3 +94,16 @@ def test_whole_comparison() -> None:
     """The script's exit status says that dpfix was right in every row."""
     script = ROOT / "benchmarks/opacus_comparison.py"
     subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=1200)
+
+
+def test_weights_page_has_every_network() -> None:
+    """The table says of every network that dpfix loads it rightly or refuses it."""
+    from tests.weights.legacy_zoo import REFUSED, ZOO
+
+    script, page = load("benchmarks/legacy_weights.py"), (ROOT / "docs/weights.md").read_text()
+    table = page.partition(script.BEGINS)[2].partition(script.ENDS)[0]
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[3].strip() for line in table.splitlines() if line.startswith("|")
+    }
+    assert all(cells[case.name.strip()].startswith("right") for case in ZOO)
+    assert all(cells[case.name.strip()].startswith("refused") for case in REFUSED)

@@ -167,7 +167,7 @@ def _needs_projection(conversion: Conversion, path: str, attention: Any, old: st
 
 def _upsample(conversion: Conversion, at: str, block: nn.Module) -> None:
     """Upsampling by copying, with a convolution behind it."""
-    if hasattr(block, "deconv"):
+    if hasattr(block, "deconv") and f"{at}conv.conv.weight" in conversion.old:
         conversion.refusals.append(
             f"`{at.rstrip('.')}` is a transposed convolution with kernel 2 in MONAI, and had kernel 3 in monai-generative: no "
             "weights of one compute the other. Keep using monai-generative for a model with use_convtranspose=True."
@@ -200,7 +200,7 @@ _TORCH_EPS = 1e-5
 
 def _spade_net(conversion: Conversion, at: str, network: Any) -> None:
     """The generator; only the variational one has a counterpart."""
-    if not network.is_vae:
+    if not network.is_vae and f"{at}decoder.fc.weight" in conversion.old:
         conversion.refusals.append(
             f"`{at}decoder` starts with a convolution of the segmentation in MONAI (`conv_init`), and with a linear layer "
             "in monai-generative, whose own forward fails without a VAE. Build the model with is_vae=True, or train it anew."
