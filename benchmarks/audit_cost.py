@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix import audit, isolation, observe, select
+from dpfix import audit, isolation, observe, select, timing
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -205,7 +205,7 @@ PROVING = (
     (isolation, "check_isolation", "isolate"),
     (audit, "reference", "isolate"),
     (select, "_try", "try"),
-    (select, "_time", "time"),
+    (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),
 )
 
@@ -247,6 +247,7 @@ def call(setup: Setup, **options: Any) -> tuple[float, dict[str, float], dpfix.P
                 noise_multiplier=1.0,
                 max_grad_norm=1.0,
                 training_step=setup.loss,
+                cache=False,
                 **options,
             )
         )

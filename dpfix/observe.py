@@ -160,10 +160,11 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
                 run = known.alone[same_as]
                 alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
                 continue
-            alone.append(_run_alone(module, step, batch, before, probe))
+            alone.append(_run_alone(module, step, batch, before, probe, layers=known is None))
             if alone[-1].written:
                 put_back(module, before)
-        together = run_step(module, step, probe.batch, before, recording, details=known is None)
+        first = known is None
+        together = run_step(module, step, probe.batch, before, recording, details=first, layers=first)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
         if together.random_modules and not used >= set(trainable):
@@ -191,11 +192,13 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
     )
 
 
-def _run_alone(module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key, Any], probe: Probe) -> Run:
+def _run_alone(
+    module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key, Any], probe: Probe, *, layers: bool
+) -> Run:
     """One sample alone; a model that runs on a batch only is one that needs the other samples."""
     notes = Recording()
     try:
-        return run_step(module, step, batch, before, notes, details=False)
+        return run_step(module, step, batch, before, notes, details=False, layers=layers)
     except TrainingStepError as error:
         put_back(module, before)
         run_step(module, step, probe.batch, before)
@@ -253,6 +256,7 @@ def run_step(
     recording: Recording | None = None,
     *,
     details: bool = True,
+    layers: bool = True,
 ) -> Run:
     """One forward and backward pass on the plain model with fixed randomness.
 
@@ -263,6 +267,7 @@ def run_step(
         before: snapshot of the model's state, to tell what was written.
         recording: where it is written down, if that is wanted.
         details: whether to write down functions and gradients, too.
+        layers: whether to write down the calls of the modules inside, too.
 
     Returns:
         What happened.
@@ -273,7 +278,7 @@ def run_step(
     for p in parameters.values():
         p.grad = None
     with (
-        recorder(module, notes, details=details),
+        recorder(module, notes, details=details, layers=layers and recording is not None),
         FixedRandomness(notes.stack) as mode,
         described_failures(step),
     ):

@@ -215,13 +215,14 @@ def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def recorder(module: nn.Module, recording: Recording, *, details: bool) -> Iterator[None]:
+def recorder(module: nn.Module, recording: Recording, *, details: bool, layers: bool = True) -> Iterator[None]:
     """Record one training step.
 
     Args:
         module: the model.
         recording: where it is written down.
         details: also watch functions (detach, in-place, uses of parameters) and which outputs gradient reaches.
+        layers: also write down the calls of the modules inside; if not, those of the model alone.
 
     Yields:
         Nothing.
@@ -229,7 +230,7 @@ def recorder(module: nn.Module, recording: Recording, *, details: bool) -> Itera
     keep = {path for path, m in module.named_modules() if not path or _holds_parameters(m)}
     watch = _Watch(recording, _owners(module)) if details else None
     with ExitStack() as stack:
-        for path, child in module.named_modules():
+        for path, child in module.named_modules() if layers else [("", module)]:
             for handle in _hooks(path, child, recording, path in keep, watch):
                 stack.callback(handle.remove)
         if watch is not None:
