@@ -1,0 +1,1 @@
+"""Thin adapters to other packages, imported only when asked for."""
