@@ -37,9 +37,10 @@ def epoch(model: nn.Module, training: dpfix.PrivateTraining) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "not wrapped"])
 @pytest.mark.parametrize("mode", ["bookkeeping", "microbatch", "hooks"])
-@pytest.mark.parametrize("own", [False, True], ids=["global generators", "own generators"])
+@pytest.mark.parametrize(
+    ("wrap", "own"), [(True, False), (False, True)], ids=["wrapped", "own generators, not wrapped"]
+)
 def test_the_training_goes_on_exactly(mode: str, wrap: bool, own: bool, tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, dpfix.PrivateTraining]:
         extra: dict[str, Any] = {"wrap_model": wrap}

@@ -130,4 +130,4 @@ def test_the_fast_engine_trains_the_original_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", SLOWER)
 def test_some_engine_trains_the_original_layer(name: str) -> None:
-    assert kept(name, "auto") in ("bookkeeping", "microbatch")
+    assert kept(name, "auto") in ("bookkeeping", "vmap", "microbatch")
