@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpfix.errors import DPFixError
 
@@ -31,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     groups = parser.add_subparsers(required=True, metavar="COMMAND")
     segment = groups.add_parser("segment", help="work on segmentations")
     _add_ensemble(segment.add_subparsers(required=True, metavar="COMMAND"))
+    nnunet = groups.add_parser("nnunet", help="private training with nnU-Net")
+    _add_nnunet(nnunet.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
 
@@ -62,4 +65,28 @@ def _ensemble(options: argparse.Namespace) -> int:
         save_probabilities=options.save_probabilities,
     )
     print(f"{len(written)} case(s) from {len(options.folders)} model(s) written to {options.output}")
+    return 0
+
+
+def _add_nnunet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser("doctor", help="what in this installation cannot work, or cannot be private")
+    doctor.add_argument("-d", "--dataset", type=Path, metavar="DIR", help="folder of a preprocessed data set")
+    doctor.add_argument("-p", "--plans", default="nnUNetPlans", help="name of its plans; default: %(default)s")
+    doctor.set_defaults(run=_doctor)
+    trainers = commands.add_parser("trainers", help="print the folder that nnUNet_extTrainer has to name")
+    trainers.set_defaults(run=_trainers)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dpfix.integrations.nnunet.doctor import diagnose_installation
+
+    remarks = diagnose_installation(dataset=options.dataset, plans=options.plans)
+    print("\n".join(map(str, remarks)) or "nothing to remark")
+    return int(any(remark.wrong for remark in remarks))
+
+
+def _trainers(options: argparse.Namespace) -> int:
+    from dpfix.integrations.nnunet.doctor import TRAINERS
+
+    print(TRAINERS)
     return 0
