@@ -87,7 +87,7 @@ def prepare(folder: Path, configuration: str = "3d_fullres", planner: str = "Exp
         Name of the plans.
     """
     api = import_module("nnunetv2.experiment_planning.plan_and_preprocess_api")
-    api.extract_fingerprints([NUMBER], num_processes=1, verbose=False, show_progress_bar=False)
+    api.extract_fingerprints([NUMBER], num_processes=1, verbose=False)
     plans = api.plan_experiments([NUMBER], planner)
     file = folder / "preprocessed" / NAME / f"{plans}.json"
     content = json.loads(file.read_text())
@@ -96,7 +96,7 @@ def prepare(folder: Path, configuration: str = "3d_fullres", planner: str = "Exp
             kwargs = one["architecture"]["arch_kwargs"]
             kwargs["features_per_stage"] = [min(f, 8) for f in kwargs["features_per_stage"]]
     file.write_text(json.dumps(content))
-    api.preprocess([NUMBER], plans, (configuration,), (1,), show_progress_bar=False)
+    api.preprocess([NUMBER], plans, (configuration,), (1,))
     cases = [f"c{case}" for case in range(CASES - 2)]
     split = [{"train": cases[::2], "val": cases[1::2]}, {"train": cases[1::2], "val": cases[::2]}]
     (folder / "preprocessed" / NAME / "splits_final.json").write_text(json.dumps(split))

@@ -91,12 +91,13 @@ def test_released_step(tmp_path: Path, kind: str, configuration: str, planner: s
         one_step(workflow.trainer(0, plans, configuration=configuration))
 
 
-def test_train_predict_ensemble(regions: tuple[Path, str], tmp_path: Path) -> None:
+def test_train_predict_ensemble(regions: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both folds privately, the stock predictor, and an ensemble that is nnU-Net's own."""
     folder, plans = regions
     raw = folder / "raw" / workflow.NAME
     members = []
     for fold in range(2):
+        monkeypatch.setenv("nnUNet_n_proc_DA", str(fold))  # without and with worker processes
         made = workflow.train(workflow.trainer(fold, plans), epochs=2, steps=3)
         output = Path(made.output_folder)
         statement = json.loads((output / "privacy_statement.json").read_text())

@@ -85,7 +85,7 @@ def _discovery(environment: Mapping[str, str]) -> Iterator[Remark]:
         yield Remark(
             False,
             f"nnUNet_extTrainer does not name {TRAINERS}, so -tr nnUNetTrainerDP is not found. export nnUNet_extTrainer="
-            "$(dpfix nnunet trainers); nnunetv2 before 2.7 does not read it: copy nnUNetTrainerDP.py into its folder "
+            "$(dpfix nnunet trainers); nnunetv2 2.6 does not read it: copy nnUNetTrainerDP.py into its folder "
             "training/nnUNetTrainer.",
         )
     if importlib.util.find_spec("nnunetv2") and importlib.util.find_spec("timm"):

@@ -26,7 +26,8 @@ KEY = "dpfix"
 NOT_COVERED = (
     "the fingerprint and the plans (spacings, sizes, patch and batch size), planned on the training cases",
     "the intensity statistics in the plans, taken from the training cases",
-    "cases of the validation fold: pseudo Dice, validation loss, and checkpoint_best, which is selected on them",
+    "cases of the validation fold (with fold 'all' the training cases): pseudo Dice, validation loss, and checkpoint_best, "
+    "which is selected on them",
     "the training loss in the log and in progress.png: computed on training patients, without noise",
     "the preprocessed cases and the summary of the final validation in the output folder",
     "hyper-parameters and stopping time that were chosen by looking at the same data",
