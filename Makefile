@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python benchmarks/legacy_weights.py --write docs/weights.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py
 	$(ONE_THREAD) $(BIN)/python benchmarks/simsiam_digits.py --write docs/detach.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py --write
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)

@@ -1,11 +1,12 @@
 """Time and memory of a private training step, as multiples of an ordinary one.
 
-``python benchmarks/engine_speed.py [--engines bookkeeping hooks] [--models CNN ...] [--rounds 7] [--json FILE]``
+``python benchmarks/engine_speed.py [--models CNN ...] [--contestants auto bookkeeping "Opacus hooks" ...] [--write]``
 
 *step*: process CPU time on one thread of forward, backward and optimizer step, medians of rounds in which the ordinary
-step (SGD on the same repaired model) and all engines take turns in one process. *memory*: largest number of bytes
+step (SGD on the same repaired model) and all contestants take turns in one process. *memory*: largest number of bytes
 that tensors hold during a warm step, every contestant in a process of its own. The private step is the whole one:
-clipping, noise, Opacus's optimizer and accountant.
+clipping, noise, Opacus's optimizer and accountant. ``--write`` writes JSON, a table and charts to
+``benchmarks/results/`` and the page ``docs/speed.md``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import opacus
 import torch
 import torch.nn.functional as F
+from opacus import PrivacyEngine
+from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,6 +39,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpfix
 
 ORDINARY = "non-private"
+PEERS = ("Opacus hooks", "Opacus functorch", "Opacus ghost", "Opacus ew")
+OWN = ("auto", "bookkeeping", "vmap")
+TOO_SLOW = 20
+"""A contestant this many times slower than the ordinary step is timed once."""
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 
 
 # ------------------------------------------------------------------ the models
@@ -134,6 +145,19 @@ def vnet() -> nn.Module:
     return VNet(3, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0))
 
 
+def autoencoder() -> nn.Module:
+    from monai.networks.nets import AutoencoderKL
+
+    return AutoencoderKL(
+        2, 1, 1, num_res_blocks=(1, 1), channels=(32, 64), attention_levels=(False, True), latent_channels=3,
+        norm_num_groups=16, with_encoder_nonlocal_attn=True, with_decoder_nonlocal_attn=True,
+    )  # fmt: skip
+
+
+def reconstruction(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0])[0], batch[0])
+
+
 def tokens(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
@@ -162,26 +186,68 @@ CONTESTS: dict[str, Contest] = {
     "ResNet18-GN": Contest(ResNet18, lambda: (torch.randn(32, 3, 32, 32), labels(10, 32)), classes),
     "UNet 3D": Contest(unet, lambda: (torch.randn(4, 1, 32, 32, 32), labels(2, 4, 32, 32, 32)), classes),
     "VNet": Contest(vnet, lambda: (torch.randn(2, 1, 32, 32, 32), labels(2, 2, 32, 32, 32)), classes),
+    "AutoencoderKL": Contest(autoencoder, lambda: (torch.randn(4, 1, 64, 64), labels(2, 4)), reconstruction),
     "char LSTM": Contest(CharLSTM, lambda: (labels(80, 64, 64), labels(80, 64, 64)), tokens),
+}
+
+
+def pictures(size: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 1, 28, 28), labels(10, size)
+
+
+SCALING = tuple(f"CNN, batch {size}" for size in (8, 32, 128, 512))
+CONTESTS |= {
+    name: Contest(cnn, partial(pictures, size), classes) for name, size in zip(SCALING, (8, 32, 128, 512), strict=True)
 }
 
 
 # ------------------------------------------------------------------ the steps
 
 
+def opacus_stepper(name: str, mode: str) -> Callable[[], None]:
+    """One training step of plain Opacus, after ``ModuleValidator.fix``."""
+    contest = CONTESTS[name]
+    torch.manual_seed(0)
+    model, data = ModuleValidator.fix(contest.model().train()), contest.batch()
+    ghost = mode == "ghost"
+    private, optimizer, *rest = PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+        data_loader=DataLoader(TensorDataset(*data), batch_size=len(data[0])), criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=False, grad_sample_mode=mode,
+    )  # fmt: skip
+
+    def loss() -> Any:
+        if not ghost:
+            return contest.step(private, data)
+        if contest.step is tokens:
+            return rest[0](private(data[0]).flatten(0, 1), data[1].flatten(), shape=tuple(data[1].shape))
+        if contest.step is reconstruction:
+            raise NotImplementedError("Opacus's ghost clipping takes criterion(output, target) alone")
+        return rest[0](private(data[0]), data[1])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
 def stepper(name: str, engine: str) -> tuple[Callable[[], None], str]:
     """One training step of a contestant, and the engine that was really used."""
+    if engine in PEERS:
+        return opacus_stepper(name, engine.split()[1]), engine
     contest = CONTESTS[name]
     torch.manual_seed(0)
     model, data = contest.model().train(), contest.batch()
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]))
-    mode = "auto" if engine == ORDINARY else engine
+    mode = "bookkeeping" if engine == ORDINARY else engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         training = dpfix.make_private_safe(
             module=model, optimizer=sgd, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0,
-            training_step=contest.step, poisson_sampling=False, grad_sample_mode=mode,
+            training_step=contest.step, poisson_sampling=False, grad_sample_mode=mode, cache=True,
         )  # fmt: skip
     private, optimizer, _ = training
     used = training.plan.engine
@@ -203,16 +269,32 @@ def seconds(step: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def step_times(name: str, engines: Sequence[str], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of a step, the contestants taking turns."""
-    steps = {engine: stepper(name, engine)[0] for engine in (ORDINARY, *engines)}
-    for step in steps.values():
-        step()
-    found: dict[str, list[float]] = {engine: [] for engine in steps}
+FAILURES = (
+    dpfix.DPFixError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError,
+    AssertionError,
+)  # fmt: skip
+
+
+def step_times(name: str, contestants: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Median CPU seconds of a step, the contestants taking turns; the error's text for one that cannot run."""
+    found: dict[str, Any] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    used = ""
+    for contestant in (ORDINARY, *contestants):
+        try:
+            step, engine = stepper(name, contestant)
+            step()
+            found[contestant] = [seconds(step)]
+        except FAILURES as error:
+            found[contestant] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        steps[contestant], used = step, engine if contestant == "auto" else used
     for _ in range(rounds):
-        for engine, step in steps.items():
-            found[engine].append(seconds(step))
-    return {engine: statistics.median(times) for engine, times in found.items()}
+        for contestant, step in steps.items():
+            if found[contestant][0] < TOO_SLOW * found[ORDINARY][0]:
+                found[contestant].append(seconds(step))
+    times = {c: t if isinstance(t, str) else statistics.median(t[1:] or t) for c, t in found.items()}
+    return times | {"auto took": used}
 
 
 def live_bytes() -> int:
@@ -253,37 +335,139 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def measured(name: str, contestants: Sequence[str], rounds: int, memory: bool) -> dict[str, Any]:
+    """Seconds and bytes of every contestant on one model."""
+    times = in_a_fresh_process(step_times, name, contestants, rounds)
+    rows: dict[str, Any] = {"seconds": times, "auto took": times.pop("auto took"), "bytes": {}}
+    if memory:
+        for contestant, value in times.items():
+            if contestant == rows["auto took"] and "auto" in rows["bytes"]:
+                rows["bytes"][contestant] = rows["bytes"]["auto"]
+            elif not isinstance(value, str) and value < TOO_SLOW * times[ORDINARY]:
+                rows["bytes"][contestant] = in_a_fresh_process(peak_bytes, name, contestant)
+    return rows
+
+
+def cell(rows: dict[str, Any], contestant: str) -> str:
+    value = rows["seconds"].get(contestant)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return "fails"
+    text = f"{value / rows['seconds'][ORDINARY]:.2f}"
+    if contestant in rows["bytes"]:
+        text += f" [{rows['bytes'][contestant] / rows['bytes'][ORDINARY]:.2f}]"
+    return text + (f" {rows['auto took']}" if contestant == "auto" else "")
+
+
+def table(results: dict[str, Any], contestants: Sequence[str]) -> str:
+    lines = ["| model | ordinary step | " + " | ".join(contestants) + " |", "|---|---|" + "---|" * len(contestants)]
+    for name, rows in results.items():
+        first = f"{rows['seconds'][ORDINARY] * 1e3:.0f} ms"
+        lines.append(f"| {name} | {first} | " + " | ".join(cell(rows, c) for c in contestants) + " |")
+    return "\n".join(lines)
+
+
+def chart(results: dict[str, Any], contestants: Sequence[str], kind: str, path: Path) -> None:
+    """Bars of one kind of ratio, model by model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 4.2), layout="constrained")
+    width = 0.8 / len(contestants)
+    for number, contestant in enumerate(contestants):
+        heights = []
+        for rows in results.values():
+            value, base = rows[kind].get(contestant), rows[kind].get(ORDINARY)
+            heights.append(value / base if isinstance(value, (int, float)) and base else 0)
+        axes.bar([i + number * width for i in range(len(results))], heights, width, label=contestant)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.8)
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(results))], list(results), rotation=20)
+    axes.set_ylabel({"seconds": "step", "bytes": "peak memory"}[kind] + " / non-private")
+    axes.legend(ncols=4, fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def page(text: str, about: dict[str, Any]) -> str:
+    return f"""# Speed and memory
+
+Written by `python benchmarks/engine_speed.py --write` (part of `make bench`).
+
+A private training step as a multiple of an ordinary one (SGD on the same repaired model): CPU time on one thread, and
+in brackets the largest number of bytes that tensors hold during a warm step. Lower is better. `auto` is what
+`make_private_safe` takes by itself, and the engine it took. *fails*: the contestant cannot train the model. Opacus gets
+the model after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an
+ordinary one, and memory was not measured.
+
+{text}
+
+torch {about["torch"]}, Opacus {about["opacus"]}, {about["machine"]}, one thread.
+
+![Step time]({"assets/speed-step.png"})
+
+![Peak memory]({"assets/speed-memory.png"})
+"""
+
+
+def environment() -> dict[str, Any]:
+    machine = platform.processor() or platform.machine()
+    return {
+        "torch": torch.__version__, "opacus": opacus.__version__, "dpfix": dpfix.__version__,
+        "python": platform.python_version(), "machine": machine, "threads": 1,
+    }  # fmt: skip
+
+
+def earlier() -> dict[str, Any]:
+    """What an earlier run in the same environment has written: the models can be measured in several runs."""
+    try:
+        found = json.loads((RESULTS / "engine_speed.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found["results"] if found["environment"] == environment() else {}
+
+
+def write(results: dict[str, Any], contestants: Sequence[str]) -> None:
+    about = environment()
+    every = earlier() | results
+    results = {name: every[name] for name in CONTESTS if name in every}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "engine_speed.json").write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
+    text = table(results, contestants)
+    (RESULTS / "engine_speed.md").write_text(text + "\n")
+    (PAGE.parent / "assets").mkdir(exist_ok=True)
+    models = {name: rows for name, rows in results.items() if name not in SCALING}
+    for kind, name in (("seconds", "step"), ("bytes", "memory")):
+        path = RESULTS / f"speed-{name}.png"
+        chart(models, contestants, kind, path)
+        (PAGE.parent / "assets" / path.name).write_bytes(path.read_bytes())
+    PAGE.write_text(page(text, about))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="+", default=["bookkeeping"])
+    parser.add_argument("--contestants", nargs="+", default=[*OWN, *PEERS])
     parser.add_argument("--models", nargs="+", default=list(CONTESTS), choices=list(CONTESTS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     results: dict[str, Any] = {}
-    print("| model | " + " | ".join(given.engines) + " |\n|---|" + "---|" * len(given.engines))
     for name in given.models:
-        rows: dict[str, Any] = {}
-        try:
-            times = in_a_fresh_process(step_times, name, given.engines, given.rounds)
-        except dpfix.DPFixError as error:
-            print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:300]} |", flush=True)
-            continue
-        rows["seconds"] = times
-        if not given.no_memory:
-            rows["bytes"] = {e: in_a_fresh_process(peak_bytes, name, e) for e in (ORDINARY, *given.engines)}
-        results[name] = rows
-        cells = []
-        for engine in given.engines:
-            cell = f"{times[engine] / times[ORDINARY]:.2f}"
-            if "bytes" in rows:
-                cell += f" [{rows['bytes'][engine] / rows['bytes'][ORDINARY]:.2f}]"
-            cells.append(cell)
-        print(f"| {name} ({times[ORDINARY] * 1e3:.0f} ms) | " + " | ".join(cells) + " |", flush=True)
-    if given.json:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
-        given.json.write_text(json.dumps({"environment": about, "results": results}, indent=1))
+        few = [
+            c
+            for c in given.contestants
+            if name not in SCALING or c in ("auto", "bookkeeping", "Opacus hooks", "Opacus ghost")
+        ]
+        results[name] = measured(name, few, given.rounds, not given.no_memory)
+        print(table({name: results[name]}, given.contestants).splitlines()[-1], flush=True)
+        if given.write:
+            write(results, given.contestants)
+    print(table(results, given.contestants))
     return 0
 
 
