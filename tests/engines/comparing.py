@@ -76,6 +76,11 @@ def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STE
         for n, p in names.items():
             close(p.grad_sample, wanted[n], n, bound)
             assert p.grad is None, f"autograd computed a gradient for {n}"
+        handle.finish()
+        step.loss(model, probe.singles[0]).backward()
+        assert handle.collect(parameters) == [1]
+        for n, p in names.items():
+            close(p.grad_sample[0], wanted[n][0], f"{n} of a batch of one", bound)
     finally:
         handle.detach()
         for hook in hooks:

@@ -304,7 +304,31 @@ MODELS: dict[str, Case] = {
 }
 
 
-EVERY = LINEAR | CONVOLUTIONS | NORMS | MODELS
+class Transposed(nn.Module):
+    """A layer whose output goes on as ``[batch, positions, channels]``, so that its gradient comes back transposed."""
+
+    def __init__(self, layer: nn.Module, channels: int = 4) -> None:
+        super().__init__()
+        self.first, self.layer, self.head = nn.Conv1d(2, channels, 1, bias=False), layer, nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(self.first(x))).transpose(1, 2))
+
+
+TRANSPOSED: dict[str, Case] = {
+    f"transposed-{name}": (lambda layer=layer: Transposed(copy.deepcopy(layer)), floats(2, 6))
+    for name, layer in {
+        "group-norm": nn.GroupNorm(2, 4),
+        "instance-norm": nn.InstanceNorm1d(4, affine=True),
+        "layer-norm": nn.LayerNorm(6),
+        "conv1d": nn.Conv1d(4, 4, 3, padding=1, groups=2),
+        "conv-transpose1d": nn.ConvTranspose1d(4, 4, 3, padding=1),
+        "prelu": nn.PReLU(4),
+        "linear": nn.Linear(6, 6),
+    }.items()
+}
+
+EVERY = TRANSPOSED | LINEAR | CONVOLUTIONS | NORMS | MODELS
 
 
 @pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)

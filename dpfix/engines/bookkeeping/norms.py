@@ -177,8 +177,9 @@ class GroupNorm(Norm):
         rows, channels = x.shape[:2]
         spatial, groups = math.prod(x.shape[2:]), mean.numel() // rows
         flat = (1, rows * channels, spatial)
+        g = g.reshape(flat).contiguous()  # the kernel does not look at strides; a single row reshapes to a view
         gx, *by_row = torch.ops.aten.native_group_norm_backward(
-            g.reshape(flat), x.view(flat), mean.view(1, -1), rstd.view(1, -1), weight.repeat(rows),
+            g, x.view(flat), mean.view(1, -1), rstd.view(1, -1), weight.repeat(rows),
             1, rows * channels, spatial, rows * groups, [wanted, True, True],
         )  # fmt: skip
         scale, shift = (per_sample(call, t.view(rows, channels)) for t in by_row)
