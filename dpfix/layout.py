@@ -80,11 +80,11 @@ class CallLayout:
     """How one call of ``forward`` carries the samples.
 
     Attributes:
-        inputs: layout of ``(args, kwargs)``.
+        inputs: layout of ``(args, kwargs)``, without what is in ``lists``.
         output: layout of what is returned.
         signature: paths and numbers of dimensions of the input tensors; tells calls of different form apart.
-        lists: paths of lists in ``(args, kwargs)`` that hold one entry per sample; ``inputs`` and ``signature`` are those of
-            a call with the first entry alone.
+        lists: paths of lists in ``(args, kwargs)`` that hold one entry per sample, each of a shape of its own;
+            ``signature`` is that of a call with the first entry alone.
     """
 
     inputs: Layout
@@ -257,8 +257,9 @@ def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> 
         singles = [calls[number] for calls in alone]
         arguments, single_arguments = (call.args, call.kwargs), [(c.args, c.kwargs) for c in singles]
         lists = tuple(_lists_of_samples(arguments, single_arguments))
+        others = [trees.map_at(lambda entries: [], a, lists) for a in (arguments, *single_arguments)]
         arguments = trees.map_at(lambda entries: entries[:1], arguments, lists)
-        inputs, problem = _layout(arguments, single_arguments)
+        inputs, problem = _layout(others[0], others[1:])
         if problem:
             return (), f"input of call {number} of the model: {problem}"
         output, problem = _layout(call.output, [c.output for c in singles])

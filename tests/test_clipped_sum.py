@@ -100,12 +100,13 @@ class Listed(nn.Module):
         return self.head(torch.stack([torch.tanh(self.inner(p[0])).sum(0) for p in pieces]))
 
 
-def test_list_of_samples() -> None:
+@pytest.mark.parametrize("sizes", [(2, 3, 4), (3, 4, 2), (4, 2, 3), (5, 1, 3, 2)])
+def test_list_of_samples(sizes: tuple[int, ...]) -> None:
     def step(model: nn.Module, batch: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
         return F.cross_entropy(model([[x] for x, _ in batch]), torch.tensor([y for _, y in batch]))
 
     draw = torch.Generator().manual_seed(1)
-    items = [(torch.randn(2 + i % 3, 3, generator=draw), i % 3) for i in range(12)]
+    items = [(torch.randn(sizes[i % len(sizes)], 3, generator=draw), i % 3) for i in range(12)]
     loader: DataLoader[object] = DataLoader(items, batch_size=4, collate_fn=list)  # type: ignore[arg-type]
     model = Listed()
     given = {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0), "data_loader": loader}
