@@ -99,8 +99,11 @@ def _collated(items: list[Any], collate: Callable[[list[Any]], Any]) -> Probe:
     return Probe(collate(list(items)), tuple(collate([item]) for item in items), collate, tuple(items))
 
 
-SCALED = 2
+SCALED = 1
 """Number of the sample that :func:`provoked` scales (the last one of a smaller probe)."""
+
+_PROVOKED = 3
+"""Size of a harder probe: beside an empty and a rare sample, an ordinary one."""
 
 
 def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
@@ -113,9 +116,9 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
 
     Returns:
         Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
-        labels and empty masks, sample 1 with the largest labels, sample 2 with floating values 50 times as large. Labels
+        labels and empty masks, sample 1 with the largest labels and floating values 50 times as large. Labels
         come from the values that the probe holds at the same place; where it holds a single one, the next is tried too.
-        Further samples would show nothing new and are left out.
+        Sample 2 stays as it is; further ones would show nothing new and are left out.
     """
     low, high = _extremes(probe.items)
     scaled = min(SCALED, len(probe) - 1)
@@ -138,7 +141,7 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
         return outlier(i, path, rare(i, path, blank(i, path, leaf)))
 
     changes = (everything, blank, rare, rarer, outlier)
-    return tuple(partial(probe.changed, change, SCALED + 1) for change in changes)
+    return tuple(partial(probe.changed, change, _PROVOKED) for change in changes)
 
 
 def emptied(probe: Probe) -> Probe:
