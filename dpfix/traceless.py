@@ -304,12 +304,24 @@ def _fixed(func: Any, args: Any, kwargs: Any) -> Any:
         keep = 1 - given["p"]
         mask = _spread(given["input"], lambda row: _keep(row, keep))
         return given["input"] * mask / max(1e-12, keep), mask.bool()
+    if name == "multinomial":
+        return _multinomial(func, given)
     out = func(*args, **kwargs)
     fill = _FILL.get(name)
     if isinstance(out, torch.Tensor) and fill is not None:
         torch.manual_seed(7)  # the draw above took as many numbers as there are rows
         out.copy_(_spread(out, lambda row: fill(row, given)))
     return out
+
+
+def _multinomial(func: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Every row is drawn from its own weights with the same numbers, as if it were alone."""
+    weights, others = given["self"], {k: v for k, v in given.items() if k != "self"}
+    drawn = []
+    for row in weights.reshape(-1, weights.shape[-1]):
+        torch.manual_seed(7)
+        drawn.append(func(row, **others))
+    return torch.stack(drawn).view(*weights.shape[:-1], -1)
 
 
 def _spread(like: torch.Tensor, fill: Any) -> torch.Tensor:

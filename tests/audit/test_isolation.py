@@ -633,6 +633,24 @@ def test_dropout_of_channels_is_accepted(dropout: nn.Module) -> None:
     make(model, criterion=nn.BCEWithLogitsLoss(), items=patches())
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_positions_drawn_for_every_sample_are_accepted(replacement: bool) -> None:
+    class Masked(nn.Module):
+        """Keeps some positions of every sample, drawn anew, as masked autoencoders do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = torch.multinomial(x[..., 0].abs() + 0.1, 2, replacement=replacement)
+            x = x[torch.arange(len(x))[:, None], kept]
+            return self.head(torch.tanh(self.stem(x)).mean(1))
+
+    draw = torch.Generator().manual_seed(0)
+    make(Masked(), items=[(torch.randn(4, 6, generator=draw), i % 3) for i in range(8)])
+
+
 def test_noise_and_stochastic_depth_are_accepted() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
