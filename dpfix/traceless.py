@@ -158,6 +158,9 @@ def put_back(root: nn.Module, before: Mapping[Key, Any]) -> None:
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:
     current = getattr(module, name, None)
+    if _escaped(current):
+        (module._buffers if name in module._buffers else vars(module))[name] = _copy(value)
+        return
     if isinstance(value, _LAZY) or same(current, value):
         return
     fits = isinstance(current, torch.Tensor) and isinstance(value, torch.Tensor)
@@ -173,6 +176,11 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
         _refill(current, value)  # the same container: other modules may hold it, too
     else:
         vars(module)[name] = _copy(value)
+
+
+def _escaped(value: Any) -> bool:
+    """Whether a forward pass inside ``vmap`` has left one of its tensors behind, which nobody can read outside."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)  # type: ignore[attr-defined]
 
 
 def _refill(container: Any, value: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.engines import ENGINES
@@ -120,3 +120,27 @@ def test_list_of_samples(sizes: tuple[int, ...]) -> None:
         training[1].step()
         moved = {n: (before[n] - p.detach()) * training[1].expected_batch_size for n, p in model.named_parameters()}
         assert not batch or relative_error(moved, wanted) <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_of_the_old_kind() -> None:
+    """Its hook leaves the weight it has computed as an attribute, also from inside vmap."""
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    draw = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(24, 6, generator=draw), torch.randint(0, 3, (24,), generator=draw))
+    given = {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0), "criterion": F.cross_entropy}
+    training = dpfix.make_private_safe(
+        **given, data_loader=DataLoader(data, batch_size=8), noise_multiplier=0.0, max_grad_norm=0.1
+    )
+    for x, y in training[2]:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        singles = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+        wanted = clipped_sum(
+            gradients_one_by_one(model.eval(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), singles), 0.1
+        )
+        model.train()
+        training[1].zero_grad()
+        F.cross_entropy(training[0](x), y).backward()
+        training[1].step()
+        moved = {n: (before[n] - p.detach()) * training[1].expected_batch_size for n, p in model.named_parameters()}
+        assert relative_error(moved, wanted) <= 1e-3
