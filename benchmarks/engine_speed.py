@@ -82,7 +82,8 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        # positions with a batch dimension, which Opacus's engines need
+        x = self.tokens(x) + self.positions(torch.arange(x.shape[1]).repeat(len(x), 1))
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -210,19 +211,24 @@ def opacus_stepper(name: str, mode: str) -> Callable[[], None]:
     torch.manual_seed(0)
     model, data = ModuleValidator.fix(contest.model().train()), contest.batch()
     ghost = mode == "ghost"
+    criterion = nn.MSELoss() if contest.step is reconstruction else nn.CrossEntropyLoss()
     private, optimizer, *rest = PrivacyEngine().make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        data_loader=DataLoader(TensorDataset(*data), batch_size=len(data[0])), criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(TensorDataset(*data), batch_size=len(data[0])), criterion=criterion,
         noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=False, grad_sample_mode=mode,
     )  # fmt: skip
 
     def loss() -> Any:
         if not ghost:
             return contest.step(private, data)
+        if contest.step is reconstruction:
+            image = data[0]
+            return rest[0](private(image)[0].flatten(), image.flatten(), shape=(len(image), image[0].numel()))
         if contest.step is tokens:
             return rest[0](private(data[0]).flatten(0, 1), data[1].flatten(), shape=tuple(data[1].shape))
-        if contest.step is reconstruction:
-            raise NotImplementedError("Opacus's ghost clipping takes criterion(output, target) alone")
+        if data[1].dim() > 1:  # one label per voxel
+            rows = private(data[0]).flatten(2).mT.flatten(0, 1)
+            return rest[0](rows, data[1].flatten(), shape=(len(data[1]), data[1][0].numel()))
         return rest[0](private(data[0]), data[1])
 
     def step() -> None:
@@ -393,14 +399,25 @@ def chart(results: dict[str, Any], contestants: Sequence[str], kind: str, path: 
     pyplot.close(figure)
 
 
-def page(text: str, about: dict[str, Any]) -> str:
+def failures(results: dict[str, Any]) -> str:
+    """Why contestants cannot train a model, one line each."""
+    lines = [
+        f"- {name}, {contestant}: {text.replace('`', '')}"
+        for name, rows in results.items()
+        for contestant, text in rows["seconds"].items()
+        if isinstance(text, str)
+    ]
+    return "\n".join(lines)
+
+
+def page(text: str, why: str, about: dict[str, Any]) -> str:
     return f"""# Speed and memory
 
 Written by `python benchmarks/engine_speed.py --write` (part of `make bench`).
 
 A private training step as a multiple of an ordinary one (SGD on the same repaired model): CPU time on one thread, and
 in brackets the largest number of bytes that tensors hold during a warm step. Lower is better. `auto` is what
-`make_private_safe` takes by itself, and the engine it took. *fails*: the contestant cannot train the model. Opacus gets
+`make_private_safe` takes by itself, and the engine it took. *fails*: see the end of the page. Opacus gets
 the model after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an
 ordinary one, and memory was not measured.
 
@@ -408,9 +425,13 @@ ordinary one, and memory was not measured.
 
 torch {about["torch"]}, Opacus {about["opacus"]}, {about["machine"]}, one thread.
 
-![Step time]({"assets/speed-step.png"})
+![Step time](assets/speed-step.png)
 
-![Peak memory]({"assets/speed-memory.png"})
+![Peak memory](assets/speed-memory.png)
+
+What failed, with the first words of the error:
+
+{why}
 """
 
 
@@ -445,7 +466,7 @@ def write(results: dict[str, Any], contestants: Sequence[str]) -> None:
         path = RESULTS / f"speed-{name}.png"
         chart(models, contestants, kind, path)
         (PAGE.parent / "assets" / path.name).write_bytes(path.read_bytes())
-    PAGE.write_text(page(text, about))
+    PAGE.write_text(page(text, failures(results), about))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

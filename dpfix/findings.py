@@ -76,7 +76,7 @@ class EngineEvidence:
         engine: name of the engine.
         passed: whether it reproduced the batch-of-one reference at every clip norm.
         max_error: largest relative error of a parameter's clipped sum; ``None`` if it did not run.
-        seconds: median time of one probe step in seconds; ``None`` if it was not timed.
+        seconds: time of one probe step in seconds; ``None`` if it was not timed.
         reason: what kept it out, or empty.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +15,13 @@ from dpfix.regions import applied
 from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
 
-ROUNDS = 3
+ROUNDS = 20
+ENOUGH_SECONDS = 1.0
+"""No further round is begun after this long, except that every engine is timed twice,"""
 BUDGET_SECONDS = 3.0
-"""No further round is begun after this long."""
+"""unless that takes longer than this."""
+CLOSE = 1.5
+"""An engine that was this much slower than the fastest after two rounds is out of the race."""
 NOTICEABLE = 1.05
 """An engine that keeps per-sample gradients has to be this much faster than one that does not."""
 MATERIALISED_BYTES = 2**30
@@ -28,7 +31,7 @@ MATERIALISED_BYTES = 2**30
 def in_order(
     engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan, batch_size: float
 ) -> dict[str, float | None]:
-    """The engines from best to worst.
+    """The engines from best to worst, by the fastest of several steps: what is slower was disturbed by something else.
 
     Args:
         engines: those that passed the audit.
@@ -39,7 +42,7 @@ def in_order(
         batch_size: the script's batch size.
 
     Returns:
-        Median seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
+        Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
     """
     numbers = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     lean = {e.name for e in engines if _keeps_nothing(e, module, plan)}
@@ -64,13 +67,15 @@ def _time(
     before = state_of(module)
     begin = time.perf_counter()
     for turn in range(ROUNDS):
-        if turn and time.perf_counter() - begin > BUDGET_SECONDS:
+        if turn and time.perf_counter() - begin > (ENOUGH_SECONDS if turn > 1 else BUDGET_SECONDS):
             break
+        best = min((min(times) for times in seen.values() if times), default=0.0)
         for engine in engines:
-            with traceless(module, before):
-                seen[engine.name].append(_seconds(engine, module, step, batch, plan))
-    # What happens once (choosing kernels, filling caches) happens in the first round.
-    return {name: statistics.median(times[1:] or times) for name, times in seen.items()}
+            times = seen[engine.name]
+            if turn < 2 or min(times) < CLOSE * best:
+                with traceless(module, before):
+                    times.append(_seconds(engine, module, step, batch, plan))
+    return {name: min(times) for name, times in seen.items()}
 
 
 def _seconds(engine: Engine, module: nn.Module, step: TrainingStep, batch: object, plan: Plan) -> float:
