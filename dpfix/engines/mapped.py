@@ -14,7 +14,7 @@ import torch
 
 from dpfix import trees
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
-from dpfix.engines.parameters import Aliases, swapped
+from dpfix.engines.parameters import Aliases, attributes_kept, swapped
 from dpfix.layout import Layout
 
 Slots = list[tuple[Any, Any, str]]
@@ -72,7 +72,7 @@ def call_mapped(
         structure[:] = [result]
         return tuple(trees.tensors(result))
 
-    with without_fallback_warnings():
+    with without_fallback_warnings(), attributes_kept(getattr(function, "__self__", None)):
         tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(values.values()))
     return _joined(structure[0], list(tensors), dict(output), samples, loss_reduction)
 

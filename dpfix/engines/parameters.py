@@ -62,3 +62,24 @@ def swapped(slots: list[tuple[Any, Any, str]], tensors: Aliases) -> Iterator[Non
     finally:
         for (container, key, _), value in zip(slots, before, strict=True):
             container[key] = value
+
+
+@contextmanager
+def attributes_kept(module: Any) -> Iterator[None]:
+    """Tensors that live inside ``vmap`` only do not stay behind as attributes; the old ``weight_norm`` keeps its weight so.
+
+    Args:
+        module: a module; anything else is let be.
+
+    Yields:
+        Nothing.
+    """
+    owners = list(module.modules()) if isinstance(module, nn.Module) else []
+    before = [{n: v for n, v in vars(m).items() if isinstance(v, torch.Tensor)} for m in owners]
+    try:
+        yield
+    finally:
+        for owner, held in zip(owners, before, strict=True):
+            for name, value in held.items():
+                if torch._C._functorch.is_functorch_wrapped_tensor(vars(owner).get(name, value)):  # type: ignore[attr-defined]
+                    vars(owner)[name] = value
