@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import TransformType
 
 from dpfix import trees
 from dpfix.call_sites import CallCounter, CallSite
@@ -118,8 +119,9 @@ class NoGradRegions:
         Returns:
             What the call returns.
         """
-        transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        if not (self.module.training and torch.is_grad_enabled()) or transformed:
+        mapped = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
+        foreign = any(level.key() != TransformType.Vmap for level in mapped)
+        if not (self.module.training and torch.is_grad_enabled()) or foreign:
             return original(*args, **kwargs)
         site = self._counter.site(path)
         known = self._by_line.get(line_of(site), ())
@@ -129,7 +131,8 @@ class NoGradRegions:
         start = time.perf_counter()
         try:
             if self._cutting:
-                return _without_graph(
+                without_graph = _without_graph_mapped if mapped else _without_graph
+                return without_graph(
                     lambda: original(*args, **kwargs), self._anchor, lambda: self.tripped.append(region)
                 )
             with _saved(self.module, region, self.bytes):
@@ -185,6 +188,25 @@ def _without_graph(call: Callable[[], Any], anchor: torch.Tensor, trip: Callable
     return trees.map_leaves(
         lambda _, leaf: tensors.pop(0) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, kept[0]
     )
+
+
+def _without_graph_mapped(call: Callable[[], Any], anchor: torch.Tensor, trip: Callable[[], None]) -> Any:
+    """The same under ``vmap``, which cannot take a call into a custom function: a zero that notices gradient is added."""
+    with torch.no_grad():
+        found = call()
+    zero = anchor * 1
+
+    def stop(gradient: torch.Tensor) -> torch.Tensor:
+        trip()
+        return torch.zeros_like(gradient)
+
+    zero.register_hook(stop)
+
+    def watched(_: trees.Path, leaf: Any) -> Any:
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf + zero.to(leaf.dtype) if floating else leaf
+
+    return trees.map_leaves(watched, found)
 
 
 @contextmanager

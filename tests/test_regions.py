@@ -317,7 +317,7 @@ def cosine(model: nn.Module, batch: Any) -> Tensor:
     return -F.cosine_similarity(*model(*batch), dim=1).mean()
 
 
-@pytest.mark.parametrize("engine", ["auto", "bookkeeping", "microbatch"])
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
 def test_gradient_that_reaches_a_region_stops_the_step_and_the_next_one_is_right(engine: str) -> None:
     torch.manual_seed(0)
     model = Switch()
