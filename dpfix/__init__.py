@@ -9,6 +9,7 @@ from dpfix.api import (
     make_private_safe,
     make_private_safe_with_epsilon,
 )
+from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import (
     AccumulationError,
     ArgumentError,
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulationError",
     "ArgumentError",
+    "AugmentationMultiplicity",
     "CheckpointError",
     "CoupledLossError",
     "CoupledModelError",

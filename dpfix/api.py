@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix import checkpoint, handoff, notes, sampling
-from dpfix.arguments import check_budget, check_delta, check_names, check_objects, check_values
+from dpfix.arguments import check_augmentation, check_budget, check_delta, check_names, check_objects, check_values
+from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.findings import Report
 from dpfix.flow import Call, prepare, refuse
@@ -42,6 +43,7 @@ def make_private_safe(
     clipping: str = "flat",
     noise_generator: torch.Generator | None = None,
     grad_sample_mode: str = "auto",
+    augmentation: AugmentationMultiplicity | None = None,
     wrap_model: bool = True,
     rand_on_empty: bool = False,
     norm: str = "group",
@@ -70,6 +72,8 @@ def make_private_safe(
         clipping: ``"flat"``, ``"per_layer"`` or ``"adaptive"``.
         noise_generator: source of the noise.
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
+        augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
+            next to each other.
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
         norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
@@ -93,6 +97,7 @@ def make_private_safe(
         batch_first=batch_first,
         loss_reduction=loss_reduction,
         grad_sample_mode=grad_sample_mode,
+        augmentation=augmentation,
         norm=norm,
         clipping=clipping,
         max_grad_norm=max_grad_norm,
@@ -117,6 +122,7 @@ def make_private_safe(
             data_loader=data_loader,
             plan=prepared.plan,
             stand_in=prepared.stand_in,
+            augmentation=augmentation,
             poisson_sampling=poisson_sampling,
             wrap_model=wrap_model,
             noise_multiplier=noise_multiplier,
@@ -206,6 +212,7 @@ def diagnose(
     loss_reduction: str = "mean",
     poisson_sampling: bool = True,
     grad_sample_mode: str = "auto",
+    augmentation: AugmentationMultiplicity | None = None,
     norm: str = "group",
 ) -> Report:
     """The flow of :func:`make_private_safe`, dry: a report, and nothing is changed.
@@ -220,6 +227,7 @@ def diagnose(
         loss_reduction: see :func:`make_private_safe`.
         poisson_sampling: see :func:`make_private_safe`.
         grad_sample_mode: see :func:`make_private_safe`.
+        augmentation: see :func:`make_private_safe`.
         norm: see :func:`make_private_safe`.
 
     Returns:
@@ -235,6 +243,7 @@ def diagnose(
         batch_first,
         loss_reduction,
         options,
+        augmentation,
     )
     _check(call, 0.0, {})
     with rng_untouched(), Surgery(call.scan) as surgery:
@@ -343,6 +352,7 @@ def _call(
     batch_first: bool = True,
     loss_reduction: str = "mean",
     grad_sample_mode: str = "auto",
+    augmentation: AugmentationMultiplicity | None = None,
     norm: str = "group",
     no_grad_regions: bool = True,
     clipping: str = "flat",
@@ -358,6 +368,7 @@ def _call(
         batch_first,
         loss_reduction,
         Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions, cache),
+        augmentation,
     )
 
 
@@ -375,6 +386,7 @@ def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
 def _check(call: Call, noise_multiplier: float, options: dict[str, Any]) -> None:
     check_objects(call.module, call.optimizer, call.data_loader)
     check_values(call.options, call.module, call.loss_reduction, noise_multiplier)
+    check_augmentation(call.augmentation, call.options)
     known = [name for name in inspect.signature(make_private_safe).parameters if name != "options"]
     check_names(options, handoff.option_names(call.options.clipping, "hooks"), known)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.rules import batch_norm
@@ -149,4 +150,27 @@ def check_budget(target_epsilon: Any, epochs: Any) -> None:
         raise ArgumentError(
             f"target_epsilon={target_epsilon} and epochs={epochs} must be positive: they are the budget and the number of "
             "passes over data_loader it is to last for. Pass for example target_epsilon=8.0, epochs=20."
+        )
+
+
+def check_augmentation(augmentation: Any, options: Options) -> None:
+    """Views of samples are made by the private loader.
+
+    Args:
+        augmentation: what the call was given.
+        options: whether there is one.
+
+    Raises:
+        ArgumentError: it is of another kind, or there is no private loader.
+    """
+    if augmentation is None:
+        return
+    if not isinstance(augmentation, AugmentationMultiplicity):
+        raise ArgumentError(
+            f"augmentation is {type(augmentation).__name__}. Pass dpfix.AugmentationMultiplicity(transform, k=8)."
+        )
+    if not options.poisson_sampling:
+        raise ArgumentError(
+            "augmentation needs poisson_sampling=True: the views are made by the private loader, and poisson_sampling=False "
+            "leaves the loader alone. For batches of your own, collate the views of a sample next to each other."
         )

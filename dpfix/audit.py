@@ -81,12 +81,13 @@ class Reference:
         return weighted_sum(self.gradients, factors)
 
 
-def reference(record: StepRecord, unused: Sequence[str]) -> Reference:
+def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> Reference:
     """The batch-of-one reference of a recorded step.
 
     Args:
         record: what the probe showed.
         unused: parameters that are not trained.
+        share: what the gradient of a sample's loss is multiplied with: a sum over views is to be their mean.
 
     Returns:
         The reference over the parameters that are trained.
@@ -95,7 +96,9 @@ def reference(record: StepRecord, unused: Sequence[str]) -> Reference:
         CoupledModelError: the gradient of a sample alone is not finite.
     """
     gone = set(unused)
-    gradients = tuple({n: g for n, g in run.gradients.items() if n not in gone} for run in record.alone)
+    gradients = tuple(
+        {n: g if share == 1 else g * share for n, g in run.gradients.items() if n not in gone} for run in record.alone
+    )
     norms = torch.tensor([norm_of(g) for g in gradients], dtype=torch.float64)
     if not bool(torch.isfinite(norms).all()):
         raise CoupledModelError(
@@ -237,7 +240,7 @@ def _equal_in_double(
     try:
         exact = copy.deepcopy(module).double()
         samples = probe.changed(lambda i, path, leaf: _double(leaf), len(probe))
-        wanted = reference(observe(exact, step, samples), plan.frozen_parameters)
+        wanted = reference(observe(exact, step, samples), plan.frozen_parameters, plan.share)
         sums = released_sums(engine, exact, step, samples, plan, clip_norms)
     except (*_ENGINE_FAILURES, *COLLATE_FAILURES):
         return False  # a model or a loss with single precision written into it
@@ -293,6 +296,7 @@ def released_sums(
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with traceless(module):
         handle = engine.attach(module, plan)
+        handle.counts = lambda: probe.counts(plan.row_counter)
         regions = NoGradRegions(module, plan.no_grad_regions)
         watch = GradWatch(parameters)
         try:

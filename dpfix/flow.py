@@ -15,11 +15,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix import audit, cuts, dry_run, isolation, notes, observe, probe, sampling, select
-from dpfix.errors import CoupledModelError, LossError, ModelError, TrainingStepError
+from dpfix.augmentation import AugmentationMultiplicity
+from dpfix.errors import CoupledModelError, LoaderError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
+from dpfix.layout import RowCounter, find_row_counter
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES
 from dpfix.rules import RULES
+from dpfix.sampling import StandIn
 from dpfix.scan import Options, Scan, run_rules
 from dpfix.select import Trial
 from dpfix.surgery import Surgery
@@ -40,6 +43,7 @@ class Call:
         batch_first: whether Opacus's engines find the samples in dimension 0.
         loss_reduction: ``"mean"`` or ``"sum"``.
         options: everything else.
+        augmentation: makes several views of every sample, if that is asked for.
     """
 
     module: nn.Module
@@ -50,6 +54,7 @@ class Call:
     batch_first: bool
     loss_reduction: str
     options: Options
+    augmentation: AugmentationMultiplicity | None = None
 
     @property
     def scan(self) -> Scan:
@@ -63,14 +68,14 @@ class Prepared:
 
     Attributes:
         plan: how the model is to be trained.
-        stand_in: the batch for an empty draw.
+        stand_in: what an empty draw delivers.
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
     """
 
     plan: Plan
-    stand_in: Any
+    stand_in: StandIn
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
@@ -109,7 +114,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     findings = _repair(call, surgery)
     with rng_untouched():
         size = math.ceil(sampling.batch_size(call.data_loader))
-        samples = probe.take(call.data_loader, min(probe.SAMPLES, size))
+        samples = probe.take(call.data_loader, min(probe.SAMPLES, size), call.augmentation)
     step = infer(samples.batch, call.criterion, call.training_step, call.loss_reduction)
     surgery.undo_with(dry_run.remembered_lazy(call.module))
     if dry_run.materialise(call.module, step, samples):
@@ -123,9 +128,10 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
             surgery.freeze(call.module.get_parameter(name))
         findings.append(notes.frozen(call.module, record))
     findings += notes.scratch(record)
-    plan = _plan(call, record, step)
+    plan = _plan(call, samples, record, step)
 
-    ordinary = Trial(samples, record, audit.reference(record, record.unused))
+    ordinary = Trial(samples, record, audit.reference(record, record.unused, plan.share))
+    plan = replace(plan, weighted_by_rows=isolation.weighted_by_rows(record, plan, ordinary.wanted.tolerance))
     if call.options.no_grad_regions:
         plan = replace(plan, no_grad_regions=cuts.find(call.module, step, samples, record, plan.frozen_parameters))
         findings += notes.regions(plan, len(samples))
@@ -144,7 +150,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
-    return Prepared(plan, _stand_in(empty or ordinary), tuple(findings), evidence, tuple(proofs))
+    return Prepared(plan, _stand_in(empty or ordinary, plan), tuple(findings), evidence, tuple(proofs))
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
@@ -179,7 +185,7 @@ def _check_validator(call: Call, findings: list[Finding]) -> None:
             )
 
 
-def _plan(call: Call, record: observe.StepRecord, step: TrainingStep) -> Plan:
+def _plan(call: Call, samples: probe.Probe, record: observe.StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         engine="",
         opacus_mode="",
@@ -192,7 +198,29 @@ def _plan(call: Call, record: observe.StepRecord, step: TrainingStep) -> Plan:
         frozen_parameters=record.unused if record.together.used else (),
         fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),
         scratch=record.scratch,
+        views=1 if call.augmentation is None else call.augmentation.k,
+        row_counter=_row_counter(call, samples, record.counts),
     )
+
+
+def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> RowCounter | None:
+    """How the loader tells the rows of every sample, where these are not the same for all."""
+    if not counts:
+        return None
+    counter = find_row_counter(samples.items, counts)
+    rows = f"the probe's samples enter {type(call.module).__name__} as {', '.join(map(str, counts))} rows"
+    if counter is None:
+        raise LoaderError(
+            f"data_loader: {rows}, and nothing in what the dataset returns has that many entries, so it cannot be told which "
+            "rows belong to which sample. Return a list with one entry per row from dataset[i] (and flatten it in the "
+            "collate_fn), or give every sample the same number of rows."
+        )
+    if not call.options.poisson_sampling:
+        raise LoaderError(
+            f"data_loader: {rows}. Which rows belong to which sample is known for the batches of a private loader only. "
+            "Leave poisson_sampling at True, or give every sample the same number of rows."
+        )
+    return counter
 
 
 def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:
@@ -220,17 +248,19 @@ def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tup
     return tuple(trials)
 
 
-def _stand_in(trial: Trial) -> Any:
+def _stand_in(trial: Trial, plan: Plan) -> StandIn:
     """What an empty draw delivers: one sample without data, whose gradient is dropped, on which the step runs.
 
     Args:
         trial: the probe with a sample of zeros if the step can take it, else the ordinary one (redrawn values).
+        plan: how to count the rows of a sample.
 
     Returns:
         A batch of one sample.
     """
-    finite = [b for b, run in zip(trial.samples.singles, trial.record.alone, strict=True) if math.isfinite(run.loss)]
-    return (finite or [*trial.samples.singles])[0]
+    finite = [number for number, run in enumerate(trial.record.alone) if math.isfinite(run.loss)]
+    chosen = finite[0] if finite else 0
+    return StandIn(trial.samples.singles[chosen], trial.samples.counts(plan.row_counter)[chosen : chosen + 1])
 
 
 def _attempt(
@@ -242,7 +272,7 @@ def _attempt(
         if None not in changed.unchanged:
             return None
         record = observe.observe(call.module, step, changed, ordinary.record)
-        trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters))
+        trial = Trial(changed, record, audit.reference(record, plan.frozen_parameters, plan.share))
     except (TrainingStepError, CoupledModelError, *COLLATE_FAILURES):
         return None  # no legal sample for this model: an index out of range, a division by zero
     if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):

@@ -161,6 +161,8 @@ class StepGuard:
         self.module = module
         self.plan = plan
         self.ledger = ledger
+        if ledger is not None:
+            handle.counts = lambda: ledger.counts
         self.parameters = parameters
         self.watch = GradWatch(parameters)
         self.other_steps = OtherSteps(parameters.values())

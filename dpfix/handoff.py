@@ -21,12 +21,13 @@ from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.engines import BY_NAME
 from dpfix.engines.opacus_hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.guards import StepGuard
 from dpfix.plan import Plan
-from dpfix.sampling import DrawLedger, PrivateDataLoader, batch_size, sample_rate
+from dpfix.sampling import DrawLedger, PrivateDataLoader, StandIn, batch_size, sample_rate
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Models in private training, with the object whose ``cleanup`` ends it."""
@@ -230,7 +231,8 @@ def hand_off(
     optimizer: torch.optim.Optimizer,
     data_loader: DataLoader[Any],
     plan: Plan,
-    stand_in: Any,
+    stand_in: StandIn,
+    augmentation: AugmentationMultiplicity | None,
     poisson_sampling: bool,
     wrap_model: bool,
     **settings: Any,
@@ -244,7 +246,8 @@ def hand_off(
         optimizer: the user's optimizer.
         data_loader: the user's loader.
         plan: what was decided.
-        stand_in: the batch for an empty draw.
+        stand_in: what an empty draw delivers.
+        augmentation: makes several views of every sample.
         poisson_sampling: whether to sample.
         wrap_model: whether to wrap the model.
         **settings: privacy settings and options, handed on as they are.
@@ -255,7 +258,14 @@ def hand_off(
     ledger = DrawLedger() if poisson_sampling else None
     loader: DataLoader[Any] = data_loader
     if ledger is not None:
-        loader = PrivateDataLoader(data_loader, stand_in=stand_in, ledger=ledger, generator=privacy_engine.secure_rng)
+        loader = PrivateDataLoader(
+            data_loader,
+            stand_in=stand_in,
+            ledger=ledger,
+            generator=privacy_engine.secure_rng,
+            augmentation=augmentation,
+            row_counter=plan.row_counter,
+        )
     _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())
     parameters = {n: p for n, p in everything.items() if p.requires_grad}

@@ -5,6 +5,7 @@ What is compared are outputs and gradients, not loss values: gradients can diffe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dpfix.audit import Reference, gap, norm_of, weighted_sum
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, StateWrittenError, TrainingStepError
 from dpfix.layout import sample_dim
 from dpfix.losses import coupling_causes
-from dpfix.observe import Gradients, StepRecord
+from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.probe import Probe
 from dpfix.scan import place
@@ -74,7 +75,7 @@ def check_isolation(
     """
     coupled = _coupled_output(record, wanted.tolerance)
     if coupled:
-        culprit = _first_coupled_module(module, step, probe, wanted.tolerance)
+        culprit = _first_coupled_module(module, step, probe, wanted.tolerance, record.counts)
         raise CoupledModelError(
             f"DPF013 [breaks-guarantee] {culprit or place(module, '')} mixes the samples of a batch: {coupled}.\n"
             "  why:  sample i's output depends on sample j, so clipping per sample bounds nothing.\n"
@@ -90,21 +91,39 @@ def check_isolation(
     ]
 
 
+def weighted_by_rows(record: StepRecord, plan: Plan, tolerance: float) -> bool:
+    """Whether a sample weighs as much in the loss as it has rows, where samples have different numbers of them.
+
+    Args:
+        record: what the probe showed.
+        plan: for the loss reduction.
+        tolerance: relative error that is allowed.
+
+    Returns:
+        True if the gradient of the batch shows that (a mean over all rows), and not the same weight for all samples.
+    """
+    if not record.counts or plan.loss_reduction == "sum":
+        return False
+    plans = [replace(plan, weighted_by_rows=by_rows) for by_rows in (False, True)]
+    equal, by_rows = (_batch_error(record, p.weight(len(record.alone), record.counts))[0] for p in plans)
+    return equal > 5 * tolerance >= by_rows
+
+
 def _coupled_output(record: StepRecord, tolerance: float) -> str:
     for number, call in enumerate(record.together.calls[""]):
         parts = [trees.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
         for k, tensor in enumerate(trees.tensors(call.output)):
-            problem = _differs(tensor, [p[k] for p in parts if k < len(p)], tolerance)
+            problem = _differs(tensor, [p[k] for p in parts if k < len(p)], tolerance, record.counts)
             if problem:
                 return problem
     return ""
 
 
-def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float) -> str:
+def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float, counts: tuple[int, ...]) -> str:
     """Why a tensor of the batch is not made of those of single samples; empty if it is, or if it cannot be told."""
     if not whole.is_floating_point():
         return ""
-    dim, problem = sample_dim(whole, parts)
+    dim, problem = sample_dim(whole, parts, counts)
     if problem or dim is None:
         return ""
     for i, part in enumerate(parts):
@@ -118,7 +137,9 @@ def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float) -
     return ""
 
 
-def _first_coupled_module(module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float) -> str:
+def _first_coupled_module(
+    module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float, counts: tuple[int, ...]
+) -> str:
     """The first module, in the order of execution, whose output mixes samples."""
     whole = _outputs(module, step, probe.batch)
     singles = [_outputs(module, step, batch) for batch in probe.singles]
@@ -127,7 +148,7 @@ def _first_coupled_module(module: nn.Module, step: TrainingStep, probe: Probe, t
             return ""
         for k, tensor in enumerate(tensors):
             parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
-            if len(parts) == len(singles) and _differs(tensor, parts, tolerance):
+            if len(parts) == len(singles) and _differs(tensor, parts, tolerance, counts):
                 return place(module, path)
     return ""
 
@@ -157,10 +178,7 @@ def _check_loss(
 ) -> None:
     """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
     samples = len(record.alone)
-    scale = samples if plan.loss_reduction == "mean" else 1
-    parts = weighted_sum([run.gradients for run in record.alone], [1.0] * samples)
-    size = float(sum(norm_of(run.gradients) for run in record.alone))
-    error, name = _distance(record.together.gradients, scale, parts, size)
+    error, name, size = _batch_error(record, plan.weight(samples, record.counts))
     if error <= 5 * wanted.tolerance:
         if size == 0:
             raise TrainingStepError(
@@ -168,8 +186,11 @@ def _check_loss(
                 "the loss, requires_grad of the parameters, and detach or no_grad in forward."
             )
         return
-    other, factor = ("sum", 1) if plan.loss_reduction == "mean" else ("mean", samples)
-    if _distance(record.together.gradients, factor, parts, size)[0] <= 5 * wanted.tolerance:
+    other = "sum" if plan.loss_reduction == "mean" else "mean"
+    if (
+        _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts))[0]
+        <= 5 * wanted.tolerance
+    ):
         raise LossError(
             f"DPF015 [breaks-guarantee] the loss in training_step is a {other} over the samples, but loss_reduction="
             f"'{plan.loss_reduction}' was announced.\n"
@@ -197,10 +218,19 @@ def _by(error: float) -> str:
     return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
 
 
-def _distance(found: Gradients, factor: float, wanted: Gradients, size: float) -> tuple[float, str]:
+def _batch_error(record: StepRecord, weight: float | torch.Tensor) -> tuple[float, str, float]:
+    """How far the batch's gradient is from the weighted sum of the single samples', relative to the size of these.
+
+    Returns:
+        The largest error of a parameter, its name, and the size.
+    """
+    weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(record.alone)
+    mean = sum(weights) / len(weights)
+    parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
+    size = float(sum(norm_of(run.gradients) for run in record.alone))
     worst, where = 0.0, ""
-    for name, value in wanted.items():
-        error = gap(found[name], value, factor) / max(size, 1e-12)
+    for name, value in parts.items():
+        error = gap(record.together.gradients[name], value, 1 / mean) / max(size, 1e-12)
         if not error <= worst:
             worst, where = (error if error == error else float("inf")), name
-    return worst, where
+    return worst, where, size

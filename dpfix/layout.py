@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix import trees
 from dpfix.errors import PlanBrokenError
+
+_UNKNOWN = (0,)
+"""Counts of a batch whose samples have unknown numbers of rows: they fit no tensor."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,14 @@ class SampleDim:
         dim: the dimension.
         rows: rows per sample in that dimension.
         interleaved: rows of one sample are ``n`` apart (views stacked one after another), not adjacent.
+        counts: empty if every sample has :attr:`rows` rows; else sample ``i`` has ``counts[i] * rows`` of them. In a plan
+            these are the probe's, in a call of the model those of its batch (:meth:`CallLayout.having`).
     """
 
     dim: int
     rows: int = 1
     interleaved: bool = False
+    counts: tuple[int, ...] = ()
 
     def samples(self, tensor: torch.Tensor) -> int:
         """Number of samples in a tensor.
@@ -35,9 +42,23 @@ class SampleDim:
             tensor: a tensor laid out this way.
 
         Returns:
-            Rows divided by rows per sample, rounded down.
+            Rows divided by rows per sample, rounded down; -1 if :attr:`counts` do not add up to the rows.
         """
-        return tensor.shape[self.dim] // self.rows
+        size = tensor.shape[self.dim]
+        if self.counts:
+            return len(self.counts) if size == sum(self.counts) * self.rows else -1
+        return size // self.rows
+
+    def having(self, counts: tuple[int, ...]) -> SampleDim:
+        """The layout in a batch whose samples have other numbers of rows.
+
+        Args:
+            counts: the numbers.
+
+        Returns:
+            The layout; itself if every sample has the same number.
+        """
+        return replace(self, counts=counts or _UNKNOWN) if self.counts else self
 
     def take(self, tensor: torch.Tensor, sample: int, samples: int) -> torch.Tensor:
         """The rows of one sample.
@@ -54,6 +75,9 @@ class SampleDim:
             index = [slice(None)] * tensor.dim()
             index[self.dim] = slice(sample, None, samples)
             return tensor[tuple(index)]
+        if self.counts:
+            first = sum(self.counts[:sample])
+            return tensor.narrow(self.dim, first * self.rows, self.counts[sample] * self.rows)
         return tensor.narrow(self.dim, sample * self.rows, self.rows)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -75,6 +99,19 @@ Layout = tuple[tuple[trees.Path, SampleDim | None], ...]
 """For every tensor leaf its path, and how it carries the samples (``None``: it does not)."""
 
 
+def having(layout: Layout, counts: tuple[int, ...]) -> Layout:
+    """The layout of tensors in a batch whose samples have other numbers of rows.
+
+    Args:
+        layout: the layout.
+        counts: the numbers.
+
+    Returns:
+        The layout.
+    """
+    return tuple((path, dim and dim.having(counts)) for path, dim in layout)
+
+
 @dataclass(frozen=True)
 class CallLayout:
     """How one call of ``forward`` carries the samples.
@@ -91,6 +128,17 @@ class CallLayout:
     output: Layout
     signature: tuple[tuple[trees.Path, int], ...]
     lists: tuple[trees.Path, ...] = ()
+
+    def having(self, counts: tuple[int, ...]) -> CallLayout:
+        """The layout of a call whose samples have other numbers of rows.
+
+        Args:
+            counts: the numbers.
+
+        Returns:
+            The layout.
+        """
+        return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
     def one(self, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0) -> Any:
         """The arguments with a single entry in every list of samples.
@@ -128,6 +176,17 @@ class LayerCall:
     output: Layout
     problem: str = ""
 
+    def having(self, counts: tuple[int, ...]) -> LayerCall:
+        """The layout of a call whose samples have other numbers of rows.
+
+        Args:
+            counts: the numbers.
+
+        Returns:
+            The layout.
+        """
+        return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
+
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[trees.Path, int], ...]:
     """What tells calls of different form apart.
@@ -161,7 +220,11 @@ def find_layout(layouts: Iterable[CallLayout], args: tuple[Any, ...], kwargs: di
 
 
 def known_layout(
-    layouts: Iterable[CallLayout], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layouts: Iterable[CallLayout],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    counts: tuple[int, ...] = (),
 ) -> CallLayout:
     """How a call of the model carries its samples, if the probe has shown such a call.
 
@@ -170,6 +233,7 @@ def known_layout(
         module: the model, for the message.
         args: positional arguments.
         kwargs: keyword arguments.
+        counts: rows of every sample of the batch, where these are not the same for all.
 
     Returns:
         The layout.
@@ -185,7 +249,7 @@ def known_layout(
             "training step did not show when it was checked. Pass the training_step your loop really makes to "
             "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
         )
-    return layout
+    return layout.having(counts)
 
 
 def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -206,6 +270,12 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
     found = dict(trees.leaves(layout.one(args, kwargs)))
     counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
     trees.map_at(lambda entries: counts.add(len(entries)), (args, kwargs), layout.lists)
+    if -1 in counts:
+        raise PlanBrokenError(
+            f"the rows of the inputs of {type(module).__name__} are not those of the batch that the data_loader delivered last, "
+            "whose samples have different numbers of rows. Train on the batches of the returned data_loader as they are, "
+            "without a BatchMemoryManager, or give every sample the same number of rows."
+        )
     if len(counts) != 1:
         raise PlanBrokenError(
             f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}. "
@@ -238,12 +308,15 @@ def _alike(a: Any, b: Any) -> bool:
     )
 
 
-def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[tuple[CallLayout, ...], str]:
+def layout_of_calls(
+    together: Sequence[Any], alone: Sequence[Sequence[Any]], counts: tuple[int, ...] = ()
+) -> tuple[tuple[CallLayout, ...], str]:
     """Tell the layout of every call from a step on a batch and steps on its samples alone.
 
     Args:
         together: calls of the step on the batch (objects with ``args``, ``kwargs``, ``output``).
         alone: the same for every sample alone.
+        counts: rows of every sample, where these are not the same for all.
 
     Returns:
         The layouts, and why they could not be told (then the layouts are empty).
@@ -259,10 +332,10 @@ def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> 
         lists = tuple(_lists_of_samples(arguments, single_arguments))
         others = [trees.map_at(lambda entries: [], a, lists) for a in (arguments, *single_arguments)]
         arguments = trees.map_at(lambda entries: entries[:1], arguments, lists)
-        inputs, problem = _layout(others[0], others[1:])
+        inputs, problem = _layout(others[0], others[1:], counts)
         if problem:
             return (), f"input of call {number} of the model: {problem}"
-        output, problem = _layout(call.output, [c.output for c in singles])
+        output, problem = _layout(call.output, [c.output for c in singles], counts)
         if problem:
             return (), f"output of call {number} of the model: {problem}"
         layout = CallLayout(inputs, output, signature(*arguments), lists)
@@ -273,12 +346,13 @@ def layout_of_calls(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> 
     return tuple(found.values()), ""
 
 
-def layout_of_layers(together: Any, alone: Sequence[Any]) -> tuple[LayerCall, ...]:
+def layout_of_layers(together: Any, alone: Sequence[Any], row_counts: tuple[int, ...] = ()) -> tuple[LayerCall, ...]:
     """The layouts of all calls of the modules that own parameters.
 
     Args:
         together: calls by module path in the step on the batch.
         alone: the same for every sample alone.
+        row_counts: rows of every sample, where these are not the same for all.
 
     Returns:
         One entry per call, with the reason where a layout could not be told.
@@ -290,14 +364,14 @@ def layout_of_layers(together: Any, alone: Sequence[Any]) -> tuple[LayerCall, ..
                 out.append(LayerCall(path, number, (), (), "the number of calls depends on the number of samples"))
                 continue
             singles = [run[path][number] for run in alone]
-            inputs, bad_input = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles])
-            output, bad_output = _layout(call.output, [c.output for c in singles])
+            inputs, bad_input = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles], row_counts)
+            output, bad_output = _layout(call.output, [c.output for c in singles], row_counts)
             problem = (bad_input and f"input {bad_input}") or (bad_output and f"output {bad_output}")
             out.append(LayerCall(path, number, inputs, output, problem))
     return tuple(out)
 
 
-def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
+def _layout(batch: Any, singles: Sequence[Any], counts: tuple[int, ...] = ()) -> tuple[Layout, str]:
     whole = [(path, leaf) for path, leaf in trees.leaves(batch) if torch.is_tensor(leaf)]
     parts = [[(path, leaf) for path, leaf in trees.leaves(s) if torch.is_tensor(leaf)] for s in singles]
     if any([path for path, _ in p] != [path for path, _ in whole] for p in parts):
@@ -307,7 +381,7 @@ def _layout(batch: Any, singles: Sequence[Any]) -> tuple[Layout, str]:
         return (), mixed
     layout: list[tuple[trees.Path, SampleDim | None]] = []
     for number, (path, leaf) in enumerate(whole):
-        dim, problem = sample_dim(leaf, [p[number][1] for p in parts])
+        dim, problem = sample_dim(leaf, [p[number][1] for p in parts], counts)
         if problem:
             return (), f"tensor {'.'.join(map(str, path)) or 'itself'} of shape {tuple(leaf.shape)} {problem}"
         layout.append((path, dim))
@@ -337,12 +411,98 @@ def _packed_problem(batch: Any, singles: Sequence[Any]) -> str:
     return ""
 
 
-def sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDim | None, str]:
+@dataclass(frozen=True)
+class RowCounter:
+    """Tells how many rows a sample has from what the dataset returns for it.
+
+    Attributes:
+        path: path of a list, a tensor or an array in it.
+        dim: dimension of the tensor or array; 0 for a list.
+    """
+
+    path: trees.Path
+    dim: int = 0
+
+    def count(self, item: Any) -> int:
+        """Number of rows of a sample.
+
+        Args:
+            item: what the dataset returns.
+
+        Returns:
+            The number; 0 if the sample has another structure.
+        """
+        for key in self.path:
+            found = dict(trees.children(item) or ())
+            if key not in found:
+                return 0
+            item = found[key]
+        sizes = _sizes(item)
+        return sizes[self.dim] if self.dim < len(sizes) else 0
+
+
+def find_row_counter(items: Sequence[Any], counts: tuple[int, ...]) -> RowCounter | None:
+    """Where a dataset's items hold the number of rows that they become.
+
+    Args:
+        items: samples, as the dataset returns them.
+        counts: rows of each in a batch.
+
+    Returns:
+        The first place with these numbers; ``None`` if there is none.
+    """
+    for path, part in _parts(items[0]):
+        for dim in range(len(_sizes(part))):
+            counter = RowCounter(path, dim)
+            if tuple(counter.count(item) for item in items) == counts:
+                return counter
+    return None
+
+
+def _parts(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
+    yield path, tree
+    for key, part in trees.children(tree) or ():
+        yield from _parts(part, (*path, key))
+
+
+def _sizes(part: Any) -> tuple[int, ...]:
+    if isinstance(part, (torch.Tensor, np.ndarray)):
+        return tuple(part.shape)
+    return (len(part),) if isinstance(part, (list, tuple)) else ()
+
+
+def row_counts(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[int, ...]:
+    """Rows of every sample in the model's inputs, where these are not the same for all.
+
+    Args:
+        together: calls of the model in the step on the batch.
+        alone: the same for every sample alone.
+
+    Returns:
+        The numbers in the first tensor of that kind; empty if there is none.
+    """
+    for number, call in enumerate(together):
+        parts = [trees.tensors((calls[number].args, calls[number].kwargs)) for calls in alone if number < len(calls)]
+        for place, whole in enumerate(trees.tensors((call.args, call.kwargs))):
+            shapes = [p[place].shape for p in parts if place < len(p)]
+            if len(shapes) < len(alone) or any(len(s) != whole.dim() for s in shapes):
+                continue
+            for dim in range(whole.dim()):
+                sizes = tuple(s[dim] for s in shapes)
+                if len(set(sizes)) > 1 and sum(sizes) == whole.shape[dim]:
+                    return sizes
+    return ()
+
+
+def sample_dim(
+    whole: torch.Tensor, parts: list[torch.Tensor], counts: tuple[int, ...] = ()
+) -> tuple[SampleDim | None, str]:
     """How a tensor of a batch carries the samples, told from the same tensor of every sample alone.
 
     Args:
         whole: the tensor in the batch.
         parts: the tensor for every sample alone.
+        counts: rows of every sample in the model's inputs, where these are not the same for all.
 
     Returns:
         The layout (``None`` if the tensor carries no samples), and why it could not be told.
@@ -358,7 +518,11 @@ def sample_dim(whole: torch.Tensor, parts: list[torch.Tensor]) -> tuple[SampleDi
     dim = grown[0]
     rows = {p.shape[dim] for p in parts}
     if len(rows) != 1:
-        return None, "has a different number of rows for different samples"
+        every, left = divmod(parts[0].shape[dim], counts[0]) if counts else (0, 0)
+        if left or any(p.shape[dim] != n * every for p, n in zip(parts, counts, strict=False)) or not every:
+            return None, "has a different number of rows for different samples"
+        ragged = SampleDim(dim, every, counts=counts)
+        return (ragged, "") if _matches(whole, parts, ragged) else (None, "holds the rows of a sample apart")
     adjacent = SampleDim(dim, rows.pop())
     interleaved = SampleDim(dim, adjacent.rows, interleaved=True)
     if adjacent.rows > 1 and not _matches(whole, parts, adjacent) and _matches(whole, parts, interleaved):

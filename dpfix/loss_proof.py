@@ -178,6 +178,8 @@ class _Replay:
         if id(loss) not in trace.known:
             raise _NotFollowedError("the loss is not made by torch functions from the model's outputs")
         self.trace, self.loss, self.backward = trace, loss, backward
+        if any(output.dim.counts for output in trace.outputs.values()):
+            raise _NotFollowedError("samples have different numbers of rows")
         self.samples = next(iter(trace.samples))
         first = next(iter(trace.outputs.values())).dim
         self.dims = {key: _dim_of(value, self.samples, first) for key, value in trace.constants.items()}

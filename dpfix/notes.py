@@ -85,12 +85,22 @@ def observed(module: nn.Module, step: TrainingStep, record: StepRecord) -> list[
                 path=record.in_place[0].module,
             )
         )
-    if record.rows_per_sample > 1:
+    if record.counts:
+        notes.append(
+            _advice(
+                "DPF024",
+                f"samples enter {type(module).__name__} as different numbers of rows ({min(record.counts)} to "
+                f"{max(record.counts)} in the probe).",
+                "the rows of a sample are clipped together, and counted once: the privacy unit is the sample.",
+                path="data_loader",
+            )
+        )
+    elif record.rows_per_sample > 1:
         notes.append(
             _advice(
                 "DPF024",
                 f"every sample enters {type(module).__name__} as {record.rows_per_sample} rows.",
-                "the rows of a sample are averaged before clipping, and counted once: the privacy unit is the sample.",
+                "the rows of a sample are clipped together, and counted once: the privacy unit is the sample.",
                 path="data_loader",
             )
         )

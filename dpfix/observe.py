@@ -17,7 +17,7 @@ from dpfix import activations
 from dpfix.call_sites import CallSite
 from dpfix.dry_run import described_failures
 from dpfix.errors import CoupledModelError, TrainingStepError
-from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers
+from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layers, row_counts
 from dpfix.probe import Probe
 from dpfix.recorder import Call, Recording, Site, recorder
 from dpfix.scan import place
@@ -97,6 +97,7 @@ class StepRecord:
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
         scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
+        counts: rows of every sample in the model's inputs, where these are not the same for all.
     """
 
     together: Run
@@ -114,6 +115,7 @@ class StepRecord:
     constant_writes: tuple[str, ...]
     sample_writes: tuple[str, ...]
     scratch: tuple[Key, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def detached(self) -> tuple[Site, ...]:
@@ -171,8 +173,10 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
             used |= _used_by_chance(module, step, probe, before)
         constant, dependent = _writes([*alone, together])
         scratch = _scratch(module, step, probe, before, alone[0], dependent) if known is None else known.scratch
-    calls, problem = layout_of_calls(together.calls.get("", []), [run.calls.get("", []) for run in alone])
-    layers = layout_of_layers(together.calls, [run.calls for run in alone]) if known is None else known.layers
+    model_calls = [run.calls.get("", []) for run in (together, *alone)]
+    counts = row_counts(model_calls[0], model_calls[1:])
+    calls, problem = layout_of_calls(model_calls[0], model_calls[1:], counts)
+    layers = layout_of_layers(together.calls, [run.calls for run in alone], counts) if known is None else known.layers
     return StepRecord(
         together=_root_only(together),
         alone=tuple(_root_only(run) for run in alone),
@@ -189,6 +193,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         constant_writes=tuple(map(_name, constant)),
         sample_writes=tuple(_name(key) for key in dependent if key not in scratch),
         scratch=scratch,
+        counts=counts,
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from dpfix.call_sites import CallSite
-from dpfix.layout import CallLayout, LayerCall
+from dpfix.layout import CallLayout, LayerCall, RowCounter
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Plan:
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
         scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
+        views: views of every sample that are averaged (augmentation multiplicity).
+        row_counter: how to tell the number of rows of a sample from what the dataset returns, where it is not the same
+            for all samples.
+        weighted_by_rows: whether a sample weighs as much in the loss as it has rows (a mean over all rows); if not, all
+            samples weigh the same.
     """
 
     engine: str
@@ -60,6 +66,44 @@ class Plan:
     fixed_norms: tuple[str, ...] = ()
     scratch: tuple[tuple[str, str], ...] = ()
     no_grad_regions: tuple[Region, ...] = ()
+    views: int = 1
+    row_counter: RowCounter | None = None
+    weighted_by_rows: bool = False
+
+    def weight(self, samples: int, counts: tuple[int, ...] = ()) -> float | torch.Tensor:
+        """How much of a sample's own loss is in the loss of the batch.
+
+        Args:
+            samples: number of samples in the batch.
+            counts: rows of every sample, where these are not the same for all.
+
+        Returns:
+            One number for all samples, or shape ``[samples]``.
+        """
+        if self.loss_reduction == "sum":
+            return 1.0
+        if self.weighted_by_rows and counts:
+            return torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        return 1.0 / samples
+
+    @property
+    def share(self) -> float:
+        """What a sample's own loss is multiplied with: views are averaged, which a sum over their rows does not do."""
+        return 1 / self.views if self.loss_reduction == "sum" else 1.0
+
+    def scale(self, samples: int, counts: tuple[int, ...] = ()) -> float | torch.Tensor:
+        """What the gradient that arrives for a sample is multiplied with before it is clipped.
+
+        That undoes the mean over the samples, and makes a sum over views their mean.
+
+        Args:
+            samples: number of samples in the batch.
+            counts: rows of every sample, where these are not the same for all.
+
+        Returns:
+            One number for all samples, or shape ``[samples]``.
+        """
+        return self.share / self.weight(samples, counts)
 
 
 def switched_on(module: nn.Module, path: str) -> str:

@@ -16,8 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpfix import trees
+from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import LoaderError
-from dpfix.sampling import CollateOrStandIn, index_set
+from dpfix.layout import RowCounter
+from dpfix.sampling import CollateOrStandIn, StandIn, index_set, user_collate
 
 SAMPLES = 4
 """Number of samples in a probe, at most; as many as the script's batches have if those are smaller."""
@@ -58,7 +60,24 @@ class Probe:
         Returns:
             The collated batch.
         """
-        return self.collate([self.items[i % len(self.items)] for i in range(samples)])
+        return self.collate(self._repeated(samples))
+
+    def _repeated(self, samples: int) -> list[Any]:
+        return [self.items[i % len(self.items)] for i in range(samples)]
+
+    def counts(self, counter: RowCounter | None, samples: int | None = None) -> tuple[int, ...]:
+        """Rows of every sample.
+
+        Args:
+            counter: how to tell them; ``None`` if all samples have the same number.
+            samples: number of samples in a batch made by :meth:`of_size`; those of the probe itself if not given.
+
+        Returns:
+            The numbers; empty without a counter.
+        """
+        if counter is None:
+            return ()
+        return tuple(counter.count(item) for item in self._repeated(len(self.items) if samples is None else samples))
 
     def changed(self, change: Callable[[int, trees.Path, Any], Any], samples: int) -> Probe:
         """A probe of changed samples.
@@ -201,12 +220,15 @@ def _filled(leaf: Any, value: Any) -> Any:
     return type(leaf)(value)
 
 
-def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
+def take(
+    loader: DataLoader[Any], samples: int = SAMPLES, augmentation: AugmentationMultiplicity | None = None
+) -> Probe:
     """Read a probe from a loader's dataset, without touching its sampler.
 
     Args:
         loader: the user's loader.
         samples: number of samples; fewer if the dataset has fewer (at least two, by repetition).
+        augmentation: makes the views of every sample.
 
     Returns:
         The probe.
@@ -218,17 +240,18 @@ def take(loader: DataLoader[Any], samples: int = SAMPLES) -> Probe:
     # In a fixed random order: the first samples of a dataset sorted by class would all have the same label.
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
     chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
-    collate: Any = loader.collate_fn
-    if isinstance(collate, CollateOrStandIn):
-        collate = collate.collate
+    collate = CollateOrStandIn(user_collate(loader), StandIn(None), augmentation and augmentation.for_probe())
     generator = torch.Generator().manual_seed(_SEED)
     try:
-        return _collated([_redraw(loader.dataset[i], generator) for i in chosen], collate)
+        items = collate.prepared([loader.dataset[i] for i in chosen])
+        return _collated([_redraw(item, generator) for item in items], collate.collated)
     except COLLATE_FAILURES as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed: "
             f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "
-            "dataset[i] and the collate_fn work for any list of samples, also for a single one."
+            "dataset[i], the collate_fn"
+            + (" and the transform of the augmentation work" if augmentation else " work")
+            + " for any list of samples, also for a single one."
         ) from error
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, RandomSampler
+
+from dpfix.augmentation import AugmentationMultiplicity
+from dpfix.layout import RowCounter
 
 Collate = Callable[[list[Any]], Any]
 
@@ -20,12 +24,14 @@ class DrawLedger:
 
     Attributes:
         rounds: counts how often a sampler was started; a new round abandons what an old one left.
+        counts: rows of every sample of the delivered batch, where samples may have different numbers of them.
     """
 
     def __init__(self) -> None:
         self.rounds = 0
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
+        self.counts: tuple[int, ...] = ()
         self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
 
     def start(self) -> None:
@@ -34,6 +40,7 @@ class DrawLedger:
         self._drawn.clear()
         self._delivered = None
         self._delivers = False
+        self.counts = ()
 
     def drew(self, samples: int) -> None:
         """A logical batch was drawn.
@@ -43,8 +50,13 @@ class DrawLedger:
         """
         self._drawn.append(samples)
 
-    def deliver(self) -> None:
-        """The loader hands the oldest drawn batch to the loop."""
+    def deliver(self, counts: tuple[int, ...] = ()) -> None:
+        """The loader hands the oldest drawn batch to the loop.
+
+        Args:
+            counts: rows of every sample.
+        """
+        self.counts = counts
         self._delivered = self._drawn.popleft() if self._drawn else None
         self._delivers = True
 
@@ -118,24 +130,80 @@ class RecordedBatches:
         return len(self.batches)
 
 
-class CollateOrStandIn:
-    """The user's collate function; an empty draw becomes the stand-in batch.
+@dataclass(frozen=True)
+class StandIn:
+    """What an empty draw delivers.
 
-    The stand-in has one row of zeros per sample the model expects and never contributes to a release: the step that
-    follows an empty draw consists of noise alone. The model, and the loop around it, never see an empty tensor.
+    Its gradient never contributes to a release: the step that follows an empty draw consists of noise alone. The model,
+    and the loop around it, never see an empty tensor.
+
+    Attributes:
+        batch: a batch of one sample.
+        counts: the number of its rows, where samples may have different numbers of them.
+    """
+
+    batch: Any
+    counts: tuple[int, ...] = ()
+
+
+class CollateOrStandIn:
+    """The user's collate function after the views of every sample are made; an empty draw becomes the stand-in.
 
     Args:
         collate: the user's collate function.
-        stand_in: the batch delivered for an empty draw.
+        stand_in: what is delivered for an empty draw.
+        augmentation: makes the views of a sample, if that is asked for.
     """
 
-    def __init__(self, collate: Collate, stand_in: Any) -> None:
+    def __init__(self, collate: Collate, stand_in: StandIn, augmentation: AugmentationMultiplicity | None) -> None:
         self.collate = collate
         self.stand_in = stand_in
+        self.augmentation = augmentation
 
     def __call__(self, samples: list[Any]) -> Any:
         """Collate, or deliver the stand-in."""
-        return self.collate(samples) if len(samples) else copy.deepcopy(self.stand_in)
+        return self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.stand_in.batch)
+
+    def prepared(self, samples: list[Any]) -> list[Any]:
+        """The samples as they are collated.
+
+        Args:
+            samples: what the dataset returned.
+
+        Returns:
+            The samples, or a list of views for each.
+        """
+        return samples if self.augmentation is None else [self.augmentation.views(s) for s in samples]
+
+    def collated(self, prepared: list[Any]) -> Any:
+        """One batch.
+
+        Args:
+            prepared: what :meth:`prepared` returned.
+
+        Returns:
+            What the user's collate function makes of the samples, or of their views.
+        """
+        return self.collate(prepared if self.augmentation is None else [view for views in prepared for view in views])
+
+
+class CountingCollate:
+    """Delivers with every batch the number of rows of each of its samples.
+
+    Args:
+        inner: collates.
+        counter: counts.
+    """
+
+    def __init__(self, inner: CollateOrStandIn, counter: RowCounter) -> None:
+        self.inner, self.counter = inner, counter
+
+    def __call__(self, samples: list[Any]) -> tuple[Any, tuple[int, ...]]:
+        """The batch and its counts."""
+        if not len(samples):
+            return self.inner(samples), self.inner.stand_in.counts
+        prepared = self.inner.prepared(samples)
+        return self.inner.collated(prepared), tuple(self.counter.count(item) for item in prepared)
 
 
 class PrivateDataLoader(DPDataLoader):
@@ -146,24 +214,28 @@ class PrivateDataLoader(DPDataLoader):
         stand_in: what an empty draw delivers.
         ledger: where draws are recorded.
         generator: source of randomness; the user's loader's own if ``None``.
+        augmentation: makes the views of every sample.
+        row_counter: counts the rows of every sample, where they may have different numbers of them.
     """
+
+    collate_fn: Any
 
     def __init__(
         self,
         loader: DataLoader[Any],
         *,
-        stand_in: Any,
+        stand_in: StandIn,
         ledger: DrawLedger,
         generator: torch.Generator | None = None,
+        augmentation: AugmentationMultiplicity | None = None,
+        row_counter: RowCounter | None = None,
     ) -> None:
         indices = index_set(loader)
         self.sample_rate = sample_rate(loader)
         self.distributed = False
         self.ledger = ledger
         generator = generator if generator is not None else loader.generator
-        collate = loader.collate_fn
-        if isinstance(collate, CollateOrStandIn):
-            collate = collate.collate
+        self.row_counter = row_counter
         sampler = PoissonSampler(
             indices,
             sample_rate=self.sample_rate,
@@ -176,7 +248,7 @@ class PrivateDataLoader(DPDataLoader):
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
-            collate_fn=CollateOrStandIn(collate, stand_in),
+            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
@@ -200,9 +272,33 @@ class PrivateDataLoader(DPDataLoader):
         self.__dict__["batch_sampler"] = sampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            self.ledger.deliver()
+        if self.row_counter is None:
+            for batch in super().__iter__():
+                self.ledger.deliver()
+                yield batch
+            return
+        whole = self.collate_fn
+        self.collate_fn = CountingCollate(whole, self.row_counter)
+        try:
+            batches = super().__iter__()  # it takes the collate function with it
+        finally:
+            self.collate_fn = whole
+        for batch, counts in batches:
+            self.ledger.deliver(tuple(counts))
             yield batch
+
+
+def user_collate(loader: DataLoader[Any]) -> Collate:
+    """The collate function that a loader was made with.
+
+    Args:
+        loader: the user's loader, or a private one.
+
+    Returns:
+        The function.
+    """
+    collate = loader.collate_fn
+    return collate.collate if isinstance(collate, CollateOrStandIn) else collate
 
 
 def index_set(loader: DataLoader[Any]) -> list[int]:

@@ -106,7 +106,8 @@ def _choose(
     batch_size: float,
     cache: bool,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
-    batch = ordinary.samples.of_size(max(2, min(TIMED_SAMPLES, int(batch_size))))
+    size = max(2, min(TIMED_SAMPLES, int(batch_size)))
+    batch = ordinary.samples.of_size(size)
     candidates = engines_for(mode)
     regions = [(r.site, r.of) for r in plan.no_grad_regions]
     settings = {"candidates": [e.name for e in candidates], "size": batch_size, "regions": regions}
@@ -121,7 +122,7 @@ def _choose(
         evidence = _try(candidates, module, step, ordinary, plan)
     passed = [BY_NAME[n] for n, e in evidence.items() if e.passed]
     if len(passed) > 1:
-        seconds = timing.in_order(passed, module, step, batch, plan, batch_size)
+        seconds = timing.in_order(passed, module, step, ordinary.samples, size, plan, batch_size)
         evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
         passed = [BY_NAME[n] for n in seconds]
         if cache:

@@ -11,6 +11,7 @@ from torch import nn
 from dpfix.audit import clipped_sums
 from dpfix.engines import Engine, FlatClipping
 from dpfix.plan import Plan
+from dpfix.probe import Probe
 from dpfix.regions import applied
 from dpfix.traceless import state_of, traceless
 from dpfix.training_step import TrainingStep
@@ -29,7 +30,13 @@ MATERIALISED_BYTES = 2**30
 
 
 def in_order(
-    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan, batch_size: float
+    engines: Sequence[Engine],
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    samples: int,
+    plan: Plan,
+    batch_size: float,
 ) -> dict[str, float | None]:
     """The engines from best to worst, by the fastest of several steps: what is slower was disturbed by something else.
 
@@ -37,7 +44,8 @@ def in_order(
         engines: those that passed the audit.
         module: the repaired model.
         step: from batch to loss.
-        batch: a probe batch.
+        probe: the samples of which batches are made.
+        samples: number of samples in these batches.
         plan: everything about the training but the engine.
         batch_size: the script's batch size.
 
@@ -48,7 +56,7 @@ def in_order(
     lean = {e.name for e in engines if _keeps_nothing(e, module, plan)}
     large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
     timed = [e for e in engines if e.name in lean or not large]
-    seconds = _time(timed, module, step, batch, plan) if len(timed) > 1 else {}
+    seconds = _time(timed, module, step, probe, samples, plan) if len(timed) > 1 else {}
     found: dict[str, float | None] = {e.name: seconds.get(e.name) for e in timed}
     order = sorted(found, key=lambda n: (found[n] or 0.0) * (1 if n in lean else NOTICEABLE))
     return {n: found[n] for n in order} | {e.name: None for e in engines if e.name not in found}
@@ -61,9 +69,10 @@ def _keeps_nothing(engine: Engine, module: nn.Module, plan: Plan) -> bool:
 
 
 def _time(
-    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, batch: object, plan: Plan
+    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, probe: Probe, samples: int, plan: Plan
 ) -> dict[str, float]:
     seen: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    batch, counts = probe.of_size(samples), probe.counts(plan.row_counter, samples)
     before = state_of(module)
     begin = time.perf_counter()
     for turn in range(ROUNDS):
@@ -74,14 +83,17 @@ def _time(
             times = seen[engine.name]
             if turn < 2 or min(times) < CLOSE * best:
                 with traceless(module, before):
-                    times.append(_seconds(engine, module, step, batch, plan))
+                    times.append(_seconds(engine, module, step, batch, counts, plan))
     return {name: min(times) for name, times in seen.items()}
 
 
-def _seconds(engine: Engine, module: nn.Module, step: TrainingStep, batch: object, plan: Plan) -> float:
+def _seconds(
+    engine: Engine, module: nn.Module, step: TrainingStep, batch: object, counts: tuple[int, ...], plan: Plan
+) -> float:
     """One step up to the clipped sum."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
+    handle.counts = lambda: counts
     try:
         with applied(module, plan.no_grad_regions):
             start = time.perf_counter()

@@ -7,6 +7,7 @@ In a training forward pass every parameter is replaced by aliases that belong to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from dpfix import trees
-from dpfix.engines.base import zeros
+from dpfix.engines.base import no_counts, zeros
 from dpfix.engines.parameters import Aliases, parameter_slots
 from dpfix.errors import PlanBrokenError
 from dpfix.layout import CallLayout, known_layout, samples_in
@@ -74,6 +75,7 @@ class AliasHandle(ABC):
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.model = module
         self.plan = plan
+        self.counts: Callable[[], tuple[int, ...]] = no_counts
         self.original = module.forward
         self._iterations = [Iteration()]
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -109,7 +111,7 @@ class AliasHandle(ABC):
         if not (self.model.training and torch.is_grad_enabled()) or transformed:
             return self.original(*args, **kwargs)
         args, kwargs = trees.plain(args), trees.plain(kwargs)
-        layout = known_layout(self.plan.calls, self.model, args, kwargs)
+        layout = known_layout(self.plan.calls, self.model, args, kwargs, self.counts())
         samples = samples_in(layout, self.model, args, kwargs)
         return self.run(layout, args, kwargs, samples, self._current(samples))
 
@@ -153,9 +155,19 @@ class AliasHandle(ABC):
     def _stacked(self, aliases: list[Aliases], name: str | None, p: nn.Parameter, samples: int) -> torch.Tensor:
         out = zeros(p, samples)
         if name is not None:
-            scale = samples if self.plan.loss_reduction == "mean" else 1
-            self.fill(out, aliases, name, scale)
+            self.fill(out, aliases, name, self.plan.scale(samples, self.counts()))
         return out
+
+    def weight(self, samples: int) -> float | torch.Tensor:
+        """Weight of every sample in the batch's loss.
+
+        Args:
+            samples: number of samples.
+
+        Returns:
+            One number, or shape ``[samples]``.
+        """
+        return self.plan.weight(samples, self.counts())
 
     @abstractmethod
     def aliases_for(self, samples: int) -> list[Aliases]:
@@ -184,12 +196,12 @@ class AliasHandle(ABC):
         """
 
     @abstractmethod
-    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float) -> None:
+    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
         """Write per-sample gradients where a gradient arrived.
 
         Args:
             out: zeros, shape ``[samples, *parameter]``.
             aliases: the aliases.
             name: name of the parameter.
-            scale: what gradients are multiplied with.
+            scale: what gradients are multiplied with: one number, or shape ``[samples]``.
         """

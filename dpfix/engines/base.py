@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,6 +31,8 @@ class Handle(Protocol):
 
     model: nn.Module
     """What the training step calls."""
+    counts: Callable[[], tuple[int, ...]]
+    """Rows of every sample in the present batch; empty where all have the same number."""
 
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
         """Leave per-sample gradients of shape ``[samples, *parameter]`` on ``grad_sample``.
@@ -118,6 +121,30 @@ class Engine(Protocol):
             The handle.
         """
         ...
+
+
+def no_counts() -> tuple[int, ...]:
+    """What an engine takes the rows of every sample from until a loader tells them.
+
+    Returns:
+        Nothing: every sample has as many as the probe showed.
+    """
+    return ()
+
+
+def per_sample(scale: float | torch.Tensor, gradients: torch.Tensor) -> float | torch.Tensor:
+    """A factor per sample in the form that multiplies per-sample gradients.
+
+    Args:
+        scale: one number, or shape ``[samples]``.
+        gradients: shape ``[samples, *parameter]``.
+
+    Returns:
+        The number, or shape ``[samples, 1, ...]`` in the gradients' dtype.
+    """
+    if isinstance(scale, float):
+        return scale
+    return scale.to(gradients).view(-1, *[1] * (gradients.dim() - 1))
 
 
 def zeros(parameter: nn.Parameter, samples: int) -> torch.Tensor:

@@ -6,11 +6,12 @@ calls ``optimizer.step()``. Nothing is attached to the model, and what the loop 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from dpfix.engines.base import Verdict, zeros
+from dpfix.engines.base import Verdict, no_counts, zeros
 from dpfix.plan import Plan
 
 
@@ -55,6 +56,7 @@ class ByHandHandle:
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module
+        self.counts: Callable[[], tuple[int, ...]] = no_counts
 
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
         """Count the samples and fill in zeros for parameters the script left out.

@@ -28,6 +28,8 @@ class ExpandedWeights:
         Returns:
             The verdict.
         """
+        if record.rows_per_sample > 1 or record.counts:
+            return Verdict("samples have several rows")
         errors = ModuleValidator.validate(module, strict=False)
         return Verdict(f"Opacus refuses the model: {str(errors[0])[:120]}" if errors else "")
 

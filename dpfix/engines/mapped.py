@@ -41,7 +41,7 @@ def call_mapped(
     inputs: Layout,
     output: Layout,
     samples: int,
-    loss_reduction: str,
+    weight: float | torch.Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -54,7 +54,7 @@ def call_mapped(
         inputs: how its arguments carry the samples.
         output: how its output does.
         samples: number of samples.
-        loss_reduction: how a scalar per sample (a loss that the module computes) becomes the batch's.
+        weight: what a scalar per sample (a loss that the module computes) is multiplied with before they are added up.
         args: positional arguments.
         kwargs: keyword arguments.
 
@@ -74,20 +74,20 @@ def call_mapped(
 
     with without_fallback_warnings(), attributes_kept(getattr(function, "__self__", None)):
         tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(values.values()))
-    return _joined(structure[0], list(tensors), dict(output), samples, loss_reduction)
+    return _joined(structure[0], list(tensors), dict(output), samples, weight)
 
 
 def _joined(
-    result: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int, loss_reduction: str
+    result: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int, weight: float | torch.Tensor
 ) -> Any:
     def join(path: trees.Path, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         tensor, dim = tensors.pop(0), dims.get(path)
         if dim is not None:
-            return Rows(samples, dim.dim, dim.interleaved).merge(tensor)
+            return Rows(samples, dim.dim, dim.interleaved, tuple(n * dim.rows for n in dim.counts)).merge(tensor)
         if tensor.dim() == 1:
-            return tensor.mean() if loss_reduction == "mean" else tensor.sum()
+            return (tensor * weight).sum()
         return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
 
     return trees.map_leaves(join, result)

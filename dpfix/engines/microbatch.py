@@ -81,7 +81,7 @@ class MicrobatchHandle(AliasHandle):
             The model's output for the whole batch.
         """
         outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
-        return join_outputs(layout, outputs, self.plan.loss_reduction)
+        return join_outputs(layout, outputs, self.weight(samples))
 
     def _one(self, layout: CallLayout, args: Any, kwargs: Any, i: int, samples: int, aliases: Aliases) -> Any:
         dims = dict(layout.inputs)
@@ -94,7 +94,7 @@ class MicrobatchHandle(AliasHandle):
         with swapped(self.slots, aliases):
             return self.original(*one_args, **one_kwargs)
 
-    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float) -> None:
+    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
         """See :class:`AliasHandle`.
 
         Args:
@@ -106,20 +106,20 @@ class MicrobatchHandle(AliasHandle):
         for i, one in enumerate(aliases):
             grad = one[name].grad
             if grad is not None:
-                torch.mul(grad, scale, out=out[i])
+                torch.mul(grad, scale if isinstance(scale, float) else scale[i].to(grad), out=out[i])
 
 
-def join_outputs(layout: CallLayout, outputs: list[Any], loss_reduction: str) -> Any:
+def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.Tensor) -> Any:
     """Put the outputs of single samples together to the output of the batch.
 
     Args:
         layout: how the output carries the samples.
         outputs: one output per sample.
-        loss_reduction: how a scalar per sample (a loss computed by the model) becomes the batch's.
+        weight: what a scalar per sample (a loss that the model computes) is multiplied with before they are added up.
 
     Returns:
-        A tree like each output. Tensors that carry samples are joined; scalars that carry gradient are averaged or
-        summed; all else is the first sample's.
+        A tree like each output. Tensors that carry samples are joined; scalars that carry gradient are added
+        up; all else is the first sample's.
     """
     dims = dict(layout.output)
     parts = [dict(trees.leaves(o)) for o in outputs]
@@ -132,8 +132,7 @@ def join_outputs(layout: CallLayout, outputs: list[Any], loss_reduction: str) ->
         if dim is not None:
             return dim.join(tensors)
         if leaf.requires_grad and leaf.dim() == 0:
-            total = torch.stack(tensors).sum()
-            return total / len(tensors) if loss_reduction == "mean" else total
+            return (torch.stack(tensors) * weight).sum()
         return leaf
 
     return trees.map_leaves(join, outputs[0])

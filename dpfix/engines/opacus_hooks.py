@@ -8,7 +8,7 @@ begins and put back when a gradient reaches the outputs of that call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpfix import trees
-from dpfix.engines.base import Verdict, zeros
+from dpfix.engines.base import Verdict, no_counts, zeros
+from dpfix.engines.bookkeeping.rows import Rows
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.plan import Plan
 
@@ -43,6 +44,8 @@ class OpacusHooks:
         Returns:
             The verdict.
         """
+        if record.counts:
+            return Verdict("samples have different numbers of rows")
         errors = [*ModuleValidator.validate(module, strict=False), *GradSampleModule.validate(module)]
         if errors:
             return Verdict(f"Opacus refuses the model: {str(errors[0])[:120]}")
@@ -79,7 +82,7 @@ class OpacusHooks:
                 loss_reduction=plan.loss_reduction,
                 force_functorch=self.name == "functorch",
             )
-        return HooksHandle(module, prepared, mode=self.name, own=own)
+        return HooksHandle(module, prepared, plan, mode=self.name, own=own)
 
 
 class HooksHandle:
@@ -88,13 +91,17 @@ class HooksHandle:
     Args:
         module: the hooked model.
         prepared: Opacus's hooks object or wrapper.
+        plan: how the calls carry their samples.
         mode: name of the engine, for messages.
         own: whether it was made here and is to be cleaned up here.
     """
 
-    def __init__(self, module: nn.Module, prepared: Any, *, mode: str, own: bool) -> None:
+    def __init__(self, module: nn.Module, prepared: Any, plan: Plan, *, mode: str, own: bool) -> None:
         self.model = module
         self.prepared = prepared
+        self.plan = plan
+        self.counts: Callable[[], tuple[int, ...]] = no_counts
+        self._rows = next((dim for call in plan.calls for _, dim in call.inputs if dim and dim.rows > 1), None)
         self.mode = mode
         self._own = own
         self.several_iterations = True
@@ -252,7 +259,8 @@ class HooksHandle:
                     "grad_sample_mode='microbatch'."
                 )
             found = getattr(p, "grad_sample", None)
-            gathered[p] = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
+            parts = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
+            gathered[p] = [self._by_sample(part) for part in parts]
         several = len(iterations) > 1
         if several:
             return _as_lists(gathered, len(iterations))
@@ -270,6 +278,21 @@ class HooksHandle:
             else:
                 p.grad_sample = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)  # type: ignore[attr-defined]
         return samples
+
+    def _by_sample(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Add up the rows of every sample, which Opacus takes for samples."""
+        layout = self._rows
+        if layout is None:
+            return gradients
+        samples, left = divmod(len(gradients), layout.rows)
+        if left:
+            raise PlanBrokenError(
+                f"a layer of {type(self.model).__name__} left per-sample gradients of {len(gradients)} rows, which are not "
+                f"{layout.rows} for every sample."
+            )
+        rows = Rows(samples, 0, layout.interleaved).split(gradients)
+        # With a mean, every gradient was multiplied with the number of rows, instead of the number of samples.
+        return rows.mean(1) if self.plan.loss_reduction == "mean" else rows.sum(1) * self.plan.share
 
 
 def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dpfix.engines.aliases import AliasHandle
-from dpfix.engines.base import Verdict
+from dpfix.engines.base import Verdict, per_sample
 from dpfix.engines.mapped import call_mapped
 from dpfix.engines.parameters import Aliases
 from dpfix.errors import PlanBrokenError
@@ -92,10 +92,10 @@ class VmapHandle(AliasHandle):
                 raise PlanBrokenError(switched_on(self.model, path))
         return call_mapped(
             self.original, self.slots, aliases[0], layout.inputs, layout.output, samples,
-            self.plan.loss_reduction, args, kwargs,
+            self.weight(samples), args, kwargs,
         )  # fmt: skip
 
-    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float) -> None:
+    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
         """See :class:`AliasHandle`.
 
         Args:
@@ -106,4 +106,4 @@ class VmapHandle(AliasHandle):
         """
         grad = aliases[0][name].grad
         if grad is not None:
-            torch.mul(grad, scale, out=out)
+            torch.mul(grad, per_sample(scale, grad), out=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -252,8 +253,7 @@ class AttentionStandIn(ComposedStandIn):
                 )
         dim = self.input_dim(number)
         assert dim is not None
-        found = rows_of(query, dim, call.samples)
-        return Rows(found.samples, 1, found.interleaved)
+        return replace(rows_of(query, dim, call.samples), dim=1)
 
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See :class:`ComposedStandIn`.

@@ -82,8 +82,8 @@ class Convolution(Rule):
             Shape of the input.
         """
         x, weight = saved
-        rows = len(x) // call.rows.samples
         by_sample = call.rows.adjacent(g)
+        rows = len(by_sample) // call.rows.samples
         if call.trains("bias"):
             sums = full_precision(by_sample).flatten(2).sum(2)
             call.report("bias", Kept(sums.view(call.rows.samples, rows, -1).sum(1)))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpfix import trees
-from dpfix.engines.base import zeros
+from dpfix.engines.base import no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.layers import StandIn
 from dpfix.engines.bookkeeping.rows import rows_of
@@ -124,6 +124,7 @@ class BookkeepingHandle:
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.model, self.plan = module, plan
+        self.counts: Callable[[], tuple[int, ...]] = no_counts
         self.anchor = torch.zeros((), requires_grad=True)
         self._layers: dict[str, list[LayerCall]] = {}
         for layer in plan.layers:
@@ -174,7 +175,7 @@ class BookkeepingHandle:
         Returns:
             The layout.
         """
-        return known_layout(self.plan.calls, self.model, args, kwargs)
+        return known_layout(self.plan.calls, self.model, args, kwargs, self.counts())
 
     @contextmanager
     def root_call(self, layout: CallLayout, args: Any, kwargs: Any) -> Iterator[RootCall]:
@@ -248,7 +249,7 @@ class BookkeepingHandle:
                 f"it cannot be told which rows of layer `{path}` of {type(self.model).__name__} belong to which sample "
                 f"({found.problem})."
             )
-        return found
+        return found.having(self.counts()) if self.plan.row_counter else found
 
     # -------------------------------------------------------------- gradients
 
@@ -278,10 +279,6 @@ class BookkeepingHandle:
             found += iteration.found.items()
         return found
 
-    def _scale(self, samples: int) -> int:
-        # With a mean over the samples, what came back are gradients of that mean.
-        return samples if self.plan.loss_reduction == "mean" else 1
-
     @torch.no_grad()
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
         """Leave per-sample gradients on ``grad_sample``, for clippings other than the flat one.
@@ -297,7 +294,12 @@ class BookkeepingHandle:
             parts = []
             for samples, found in arrived:
                 own = found.get(p)
-                parts.append(zeros(p, samples) if own is None else add_up(own).per_sample() * self._scale(samples))
+                scale = self.plan.scale(samples, self.counts())
+                if own is None:
+                    parts.append(zeros(p, samples))
+                    continue
+                gradients = add_up(own).per_sample()
+                parts.append(gradients * per_sample(scale, gradients))
             p.grad_sample = parts[0] if len(parts) == 1 else parts or None  # type: ignore[attr-defined]
         return [samples for samples, _ in arrived]
 
@@ -336,8 +338,10 @@ class BookkeepingHandle:
             if not keep:
                 found.clear()
             norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
-            scale = self._scale(samples)
-            norm = scale * torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
+            norm = torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
+            scale = self.plan.scale(samples, self.counts())
+            scale = scale if isinstance(scale, float) else scale.to(norm)
+            norm = norm * scale
             every.append(norm)
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
             for p in parameters:

@@ -220,8 +220,7 @@ class LayerNorm(Norm):
         x, weight, bias, mean, rstd = saved
         shape, samples = call.module.normalized_shape, call.rows.samples
         kernel = torch.ops.aten.native_layer_norm_backward
-        simple = call.rows.dim == 0 and not call.rows.interleaved
-        if simple and x.dim() > len(shape) and x.numel() // samples >= _LOOP_ABOVE:
+        if call.rows.plain and x.dim() > len(shape) and x.numel() // samples >= _LOOP_ABOVE:
             parts = zip(*(t.chunk(samples) for t in (g.contiguous(), x, mean, rstd)), strict=True)
             found = [kernel(*p[:2], shape, *p[2:], weight, bias, [wanted, True, True]) for p in parts]
             gx, scale, shift = zip(*found, strict=True)

@@ -6,6 +6,7 @@ PyTorch's fused kernel forward; backward, one linear layer's per-sample gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -170,9 +171,7 @@ class RecurrentStandIn(StandIn):
         if x.dim() != 3 or layout is None or layout.dim != (0 if module.batch_first else 1):
             raise NotImplementedError("a recurrent layer was called without a batch of samples")
         where = rows_of(x, layout, call.samples)
-        out, last = self._layers(
-            call, Rows(where.samples, 1, where.interleaved), x.transpose(0, 1) if module.batch_first else x, states
-        )
+        out, last = self._layers(call, replace(where, dim=1), x.transpose(0, 1) if module.batch_first else x, states)
         return out.transpose(0, 1) if module.batch_first else out, last
 
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
