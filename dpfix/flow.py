@@ -96,7 +96,7 @@ class Prepared:
             self.plan.engine,
             self.evidence,
             self.proofs,
-            notes.settings(call.data_loader, call.options, call.loss_reduction, noise_multiplier),
+            notes.settings(call.data_loader, call.options, call.loss_reduction, noise_multiplier, self.plan.views),
             notes.versions(),
         )
 

@@ -225,7 +225,7 @@ def _advice(code: str, fact: str, why: str, help: str = "", path: str = "") -> F
 
 
 def settings(
-    loader: DataLoader, options: Options, loss_reduction: str, noise_multiplier: float | None
+    loader: DataLoader, options: Options, loss_reduction: str, noise_multiplier: float | None, views: int = 1
 ) -> Mapping[str, str]:
     """The privacy settings in force, for the report.
 
@@ -234,6 +234,7 @@ def settings(
         options: what was asked for.
         loss_reduction: ``"mean"`` or ``"sum"``.
         noise_multiplier: the noise; ``None`` in a diagnosis.
+        views: views per sample.
 
     Returns:
         Names and values.
@@ -247,7 +248,7 @@ def settings(
         "sampling": poisson if options.poisson_sampling else "the loader's own",
         "expected batch size": f"{sampling.batch_size(loader):g}",
         "loss reduction": loss_reduction,
-    }
+    } | ({} if views == 1 else {"views per sample": str(views)})
 
 
 def versions() -> Mapping[str, str]:
