@@ -10,6 +10,7 @@ from dpfix.api import (
     make_private_safe_with_epsilon,
 )
 from dpfix.augmentation import AugmentationMultiplicity
+from dpfix.engines.by_func import per_sample_gradients
 from dpfix.errors import (
     AccumulationError,
     ArgumentError,
@@ -105,6 +106,7 @@ __all__ = [
     "load_pretrained",
     "make_private_safe",
     "make_private_safe_with_epsilon",
+    "per_sample_gradients",
     "plain_state_dict",
     "save_plain",
     "verify_equivalence",

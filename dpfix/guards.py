@@ -463,5 +463,7 @@ class StepGuard:
 
 _NOTHING_ARRIVED = (
     "optimizer.step(): no per-sample gradient has arrived. Call loss.backward() on a loss of the private model before "
-    "step(), with the model in training mode, and do not call zero_grad() in between."
+    "step(), with the model in training mode, and do not call zero_grad() in between. A loop that computes per-sample "
+    "gradients itself needs grad_sample_mode='no_op' and torch.func (functional_call, vmap and grad, which replaced "
+    "functorch.make_functional), or dpfix.per_sample_gradients."
 )

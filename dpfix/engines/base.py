@@ -142,7 +142,7 @@ def per_sample(scale: float | torch.Tensor, gradients: torch.Tensor) -> float | 
     Returns:
         The number, or shape ``[samples, 1, ...]`` in the gradients' dtype.
     """
-    if isinstance(scale, float):
+    if not isinstance(scale, torch.Tensor):
         return scale
     return scale.to(gradients).view(-1, *[1] * (gradients.dim() - 1))
 

@@ -106,7 +106,7 @@ class MicrobatchHandle(AliasHandle):
         for i, one in enumerate(aliases):
             grad = one[name].grad
             if grad is not None:
-                torch.mul(grad, scale if isinstance(scale, float) else scale[i].to(grad), out=out[i])
+                torch.mul(grad, scale[i].to(grad) if isinstance(scale, torch.Tensor) else scale, out=out[i])
 
 
 def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.Tensor) -> Any:

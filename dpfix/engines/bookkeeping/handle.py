@@ -340,7 +340,7 @@ class BookkeepingHandle:
             norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
             norm = torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
             scale = self.plan.scale(samples, self.counts())
-            scale = scale if isinstance(scale, float) else scale.to(norm)
+            scale = scale.to(norm) if isinstance(scale, torch.Tensor) else scale
             norm = norm * scale
             every.append(norm)
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
