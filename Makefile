@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench docs rules opacus-suite clean
+.PHONY: help demo test slow lint format bench zoo docs rules opacus-suite clean
 .SECONDARY:
 
 help:  ## show this list
@@ -45,6 +45,9 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py
 	$(ONE_THREAD) $(BIN)/python benchmarks/simsiam_digits.py --write docs/detach.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py --write
+
+zoo: $(VENV)/.installed-dev  ## train every network of MONAI with Opacus and with dpfix (about half an hour)
+	$(ONE_THREAD) $(BIN)/python benchmarks/zoo.py --write $(ARGS)
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)

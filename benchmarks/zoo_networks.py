@@ -1,0 +1,673 @@
+"""The networks of ``monai.networks.nets``, small, each with samples and the loss it is trained with.
+
+A sample is a tuple of tensors. Noise levels, noise and masks that a script draws for a sample are part of the sample, so that
+its gradient is one definite thing. Networks are 2D where they can be: the layers are the same and the table takes less time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from monai.networks import nets
+from monai.networks.blocks import Warp
+from monai.networks.nets.restormer import Restormer
+from monai.networks.nets.vista3d import ClassMappingClassify, PointMappingSAM
+from torch import Generator, Tensor, nn
+from torch.utils.data import default_collate
+
+Step = Callable[[nn.Module, Any], Tensor]
+Sample = Callable[[Generator], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table.
+
+    Attributes:
+        name: class of MONAI, and what is special about the configuration.
+        task: heading in the table.
+        build: builds the network.
+        sample: draws one sample.
+        loss: the training step.
+        collate: how samples become a batch.
+        dtype: the dtype in which the released sum is compared; float32 where the network takes no other.
+        refusal: code of the finding for which dpfix has to refuse it.
+        samples: size of the dataset, of which a third is drawn per step.
+        heavy: why it is left out unless it is asked for by name, or empty.
+    """
+
+    name: str
+    task: str
+    build: Callable[[], nn.Module]
+    sample: Sample
+    loss: Step
+    collate: Callable[[list[Any]], Any] = default_collate
+    dtype: torch.dtype = torch.float64
+    refusal: str = ""
+    samples: int = 24
+    heavy: str = ""
+
+
+# ------------------------------------------------------------------ samples
+
+
+def image(*shape: int, classes: int = 0) -> Sample:
+    """An image; with ``classes`` also a label."""
+
+    def draw(g: Generator) -> tuple[Any, ...]:
+        x = torch.randn(*shape, generator=g) * (0.5 + torch.rand((), generator=g))
+        return (x, torch.randint(classes, (), generator=g)) if classes else (x,)
+
+    return draw
+
+
+def masked(channels: int, *size: int, classes: int = 2) -> Sample:
+    """An image and a mask of as many voxels."""
+    return lambda g: (*image(channels, *size)(g), torch.randint(classes, (1, *size), generator=g))
+
+
+def layout_and(sample: Sample, classes: int, *size: int) -> Sample:
+    """A sample and a one-hot map of regions."""
+
+    def draw(g: Generator) -> tuple[Any, ...]:
+        regions = F.one_hot(torch.randint(classes, size, generator=g), classes).movedim(-1, 0).float()
+        return (*sample(g), regions)
+
+    return draw
+
+
+def both(*samples: Sample) -> Sample:
+    return lambda g: tuple(part for sample in samples for part in sample(g))
+
+
+def tokens(vocabulary: int, length: int) -> Sample:
+    return lambda g: (torch.randint(vocabulary, (length,), generator=g),)
+
+
+def noised(*shape: int) -> Sample:
+    """An image, the noise to be found, and the time step it belongs to."""
+    return lambda g: (*image(*shape)(g), torch.randn(*shape, generator=g), torch.randint(1000, (), generator=g))
+
+
+def pair(channels: int, *size: int) -> Sample:
+    """Two smooth images to be registered: a blob, and the same blob elsewhere."""
+
+    def draw(g: Generator) -> tuple[Any, ...]:
+        grid = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in size), indexing="ij"))
+        at = (torch.rand(2, len(size), generator=g) - 0.5).reshape(2, len(size), *(1 for _ in size))
+        moving, fixed = (torch.exp(-4 * (grid - a).square().sum(0)).expand(channels, *size) for a in at)
+        return moving.clone(), fixed.clone()
+
+    return draw
+
+
+# ------------------------------------------------------------------ losses
+
+DICE_CE = DiceCELoss(to_onehot_y=True, softmax=True)
+
+
+def dice(model: nn.Module, batch: Any) -> Tensor:
+    """Dice and cross-entropy over every output; deep supervision gives several, of which some are smaller."""
+    out = model(batch[0])
+    outputs = out if isinstance(out, (list, tuple)) else (out,)
+    return torch.stack([dice_of(o, batch[1]) for o in outputs]).mean()
+
+
+def dice_of(logits: Tensor, mask: Tensor) -> Tensor:
+    if logits.shape[2:] != mask.shape[2:]:
+        mask = F.interpolate(mask.float(), logits.shape[2:], mode="nearest").long()
+    return DICE_CE(logits, mask)
+
+
+def stacked_dice(model: nn.Module, batch: Any) -> Tensor:
+    """As DynUNet returns deep supervision: all outputs in one tensor ``[batch, outputs, classes, *size]``."""
+    return torch.stack([dice_of(o, batch[1]) for o in model(batch[0]).unbind(1)]).mean()
+
+
+def classify(model: nn.Module, batch: Any) -> Tensor:
+    out = model(batch[0])
+    return F.cross_entropy(out[0] if isinstance(out, tuple) else out, batch[1])
+
+
+def regress(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def reconstruct(model: nn.Module, batch: Any) -> Tensor:
+    out = model(batch[0])
+    return F.l1_loss(out[0] if isinstance(out, tuple) else out, batch[0])
+
+
+def features(model: nn.Module, batch: Any) -> Tensor:
+    """Backbones that return a list of feature maps: a linear classifier without weights on their averages."""
+    pooled = torch.cat([f.flatten(2).mean(2) for f in model(batch[0]) if f is not None], 1)
+    return F.cross_entropy(pooled[:, :3], batch[1]) + 0.1 * pooled.square().mean()
+
+
+def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean()
+
+
+def vae(model: nn.Module, batch: Any) -> Tensor:
+    out, mean, log_variance, _ = model(batch[0])
+    return F.mse_loss(out, batch[0]) + 0.1 * kl(mean, log_variance)
+
+
+def vae_of_images(model: nn.Module, batch: Any) -> Tensor:
+    """As the latent diffusion tutorials train ``AutoencoderKL``: the network returns the standard deviation."""
+    out, mean, deviation = model(*batch)
+    return F.l1_loss(out, batch[0]) + 0.1 * kl(mean, 2 * deviation.log())
+
+
+def painting(model: nn.Module, batch: Any) -> Tensor:
+    x, regions = batch
+    out, mean, log_variance = model(regions, x)
+    return F.l1_loss(out, x) + 0.1 * kl(mean, log_variance)
+
+
+def codebook(model: nn.Module, batch: Any) -> Tensor:
+    out, quantisation = model(batch[0])
+    return F.l1_loss(out, batch[0]) + quantisation
+
+
+def with_vae_branch(model: nn.Module, batch: Any) -> Tensor:
+    logits, reconstruction = model(batch[0])
+    return DICE_CE(logits, batch[1]) + 0.1 * reconstruction
+
+
+def two_branches(model: nn.Module, batch: Any) -> Tensor:
+    point, label = model(batch[0])
+    return DICE_CE(point, batch[1]) + DICE_CE(label, batch[1])
+
+
+def hovernet(model: nn.Module, batch: Any) -> Tensor:
+    """Which pixels are nuclei, and how far they are from the middle of theirs; the borders are lost."""
+    out, (_, mask, distances) = model(batch[0]), batch
+    lost = (mask.shape[-1] - out["nucleus_prediction"].shape[-1]) // 2
+    mask, distances = (t[..., lost:-lost, lost:-lost] for t in (mask, distances))
+    return DICE_CE(out["nucleus_prediction"], mask) + F.mse_loss(out["horizontal_vertical"], distances)
+
+
+def masked_patches(model: nn.Module, batch: Any) -> Tensor:
+    """Mean squared error over the patches that were hidden; the same number in every sample."""
+    out, mask = model(batch[0])
+    patches = F.unfold(batch[0], 4, stride=4).transpose(1, 2)
+    return (((out - patches) ** 2).mean(2) * mask).sum(1).div(mask.sum(1)).mean()
+
+
+def next_token(model: nn.Module, batch: Any) -> Tensor:
+    ids, *context = batch
+    return F.cross_entropy(model(ids[:, :-1], *context).transpose(1, 2), ids[:, 1:])
+
+
+def denoise(model: nn.Module, batch: Any) -> Tensor:
+    """Mean squared error of the noise that was added at the sample's time step."""
+    x, noise, step, *condition = batch
+    return F.mse_loss(model(noisy(x, noise, step), step, *condition), noise)
+
+
+def denoise_with(name: str) -> Step:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x, noise, step, condition = batch
+        return F.mse_loss(model(noisy(x, noise, step), step, **{name: condition}), noise)
+
+    return loss
+
+
+def noisy(x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+    kept = (torch.cos(step.to(x.dtype) / 1000 * torch.pi / 2) ** 2).reshape(-1, *(1 for _ in x.shape[1:]))
+    return kept.sqrt() * x + (1 - kept).sqrt() * noise
+
+
+def discriminate(model: nn.Module, batch: Any) -> Tensor:
+    real, fake = (model(x) for x in batch)
+    return F.binary_cross_entropy(real, torch.ones_like(real)) + F.binary_cross_entropy(fake, torch.zeros_like(fake))
+
+
+def criticise(model: nn.Module, batch: Any) -> Tensor:
+    real, fake = (model(x) for x in batch)
+    return fake.mean() - real.mean()
+
+
+def patch_gan(model: nn.Module, batch: Any) -> Tensor:
+    """Least squares on the last output, which holds one verdict per patch."""
+    real, fake = (model(x)[-1] for x in batch)
+    return (real - 1).square().mean() + fake.square().mean()
+
+
+def several_scales(model: nn.Module, batch: Any) -> Tensor:
+    (real, _), (fake, _) = (model(x) for x in batch)
+    return sum((r - 1).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True))
+
+
+@cache
+def frozen_discriminator(dtype: torch.dtype) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nets.Discriminator((1, 16, 16), (4, 8), (2, 2)).eval().requires_grad_(False).to(dtype)
+
+
+def deceive(model: nn.Module, batch: Any) -> Tensor:
+    """A generator is trained against a discriminator, which is not trained in this step."""
+    verdict = frozen_discriminator(batch[0].dtype)(model(batch[0]))
+    return F.binary_cross_entropy(verdict, torch.ones_like(verdict))
+
+
+def registered(moving: Tensor, fixed: Tensor, field: Tensor) -> Tensor:
+    smooth = sum(field.diff(dim=d).square().mean() for d in range(2, field.dim()))
+    return F.mse_loss(moving, fixed) + 0.1 * smooth
+
+
+def warped(model: nn.Module, batch: Any) -> Tensor:
+    """A displacement field from both images, and how well the moved one fits."""
+    moving, fixed = batch
+    field = model(torch.cat([moving, fixed], 1))
+    return registered(Warp()(moving, field), fixed, field)
+
+
+def voxelmorph(model: nn.Module, batch: Any) -> Tensor:
+    moving, fixed = batch
+    moved, field = model(moving, fixed)
+    return registered(moved, fixed, field)
+
+
+def image_and_report(model: nn.Module, batch: Any) -> Tensor:
+    ids, pictures, label = batch
+    return F.cross_entropy(model(ids, torch.zeros_like(ids), pictures), label)
+
+
+def unequal_images(model: nn.Module, batch: Any) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(model([[x] for x in images]), labels)
+
+
+def by_class(model: nn.Module, batch: Any) -> Tensor:
+    """VISTA3D asked for the same three classes in every image."""
+    out = model(batch[0], class_vector=torch.arange(3), transpose=True)
+    return F.binary_cross_entropy_with_logits(out, batch[1])
+
+
+def by_points(model: nn.Module, batch: Any) -> Tensor:
+    """VISTA3D asked with the points of an image."""
+    *images_and_points, masks = batch
+    return F.binary_cross_entropy_with_logits(model(*images_and_points), masks)
+
+
+# ------------------------------------------------------------------ networks that take more than a line
+
+
+class Controlled(nn.Module):
+    """A ControlNet on a diffusion model that stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = diffusion().requires_grad_(False)
+        nn.init.normal_(
+            self.unet.out[-1].conv.weight, std=0.1
+        )  # zeros before it is trained, and no gradient would pass
+        self.control = nets.ControlNet(
+            2, 1, **DIFFUSION, conditioning_embedding_in_channels=1, conditioning_embedding_num_channels=(4,)
+        )
+
+    def forward(self, x: Tensor, steps: Tensor, condition: Tensor) -> Tensor:
+        down, middle = self.control(x, steps, condition)
+        return self.unet(x, steps, down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle)
+
+
+class OneByOne(nn.Module):
+    """VISTA3D with points, image by image: its point head takes one image per call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vista = vista3d()
+
+    def forward(self, images: Tensor, points: Tensor, kinds: Tensor) -> Tensor:
+        each = zip(*(t.split(1) for t in (images, points, kinds)), strict=True)
+        return torch.cat([self.vista(x, point_coords=p, point_labels=kind) for x, p, kind in each])
+
+
+DIFFUSION: dict[str, Any] = {
+    "num_res_blocks": 1,
+    "channels": (8, 16),
+    "attention_levels": (False, True),
+    "norm_num_groups": 4,
+    "num_head_channels": 8,
+}
+LATENT: dict[str, Any] = {
+    "spatial_dims": 2,
+    "num_res_blocks": 1,
+    "channels": (8, 16),
+    "attention_levels": (False, True),
+    "latent_channels": 2,
+    "norm_num_groups": 4,
+}
+SENET: dict[str, Any] = {"spatial_dims": 2, "in_channels": 3, "num_classes": 3, "layers": (1, 1, 1, 1)}
+
+
+def diffusion(**options: Any) -> nn.Module:
+    return nets.DiffusionModelUNet(2, 1, 1, **(DIFFUSION | options))
+
+
+def dints(search: bool) -> nn.Module:
+    space = nets.TopologySearch if search else nets.TopologyInstance
+    topology = space(channel_mul=0.2, num_blocks=2, num_depths=2, spatial_dims=2, use_downsample=True, device="cpu")
+    node_a = torch.ones(3, 2)
+    return nets.DiNTS(topology, 1, 2, spatial_dims=2, use_downsample=True, node_a=node_a)
+
+
+def bags(mode: str, backbone: Callable[[], nn.Module] | None = None) -> Callable[[], nn.Module]:
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    return lambda: nets.MILModel(
+        3, mode, pretrained=False, backbone=(backbone or small)(), backbone_num_features=32, trans_blocks=1
+    )
+
+
+def short_resnet(**options: Any) -> nn.Module:
+    """A ResNet with 32 features."""
+    return nets.ResNet("basic", [1, 1, 1, 1], [4, 8, 16, 32], 2, 3, **options)
+
+
+def transchex(**options: Any) -> nn.Module:
+    """It loads its language model from a file; here from one that holds no weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({}, Path(folder) / "pytorch_model.bin")
+        return nets.Transchex(3, (32, 32), (16, 16), 3, path_or_repo_id=folder, **options)
+
+
+def vista3d() -> nn.Module:
+    encoder = nets.SegResNetDS2(
+        in_channels=1, blocks_down=(1, 1), norm="instance", out_channels=8, init_filters=8, dsdepth=1
+    )
+    points = PointMappingSAM(feature_size=8, n_classes=16, last_supported=8)
+    classes = ClassMappingClassify(n_classes=16, feature_size=8, use_mlp=True)
+    return nets.VISTA3D(image_encoder=encoder, class_head=classes, point_head=points)
+
+
+def clicks(g: Generator) -> tuple[Any, ...]:
+    shape = (1, 16, 16, 16)
+    where = torch.randint(16, (2, 3), generator=g).float()
+    return *image(*shape)(g), where, torch.tensor([1, 0]), torch.randint(2, shape, generator=g).float()
+
+
+def three_masks(g: Generator) -> tuple[Any, ...]:
+    return *image(1, 16, 16, 16)(g), torch.randint(2, (3, 16, 16, 16), generator=g).float()
+
+
+def unequal(g: Generator) -> tuple[Any, ...]:
+    height, width = (8 * int(torch.randint(1, 4, (), generator=g)) for _ in range(2))
+    return image(1, height, width, classes=3)(g)
+
+
+def lists(items: list[Any]) -> tuple[list[Any], Tensor]:
+    return [item[0] for item in items], torch.stack([item[1] for item in items])
+
+
+# ------------------------------------------------------------------ the table
+
+SEGMENTATION, CLASSIFICATION, REGRESSION = "segmentation", "classification", "regression and restoration"
+AUTOENCODER, DIFFUSING, LANGUAGE = "autoencoders", "diffusion", "transformers"
+ADVERSARIAL, REGISTRATION = "adversarial", "registration"
+
+
+def _segmentation() -> list[Network]:
+    def row(name: str, build: Callable[[], nn.Module], sample: Sample, loss: Step = dice, **options: Any) -> Network:
+        return Network(name, SEGMENTATION, build, sample, loss, **options)
+
+    flat, solid, large = masked(1, 32, 32), masked(1, 16, 16, 16), masked(1, 64, 64)
+    unet: dict[str, Any] = {
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 2,
+        "channels": (4, 8, 8),
+        "strides": (2, 2),
+    }
+    small: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+    kernels: dict[str, Any] = {
+        "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]
+    }  # fmt: skip
+    ds: dict[str, Any] = {"init_filters": 4, "blocks_down": (1, 1, 1), **small}
+    swin: dict[str, Any] = {
+        "feature_size": 12,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2, 2, 4),
+        "window_size": 4,
+        **small,
+    }
+    basic = (4, 4, 8, 8, 8, 4)
+    return [
+        row("AHNet, nearest", lambda: nets.AHNet((1, 1, 1, 1), 2, 1, 2, psp_block_num=1, upsample_mode="nearest"),
+            large, samples=12),
+        row("AHNet, transpose", lambda: nets.AHNet((1, 1, 1, 1), 2, 1, 2, psp_block_num=1), large, samples=12),
+        row("AttentionUnet", lambda: nets.AttentionUnet(**unet), solid),
+        row("BasicUNet", lambda: nets.BasicUNet(features=basic, **small), flat),
+        row("BasicUNet, batch norm", lambda: nets.BasicUNet(features=basic, norm="batch", **small), flat),
+        row("BasicUNetPlusPlus, deep supervision",
+            lambda: nets.BasicUNetPlusPlus(features=basic, deep_supervision=True, **small), flat),
+        row("DAF3D", lambda: nets.DAF3D(1, 2), masked(1, 32, 32, 32), dtype=torch.float32, samples=6),
+        row("DiNTS, instance", lambda: dints(search=False), flat),
+        row("DiNTS, search", lambda: dints(search=True), flat),
+        row("DynUNet", lambda: nets.DynUNet(**kernels, **unet_dims(3)), solid),
+        row("DynUNet, deep supervision, residual",
+            lambda: nets.DynUNet(deep_supervision=True, res_block=True, **kernels, **unet_dims(2)), flat, stacked_dice),
+        row("FlexibleUNet, EfficientNet", lambda: nets.FlexibleUNet(3, 2, "efficientnet-b0"), masked(3, 64, 64), samples=12),
+        row("FlexibleUNet, ResNet", lambda: nets.FlexibleUNet(3, 2, "resnet10", decoder_channels=(32, 16, 8, 8, 8)),
+            masked(3, 64, 64), samples=12),
+        row("HighResNet", lambda: nets.HighResNet(2, 1, 2), flat, samples=12),
+        row("HoVerNet", lambda: nets.HoVerNet("fast", np_out_channels=2), both(masked(3, 256, 256), image(2, 256, 256)), hovernet,
+            dtype=torch.float32, samples=6,
+            heavy="takes 256 x 256 pixels and nothing else: 15 seconds per sample on one CPU core"),
+        row("HyenaNDUNETR", lambda: nets.HyenaNDUNETR(1, 2, (True, True, False, False), 12, spatial_dims=2), large),
+        row("MedNeXt", lambda: nets.MedNeXt(init_filters=4, kernel_size=3, blocks_down=(1, 1), blocks_bottleneck=1,
+                                            blocks_up=(1, 1), **small), flat),
+        row("MedNeXt, response norm, deep supervision",
+            lambda: nets.MedNeXt(init_filters=4, kernel_size=3, blocks_down=(1, 1), blocks_bottleneck=1, blocks_up=(1, 1),
+                                 deep_supervision=True, global_resp_norm=True, use_residual_connection=True, **small), flat),
+        row("QuickNAT", lambda: nets.Quicknat(num_classes=2, num_filters=8), large, samples=12),
+        row("SegResNet", lambda: nets.SegResNet(init_filters=8, blocks_down=(1, 1), blocks_up=(1,), **small), flat),
+        row("SegResNetDS", lambda: nets.SegResNetDS(dsdepth=2, **ds), flat),
+        row("SegResNetDS2", lambda: nets.SegResNetDS2(**ds), flat, two_branches),
+        row("SegResNetVAE",
+            lambda: nets.SegResNetVAE((32, 32), vae_estimate_std=True, vae_nz=8, blocks_down=(1, 1), blocks_up=(1,), **small),
+            flat, with_vae_branch),
+        row("SwinUNETR", lambda: nets.SwinUNETR(**swin), large, samples=12),
+        row("SwinUNETR, v2, merging v2", lambda: nets.SwinUNETR(use_v2=True, downsample="mergingv2", **swin), large, samples=12),
+        row("SwinUNETR, checkpoints, drop path",
+            lambda: nets.SwinUNETR(use_checkpoint=True, dropout_path_rate=0.2, **swin), large, samples=12),
+        row("UNet", lambda: nets.UNet(**unet), solid),
+        row("UNet, residual, batch norm, dropout",
+            lambda: nets.UNet(num_res_units=2, norm="batch", dropout=0.2, **unet), solid),
+        row("UNETR", lambda: nets.UNETR(1, 2, 32, feature_size=8, hidden_size=16, mlp_dim=32, num_heads=2,
+                                        norm_name="instance", spatial_dims=2), flat),
+        row("VISTA3D, classes", vista3d, three_masks, by_class, samples=12),
+        row("VISTA3D, points", OneByOne, clicks, by_points, dtype=torch.float32, samples=12),
+        row("VNet", lambda: nets.VNet(2, 1, 2, dropout_dim=2), flat, samples=12),
+    ]  # fmt: skip
+
+
+def unet_dims(dims: int) -> dict[str, int]:
+    return {"spatial_dims": dims, "in_channels": 1, "out_channels": 2}
+
+
+def _classification() -> list[Network]:
+    def row(
+        name: str, build: Callable[[], nn.Module], sample: Sample, loss: Step = classify, **options: Any
+    ) -> Network:
+        return Network(name, CLASSIFICATION, build, sample, loss, **options)
+
+    grey, colour, large = (image(c, n, n, classes=3) for c, n in ((1, 32), (3, 32), (3, 64)))
+    bag = image(4, 3, 16, 16, classes=3)
+    vit: dict[str, Any] = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "spatial_dims": 2}
+    bert: dict[str, Any] = {
+        "num_language_layers": 1, "num_vision_layers": 1, "num_mixed_layers": 1, "hidden_size": 16, "intermediate_size": 32,
+        "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 16, "num_hidden_layers": 1,
+    }  # fmt: skip
+    return [
+        row("Classifier", lambda: nets.Classifier((1, 32, 32), 3, (4, 8), (2, 2)), grey),
+        row("DenseNet", lambda: nets.DenseNet(2, 1, 3, init_features=8, growth_rate=4, block_config=(2, 2)), grey),
+        row("DenseNet121, 3D", lambda: nets.DenseNet121(3, 1, 3, 8, 4, (1, 1, 1, 1)),
+            image(1, 64, 64, 64, classes=3), samples=6),
+        row("EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", False, num_classes=3), large, samples=12),
+        row("EfficientNetBNFeatures", lambda: nets.EfficientNetBNFeatures("efficientnet-b0", False),
+            large, features, samples=12),
+        *(row(f"MILModel, {mode}", bags(mode), bag) for mode in ("mean", "max", "att", "att_trans")),
+        row("MILModel, att, ResNet", bags("att", lambda: short_resnet(feed_forward=False)), bag),
+        row("NaViT, images of one size", lambda: nets.NaViT(24, 8, 3, dim_head=8, **vit),
+            image(1, 16, 24, classes=3), unequal_images),
+        row("NaViT", lambda: nets.NaViT(24, 8, 3, dim_head=8, **vit), unequal, unequal_images, collate=lists),
+        row("NetAdapter",
+            lambda: nets.NetAdapter(short_resnet(), 3, 2, 32, pool=("avg", {"kernel_size": 2, "stride": 1})), colour),
+        row("ResNet, basic blocks, 3D", lambda: nets.ResNet("basic", [1, 1, 1, 1], [4, 8, 8, 8], 3, 1, num_classes=3),
+            image(1, 32, 32, 32, classes=3), samples=12),
+        row("ResNet, bottlenecks", lambda: nets.ResNet("bottleneck", [1, 1, 1, 1], [4, 8, 8, 8], 2, 3, num_classes=3), colour),
+        row("ResNetFeatures", lambda: nets.ResNetFeatures("resnet10", False, 2, 3), large, features, samples=12),
+        row("SENet154", lambda: nets.SENet154(**SENET), large, samples=12),
+        row("SEResNet50", lambda: nets.SEResNet50(**SENET), large, samples=12),
+        row("SEResNext50", lambda: nets.SEResNext50(**SENET), large, samples=12),
+        row("TorchVisionFCModel", lambda: nets.TorchVisionFCModel("resnet18", 3), colour),
+        row("Transchex", lambda: transchex(**bert),
+            both(tokens(64, 8), image(3, 32, 32, classes=3)), image_and_report),
+        row("ViT, class token", lambda: nets.ViT(1, 32, 8, classification=True, num_classes=3, **vit), grey),
+        row("ViT, perceptron, features",
+            lambda: nets.ViT(1, 32, 8, proj_type="perceptron", pos_embed_type="sincos", **vit), grey, token_features),
+    ]  # fmt: skip
+
+
+def token_features(model: nn.Module, batch: Any) -> Tensor:
+    """A ViT without a classifier: the first features of the average token take its place."""
+    return F.cross_entropy(model(batch[0])[0].mean(1)[:, :3], batch[1])
+
+
+def _regression() -> list[Network]:
+    def row(name: str, build: Callable[[], nn.Module], sample: Sample) -> Network:
+        return Network(name, REGRESSION, build, sample, regress)
+
+    restored = both(image(1, 16, 16), image(1, 16, 16))
+    return [
+        row("FullyConnectedNet", lambda: nets.FullyConnectedNet(6, 3, (8, 8), dropout=0.1), both(image(6), image(3))),
+        row("Regressor", lambda: nets.Regressor((1, 16, 16), (3,), (4, 8), (2, 2)), both(image(1, 16, 16), image(3))),
+        row("Restormer", lambda: Restormer(2, 1, 1, 8, (1, 1), (1, 2), num_refinement_blocks=1), restored),
+    ]
+
+
+def _autoencoders() -> list[Network]:
+    def row(
+        name: str, build: Callable[[], nn.Module], sample: Sample, loss: Step = reconstruct, **options: Any
+    ) -> Network:
+        return Network(name, AUTOENCODER, build, sample, loss, **options)
+
+    small = image(1, 16, 16)
+    vit: dict[str, Any] = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "spatial_dims": 2}
+    decoder: dict[str, Any] = {
+        "decoder_hidden_size": 16,
+        "decoder_mlp_dim": 32,
+        "decoder_num_layers": 1,
+        "decoder_num_heads": 2,
+    }
+    return [
+        row("AutoEncoder", lambda: nets.AutoEncoder(2, 1, 1, (4, 8), (2, 2)), small),
+        row("AutoEncoder, residual, inner layers",
+            lambda: nets.AutoEncoder(2, 1, 1, (4, 8), (2, 2), num_res_units=2, inter_channels=[8], inter_dilations=[1]), small),
+        row("AutoencoderKL", lambda: nets.AutoencoderKL(**LATENT), small, vae_of_images),
+        row("AutoencoderKL, combined linear",
+            lambda: nets.AutoencoderKL(use_combined_linear=True, **LATENT), small, vae_of_images),
+        row("AutoencoderKL, checkpoints",
+            lambda: nets.AutoencoderKL(use_checkpoint=True, use_convtranspose=True, **LATENT), small, vae_of_images),
+        row("MaskedAutoEncoderViT", lambda: nets.MaskedAutoEncoderViT(1, 16, 4, **vit, **decoder), small, masked_patches),
+        row("SPADEAutoencoderKL", lambda: nets.SPADEAutoencoderKL(label_nc=3, spade_intermediate_channels=8, **LATENT),
+            layout_and(small, 3, 16, 16), vae_of_images),
+        row("VarAutoEncoder", lambda: nets.VarAutoEncoder(2, (1, 16, 16), 1, 3, (4, 8), (2, 2)), small, vae),
+        row("VarFullyConnectedNet", lambda: nets.VarFullyConnectedNet(6, 6, 3, (8, 8), (8, 8), dropout=0.1), image(6), vae),
+        row("ViTAutoEnc", lambda: nets.ViTAutoEnc(1, 32, 16, **vit), image(1, 32, 32)),
+        row("VQVAE",
+            lambda: nets.VQVAE(2, 1, 1, (8, 8), 1, (8, 8), ((2, 4, 1, 1),) * 2, ((2, 4, 1, 1, 0),) * 2, 8, 4, ddp_sync=False),
+            small, codebook, dtype=torch.float32, refusal="DPF012"),
+    ]  # fmt: skip
+
+
+def _generative() -> list[Network]:
+    def row(name: str, build: Callable[[], nn.Module], sample: Sample, loss: Step = denoise, **options: Any) -> Network:
+        return Network(name, DIFFUSING, build, sample, loss, **options)
+
+    small, context = noised(1, 16, 16), image(5, 8)
+    label: Sample = lambda g: (torch.randint(4, (), generator=g),)  # noqa: E731
+    attended: dict[str, Any] = {"with_conditioning": True, "cross_attention_dim": 8}
+    words: dict[str, Any] = {
+        "num_tokens": 20,
+        "max_seq_len": 8,
+        "attn_layers_dim": 16,
+        "attn_layers_depth": 2,
+        "attn_layers_heads": 2,
+    }
+    return [
+        row("DiffusionModelUNet", diffusion, small),
+        row("DiffusionModelUNet, cross-attention", lambda: diffusion(**attended), both(small, context), denoise_with("context")),
+        row("DiffusionModelUNet, classes, residual up and down", lambda: diffusion(num_class_embeds=4, resblock_updown=True),
+            both(small, label), denoise_with("class_labels")),
+        row("SPADEDiffusionModelUNet",
+            lambda: nets.SPADEDiffusionModelUNet(2, 1, 1, 3, spade_intermediate_channels=8, **DIFFUSION),
+            layout_and(small, 3, 16, 16)),
+        row("ControlNet", Controlled, both(small, image(1, 16, 16))),
+        Network("DecoderOnlyTransformer", LANGUAGE, lambda: nets.DecoderOnlyTransformer(**words), tokens(20, 9), next_token),
+        Network("DecoderOnlyTransformer, cross-attention", LANGUAGE,
+                lambda: nets.DecoderOnlyTransformer(with_cross_attention=True, **words),
+                both(tokens(20, 9), image(5, 16)), next_token),
+    ]  # fmt: skip
+
+
+def _pairs() -> list[Network]:
+    def gan(name: str, build: Callable[[], nn.Module], sample: Sample, loss: Step) -> Network:
+        return Network(name, ADVERSARIAL, build, sample, loss)
+
+    def moved(name: str, build: Callable[[], nn.Module], loss: Step = warped, **options: Any) -> Network:
+        return Network(name, REGISTRATION, build, pair(1, 16, 16), loss, **options)
+
+    small, large = (both(image(1, n, n), image(1, n, n)) for n in (16, 64))
+    morph: Sequence[int] = (4, 8, 8, 8)
+    return [
+        gan("Critic", lambda: nets.Critic((1, 16, 16), (4, 8), (2, 2)), small, criticise),
+        gan("Discriminator", lambda: nets.Discriminator((1, 16, 16), (4, 8), (2, 2)), small, discriminate),
+        gan("Generator", lambda: nets.Generator((6,), (8, 4, 4), (8, 1), (2, 2)), image(6), deceive),
+        gan("MultiScalePatchDiscriminator",
+            lambda: nets.MultiScalePatchDiscriminator(2, 2, 2, 4, 1, minimum_size_im=64), large, several_scales),
+        gan("PatchDiscriminator", lambda: nets.PatchDiscriminator(2, 4, 1, num_layers_d=2), large, patch_gan),
+        gan("PatchDiscriminator, instance norm",
+            lambda: nets.PatchDiscriminator(2, 4, 1, num_layers_d=2, norm="INSTANCE"), large, patch_gan),
+        gan("SPADENet",
+            lambda: nets.SPADENet(2, 1, 1, 3, [16, 16], [8, 8], z_dim=4, spade_intermediate_channels=8),
+            layout_and(image(1, 16, 16), 3, 16, 16), painting),
+        moved("GlobalNet", lambda: nets.GlobalNet([16, 16], 2, 2, 4, 2), dtype=torch.float32),
+        moved("LocalNet", lambda: nets.LocalNet(2, 2, 4, (0, 1, 2), out_channels=2)),
+        moved("RegUNet", lambda: nets.RegUNet(2, 2, 4, 2, out_channels=2)),
+        moved("VoxelMorphUNet", lambda: nets.VoxelMorphUNet(2, 2, 2, morph, (4,))),
+        moved("VoxelMorph",
+              lambda: nets.VoxelMorph(nets.VoxelMorphUNet(2, 2, 2, morph, (4,)), integration_steps=3, spatial_dims=2),
+              voxelmorph),
+    ]  # fmt: skip
+
+
+NETWORKS: tuple[Network, ...] = (
+    *_segmentation(), *_classification(), *_regression(), *_autoencoders(), *_generative(), *_pairs()
+)  # fmt: skip
+
+STANDS_FOR: dict[str, tuple[str, ...]] = {
+    "DenseNet121, 3D": ("DenseNet169", "DenseNet201", "DenseNet264"),
+    "EfficientNetBN": ("EfficientNet",),
+    "EfficientNetBNFeatures": ("EfficientNetEncoder",),
+    "ResNetFeatures": ("ResNetEncoder",),
+    "SENet154": ("SENet",),
+    "SEResNet50": ("SEResNet101", "SEResNet152"),
+    "SEResNext50": ("SEResNext101",),
+    "DiNTS, instance": ("TopologyConstruction",),
+    "Transchex": ("MultiModal", "BertPreTrainedModel"),
+}
+"""Classes that differ from that of a row in the number of layers, or are a base class of it."""
