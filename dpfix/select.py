@@ -1,4 +1,4 @@
-"""Choosing the engine: those that pass the audit are timed, and the fastest is kept."""
+"""Choosing the engine: those that pass the audit are timed, and the fastest is kept; batches of one where none passes."""
 
 from __future__ import annotations
 
@@ -106,41 +106,65 @@ def _choose(
     batch_size: float,
     cache: bool,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
+    """The best of the engines; one of last resort only where no other stands the audit and the harder probes."""
+    candidates = engines_for(mode)
+    evidence: dict[str, EngineEvidence] = {}
+    for resort in (False, True):
+        engines = [e for e in candidates if e.last_resort is resort]
+        chosen = _best(engines, evidence, module, step, ordinary, harder, plan, mode, batch_size, cache)
+        if chosen is not None:
+            why = f"{_NOT_TRIED}, it is the last resort and `{chosen.engine}` is right"
+            left = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
+            return chosen, tuple((left | evidence).values())
+    raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
+
+
+def _best(
+    candidates: Sequence[Engine],
+    evidence: dict[str, EngineEvidence],
+    module: nn.Module,
+    step: TrainingStep,
+    ordinary: Trial,
+    harder: Sequence[Trial],
+    plan: Plan,
+    mode: str,
+    batch_size: float,
+    cache: bool,
+) -> Plan | None:
+    """The plan with the fastest of some engines that stands the audit and the harder probes; writes their evidence."""
     size = max(2, min(TIMED_SAMPLES, int(batch_size)))
     batch = ordinary.samples.of_size(size)
-    candidates = engines_for(mode)
     regions = [(r.site, r.of) for r in plan.no_grad_regions]
     settings = {"candidates": [e.name for e in candidates], "size": batch_size, "regions": regions}
-    name = plan_cache.key(module, batch, plan=replace(plan, no_grad_regions=()), **settings)
-    known = plan_cache.remembered(name) if cache and len(candidates) > 1 else None
-    if known is not None and next(iter(known)) in ENGINES:
+    key = plan_cache.key(module, batch, plan=replace(plan, no_grad_regions=()), **settings)
+    known = plan_cache.remembered(key) if cache and len(candidates) > 1 else None
+    if known is not None and next(iter(known)) in {e.name for e in candidates}:
         best = next(iter(known))
         why = f"{_NOT_TRIED}, `{best}` was faster when this model was timed before"
-        evidence = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
-        evidence |= _try((ENGINES[best],), module, step, ordinary, plan)
+        evidence |= {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
+        evidence |= _try((BY_NAME[best],), module, step, ordinary, plan)
     else:
-        evidence = _try(candidates, module, step, ordinary, plan)
-    passed = [BY_NAME[n] for n, e in evidence.items() if e.passed]
+        evidence |= _try(candidates, module, step, ordinary, plan)
+    passed = [e for e in candidates if evidence[e.name].passed]
     if len(passed) > 1:
         seconds = timing.in_order(passed, module, step, ordinary.samples, size, plan, batch_size)
-        evidence = {n: replace(e, seconds=seconds.get(n)) for n, e in evidence.items()}
+        evidence |= {n: replace(evidence[n], seconds=s) for n, s in seconds.items()}
         passed = [BY_NAME[n] for n in seconds]
         if cache:
-            plan_cache.remember(name, seconds)
-    untried = [BY_NAME[name] for name, e in evidence.items() if e.reason.startswith(_NOT_TRIED)]
+            plan_cache.remember(key, seconds)
+    untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
     for engine in (*passed, *untried):
         if engine in untried:  # those that passed first did not stand the harder probes
             evidence |= _try((engine,), module, step, ordinary, plan)
             if not evidence[engine.name].passed:
                 continue
         chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        problem = next(
-            (e for e in _confirm(engine, module, step, ordinary, harder, chosen, mode) if not e.passed), None
-        )
+        trials = _confirm(engine, module, step, ordinary, harder, chosen, mode)
+        problem = next((e for e in trials if not e.passed), None)
         if problem is None:
-            return chosen, tuple(evidence.values())
+            return chosen
         evidence[engine.name] = problem
-    raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
+    return None
 
 
 @contextmanager

@@ -96,6 +96,9 @@ class Engine(Protocol):
 
     name: str
     opacus_mode: str
+    last_resort: bool
+    """Only tried by itself where no other engine stands the audit: it is right nearly everywhere, and its time grows with
+    the number of samples, so that a short probe makes it look better than it is."""
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Whether it is worth trying on a model.

@@ -20,6 +20,7 @@ class ByHand:
 
     name = "no_op"
     opacus_mode = "no_op"
+    last_resort = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works with any model.

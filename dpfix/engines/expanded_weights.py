@@ -17,6 +17,7 @@ class ExpandedWeights:
     """The engine."""
 
     name = opacus_mode = "ew"
+    last_resort = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works where Opacus's validator says so; whether the sums are right is for the audit to say.

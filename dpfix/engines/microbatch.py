@@ -26,6 +26,7 @@ class Microbatch:
 
     name = "microbatch"
     opacus_mode = "no_op"
+    last_resort = True
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works wherever the probe showed which rows belong to which sample.

@@ -31,6 +31,8 @@ class OpacusHooks:
         name: ``"hooks"`` or ``"functorch"``; also the mode handed to Opacus.
     """
 
+    last_resort = False
+
     def __init__(self, name: str) -> None:
         self.name = self.opacus_mode = name
 

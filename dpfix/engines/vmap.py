@@ -26,6 +26,7 @@ class Vmap:
 
     name = "vmap"
     opacus_mode = "no_op"
+    last_resort = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works wherever the probe showed which rows belong to which sample, and ``vmap`` can follow.

@@ -36,6 +36,7 @@ class Bookkeeping:
 
     name = "bookkeeping"
     opacus_mode = "no_op"
+    last_resort = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works wherever the probe showed which rows belong to which sample.
