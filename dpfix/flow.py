@@ -200,6 +200,7 @@ def _plan(call: Call, samples: probe.Probe, record: observe.StepRecord, step: Tr
         scratch=record.scratch,
         views=1 if call.augmentation is None else call.augmentation.k,
         row_counter=_row_counter(call, samples, record.counts),
+        help_vmap=record.to_help,
     )
 
 

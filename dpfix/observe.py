@@ -94,6 +94,7 @@ class StepRecord:
         several: trainable parameters whose module is called more than once, or that have several names.
         cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
+        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`Recording`.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
         scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
@@ -112,6 +113,7 @@ class StepRecord:
     several: tuple[str, ...]
     cuts: Mapping[Site, frozenset[int]]
     in_place: tuple[Site, ...]
+    to_help: bool
     constant_writes: tuple[str, ...]
     sample_writes: tuple[str, ...]
     scratch: tuple[Key, ...] = ()
@@ -190,6 +192,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
         several=_several(module, recording),
         cuts={site: frozenset(numbers) for site, numbers in recording.detached.items()},
         in_place=tuple(recording.in_place),
+        to_help=recording.to_help,
         constant_writes=tuple(map(_name, constant)),
         sample_writes=tuple(_name(key) for key in dependent if key not in scratch),
         scratch=scratch,

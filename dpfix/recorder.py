@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -87,6 +88,8 @@ class Recording:
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
         elsewhere: the modules that were being called then, by parameter.
+        to_help: whether forward does what ``vmap`` has to be helped with: it writes into a tensor without a graph, or
+            looks up a padding token.
         activations: calls of activations.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised.
@@ -99,6 +102,7 @@ class Recording:
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
+    to_help: bool = False
     activations: activations.Calls = field(default_factory=activations.Calls)
     stack: list[str] = field(default_factory=list)
     failed: str = ""
@@ -147,8 +151,13 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _CUTS or (name == "__get__" and func == torch.Tensor.data.__get__):  # type: ignore[attr-defined]
             self._cut(args, "detach" if name in _CUTS else ".data")
-        elif args and _is_in_place(name, kwargs):
+        elif args and is_in_place(name, kwargs):
             self._overwritten(args[0], name)
+            self._written_into(args[0], args[1:], kwargs)
+        elif func is F.embedding:
+            self._looked_up(*args, **kwargs)
+        elif func is torch.embedding:
+            self.recording.to_help = True
         output = self._run(name, lambda: func(*args, **kwargs))
         if trees.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
             for value in (*args, *kwargs.values()):
@@ -194,6 +203,15 @@ class _Watch(TorchFunctionMode):
             if place:
                 self.recording.in_place[Site(self._module(), place, name)] = None
 
+    def _written_into(self, target: Any, args: Any, kwargs: Any) -> None:
+        constant = isinstance(target, torch.Tensor) and not target.requires_grad
+        if constant and self.recording.stack and trees.tensors((args, kwargs)):
+            self.recording.to_help = True
+
+    def _looked_up(self, input: Any, weight: Any, padding_idx: int | None = None, *_: Any, **__: Any) -> None:
+        if padding_idx is not None:
+            self.recording.to_help = True
+
     def _used(self, parameter: nn.Parameter) -> None:
         owner = self.owners.get(id(parameter))
         recomputed = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
@@ -208,7 +226,16 @@ class _Watch(TorchFunctionMode):
         return self.recording.stack[-1] if self.recording.stack else ""
 
 
-def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a torch function overwrites its first argument.
+
+    Args:
+        name: name of the function.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        Whether it does.
+    """
     if name in _IN_PLACE_OPERATORS or kwargs.get("inplace") is True:
         return True
     return name.endswith("_") and not name.endswith("__") and not name.startswith("requires_grad")

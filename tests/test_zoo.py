@@ -41,6 +41,14 @@ def rows() -> dict[str, dict]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["MaskedAutoEncoderViT", "Transchex", "RegUNet"])
+def test_network_needs_no_batches_of_one(zoo: ModuleType, name: str) -> None:
+    row = zoo.measure(next(n for n in zoo.NETWORKS if n.name == name), opacus=False)
+    assert row.verdict == zoo.EXACT, row.reason
+    assert row.engine in ("bookkeeping", "vmap")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FEW)
 def test_network_is_exact_or_refused_for_its_reason(zoo: ModuleType, name: str) -> None:
     network = next(n for n in zoo.NETWORKS if n.name == name)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpfix import trees
+from dpfix.engines.helped import Helped
 from dpfix.engines.mapped import without_fallback_warnings
 from dpfix.engines.parameters import Aliases, attributes_kept, parameter_slots, swapped
 from dpfix.errors import ArgumentError, ModelError
@@ -96,9 +97,14 @@ Loss = Callable[[Aliases, tuple[torch.Tensor, ...]], torch.Tensor]
 def _of_chunk(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple[torch.Tensor, ...]) -> Aliases:
     """Forward under ``vmap`` with parameters that have a leading sample dimension, one ordinary backward pass for all."""
     samples = len(tensors[0])
+
+    def helped(own: Aliases, of_one: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with Helped():
+            return loss(own, of_one)
+
     leaves = {n: p.detach().expand(samples, *p.shape).requires_grad_() for n, p in parameters.items()}
     with torch.enable_grad():
-        return _gradients(torch.vmap(loss, randomness="different")(leaves, tensors).sum(), leaves)
+        return _gradients(torch.vmap(helped, randomness="different")(leaves, tensors).sum(), leaves)
 
 
 def _of_one(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple[torch.Tensor, ...]) -> Aliases:

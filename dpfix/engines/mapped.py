@@ -7,13 +7,14 @@ parameters that were given, nothing is computed twice, and random masks are thos
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from dpfix import trees
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
+from dpfix.engines.helped import Helped
 from dpfix.engines.parameters import Aliases, attributes_kept, swapped
 from dpfix.layout import Layout
 
@@ -44,6 +45,8 @@ def call_mapped(
     weight: float | torch.Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    helped: bool = False,
 ) -> Any:
     """Call a module for every sample.
 
@@ -57,6 +60,7 @@ def call_mapped(
         weight: what a scalar per sample (a loss that the module computes) is multiplied with before they are added up.
         args: positional arguments.
         kwargs: keyword arguments.
+        helped: whether its forward does what ``vmap`` has to be helped with; takes a tenth of the time.
 
     Returns:
         The output for the whole batch.
@@ -67,7 +71,7 @@ def call_mapped(
     def one(tensors: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         given = dict(zip(mapped, tensors, strict=True))
         a, k = trees.map_leaves(given.get, (args, kwargs))
-        with swapped(slots, dict(zip(names, own, strict=True))):
+        with swapped(slots, dict(zip(names, own, strict=True))), Helped() if helped else nullcontext():
             result = function(*a, **k)
         structure[:] = [result]
         return tuple(trees.tensors(result))

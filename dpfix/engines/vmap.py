@@ -38,9 +38,6 @@ class Vmap:
         Returns:
             The verdict.
         """
-        padded = next((n for n, m in module.named_modules() if getattr(m, "padding_idx", None) is not None), None)
-        if padded is not None:
-            return Verdict(f"torch's vmap forgets the padding_idx of `{padded}` in the backward pass")
         lists = any(call.lists for call in record.calls)
         return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
 
@@ -93,7 +90,7 @@ class VmapHandle(AliasHandle):
                 raise PlanBrokenError(switched_on(self.model, path))
         return call_mapped(
             self.original, self.slots, aliases[0], layout.inputs, layout.output, samples,
-            self.weight(samples), args, kwargs,
+            self.weight(samples), args, kwargs, helped=self.plan.help_vmap,
         )  # fmt: skip
 
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:

@@ -75,7 +75,9 @@ def look(
     samples = probe.take(loader)
     training_step = TrainingStep(step, "test", loss_known=True)
     record = observe.observe(model, training_step, samples)
-    plan = Plan("", "", record.calls, record.layers, record.elsewhere, loss_reduction=loss_reduction)
+    plan = Plan(
+        "", "", record.calls, record.layers, record.elsewhere, loss_reduction=loss_reduction, help_vmap=record.to_help
+    )
     return Looked(model, training_step, samples, record, plan, audit.reference(record, record.unused))
 
 

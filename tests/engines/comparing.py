@@ -43,7 +43,7 @@ def probe_of(make: Callable[[int], Any]) -> Probe:
 def plan_for(model: nn.Module, probe: Probe, step: TrainingStep = STEP) -> tuple[Plan, Any]:
     record = observe(model, step, probe)
     assert not Bookkeeping().supports(model, record).reason
-    return Plan("bookkeeping", "no_op", record.calls, record.layers, record.elsewhere), record
+    return Plan("bookkeeping", "no_op", record.calls, record.layers, record.elsewhere, help_vmap=record.to_help), record
 
 
 def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STEP, bound: float = 1e-9) -> None:

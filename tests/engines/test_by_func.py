@@ -22,7 +22,7 @@ SAMPLES = 6
 class Attentive(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+        self.embed, self.head = nn.Embedding(11, 4, padding_idx=0), nn.Linear(4, 3)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
     def forward(self, ids: Tensor, *, scale: Tensor) -> dict[str, Any]:

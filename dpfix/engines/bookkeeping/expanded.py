@@ -87,5 +87,5 @@ class ExpandedStandIn(StandIn):
         with call.mapping():
             return call_mapped(
                 self.original, self.slots, expanded, layout.inputs, layout.output, samples,
-                self.handle.plan.weight(samples, self.handle.counts()), args, kwargs,
+                self.handle.plan.weight(samples, self.handle.counts()), args, kwargs, helped=self.handle.plan.help_vmap,
             )  # fmt: skip

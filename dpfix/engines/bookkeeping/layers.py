@@ -12,6 +12,7 @@ from torch import nn
 from dpfix.engines.bookkeeping import rows
 from dpfix.engines.bookkeeping.calls import LayerCall, Recorded, Rule
 from dpfix.engines.bookkeeping.rows import Rows
+from dpfix.engines.helped import mapped
 from dpfix.layout import SampleDim
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Apply:
             output = Recorded.apply(rule.prepare(module, x), self.anchor, rule, layer)
             return rule.finish(x, output)
 
-        return run(x, where) if where is not None else OutOfMap.apply(mapped_layer(rule, run), x)
+        return run(x, where) if where is not None else OutOfMap.apply(mapped_layer(rule, run), mapped(x))
 
 
 def mapped_layer(rule: Rule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.layers import Apply, OutOfMap, StandIn, sources
 from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
+from dpfix.engines.helped import mapped
 
 if TYPE_CHECKING:
     from dpfix.engines.bookkeeping.handle import RootCall
@@ -202,7 +203,7 @@ class RecurrentStandIn(StandIn):
             return tuple(t.unflatten(1, (samples, -1)).movedim(1, 0) for t in found)
 
         x = x.transpose(0, 1) if module.batch_first else x
-        out, *last = OutOfMap.apply(whole, x, *given)
+        out, *last = OutOfMap.apply(whole, mapped(x), *given)
         return out.transpose(0, 1) if module.batch_first else out, _one_or_several(last)
 
     def _packed(self, call: RootCall, x: PackedSequence, states: Any) -> Any:
