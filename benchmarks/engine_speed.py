@@ -239,15 +239,27 @@ def opacus_stepper(name: str, mode: str) -> Callable[[], None]:
     return step
 
 
-def stepper(name: str, engine: str) -> tuple[Callable[[], None], str]:
-    """One training step of a contestant, and the engine that was really used."""
+def grouped(data: tuple[Tensor, ...], views: int) -> DataLoader[Any]:
+    """A loader whose samples are several rows each, next to each other."""
+    if views == 1:
+        return DataLoader(TensorDataset(*data), batch_size=len(data[0]))
+
+    def flat(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(column) for column in zip(*items, strict=True))
+
+    samples = TensorDataset(*(t.unflatten(0, (-1, views)) for t in data))
+    return DataLoader(samples, batch_size=len(samples), collate_fn=flat)
+
+
+def stepper(name: str, engine: str, views: int = 1) -> tuple[Callable[[], None], str]:
+    """One training step of a contestant, and the engine that was really used; a sample is ``views`` rows of the batch."""
     if engine in PEERS:
         return opacus_stepper(name, engine.split()[1]), engine
     contest = CONTESTS[name]
     torch.manual_seed(0)
     model, data = contest.model().train(), contest.batch()
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]))
+    loader = grouped(data, views)
     mode = "bookkeeping" if engine == ORDINARY else engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -312,9 +324,9 @@ def is_tensor(thing: Any) -> bool:
     return issubclass(type(thing), Tensor)
 
 
-def peak_bytes(name: str, engine: str) -> int:
+def peak_bytes(name: str, engine: str, views: int = 1) -> int:
     """Largest number of bytes that tensors hold during a warm step."""
-    step, _ = stepper(name, engine)
+    step, _ = stepper(name, engine, views)
     step()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
