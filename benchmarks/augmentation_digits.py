@@ -1,6 +1,6 @@
 """Augmentation multiplicity: what it brings on scikit-learn's digits, and what it costs.
 
-``python benchmarks/augmentation_digits.py [--views 1 4 16] [--seeds 5] [--write docs/augmentation.md]``
+``python benchmarks/augmentation_digits.py [--views 1 4 16] [--seeds 3] [--write docs/augmentation.md]``
 
 *Accuracy*: a small convolutional network trained to the same epsilon with 1, 4 and 16 random views of every sample, and
 without augmentation. *Cost*: a step on ``n`` samples of 8 views, beside a private step on ``8 n`` samples of one row and the
@@ -185,9 +185,9 @@ START, END = "<!-- printed by benchmarks/augmentation_digits.py -->", "<!-- end 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, nargs="*", default=[0, 1, 4, 16])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--write", type=Path, help="page whose tables are replaced; the plot goes beside it")

@@ -15,7 +15,7 @@ from dpfix.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WITH_EXAMPLES = ["README.md", "docs/quickstart.md", "docs/monai.md"]
+WITH_EXAMPLES = ["README.md", "docs/quickstart.md", "docs/monai.md", "docs/augmentation.md"]
 
 
 def load(path: str) -> ModuleType:
