@@ -18,11 +18,11 @@ from dpfix import audit, cuts, dry_run, isolation, notes, observe, probe, sampli
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import CoupledModelError, LoaderError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
-from dpfix.layout import RowCounter, find_row_counter
+from dpfix.layout import RowCounter, find_row_counters
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES
 from dpfix.rules import RULES
-from dpfix.sampling import StandIn
+from dpfix.sampling import SameRows, StandIn
 from dpfix.scan import Options, Scan, run_rules
 from dpfix.select import Trial
 from dpfix.surgery import Surgery
@@ -69,6 +69,7 @@ class Prepared:
     Attributes:
         plan: how the model is to be trained.
         stand_in: what an empty draw delivers.
+        same_rows: the number of rows that every sample must have, if it can be counted.
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
@@ -76,6 +77,7 @@ class Prepared:
 
     plan: Plan
     stand_in: StandIn
+    same_rows: SameRows | None
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
@@ -150,7 +152,9 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
-    return Prepared(plan, _stand_in(empty or ordinary, plan), tuple(findings), evidence, tuple(proofs))
+    return Prepared(
+        plan, _stand_in(empty or ordinary, plan), _same_rows(samples, record), tuple(findings), evidence, tuple(proofs)
+    )
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
@@ -208,7 +212,7 @@ def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> R
     """How the loader tells the rows of every sample, where these are not the same for all."""
     if not counts:
         return None
-    counter = find_row_counter(samples.items, counts)
+    counter = next(iter(find_row_counters(samples.items, counts)), None)
     rows = f"the probe's samples enter {type(call.module).__name__} as {', '.join(map(str, counts))} rows"
     if counter is None:
         raise LoaderError(
@@ -222,6 +226,15 @@ def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> R
             "Leave poisson_sampling at True, or give every sample the same number of rows."
         )
     return counter
+
+
+def _same_rows(samples: probe.Probe, record: observe.StepRecord) -> SameRows | None:
+    """What the loader has to look at, where every sample of the probe enters the model as several rows."""
+    rows = record.rows_per_sample
+    if rows == 1 or record.counts:
+        return None
+    counters = [c for c in find_row_counters(samples.items, (rows,) * len(samples)) if c.dim == 0]
+    return SameRows(rows, tuple(counters)) if counters else None
 
 
 def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:

@@ -441,7 +441,7 @@ class RowCounter:
         return sizes[self.dim] if self.dim < len(sizes) else 0
 
 
-def find_row_counter(items: Sequence[Any], counts: tuple[int, ...]) -> RowCounter | None:
+def find_row_counters(items: Sequence[Any], counts: tuple[int, ...]) -> list[RowCounter]:
     """Where a dataset's items hold the number of rows that they become.
 
     Args:
@@ -449,14 +449,11 @@ def find_row_counter(items: Sequence[Any], counts: tuple[int, ...]) -> RowCounte
         counts: rows of each in a batch.
 
     Returns:
-        The first place with these numbers; ``None`` if there is none.
+        All places with these numbers; lists and first dimensions come first.
     """
-    for path, part in _parts(items[0]):
-        for dim in range(len(_sizes(part))):
-            counter = RowCounter(path, dim)
-            if tuple(counter.count(item) for item in items) == counts:
-                return counter
-    return None
+    places = [RowCounter(path, dim) for path, part in _parts(items[0]) for dim in range(len(_sizes(part)))]
+    found = [c for c in places if tuple(c.count(item) for item in items) == counts]
+    return sorted(found, key=lambda c: c.dim)
 
 
 def _parts(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]:
@@ -468,7 +465,7 @@ def _parts(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]
 def _sizes(part: Any) -> tuple[int, ...]:
     if isinstance(part, (torch.Tensor, np.ndarray)):
         return tuple(part.shape)
-    return (len(part),) if isinstance(part, (list, tuple)) else ()
+    return (len(part),) if isinstance(part, list) else ()
 
 
 def row_counts(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[int, ...]:

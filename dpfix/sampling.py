@@ -14,6 +14,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpfix.augmentation import AugmentationMultiplicity
+from dpfix.errors import LoaderError
 from dpfix.layout import RowCounter
 
 Collate = Callable[[list[Any]], Any]
@@ -146,6 +147,37 @@ class StandIn:
     counts: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class SameRows:
+    """Every sample has the same number of rows, as those of the probe had.
+
+    Attributes:
+        rows: the number.
+        counters: places in what the dataset returns that showed this number.
+    """
+
+    rows: int
+    counters: tuple[RowCounter, ...]
+
+    def check(self, samples: list[Any]) -> None:
+        """Refuse a batch of other samples: its rows would be given to the wrong people.
+
+        Args:
+            samples: what the dataset returned, or the views of each sample.
+
+        Raises:
+            LoaderError: a sample has another number.
+        """
+        for sample in samples:
+            found = {counter.count(sample) for counter in self.counters} - {self.rows}
+            if found:
+                raise LoaderError(
+                    f"data_loader: a sample has {max(found)} rows, while those that make_private_safe looked at had {self.rows} "
+                    "each. Which row belongs to whom could not be told any more. Give every sample the same number of "
+                    "rows; where they differ among the samples looked at, they are counted for every batch instead."
+                )
+
+
 class CollateOrStandIn:
     """The user's collate function after the views of every sample are made; an empty draw becomes the stand-in.
 
@@ -153,12 +185,20 @@ class CollateOrStandIn:
         collate: the user's collate function.
         stand_in: what is delivered for an empty draw.
         augmentation: makes the views of a sample, if that is asked for.
+        same_rows: the number of rows that every sample must have, if it can be counted.
     """
 
-    def __init__(self, collate: Collate, stand_in: StandIn, augmentation: AugmentationMultiplicity | None) -> None:
+    def __init__(
+        self,
+        collate: Collate,
+        stand_in: StandIn,
+        augmentation: AugmentationMultiplicity | None,
+        same_rows: SameRows | None = None,
+    ) -> None:
         self.collate = collate
         self.stand_in = stand_in
         self.augmentation = augmentation
+        self.same_rows = same_rows
 
     def __call__(self, samples: list[Any]) -> Any:
         """Collate, or deliver the stand-in."""
@@ -173,7 +213,10 @@ class CollateOrStandIn:
         Returns:
             The samples, or a list of views for each.
         """
-        return samples if self.augmentation is None else [self.augmentation.views(s) for s in samples]
+        made = samples if self.augmentation is None else [self.augmentation.views(s) for s in samples]
+        if self.same_rows is not None:
+            self.same_rows.check(made)
+        return made
 
     def collated(self, prepared: list[Any]) -> Any:
         """One batch.
@@ -216,6 +259,7 @@ class PrivateDataLoader(DPDataLoader):
         generator: source of randomness; the user's loader's own if ``None``.
         augmentation: makes the views of every sample.
         row_counter: counts the rows of every sample, where they may have different numbers of them.
+        same_rows: the number of rows that every sample must have.
     """
 
     collate_fn: Any
@@ -229,6 +273,7 @@ class PrivateDataLoader(DPDataLoader):
         generator: torch.Generator | None = None,
         augmentation: AugmentationMultiplicity | None = None,
         row_counter: RowCounter | None = None,
+        same_rows: SameRows | None = None,
     ) -> None:
         indices = index_set(loader)
         self.sample_rate = sample_rate(loader)
@@ -248,7 +293,7 @@ class PrivateDataLoader(DPDataLoader):
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
-            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation),
+            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation, same_rows),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,

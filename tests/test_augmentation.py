@@ -313,6 +313,26 @@ def test_rows_that_nothing_tells_are_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_with_other_rows_than_those_that_were_looked_at_is_refused(workers: int) -> None:
+    """With 3 and 1 rows, two samples would be taken for two of 2 rows each, and the first would count twice."""
+    data = Crops((2, 8, 8), [2] * 20)
+    model = convolutional().double()
+    private, optimizer, loader = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), noise_multiplier=1.0, max_grad_norm=1.0, training_step=on_crops,
+        data_loader=DataLoader(data, batch_size=10, collate_fn=list_data_collate, num_workers=workers),
+    )  # fmt: skip
+    for index in range(20):
+        data.items[index] = data.items[index] * 2 if index % 2 else data.items[index][:1]
+    with pytest.raises(dpfix.LoaderError, match=r"a sample has \d rows, while those .* had 2 each"):
+        next(iter(loader))
+    with (
+        BatchMemoryManager(data_loader=loader, max_physical_batch_size=4, optimizer=optimizer) as small,
+        pytest.raises(dpfix.LoaderError, match=r"while those .* had 2 each"),
+    ):
+        next(iter(small))
+
+
 def test_a_foreign_batch_of_varying_rows_is_refused() -> None:
     model = convolutional().double()
     data = Crops((2, 8, 8), COUNTS)
