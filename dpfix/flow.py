@@ -152,9 +152,8 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
-    return Prepared(
-        plan, _stand_in(empty or ordinary, plan), _same_rows(samples, record), tuple(findings), evidence, tuple(proofs)
-    )
+    stand_in, same_rows = _stand_in(empty or ordinary, plan), _same_rows(samples, record)
+    return Prepared(plan, stand_in, same_rows, tuple(findings), evidence, tuple(proofs))
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:

@@ -318,7 +318,7 @@ def test_a_sample_with_other_rows_than_those_that_were_looked_at_is_refused(work
     """With 3 and 1 rows, two samples would be taken for two of 2 rows each, and the first would count twice."""
     data = Crops((2, 8, 8), [2] * 20)
     model = convolutional().double()
-    private, optimizer, loader = dpfix.make_private_safe(
+    _, optimizer, loader = dpfix.make_private_safe(
         module=model, optimizer=sgd(model), noise_multiplier=1.0, max_grad_norm=1.0, training_step=on_crops,
         data_loader=DataLoader(data, batch_size=10, collate_fn=list_data_collate, num_workers=workers),
     )  # fmt: skip

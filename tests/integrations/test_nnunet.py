@@ -305,7 +305,8 @@ def test_doctor_reads_plans(version: Callable[[str], None], tmp_path: Path) -> N
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "ignore": 2}}))
     environment = {"nnUNet_extTrainer": str(TRAINERS), "DPFIX_NNUNET_NOISE_MULTIPLIER": "1"}
     remarks = [str(r) for r in diagnose_installation(environment, tmp_path)]
-    assert [r for r in remarks if r.startswith("wrong")] == [r for r in remarks if "3d_cascade_fullres" in r]
+    wrong = [r for r in remarks if r.startswith("wrong") and "torchvision" not in r]  # nnunetv2 may be here without it
+    assert wrong == [r for r in remarks if "3d_cascade_fullres" in r]
     assert any("2d has batch_dice" in r for r in remarks) and any("ignore label" in r for r in remarks)
     assert "nowhere" in str(diagnose_installation(environment, tmp_path, "nowhere")[-1])
 
