@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix import audit, cuts, dry_run, isolation, notes, observe, probe, sampling, select
+from dpfix import audit, cuts, dry_run, isolation, notes, observe, outside, probe, sampling, select
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import CoupledModelError, LoaderError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
@@ -113,6 +113,12 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     Returns:
         The plan and the evidence for it.
     """
+    apart = outside.modules_outside(call.module, call.criterion, call.training_step)
+    with outside.kept(apart):
+        return _prepare(call, surgery, apart)
+
+
+def _prepare(call: Call, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
     findings = _repair(call, surgery)
     with rng_untouched():
         size = math.ceil(sampling.batch_size(call.data_loader))
@@ -125,6 +131,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
 
     record = observe.observe(call.module, step, samples)
     isolation.check_state(call.module, record)
+    outside.check_outside(call.module, step, samples, apart)
     if record.unused and record.together.used:
         for name in record.unused:
             surgery.freeze(call.module.get_parameter(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,13 +192,37 @@ def coupling_causes(
 
 
 def _losses(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
-    objects = [criterion]
-    if inspect.isfunction(training_step):
-        variables = inspect.getclosurevars(training_step)
-        objects += [*variables.nonlocals.values(), *variables.globals.values()]
-    for thing in objects:
-        if isinstance(thing, nn.Module) and not isinstance(thing, PerSampleLoss) and not any(thing.parameters()):
+    for thing in referenced(criterion, training_step):
+        if not isinstance(thing, PerSampleLoss) and next(thing.parameters(), None) is None:
             yield from thing.modules()
+
+
+def referenced(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
+    """The modules that a criterion and a training step are made of, as far as names and closures show.
+
+    Args:
+        criterion: the criterion of the call, if any.
+        training_step: the training step of the call, if any: a function, a method, or a ``functools.partial``.
+
+    Yields:
+        The criterion, if it is a module, and modules that the functions refer to.
+    """
+    todo, seen = [criterion, training_step], set[int]()
+    while todo:
+        thing = todo.pop(0)
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            yield thing
+        elif isinstance(thing, partial):
+            todo += [thing.func, *thing.args, *thing.keywords.values()]
+        elif inspect.ismethod(thing):
+            own = thing.__self__
+            todo += [thing.__func__, *([own] if isinstance(own, nn.Module) else getattr(own, "__dict__", {}).values())]
+        elif inspect.isfunction(thing) and not (thing.__module__ or "").startswith("torch"):
+            variables = inspect.getclosurevars(thing)
+            todo += [*variables.nonlocals.values(), *variables.globals.values()]
 
 
 def _causes(loss: nn.Module) -> Iterator[str]:

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("surgery",),
     ("sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",
      "handoff", "guards", "statement", "notes", "arguments", "checkpoint", "training", "loss_proof",
-     "regions", "cuts"),
+     "regions", "cuts", "outside"),
     ("flow", "api"),
     ("cli", "__main__", "integrations", "__init__"),
 )  # fmt: skip
