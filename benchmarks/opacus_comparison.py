@@ -40,21 +40,13 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
 
 import dpfix
 
+sys.path.insert(0, str(Path(__file__).parent))
+import side_by_side
+from side_by_side import FAILURES, Gradients, clipped_sum, gradient, norm
+
 CLIP_NORMS = (0.01, 0.1, 1.0, 10.0)
 LARGEST_ERROR = 2e-3
 """Relative error in float32 that is still rounding."""
-FAILURES = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-Gradients = dict[str, Tensor]
 
 
 @dataclass
@@ -162,33 +154,15 @@ def with_dpfix(setup: Setup, **arguments: Any) -> Training:
 
 def released(training: Training, items: list[Any], clip_norm: float) -> Gradients:
     """The sum that the private optimizer would release for a batch of these samples."""
-    optimizer = training.optimizer
-    optimizer.max_grad_norm = clip_norm
-    optimizer.zero_grad()
-    training.setup.loss(training.model, training.setup.collate(items)).backward()
-    optimizer.pre_step()
-    mean = training.setup.arguments.get("loss_reduction", "mean") == "mean"
-    scale = optimizer.expected_batch_size if mean else 1
-    named = training.model.named_parameters()
-    return {n.removeprefix("_module."): p.grad.detach() * scale for n, p in named if p.grad is not None}
+    setup = training.setup
+    mean = setup.arguments.get("loss_reduction", "mean") == "mean"
+    batch = setup.collate(items)
+    return side_by_side.released(training.model, training.optimizer, setup.loss, batch, clip_norm, mean=mean)
 
 
 def batch_of_one(model: nn.Module, setup: Setup, clip_norm: float) -> Gradients:
     """The sum of clipped gradients, one sample at a time, with ordinary autograd."""
-    total: Gradients = {}
-    for item in setup.items:
-        model.zero_grad()
-        setup.loss(model, setup.collate([item])).backward()
-        found = {n: p.grad.detach().double() for n, p in model.named_parameters() if p.grad is not None}
-        factor = min(1.0, clip_norm / (norm(found) + 1e-6))
-        for name, gradient in found.items():
-            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + factor * gradient
-    return total
-
-
-def norm(gradients: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all parameters."""
-    return sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    return clipped_sum((gradient(model, setup.loss, setup.collate([item])) for item in setup.items), clip_norm)
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -244,7 +218,7 @@ def empty_draw(make: Callable[..., Training], setup: Setup) -> Outcome:
     """One step whose Poisson draw is empty."""
     generator = setup.loader["generator"]
     training = make(setup, noise_multiplier=1.0)
-    seed = next(s for s in range(1000) if not _first_draw(generator, training.loader.batch_sampler, s))
+    seed = next(s for s in range(1000) if not side_by_side.draws(generator, training.loader.batch_sampler, s)[0])
     generator.manual_seed(seed)
     batch = next(iter(training.loader))
     training.optimizer.zero_grad()
@@ -252,12 +226,6 @@ def empty_draw(make: Callable[..., Training], setup: Setup) -> Outcome:
     training.optimizer.step()
     steps = sum(entry[-1] for entry in training.accountant.history)
     return Outcome(f"trains (`{training.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1)
-
-
-def _first_draw(generator: torch.Generator, sampler: Any, seed: int) -> list[int]:
-    generator.manual_seed(seed)
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
-    return next(iter(sampler))
 
 
 def draws(make: Callable[..., Training], setup: Setup) -> Outcome:

@@ -50,6 +50,7 @@ from torch.utils.data import DataLoader
 import dpfix
 
 sys.path.insert(0, str(Path(__file__).parent))
+from side_by_side import FAILURES, Gradients, clipped_sum, draws, gradient, norm, released
 from zoo_networks import NETWORKS, STANDS_FOR, Network
 
 ROOT = Path(__file__).parents[1]
@@ -59,14 +60,8 @@ LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Relative error that is still rounding."""
 EXACT, REFUSED, WRONG, STOPS, SKIPPED = "exact", "refused", "wrong", "stops", "skipped"
 MODES = ("hooks", "functorch")
-FAILURES = (
-    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError
-)  # fmt: skip
-
 NOTHING = 1e9
 """A clip norm that clips nothing."""
-
-Gradients = dict[str, Tensor]
 
 
 @dataclass
@@ -206,11 +201,7 @@ def train(
 
 def sizes(generator: Generator, sampler: Any, seed: int) -> list[int]:
     """Sizes of the batches that a pass draws after a seed."""
-    generator.manual_seed(seed)
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
-    drawn = [len(batch) for batch in sampler]
-    generator.manual_seed(seed)
-    return drawn
+    return [len(batch) for batch in draws(generator, sampler, seed)]
 
 
 def timed(network: Network, model: nn.Module, optimizer: Any, batch: Any) -> float:
@@ -281,35 +272,21 @@ def released_error(network: Network, made: Made, items: Sequence[Any]) -> float:
     """
     loss, items = steady(network), list(items)
     batch, one = network.collate(items), network.collate(items[:1])
-    unclipped = released(loss, made, batch, NOTHING)
+
+    def found(batch: Any, clip_norm: float) -> Gradients:
+        with buffers_kept(made.model):
+            return released(made.model, made.optimizer, loss, batch, clip_norm)
+
+    unclipped = found(batch, NOTHING)
     average = norm(unclipped) / len(items)
-    found = [unclipped, released(loss, made, batch, average), released(loss, made, one, NOTHING)]
+    sums = [unclipped, found(batch, average), found(one, NOTHING)]
     plain = made.reference()
-    singles = [gradients(loss, plain, network.collate([item])) for item in items]
-    wanted = [clipped(singles, NOTHING), clipped(singles, average), clipped(singles[:1], NOTHING)]
-    return max(map(worst, found, wanted))
-
-
-def released(loss: Callable[..., Tensor], made: Made, batch: Any, clip_norm: float) -> Gradients:
-    """The sum that the private optimizer would release for a batch."""
-    made.optimizer.max_grad_norm = clip_norm
-    made.optimizer.zero_grad()
-    with buffers_kept(made.model):
-        loss(made.model, batch).backward()
-    made.optimizer.pre_step()
-    scale = made.optimizer.expected_batch_size
-    named = made.model.named_parameters()
-    return {
-        n.removeprefix("_module."): p.grad.detach() * scale for n, p in named if p.requires_grad and p.grad is not None
-    }
-
-
-def gradients(loss: Callable[..., Tensor], model: nn.Module, batch: Any) -> Gradients:
-    """The gradient of one sample's loss, by ordinary autograd."""
-    model.zero_grad()
-    with buffers_kept(model):
-        loss(model, batch).backward()
-    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    singles = []
+    for item in items:
+        with buffers_kept(plain):
+            singles.append(gradient(plain, loss, network.collate([item])))
+    wanted = [clipped_sum(singles, NOTHING), clipped_sum(singles, average), clipped_sum(singles[:1], NOTHING)]
+    return max(map(worst, sums, wanted))
 
 
 @contextmanager
@@ -322,16 +299,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(before[name])
 
 
-def clipped(singles: Sequence[Gradients], clip_norm: float) -> Gradients:
-    """``sum_i min(1, C / |g_i|) g_i``."""
-    total: Gradients = {}
-    for found in singles:
-        factor = min(1.0, clip_norm / (norm(found) + 1e-6))  # Opacus's optimizer adds the 1e-6
-        for name, gradient in found.items():
-            total[name] = total.get(name, 0.0) + factor * gradient.double()
-    return total
-
-
 def worst(found: Gradients, wanted: Gradients) -> float:
     """Largest error of a parameter, relative to its own norm or to 2 % of the norm of everything."""
     whole, nothing = norm(wanted), torch.zeros((), dtype=torch.float64)
@@ -341,11 +308,6 @@ def worst(found: Gradients, wanted: Gradients) -> float:
         for n in found.keys() | wanted.keys()
     ]
     return math.inf if any(math.isnan(e) for e in errors) else max(errors)
-
-
-def norm(found: Gradients) -> float:
-    """Euclidean norm over all parameters."""
-    return math.sqrt(sum(float(g.double().square().sum()) for g in found.values()))
 
 
 # ------------------------------------------------------------------ one network
