@@ -21,7 +21,7 @@ class GradWatch:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.arrived: list[str] = []
-        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._note(name, p))
             for name, p in parameters.items()
@@ -30,12 +30,13 @@ class GradWatch:
 
     def _note(self, name: str, p: torch.Tensor) -> None:
         self.arrived.append(name)
-        self._seen[name] = _mark(p)
+        if p.grad is not None:
+            self._seen[name] = _mark(p.grad)
 
     def reset(self) -> None:
         """Take the present gradients as known."""
         self.arrived.clear()
-        self._seen = {name: _mark(p) for name, p in self.parameters.items()}
+        self._seen = {name: _mark(grad) for name, p in self.parameters.items() if (grad := p.grad) is not None}
 
     def edited(self) -> list[str]:
         """Parameters whose gradient was changed by something other than autograd.
@@ -43,7 +44,8 @@ class GradWatch:
         Returns:
             Their names.
         """
-        return [n for n, p in self.parameters.items() if p.grad is not None and _mark(p) != self._seen[n]]
+        items, seen = self.parameters.items(), self._seen
+        return [n for n, p in items if (grad := p.grad) is not None and _mark(grad) != seen.get(n)]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -51,5 +53,5 @@ class GradWatch:
             handle.remove()
 
 
-def _mark(p: torch.Tensor) -> tuple[int, int] | None:
-    return None if p.grad is None else (id(p.grad), p.grad._version)
+def _mark(grad: torch.Tensor) -> tuple[int, int]:
+    return id(grad), grad._version

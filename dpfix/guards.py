@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 from weakref import finalize, ref
 
@@ -78,25 +79,66 @@ class OtherSteps:
 
 
 class _Structure:
-    """The modules and parameters of a model, remembered so that a look at every step is cheap."""
+    """The modules and parameters of a model, remembered so that a look at every step is cheap.
+
+    The walk is made by ``map`` over functions of ``operator``: a step of a small model takes as long as a few thousand
+    lines of Python.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-        self._parameters = [(m._parameters, tuple(m._parameters.values())) for m in modules if m._parameters]
-        self._flags = [(p, p.requires_grad) for p in module.parameters()]
+        self._holders = [h for m in modules for h in (m._modules, m._parameters) if h]
+        self._sizes = list(map(len, self._holders))
+        self._things = list(chain.from_iterable(map(_VALUES, self._holders)))
+        self._parameters = list(module.parameters())
+        self._flags = list(map(_TRAINED, self._parameters))
+        self._known = {id(p) for p in self._parameters}
+        self._names = _named(module)
+        self._grouped: list[nn.Parameter] = []
 
     def unchanged(self) -> bool:
         """Whether every module and parameter is the same object, trained or frozen as before."""
         return (
-            all(_same_objects(*pair) for pair in self._children)
-            and all(_same_objects(*pair) for pair in self._parameters)
-            and all(p.requires_grad is flag for p, flag in self._flags)
+            list(map(len, self._holders)) == self._sizes
+            and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._holders)), self._things))
+            and list(map(_TRAINED, self._parameters)) == self._flags
         )
 
+    def changes(self, module: nn.Module) -> list[str]:
+        """What has changed, by name: parameters first.
 
-def _same_objects(now: Mapping[str, Any], before: tuple[Any, ...]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now.values(), before))
+        Args:
+            module: the model.
+
+        Returns:
+            Words like ``parameter `0.weight```.
+        """
+        now = _named(module)
+        return sorted(
+            (key for key in now.keys() | self._names.keys() if now.get(key) != self._names.get(key)),
+            key=lambda key: (key.startswith("module"), key),
+        )
+
+    def grouped_as_before(self, optimizer: DPOptimizer) -> bool:
+        """Whether the optimizer's groups hold the very parameters of the last call that was confirmed."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        before = self._grouped
+        return sum(map(len, groups)) == len(before) and all(map(operator.is_, chain.from_iterable(groups), before))
+
+    def confirm_groups(self, optimizer: DPOptimizer) -> None:
+        """Remember the optimizer's groups; not with a parameter that :meth:`unchanged` does not look at."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grouped = held if all(id(p) in self._known for p in held) else []
+
+
+def _named(module: nn.Module) -> dict[str, tuple[int, bool]]:
+    found = {f"module `{name}`": (id(m), False) for name, m in module.named_modules()}
+    return found | {f"parameter `{name}`": (id(p), p.requires_grad) for name, p in module.named_parameters()}
+
+
+_VALUES = operator.methodcaller("values")
+_TRAINED = operator.attrgetter("requires_grad")
+_VERSION = operator.attrgetter("_version")
 
 
 class _Writes:
@@ -112,7 +154,7 @@ class _Writes:
             self._at_forward = self._versions()
 
     def _versions(self) -> int:
-        return sum(p._version for p in self._parameters)
+        return sum(map(_VERSION, self._parameters))
 
     def check(self, module: nn.Module) -> None:
         """Refuse the step if they were.
@@ -164,6 +206,7 @@ class StepGuard:
         if ledger is not None:
             handle.counts = lambda: ledger.counts
         self.parameters = parameters
+        self._trained = list(parameters.values())
         self.watch = GradWatch(parameters)
         self.other_steps = OtherSteps(parameters.values())
         self._identity = {name: id(p) for name, p in parameters.items()}
@@ -291,10 +334,9 @@ class StepGuard:
         self._check_plan(optimizer)
         self._writes.check(self.module)
         self._check_gradients()
-        parameters = list(self.parameters.values())
         self._clipping = self._can_clip if optimizer.flat else None  # type: ignore[attr-defined]
         self._sample_norms = None
-        counts = (self._clipping.announce if self._clipping else self.handle.collect)(parameters)
+        counts = (self._clipping.announce if self._clipping else self.handle.collect)(self._trained)
         if self.ledger is not None:
             counts = self._check_draw(optimizer, counts, self.ledger)
         elif not counts:
@@ -312,9 +354,9 @@ class StepGuard:
         """
         if self._clipping is None or self._counts == [0]:
             return False
-        for p in optimizer.params:
+        for p in self._trained:
             p.grad = None  # of the step before; the noise is about to make a new one
-        self._sample_norms = self._clipping.clip_and_accumulate(optimizer.params, optimizer.max_grad_norm, keep=False)
+        self._sample_norms = self._clipping.clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)
         return True
 
     @property
@@ -333,13 +375,19 @@ class StepGuard:
     def _check_plan(self, optimizer: DPOptimizer) -> None:
         kind = type(self.module).__name__
         if not self._structure.unchanged():
-            now = {n: id(p) for n, p in self.module.named_parameters() if p.requires_grad}
-            changed = sorted(n for n in now.keys() | self._identity.keys() if now.get(n) != self._identity.get(n))
+            changed = self._structure.changes(self.module)
             raise PlanBrokenError(
-                f"parameter `{changed[0]}` of {kind} was replaced, added, frozen or unfrozen after make_private_safe "
-                f"({len(changed)} such parameter(s)), so its gradients are not the audited ones. Change the model "
+                f"{changed[0]} of {kind} was replaced, added, frozen or unfrozen after make_private_safe "
+                f"({len(changed)} such change(s)), so its gradients are not the audited ones. Change the model "
                 "first and call make_private_safe again."
             )
+        if not self._structure.grouped_as_before(optimizer):
+            self._check_groups(optimizer)
+        for path, norm in zip(self.plan.fixed_norms, self._norms, strict=True):
+            if norm.training:
+                raise PlanBrokenError(switched_on(self.module, path))
+
+    def _check_groups(self, optimizer: DPOptimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         if held != self._held:
             missing = [n for n, p in self._identity.items() if p not in held]
@@ -348,9 +396,7 @@ class StepGuard:
                 + (f", first `{missing[0]}`" if missing else "")
                 + "). Set up all groups before the call."
             )
-        for path, norm in zip(self.plan.fixed_norms, self._norms, strict=True):
-            if norm.training:
-                raise PlanBrokenError(switched_on(self.module, path))
+        self._structure.confirm_groups(optimizer)
 
     def _check_gradients(self) -> None:
         if self.plan.opacus_mode == "no_op" and self.plan.engine != "no_op" and self.watch.arrived:
@@ -360,8 +406,7 @@ class StepGuard:
                 "penalty on weights in the loss, or a part of the model called directly. It cannot be clipped per "
                 "sample. Use weight_decay for penalties, and call the model as a whole."
             )
-        edited = self.watch.edited()
-        if edited:
+        if edited := self.watch.edited():
             warnings.warn(
                 f"p.grad of `{edited[0]}` was changed between backward() and step() ({len(edited)} parameter(s)), for "
                 "example by clip_grad_norm_. The private optimizer releases the clipped sum of per-sample gradients "
@@ -431,7 +476,6 @@ class StepGuard:
         else:
             self._partial += sum(self._counts)
         self.handle.finish()
-        self.watch.reset()
         self._scratch.put_back()
         self.regions.reset()
         self._clear_loss_proof()
@@ -442,11 +486,11 @@ class StepGuard:
         Raises:
             NonFiniteGradientError: it is not; nothing was released and the gradients are dropped.
         """
-        if self._sample_norms is not None and math.isfinite(float(self._sample_norms.sum())):
+        if self._sample_norms is not None and math.isfinite(sum(self._sample_norms.tolist())):
             return  # a sum of finitely many finite gradients: no need to read it again
-        sums = {n: p.summed_grad for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
-        total = torch.stack([s.detach().sum().to("cpu", torch.float64) for s in sums.values()]).sum() if sums else None
-        if total is None or bool(torch.isfinite(total)):
+        sums = {n: p.summed_grad.detach() for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
+        totals = [total.sum() for total in sums.values()]
+        if not totals or math.isfinite(torch.stack([t.to(totals[0].device) for t in totals]).sum()):
             return
         bad = [n for n, s in sums.items() if not bool(torch.isfinite(s).all())]
         if not bad:

@@ -89,8 +89,9 @@ class NoGradRegions:
 
     def reset(self) -> None:
         """A new step begins."""
-        self._counter.reset()
-        self.tripped.clear()
+        if self._calls:
+            self._counter.reset()
+            self.tripped.clear()
 
     def drop(self, region: Region) -> None:
         """From now on this call is an ordinary one.

@@ -179,6 +179,31 @@ def test_changed_requires_grad_is_refused(engine: str, flag: str) -> None:
     refused(model, dpfix.PlanBrokenError, r"`0\.bias`", act)
 
 
+@every_engine
+def test_added_layer_without_parameters_is_refused(engine: str) -> None:
+    model, training = start(engine)
+    model.append(nn.Softmax(dim=0))
+    batch = first_batch(training)
+    refused(
+        model,
+        dpfix.PlanBrokenError,
+        rf"module `{len(model) - 1}`",
+        lambda: (loss_of(training, batch).backward(), training[1].step()),
+    )
+
+
+def test_parameter_moved_to_another_group_is_accepted_and_one_taken_out_is_not() -> None:
+    model, training = start()
+    assert train(training, 1) == 1
+    groups = training[1].param_groups
+    groups.append({**groups[0], "params": [groups[0]["params"].pop()]})
+    assert train(training, 2) == 2
+    groups.pop()
+    training[1].zero_grad()
+    loss_of(training, first_batch(training)).backward()
+    refused(model, dpfix.PlanBrokenError, "param_groups", training[1].step)
+
+
 def test_added_group_is_refused() -> None:
     model, training = start()
     training[1].original_optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
