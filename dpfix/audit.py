@@ -7,8 +7,10 @@ autograd (:mod:`dpfix.observe`). Clipping is the optimizer's own, so what is com
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +23,11 @@ from dpfix.engines import Engine, FlatClipping, Handle
 from dpfix.errors import CoupledModelError, DPFixError, ModelError
 from dpfix.findings import EngineEvidence
 from dpfix.grad_watch import GradWatch
-from dpfix.observe import Gradients, StepRecord, observe
+from dpfix.observe import Gradients, Run, StepRecord, one_by_one
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES, Probe
 from dpfix.regions import NoGradRegions
-from dpfix.traceless import FixedRandomness, traceless
+from dpfix.traceless import FixedRandomness, generator_states, traceless
 from dpfix.training_step import TrainingStep
 
 SLACK = 1e-3
@@ -34,6 +36,7 @@ SLACK = 1e-3
 ROUNDING = 5e-2
 """Up to this error in single precision, double precision decides whether it is one of rounding."""
 
+_CHUNK = 2**18  # numbers that are taken to double precision at a time: fresh memory for more is slower than the sums
 _EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
 _ENGINE_FAILURES = (
     DPFixError,
@@ -55,11 +58,15 @@ class Reference:
         gradients: one mapping per sample, for the parameters that are trained.
         norms: their Euclidean norms, shape ``[samples]``.
         tolerance: relative error that is allowed for this precision.
+        drew: whether something random was drawn in the model or in the loss.
+        in_double: the same on a copy of the model in double precision, once an engine has needed it.
     """
 
     gradients: tuple[Gradients, ...]
     norms: torch.Tensor
     tolerance: float
+    drew: bool = True
+    in_double: list[_InDouble] = field(default_factory=list, compare=False)
 
     @cached_property
     def clip_norms(self) -> tuple[float, float, float]:
@@ -95,9 +102,13 @@ def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> 
     Raises:
         CoupledModelError: the gradient of a sample alone is not finite.
     """
-    gone = set(unused)
+    drew = record.together.drew or any(run.drew for run in record.alone)
+    return _reference(record.alone, set(unused), share, record.low_precision, drew)
+
+
+def _reference(runs: Sequence[Run], gone: set[str], share: float, low_precision: bool, drew: bool) -> Reference:
     gradients = tuple(
-        {n: g if share == 1 else g * share for n, g in run.gradients.items() if n not in gone} for run in record.alone
+        {n: g if share == 1 else g * share for n, g in run.gradients.items() if n not in gone} for run in runs
     )
     norms = torch.tensor([norm_of(g) for g in gradients], dtype=torch.float64)
     if not bool(torch.isfinite(norms).all()):
@@ -106,8 +117,9 @@ def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> 
             "loss in training_step divides by a statistic of the batch (a standard deviation over samples) or of "
             "a constant input. Make it per sample, or add an epsilon to the denominator."
         )
-    dtypes = {g.dtype for run in record.alone for g in run.gradients.values()}
-    return Reference(gradients, norms, 5e-2 if record.low_precision else 1e-6 if dtypes == {torch.float64} else 2e-3)
+    dtypes = {g.dtype for run in runs for g in run.gradients.values()}
+    tolerance = 5e-2 if low_precision else 1e-6 if dtypes == {torch.float64} else 2e-3
+    return Reference(gradients, norms, tolerance, drew)
 
 
 def weighted_sum(gradients: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
@@ -141,7 +153,17 @@ def gap(a: torch.Tensor, b: torch.Tensor, factor: float = 1.0) -> float:
     Returns:
         The norm.
     """
-    return float(torch.linalg.vector_norm(a.to(b.dtype) * factor - b, dtype=torch.float64))
+    pairs = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
+    return sum(_squares(x.to(y.dtype) * factor - y) for x, y in pairs) ** 0.5
+
+
+def _squares(t: torch.Tensor) -> float:
+    t = t.double()
+    return float(torch.dot(t, t))
+
+
+def _squared_norm(t: torch.Tensor) -> float:
+    return sum(map(_squares, t.reshape(-1).split(_CHUNK)))
 
 
 def norm_of(gradient: Mapping[str, torch.Tensor]) -> float:
@@ -153,7 +175,7 @@ def norm_of(gradient: Mapping[str, torch.Tensor]) -> float:
     Returns:
         The norm, in double precision.
     """
-    return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradient.values()) ** 0.5
+    return sum(map(_squared_norm, gradient.values())) ** 0.5
 
 
 def relative_error(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[float, str]:
@@ -166,13 +188,14 @@ def relative_error(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch
     Returns:
         The error, infinite if a parameter is missing or not finite, and the name of the parameter.
     """
-    total = norm_of(wanted)
+    norms = {name: _squared_norm(value) ** 0.5 for name, value in wanted.items()}
+    total = math.hypot(*norms.values())
     worst, where = 0.0, ""
     for name, value in wanted.items():
         got = found.get(name)
         if got is None:
             return float("inf"), name
-        error = gap(got, value) / max(norm_of({name: value}), 0.05 * total, 1e-12)
+        error = gap(got, value) / max(norms[name], 0.05 * total, 1e-12)
         if not error <= worst:
             worst, where = (error if error == error else float("inf")), name
     return worst, where
@@ -207,10 +230,11 @@ def check_engine(
         The evidence: passed, the largest error, or what went wrong.
     """
     try:
-        sums = released_sums(engine, module, step, probe, plan, clip_norms)
+        sums = released_sums(engine, module, step, probe, plan, clip_norms, drew=wanted.drew)
         fewer = sums[:0]
         if left_out is not None:
-            fewer = released_sums(engine, module, step, probe.without(left_out), plan, clip_norms)
+            without = probe.without(left_out)
+            fewer = released_sums(engine, module, step, without, plan, clip_norms, drew=wanted.drew)
     except _ENGINE_FAILURES as error:
         text = " ".join(str(error).split())[:160]
         return EngineEvidence(engine.name, passed=False, reason=f"{type(error).__name__}: {text}")
@@ -220,7 +244,7 @@ def check_engine(
         if not error <= worst:
             worst, where = error, name
     if not worst <= slack * wanted.tolerance and not (
-        worst <= ROUNDING and _equal_in_double(engine, module, step, probe, plan, clip_norms)
+        worst <= ROUNDING and _equal_in_double(engine, module, step, probe, plan, wanted, clip_norms)
     ):
         reason = f"its clipped sum differs from the batch-of-one reference by {worst:.1e} (`{where}`)"
         return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
@@ -231,21 +255,39 @@ def check_engine(
     return EngineEvidence(engine.name, passed=True, max_error=worst)
 
 
+@dataclass(frozen=True)
+class _InDouble:
+    """A model, its probe and its reference in double precision."""
+
+    module: nn.Module
+    samples: Probe
+    wanted: Reference
+
+
 def _equal_in_double(
-    engine: Engine, module: nn.Module, step: TrainingStep, probe: Probe, plan: Plan, clip_norms: tuple[float, ...]
+    engine: Engine, module: nn.Module, step: TrainingStep, probe: Probe, plan: Plan, wanted: Reference, clip_norms: Any
 ) -> bool:
     """Whether the engine equals the reference on a copy in double precision: what is left is then rounding."""
     if {p.dtype for p in module.parameters()} != {torch.float32}:
         return False
     try:
-        exact = copy.deepcopy(module).double()
-        samples = probe.changed(lambda i, path, leaf: _double(leaf), len(probe))
-        wanted = reference(observe(exact, step, samples), plan.frozen_parameters, plan.share)
-        sums = released_sums(engine, exact, step, samples, plan, clip_norms)
+        if not wanted.in_double:
+            wanted.in_double.append(_in_double(module, step, probe, plan))
+        exact = wanted.in_double[0]
+        sums = released_sums(engine, exact.module, step, exact.samples, plan, clip_norms, drew=exact.wanted.drew)
     except (*_ENGINE_FAILURES, *COLLATE_FAILURES):
         return False  # a model or a loss with single precision written into it
-    errors = [relative_error(s, wanted.clipped_sum(c))[0] for s, c in zip(sums, clip_norms, strict=True)]
-    return wanted.tolerance < 1e-5 and max(errors) <= wanted.tolerance
+    tolerance = exact.wanted.tolerance
+    errors = [relative_error(s, exact.wanted.clipped_sum(c))[0] for s, c in zip(sums, clip_norms, strict=True)]
+    return tolerance < 1e-5 and max(errors) <= tolerance
+
+
+def _in_double(module: nn.Module, step: TrainingStep, probe: Probe, plan: Plan) -> _InDouble:
+    exact = copy.deepcopy(module).double()
+    samples = probe.changed(lambda i, path, leaf: _double(leaf), len(probe))
+    runs = one_by_one(exact, step, samples)
+    low_precision, drew = any(run.low_precision for run in runs), any(run.drew for run in runs)
+    return _InDouble(exact, samples, _reference(runs, set(plan.frozen_parameters), plan.share, low_precision, drew))
 
 
 def _double(leaf: Any) -> Any:
@@ -276,6 +318,8 @@ def released_sums(
     probe: Probe,
     plan: Plan,
     clip_norms: tuple[float, ...],
+    *,
+    drew: bool = True,
 ) -> list[Gradients]:
     """The clipped sums that the optimizer would release for a probe, one per clip norm.
 
@@ -286,6 +330,8 @@ def released_sums(
         probe: the samples.
         plan: how the model is to be trained.
         clip_norms: the clip norms.
+        drew: whether the plain step draws anything random, which then has to be fixed by a look at every operation; if it
+            does not, this is done only where the engine draws nevertheless.
 
     Returns:
         One sum by parameter name for every clip norm. The model is afterwards as before.
@@ -293,6 +339,26 @@ def released_sums(
     Raises:
         ModelError: gradient reached a parameter past the engine, or rows are missing.
     """
+    if not drew:
+        with suppress(_DrewError):
+            return _released(engine, module, step, probe, plan, clip_norms, fixed=False)
+    return _released(engine, module, step, probe, plan, clip_norms, fixed=True)
+
+
+class _DrewError(Exception):
+    """Something random was drawn where nothing was expected to be; caught inside this file."""
+
+
+def _released(
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    plan: Plan,
+    clip_norms: tuple[float, ...],
+    *,
+    fixed: bool,
+) -> list[Gradients]:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with traceless(module):
         handle = engine.attach(module, plan)
@@ -300,8 +366,11 @@ def released_sums(
         regions = NoGradRegions(module, plan.no_grad_regions)
         watch = GradWatch(parameters)
         try:
-            with FixedRandomness():
+            generators = generator_states()
+            with FixedRandomness() if fixed else nullcontext():
                 step.loss(handle.model, probe.batch).backward()
+            if not fixed and not all(map(torch.equal, generators, generator_states())):
+                raise _DrewError
             if regions.tripped:
                 raise ModelError(f"gradient reached `{regions.tripped[0].site.path}`, which runs without a graph")
             clipping = handle if isinstance(handle, FlatClipping) else None

@@ -7,6 +7,7 @@ singles are at the same time the batch-of-one reference that the audit compares 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from dpfix.layout import CallLayout, LayerCall, layout_of_calls, layout_of_layer
 from dpfix.probe import Probe
 from dpfix.recorder import Call, Recording, Site, recorder
 from dpfix.scan import place
-from dpfix.traceless import FixedRandomness, Key, put_back, same, traceless, written
+from dpfix.traceless import FixedRandomness, Key, generator_states, put_back, same, traceless, written
 from dpfix.training_step import TrainingStep
 
 Gradients = dict[str, torch.Tensor]
@@ -39,6 +40,7 @@ class Run:
         written: state that the step changed, with its new value.
         random_modules: paths of modules inside which something random was drawn.
         low_precision: whether half precision was used.
+        drew: whether something random was drawn, in the model or in the loss.
         repeated: activations of what has already gone through one; looked for where details are written down.
     """
 
@@ -49,6 +51,7 @@ class Run:
     written: dict[Key, Any]
     random_modules: frozenset[str]
     low_precision: bool
+    drew: bool
     repeated: tuple[activations.Repeated, ...] = ()
 
 
@@ -157,18 +160,21 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
     recording = Recording()
     trainable = [name for name, p in module.named_parameters() if p.requires_grad]
     with traceless(module) as before:
-        alone = []
+        alone: list[Run] = []
         for number, batch in enumerate(probe.singles):
             same_as = probe.unchanged[number] if known is not None else None
             if known is not None and same_as is not None:
                 run = known.alone[same_as]
                 alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
                 continue
-            alone.append(_run_alone(module, step, batch, before, probe, layers=known is None))
+            like = alone[0] if known is None and alone else None if known is None else known.together
+            alone.append(_run_alone(module, step, batch, before, probe, like, layers=known is None))
             if alone[-1].written:
                 put_back(module, before)
-        first = known is None
-        together = run_step(module, step, probe.batch, before, recording, details=first, layers=first)
+        if known is None:
+            together = run_step(module, step, probe.batch, before, recording)
+        else:
+            together = _run_like(known.together, module, step, probe.batch, before, recording, layers=False)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
         if together.random_modules and not used >= set(trainable):
@@ -200,13 +206,40 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
     )
 
 
+def one_by_one(module: nn.Module, step: TrainingStep, probe: Probe) -> tuple[Run, ...]:
+    """Run the step on every sample alone, without a look at what happens inside.
+
+    Args:
+        module: the model, in training mode.
+        step: from batch to loss.
+        probe: the samples.
+
+    Returns:
+        One run per sample. The model is afterwards as before.
+    """
+    runs: list[Run] = []
+    with traceless(module) as before:
+        for batch in probe.singles:
+            like = runs[0] if runs else None
+            runs.append(_run_like(like, module, step, batch, before, Recording(), layers=False))
+            put_back(module, before)
+    return tuple(runs)
+
+
 def _run_alone(
-    module: nn.Module, step: TrainingStep, batch: Any, before: dict[Key, Any], probe: Probe, *, layers: bool
+    module: nn.Module,
+    step: TrainingStep,
+    batch: Any,
+    before: dict[Key, Any],
+    probe: Probe,
+    like: Run | None,
+    *,
+    layers: bool,
 ) -> Run:
     """One sample alone; a model that runs on a batch only is one that needs the other samples."""
     notes = Recording()
     try:
-        return run_step(module, step, batch, before, notes, details=False, layers=layers)
+        return _run_like(like, module, step, batch, before, notes, layers=layers)
     except TrainingStepError as error:
         put_back(module, before)
         run_step(module, step, probe.batch, before)
@@ -218,6 +251,40 @@ def _run_alone(
             "bounds nothing.\n"
             "  help: use a normalisation per sample (GroupNorm, LayerNorm) instead; a layer in eval() may also help."
         ) from error
+
+
+def _run_like(
+    like: Run | None,
+    module: nn.Module,
+    step: TrainingStep,
+    batch: Any,
+    before: dict[Key, Any],
+    notes: Recording,
+    *,
+    layers: bool,
+) -> Run:
+    """The step on other samples; where an earlier run drew nothing, no operation is watched unless this one draws.
+
+    Args:
+        like: an earlier run of the same step, if there is one.
+        module: the model.
+        step: from batch to loss.
+        batch: a collated batch.
+        before: snapshot of the model's state.
+        notes: where it is written down.
+        layers: whether to write down the calls of the modules inside, too.
+
+    Returns:
+        What happened.
+    """
+    if like is not None and not (like.drew or like.low_precision):
+        generators = generator_states()
+        run = run_step(module, step, batch, before, notes, details=False, layers=layers, watched=False)
+        if all(map(torch.equal, generators, generator_states())):
+            return run
+        put_back(module, before)
+        notes.calls.clear()
+    return run_step(module, step, batch, before, notes, details=False, layers=layers)
 
 
 def decided_by_rounding(module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float) -> bool:
@@ -265,6 +332,7 @@ def run_step(
     *,
     details: bool = True,
     layers: bool = True,
+    watched: bool = True,
 ) -> Run:
     """One forward and backward pass on the plain model with fixed randomness.
 
@@ -276,6 +344,7 @@ def run_step(
         recording: where it is written down, if that is wanted.
         details: whether to write down functions and gradients, too.
         layers: whether to write down the calls of the modules inside, too.
+        watched: whether to fix randomness, by a look at every operation; if not, the step must draw nothing.
 
     Returns:
         What happened.
@@ -285,9 +354,10 @@ def run_step(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for p in parameters.values():
         p.grad = None
+    mode = FixedRandomness(notes.stack)
     with (
         recorder(module, notes, details=details, layers=layers and recording is not None),
-        FixedRandomness(notes.stack) as mode,
+        mode if watched else nullcontext(),
         described_failures(step),
     ):
         loss = step.loss(module, batch)
@@ -305,6 +375,7 @@ def run_step(
         written(module, before),
         frozenset().union(*mode.random_ops.values()) if mode.random_ops else frozenset(),
         mode.low_precision,
+        bool(mode.random_ops),
         repeated,
     )
 

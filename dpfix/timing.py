@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from dpfix.audit import clipped_sums
+from dpfix.clock import clock_for
 from dpfix.engines import Engine, FlatClipping
 from dpfix.plan import Plan
 from dpfix.probe import Probe
@@ -94,14 +95,15 @@ def _seconds(
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
     handle.counts = lambda: counts
+    clock = clock_for(next(iter(parameters.values())).device)
     try:
         with applied(module, plan.no_grad_regions):
-            start = time.perf_counter()
+            start = clock()
             step.loss(handle.model, batch).backward()
         if not isinstance(handle, FlatClipping):
             handle.collect(list(parameters.values()))
         clipped_sums(handle, parameters, (1.0,), plan)
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         handle.detach()
         for p in parameters.values():

@@ -46,6 +46,16 @@ def rng_untouched(*, only_on_error: bool = False) -> Iterator[None]:
                 torch.cuda.set_rng_state_all(cuda)
 
 
+def generator_states() -> list[torch.Tensor]:
+    """States of torch's default generators (CPU and CUDA); equal ones show that nothing was drawn in between.
+
+    Returns:
+        One tensor per generator.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
 def state_of(root: nn.Module) -> dict[Key, Any]:
     """Copies of everything a forward pass can write: parameters, buffers and plain attributes.
 

@@ -69,11 +69,15 @@ class Correlation:
     # ---------------------------------------------------------------- norms
 
     def squared_norms(self) -> torch.Tensor:
-        """Squared norms in the way that was found to be fastest.
+        """Squared norms in the way that was found to be fastest; kept, since some take as long as the gradients.
 
         Returns:
             Shape ``[samples]``.
         """
+        return self._squared_norms
+
+    @cached_property
+    def _squared_norms(self) -> torch.Tensor:
         return getattr(self, self.way if self.way.startswith("norms") else "norms_by_sample")()
 
     def norms_by_gram(self) -> torch.Tensor:
@@ -162,7 +166,7 @@ class Correlation:
             return lambda: (getattr(few, name)(), few.weighted_sum(factors))
 
         shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
-        key = ("convolution", shapes, self.geometry, self.x.dtype)
+        key = ("convolution", shapes, self.geometry)  # without the precision: the audit may look again in double
         return fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
 
     def _costs(self) -> dict[str, float]:

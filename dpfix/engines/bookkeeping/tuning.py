@@ -6,13 +6,16 @@ anything about data; shapes are rounded up to powers of two, so that inputs of v
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 
+from dpfix.clock import clock_for
+
 TRIALS = 2
 """How often every way is tried; the fastest time counts."""
+LONG_SECONDS = 0.1
+"""A way that takes this long is tried once: what a first call costs beside (memory, code made for a shape) is little then."""
 
 _CHOSEN: dict[Hashable, str] = {}
 
@@ -54,17 +57,11 @@ def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: tor
 
 def _seconds(way: Callable[[], object], device: torch.device, hopeless: float) -> float:
     best = float("inf")
+    clock = clock_for(device)
     for _ in range(TRIALS):
-        _wait(device)
-        start = time.perf_counter()
+        start = clock()
         way()
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-        if best > hopeless:
+        best = min(best, clock() - start)
+        if best > min(hopeless, LONG_SECONDS):
             break
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
