@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -20,11 +21,19 @@ def user_place() -> str:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        file = os.path.abspath(frame.f_code.co_filename)
-        if not file.startswith((_HERE + os.sep, _TORCH + os.sep)) and not file.startswith("<"):
-            return f"{os.path.basename(file)}:{frame.f_lineno}"
+        name = _users_file(frame.f_code.co_filename)
+        if name:
+            return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+@functools.cache
+def _users_file(file: str) -> str:
+    """The name of a file, if it is neither torch's nor dpfix's."""
+    path = os.path.abspath(file)
+    own = path.startswith((_HERE + os.sep, _TORCH + os.sep)) or file.startswith("<")
+    return "" if own else os.path.basename(path)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class StepRecord:
     @property
     def low_precision(self) -> bool:
         """Whether half precision was used anywhere."""
-        return self.together.low_precision
+        return self.together.low_precision or any(run.low_precision for run in self.alone)
 
     @property
     def rows_per_sample(self) -> int:
@@ -167,14 +167,13 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
                 run = known.alone[same_as]
                 alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
                 continue
-            like = alone[0] if known is None and alone else None if known is None else known.together
+            like = known.together if known is not None else alone[0] if alone else None
             alone.append(_run_alone(module, step, batch, before, probe, like, layers=known is None))
             if alone[-1].written:
                 put_back(module, before)
-        if known is None:
-            together = run_step(module, step, probe.batch, before, recording)
-        else:
-            together = _run_like(known.together, module, step, probe.batch, before, recording, layers=False)
+        first = known is None
+        like = alone[0] if known is None else known.together
+        together = _run_like(like, module, step, probe.batch, before, recording, details=first, layers=first)
         put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
         if together.random_modules and not used >= set(trainable):
@@ -221,7 +220,7 @@ def one_by_one(module: nn.Module, step: TrainingStep, probe: Probe) -> tuple[Run
     with traceless(module) as before:
         for batch in probe.singles:
             like = runs[0] if runs else None
-            runs.append(_run_like(like, module, step, batch, before, Recording(), layers=False))
+            runs.append(_run_like(like, module, step, batch, before, Recording()))
             put_back(module, before)
     return tuple(runs)
 
@@ -261,7 +260,8 @@ def _run_like(
     before: dict[Key, Any],
     notes: Recording,
     *,
-    layers: bool,
+    details: bool = False,
+    layers: bool = False,
 ) -> Run:
     """The step on other samples; where an earlier run drew nothing, no operation is watched unless this one draws.
 
@@ -272,6 +272,7 @@ def _run_like(
         batch: a collated batch.
         before: snapshot of the model's state.
         notes: where it is written down.
+        details: whether to write down functions and gradients, too.
         layers: whether to write down the calls of the modules inside, too.
 
     Returns:
@@ -279,12 +280,12 @@ def _run_like(
     """
     if like is not None and not (like.drew or like.low_precision):
         generators = generator_states()
-        run = run_step(module, step, batch, before, notes, details=False, layers=layers, watched=False)
+        run = run_step(module, step, batch, before, notes, details=details, layers=layers, watched=False)
         if all(map(torch.equal, generators, generator_states())):
             return run
         put_back(module, before)
-        notes.calls.clear()
-    return run_step(module, step, batch, before, notes, details=False, layers=layers)
+        notes.forget()
+    return run_step(module, step, batch, before, notes, details=details, layers=layers)
 
 
 def decided_by_rounding(module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float) -> bool:

@@ -110,6 +110,10 @@ class Recording:
     _open: list[tuple[int, CallSite | None]] = field(default_factory=list)
     _counter: CallCounter = field(default_factory=CallCounter)
 
+    def forget(self) -> None:
+        """Begin anew."""
+        vars(self).update(vars(Recording()))
+
     def entered(self, path: str) -> None:
         """A module is being called.
 

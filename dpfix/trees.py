@@ -124,6 +124,8 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     Returns:
         The tensor leaves in order.
     """
+    if isinstance(tree, torch.Tensor):
+        return [tree]
     return [leaf for _, leaf in leaves(tree) if torch.is_tensor(leaf)]
 
 

@@ -390,6 +390,26 @@ def test_random_modules_are_named() -> None:
     assert found.random_modules == {"", "1"}
 
 
+class SometimesRandom(Plain):
+    """Drops at random what comes of large samples alone; the first sample of the probe is none."""
+
+    limit = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, large = self.a(x), x.amax(1, keepdim=True) > self.limit
+        return self.b(torch.where(large, F.dropout(y), y) if large.any() else y)
+
+
+def test_randomness_that_the_first_sample_does_not_show_is_fixed_in_the_others() -> None:
+    given = items(6)
+    largest = [float(x.max()) for x, _ in probe.take(DataLoader(given, batch_size=4)).items]  # type: ignore[arg-type]
+    assert largest[0] < SometimesRandom.limit < max(largest)
+    found = record(SometimesRandom().double(), [(x.double(), y) for x, y in given])
+    assert found.together.drew and not found.alone[0].drew and any(run.drew for run in found.alone)
+    for name, gradient in found.together.gradients.items():
+        assert torch.allclose(4 * gradient, sum(run.gradients[name] for run in found.alone), atol=1e-12)  # type: ignore[arg-type]
+
+
 def test_half_precision_is_seen() -> None:
     def step(model: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
