@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write $(ARGS)
 	$(ONE_THREAD) $(BIN)/python benchmarks/coupled.py --write docs/coupled.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/legacy_weights.py --write docs/weights.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py --write docs/checks.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/simsiam_digits.py --write docs/detach.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/augmentation_digits.py --write docs/augmentation.md
 	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py --write
