@@ -96,3 +96,24 @@ def test_both_ways_to_norms_of_convolutions(large: bool) -> None:
         for a, b in zip(x, g, strict=True)
     ]
     same(form, torch.stack(one))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_way_to_the_gradients_of_convolutions(rows: int, groups: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2 * rows, 4, 7, 6, dtype=torch.float64)
+    g = torch.randn(2 * rows, 6, 4, 3, dtype=torch.float64)
+    weight = torch.zeros(6, 4 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
+    wanted = []
+    for a, b in zip(x.split(rows), g.split(rows), strict=True):
+        out = nn.functional.conv2d(a, weight, stride=2, padding=1, groups=groups)
+        wanted.append(torch.autograd.grad(out, weight, b)[0])
+    gradients = torch.stack(wanted)
+    form = Correlation(x, g, weight.shape, Geometry((2, 2), (1, 1), (1, 1), groups), rows)
+    for keep in (form.keep_by_groups, form.keep_by_patches):
+        torch.testing.assert_close(keep(), gradients)
+    ways = [form.norms_by_sample, form.norms_by_patches, *([form.norms_by_gram] if rows == 1 else [])]
+    for norms in ways:
+        torch.testing.assert_close(norms(), gradients.flatten(1).square().sum(1))
+    same(form, gradients)

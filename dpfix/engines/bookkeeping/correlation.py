@@ -57,14 +57,16 @@ class Correlation:
     """The gradient of a convolution's weight by its factors.
 
     Args:
-        x: shape ``[samples, channels, *in]``.
-        g: shape ``[samples, filters, *out]``.
+        x: shape ``[samples * rows, channels, *in]``.
+        g: shape ``[samples * rows, filters, *out]``.
         shape: shape of the weight, ``[filters, channels / groups, *kernel]``.
         geometry: stride, padding, dilation, groups.
+        rows: rows per sample, next to each other; their gradients are never had one by one.
     """
 
-    def __init__(self, x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> None:
+    def __init__(self, x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int = 1) -> None:
         self.x, self.g, self.shape, self.geometry = full_precision(x), full_precision(g), shape, geometry
+        self.rows, self.samples = rows, len(x) // rows
 
     # ---------------------------------------------------------------- norms
 
@@ -83,10 +85,12 @@ class Correlation:
     def norms_by_gram(self) -> torch.Tensor:
         """``sum_tt' G[t, t'] sum_k X[s t + d k, s t' + d k]`` with the Gram matrices G and X over the channels.
 
+        For samples of one row.
+
         Returns:
             Shape ``[samples]``.
         """
-        x, g = self._by_group(self._padded(self.x), self.g)
+        x, g = (self._by_group(t).squeeze(1) for t in (self._padded(self.x), self.g))
         sizes, out = x.shape[2:], g.shape[2:]
         x, g = x.flatten(2), g.flatten(2)
         over_x = torch.bmm(x.mT, x).view(-1, *sizes, *sizes)
@@ -111,8 +115,8 @@ class Correlation:
             Shape ``[samples]``.
         """
         norms = [
-            torch.linalg.vector_norm(weight_gradient(x[None], g[None], self.shape, self.geometry))
-            for x, g in zip(self.x, self.g, strict=True)
+            torch.linalg.vector_norm(weight_gradient(x, g, self.shape, self.geometry))
+            for x, g in zip(self.x.split(self.rows), self.g.split(self.rows), strict=True)
         ]
         return torch.stack(norms).square()
 
@@ -127,28 +131,32 @@ class Correlation:
     def _products(self) -> Iterator[torch.Tensor]:
         """Per-sample gradients of some samples (and groups) at a time, shape ``[some, filters, kernel * channels]``."""
         kernel, out = self.shape[2:], self.g.shape[2:]
-        x, g = self._by_group(self._padded(self.x), self.g)
-        numbers = math.prod(out) * self.shape[1:].numel() + self.shape.numel() // self.geometry.groups
+        x, g = self._by_group(self._padded(self.x)), self._by_group(self.g)
+        positions = self.rows * math.prod(out)
+        numbers = positions * self.shape[1:].numel() + self.shape.numel() // self.geometry.groups
         step = max(1, BUFFER // numbers)
-        for front, back in zip(x.split(step), g.flatten(2).split(step), strict=True):
-            some = front.movedim(1, -1).contiguous()
-            first, *moves, last = some.stride()
+        for front, back in zip(x.split(step), g.split(step), strict=True):
+            some = front.movedim(2, -1).contiguous()
+            *firsts, last = some.stride()
+            first, moves = firsts[:2], firsts[2:]
             windows = [m * s for m, s in zip(moves, self.geometry.stride, strict=True)]
             inside = [m * d for m, d in zip(moves, self.geometry.dilation, strict=True)]
-            size = (len(some), *out, *kernel, some.shape[-1])
-            patches = some.as_strided(size, (first, *windows, *inside, last))
-            yield torch.bmm(back, patches.reshape(len(some), math.prod(out), -1))
+            size = (*some.shape[:2], *out, *kernel, some.shape[-1])
+            patches = some.as_strided(size, (*first, *windows, *inside, last))
+            filters = back.transpose(1, 2).reshape(len(some), -1, positions)
+            yield torch.bmm(filters, patches.reshape(len(some), positions, -1))
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         pads = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
         return torch.nn.functional.pad(x, pads) if any(pads) else x
 
-    def _by_group(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = len(self.x) * self.geometry.groups
-        return tuple(t.reshape(rows, -1, *t.shape[2:]) for t in tensors)
+    def _by_group(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From ``[samples * rows, channels, ...]`` to ``[samples * groups, rows, channels / groups, ...]``."""
+        split = tensor.reshape(self.samples, self.rows, self.geometry.groups, -1, *tensor.shape[2:])
+        return split.transpose(1, 2).flatten(0, 1)
 
     def _over_groups(self, norms: torch.Tensor) -> torch.Tensor:
-        return norms.view(len(self.x), self.geometry.groups).sum(1)
+        return norms.view(self.samples, self.geometry.groups).sum(1)
 
     # ---------------------------------------------------------------- the choice
 
@@ -157,8 +165,9 @@ class Correlation:
         """The fastest way on this machine; estimated first, and tried on a few samples where that leaves a doubt."""
         costs = self._costs()
         likely = sorted(name for name, cost in costs.items() if cost <= WORTH_TRYING * min(costs.values()))
-        few = Correlation(self.x[:TRIED_SAMPLES], self.g[:TRIED_SAMPLES], self.shape, self.geometry)
-        factors = few.x.new_ones(len(few.x))
+        tried = TRIED_SAMPLES * self.rows
+        few = Correlation(self.x[:tried], self.g[:tried], self.shape, self.geometry, self.rows)
+        factors = few.x.new_ones(few.samples)
 
         def whole_step(name: str) -> Callable[[], object]:
             if name.startswith("keep"):
@@ -166,13 +175,18 @@ class Correlation:
             return lambda: (getattr(few, name)(), few.weighted_sum(factors))
 
         shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
-        key = ("convolution", shapes, self.geometry)  # without the precision: the audit may look again in double
+        key = (
+            "convolution",
+            shapes,
+            self.geometry,
+            self.rows,
+        )  # without the precision: the audit may look again in double
         return fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
 
     def _costs(self) -> dict[str, float]:
         """Multiply-adds per sample that take as long as each way, roughly."""
         size, groups = self.shape.numel(), self.geometry.groups
-        out, padded = math.prod(self.g.shape[2:]), 1
+        out, padded = math.prod(self.g.shape[2:]) * self.rows, 1
         for length, padding in zip(self.x.shape[2:], self.geometry.padding, strict=True):
             padded *= length + 2 * padding
         patches = out * math.prod(self.shape[2:]) * self.x.shape[1]
@@ -180,11 +194,13 @@ class Correlation:
         moves = groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
         again = out * size  # the weight gradient of the batch
         costs: dict[str, float] = {
-            "norms_by_gram": padded**2 * self.x.shape[1] + out**2 * self.g.shape[1] + moves * WINDOW_COST + again,
             "norms_by_sample": (out + 2 * BYTE_COST) * size + CALL_COST + again,
             "norms_by_patches": out * size + moved * BYTE_COST + again,
         }
-        if size <= KEEP_RATIO * (self.x[0].numel() + self.g[0].numel()):
+        if self.rows == 1:
+            gram = padded**2 * self.x.shape[1] + out**2 * self.g.shape[1]
+            costs["norms_by_gram"] = gram + moves * WINDOW_COST + again
+        if size <= KEEP_RATIO * self.rows * (self.x[0].numel() + self.g[0].numel()):
             # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
             costs["keep_by_groups"] = (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
             costs["keep_by_patches"] = out * size + (moved + size) * BYTE_COST
@@ -204,7 +220,7 @@ class Correlation:
         Returns:
             Shape ``[samples, *weight]``.
         """
-        samples, kernel = len(self.x), self.shape[2:]
+        samples, kernel = self.samples, self.shape[2:]
         found = self.g.new_empty(
             samples * self.geometry.groups, self.shape[0] // self.geometry.groups, self.shape[1:].numel()
         )
@@ -225,15 +241,14 @@ class Correlation:
         return self.keep_by_groups()
 
     def keep_by_groups(self) -> torch.Tensor:
-        """All samples in one grouped convolution gradient.
+        """All samples in one grouped convolution gradient, whose batch are the rows.
 
         Returns:
             Shape ``[samples, *weight]``.
         """
-        samples, geometry = len(self.x), self.geometry
+        samples, geometry = self.samples, self.geometry
         grouped = Geometry(geometry.stride, geometry.padding, geometry.dilation, samples * geometry.groups)
-        x = self.x.reshape(1, -1, *self.x.shape[2:])
-        g = self.g.reshape(1, -1, *self.g.shape[2:])
+        x, g = (t.unflatten(0, (samples, self.rows)).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
         shape = torch.Size((samples * self.shape[0], *self.shape[1:]))
         return weight_gradient(x, g, shape, grouped).view(samples, *self.shape)
 
@@ -247,7 +262,9 @@ class Correlation:
             Shape of the weight.
         """
         x, g = self.x, self.g
-        scale = factors.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        factors = factors.to(x.dtype)
+        by_row = factors if self.rows == 1 else factors.repeat_interleave(self.rows)
+        scale = by_row.view(-1, *[1] * (x.dim() - 1))
         if x.numel() < g.numel():
             x = x * scale
         else:
@@ -293,10 +310,7 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
         x = x[(slice(None), slice(None), *window)]
         x = x[(slice(None), slice(None), *(slice(o) for o in g.shape[2:]))]
         return outer(_positions_last(x, rows).mT, _positions_last(g, rows).mT, shape)
-    whole = Correlation(x, g, shape, geometry)
-    if rows > 1:
-        return Kept(whole.per_sample().unflatten(0, (-1, rows)).sum(1))
-    return whole.chosen()
+    return Correlation(x, g, shape, geometry, rows).chosen()
 
 
 def _positions_last(t: torch.Tensor, rows: int) -> torch.Tensor:
