@@ -19,7 +19,7 @@ from opacus import PrivacyEngine
 from torch import nn
 
 from dpfix.errors import CheckpointError, DPFixWarning
-from dpfix.plan import Plan
+from dpfix.plan import Plan, Region
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 
@@ -114,6 +114,7 @@ def load(
             "it holds no generators and no plan (it was saved by Opacus): the training goes on, but not with the same noise."
         )
         return content
+    _restore_regions(added.get("plan"), optimizer)
     _restore_privacy(optimizer, added["privacy"])
     _restore_generators(added["generators"], optimizer, data_loader)
     return content
@@ -155,22 +156,56 @@ def _plan(optimizer: Any) -> dict[str, Any]:
     plan: Plan | None = getattr(getattr(optimizer, "guard", None), "plan", None)
     if plan is None:
         return {}
-    return {"engine": plan.engine, "frozen_parameters": list(plan.frozen_parameters)}
+    regions = {"no_grad_regions": [_named(region) for region in plan.no_grad_regions]}
+    return {"engine": plan.engine} | {name: _value(getattr(plan, name)) for name in _SAME} | regions
+
+
+_SAME = {
+    "frozen_parameters": "what is not trained",
+    "fixed_norms": "the BatchNorm layers that are in eval()",
+    "loss_reduction": "the loss reduction",
+    "views": "the number of views per sample",
+    "weighted_by_rows": "whether a sample weighs as much as it has rows",
+}
+"""Parts of a plan in which another one is another training, in words."""
+
+
+def _value(part: Any) -> Any:
+    return list(part) if isinstance(part, tuple) else part
+
+
+def _named(region: Region) -> list[Any]:
+    return [region.site.path, region.site.root, region.site.place, region.site.number, region.of]
 
 
 def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
     if not saved or not here:
         return
+    for name, words in _SAME.items():
+        if name in saved and saved[name] != here[name]:
+            raise CheckpointError(
+                f"the checkpoint's training is another one than this: {words} was {saved[name]!r} there ({name} of the plan), "
+                f"and is {here[name]!r} here. The model, the loss or the arguments of the call differ; make the call as before."
+            )
     if saved["engine"] != here["engine"]:
         _LOG.warning(
             "checkpoint: it was trained with the engine %r, and this call chose %r: the same up to rounding. For the very same "
             "numbers pass grad_sample_mode=%r.",
             *(saved["engine"], here["engine"], saved["engine"]),
         )
-    if saved["frozen_parameters"] != here["frozen_parameters"]:
-        raise CheckpointError(
-            f"the checkpoint's training left {saved['frozen_parameters']} untrained, and this one {here['frozen_parameters']}: "
-            "the loss or the model is another one."
+
+
+def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
+    """A call that has got its graph back in the earlier run, since gradient reached it, must not lose a step again."""
+    if not saved or "no_grad_regions" not in saved or not hasattr(optimizer, "guard"):
+        return
+    dropped = [r for r in optimizer.guard.plan.no_grad_regions if _named(r) not in saved["no_grad_regions"]]
+    optimizer.guard.drop_regions(dropped)
+    for region in dropped:
+        _LOG.warning(
+            "checkpoint: the call of %r (%s) ran with its graph when it was saved, and does so again; this call had made it a "
+            "no-grad region.",
+            *(region.site.path or "the model", region.site.place),
         )
 
 

@@ -30,7 +30,7 @@ from dpfix.errors import (
 )
 from dpfix.grad_watch import GradWatch
 from dpfix.loss_proof import LossProof
-from dpfix.plan import Plan, switched_on
+from dpfix.plan import Plan, Region, switched_on
 from dpfix.regions import NoGradRegions
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
@@ -282,9 +282,7 @@ class StepGuard:
         if not self.regions.tripped:
             return False
         tripped = list(dict.fromkeys(self.regions.tripped))
-        for region in tripped:
-            self.regions.drop(region)
-        self.plan = replace(self.plan, no_grad_regions=self.regions.regions)
+        self.drop_regions(tripped)
         name = tripped[0].site.path or "the model"
         virtual = self._partial or optimizer._check_skip_next_step(pop_next=False)
         for p in self.parameters.values():
@@ -312,6 +310,16 @@ class StepGuard:
             stacklevel=4,
         )
         return True
+
+    def drop_regions(self, regions: Iterable[Region]) -> None:
+        """From now on these calls are ordinary ones.
+
+        Args:
+            regions: regions of the plan.
+        """
+        for region in regions:
+            self.regions.drop(region)
+        self.plan = replace(self.plan, no_grad_regions=self.regions.regions)
 
     def before_step(self, optimizer: DPOptimizer) -> None:
         """Check everything, and leave the per-sample gradients where Opacus expects them.

@@ -97,6 +97,53 @@ def test_another_engine_and_other_settings_are_told(tmp_path: Path, caplog: pyte
     assert other[1].noise_multiplier == 1.0
 
 
+class Gated(nn.Module):
+    """A shared layer whose second result is cut out of the graph, until told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.cuts = nn.Linear(6, 6), nn.Linear(6, 3), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen, other = self.first(x), self.first(x.flip(1))
+        return self.last(seen + (other.detach() if self.cuts else other))
+
+
+def test_a_region_that_was_given_up_stays_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fresh() -> tuple[Gated, dpfix.PrivateTraining]:
+        torch.manual_seed(5)
+        model = Gated()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, dpfix.make_private_safe(**setting(model, optimizer=optimizer, poisson_sampling=False))
+
+    model, training = fresh()
+    assert len(training.plan.no_grad_regions) == 1
+    model.cuts = False
+    with pytest.warns(dpfix.DPFixWarning, match="This step is not applied"):
+        epoch(model, training)
+    assert training.plan.no_grad_regions == ()
+    given = {"path": tmp_path / "run.pt", "module": training[0], "optimizer": training[1]}
+    training.privacy_engine.save_checkpoint(**given)
+    epoch(model, training)
+
+    again, resumed = fresh()
+    again.cuts = False
+    resumed.privacy_engine.load_checkpoint(**given | {"module": resumed[0], "optimizer": resumed[1]})
+    assert resumed.plan.no_grad_regions == () and "ran with its graph" in caplog.text
+    epoch(again, resumed)  # without a step that is not applied
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_another_plan_is_refused(tmp_path: Path) -> None:
+    _, training = begin()
+    training.privacy_engine.save_checkpoint(path=tmp_path / "run.pt", module=training[0], optimizer=training[1])
+    _, other = begin(criterion=nn.CrossEntropyLoss(reduction="sum"), loss_reduction="sum")
+    before = {k: v.clone() for k, v in other[0].state_dict().items()}
+    with pytest.raises(dpfix.CheckpointError, match="the loss reduction was 'mean' there"):
+        other.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", module=other[0], optimizer=other[1])
+    assert all(torch.equal(v, before[k]) for k, v in other[0].state_dict().items())
+
+
 def test_a_scheduler_goes_on(tmp_path: Path) -> None:
     _, training = begin()
     scheduler = ExponentialNoise(training[1], gamma=0.5)
