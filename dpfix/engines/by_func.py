@@ -71,27 +71,33 @@ def per_sample_gradients(
             return training_step(model, trees.map_leaves(replaced, batch))
 
     samples = list(zip(*split.values(), strict=True))
-    if not vectorized:
-        return _stacked([_of_one(loss_of_one, parameters, tensors) for tensors in samples])
     before = state_of(model)
     try:
+        if not vectorized:
+            return _stacked([_of_one(loss_of_one, parameters, tensors) for tensors in samples])
         with traceless(model, before):
             one = _bytes_of_one(loss_of_one, parameters, samples[0])
-        chunk = max(1, memory // max(1, one))
+        chunks = list(zip(*(t.split(max(1, memory // max(1, one))) for t in split.values()), strict=True))
+        return _mapped(model, loss_of_one, parameters, chunks)
+    finally:
+        put_back(model, before)
+
+
+Loss = Callable[[Aliases, tuple[torch.Tensor, ...]], torch.Tensor]
+
+
+def _mapped(
+    model: nn.Module, loss: Loss, parameters: Mapping[str, nn.Parameter], chunks: list[tuple[torch.Tensor, ...]]
+) -> Aliases:
+    try:
         with without_fallback_warnings(), attributes_kept(model):
-            chunks = zip(*(t.split(chunk) for t in split.values()), strict=True)
-            return _joined([_of_chunk(loss_of_one, parameters, tensors) for tensors in chunks])
+            return _joined([_of_chunk(loss, parameters, tensors) for tensors in chunks])
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"per_sample_gradients: torch.func cannot follow the training step of {type(model).__name__}: {error}\n"
             "  why:  vmap runs all samples at once; a branch on a value, .item(), or a write into a buffer needs one of them.\n"
             "  help: pass vectorized=False, or let make_private_safe choose an engine (grad_sample_mode='auto')."
         ) from error
-    finally:
-        put_back(model, before)
-
-
-Loss = Callable[[Aliases, tuple[torch.Tensor, ...]], torch.Tensor]
 
 
 def _of_chunk(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple[torch.Tensor, ...]) -> Aliases:

@@ -199,3 +199,12 @@ def test_a_loop_of_torch_func_on_another_engine_is_told_how() -> None:
     by_torch_func(private, a, b)
     with pytest.raises(dpfix.MisuseError, match=r"no_op.*functional_call.*make_functional"):
         optimizer.step()
+
+
+def test_buffers_are_not_written_one_sample_after_another_either() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    before = copy.deepcopy(model.state_dict())
+    batch = (torch.randn(8, 4), torch.arange(8) % 3)
+    dpfix.per_sample_gradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), batch, rows=2, vectorized=False)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
