@@ -122,7 +122,7 @@ def make_private_safe(
             data_loader=data_loader,
             plan=prepared.plan,
             stand_in=prepared.stand_in,
-            same_rows=prepared.same_rows,
+            known_rows=prepared.known_rows,
             augmentation=augmentation,
             poisson_sampling=poisson_sampling,
             wrap_model=wrap_model,

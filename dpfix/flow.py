@@ -22,7 +22,7 @@ from dpfix.layout import RowCounter, find_row_counters
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES
 from dpfix.rules import RULES
-from dpfix.sampling import SameRows, StandIn
+from dpfix.sampling import KnownRows, StandIn
 from dpfix.scan import Options, Scan, run_rules
 from dpfix.select import Trial
 from dpfix.surgery import Surgery
@@ -69,7 +69,7 @@ class Prepared:
     Attributes:
         plan: how the model is to be trained.
         stand_in: what an empty draw delivers.
-        same_rows: the number of rows that every sample must have, if it can be counted.
+        known_rows: what the loader has to see in every sample, if it has several rows.
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
@@ -77,7 +77,7 @@ class Prepared:
 
     plan: Plan
     stand_in: StandIn
-    same_rows: SameRows | None
+    known_rows: KnownRows | None
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
@@ -159,8 +159,8 @@ def _prepare(call: Call, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
     )
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
-    stand_in, same_rows = _stand_in(empty or ordinary, plan), _same_rows(samples, record)
-    return Prepared(plan, stand_in, same_rows, tuple(findings), evidence, tuple(proofs))
+    stand_in, known_rows = _stand_in(empty or ordinary, plan), _known_rows(samples, record)
+    return Prepared(plan, stand_in, known_rows, tuple(findings), evidence, tuple(proofs))
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
@@ -209,12 +209,12 @@ def _plan(call: Call, samples: probe.Probe, record: observe.StepRecord, step: Tr
         fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),
         scratch=record.scratch,
         views=1 if call.augmentation is None else call.augmentation.k,
-        row_counter=_row_counter(call, samples, record.counts),
+        row_counter=_row_counter(call, samples, record.counts, step),
         help_vmap=record.to_help,
     )
 
 
-def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> RowCounter | None:
+def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep) -> RowCounter | None:
     """How the loader tells the rows of every sample, where these are not the same for all."""
     if not counts:
         return None
@@ -226,6 +226,11 @@ def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> R
             "rows belong to which sample. Return a list with one entry per row from dataset[i] (and flatten it in the "
             "collate_fn), or give every sample the same number of rows."
         )
+    if not step.loss_known:
+        raise TrainingStepError(
+            f"training_step: {rows}, and neither criterion= nor training_step= was given. Whether the loss gives every row the "
+            "same weight, or every sample, decides what is clipped. Pass the loop's criterion or training_step."
+        )
     if not call.options.poisson_sampling:
         raise LoaderError(
             f"data_loader: {rows}. Which rows belong to which sample is known for the batches of a private loader only. "
@@ -234,13 +239,13 @@ def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...]) -> R
     return counter
 
 
-def _same_rows(samples: probe.Probe, record: observe.StepRecord) -> SameRows | None:
-    """What the loader has to look at, where every sample of the probe enters the model as several rows."""
+def _known_rows(samples: probe.Probe, record: observe.StepRecord) -> KnownRows | None:
+    """What the loader has to look at, where samples enter the model as several rows, or could do so."""
     rows = record.rows_per_sample
-    if rows == 1 or record.counts:
-        return None
-    counters = [c for c in find_row_counters(samples.items, (rows,) * len(samples)) if c.dim == 0]
-    return SameRows(rows, tuple(counters)) if counters else None
+    counters = find_row_counters(samples.items, record.counts or (rows,) * len(samples))
+    if rows == 1 and not record.counts:  # a length of 1 somewhere inside says little; an item that is a list says it
+        counters = [c for c in counters if not c.path and c.dim == 0 and isinstance(samples.items[0], (list, tuple))]
+    return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
 def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:

@@ -27,7 +27,7 @@ from dpfix.engines.opacus_hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.guards import StepGuard
 from dpfix.plan import Plan
-from dpfix.sampling import DrawLedger, PrivateDataLoader, SameRows, StandIn, batch_size, sample_rate
+from dpfix.sampling import DrawLedger, KnownRows, PrivateDataLoader, StandIn, batch_size, sample_rate
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Models in private training, with the object whose ``cleanup`` ends it."""
@@ -232,7 +232,7 @@ def hand_off(
     data_loader: DataLoader[Any],
     plan: Plan,
     stand_in: StandIn,
-    same_rows: SameRows | None,
+    known_rows: KnownRows | None,
     augmentation: AugmentationMultiplicity | None,
     poisson_sampling: bool,
     wrap_model: bool,
@@ -248,7 +248,7 @@ def hand_off(
         data_loader: the user's loader.
         plan: what was decided.
         stand_in: what an empty draw delivers.
-        same_rows: the number of rows that every sample must have.
+        known_rows: what the loader has to see in every sample, if it has several rows.
         augmentation: makes several views of every sample.
         poisson_sampling: whether to sample.
         wrap_model: whether to wrap the model.
@@ -267,7 +267,7 @@ def hand_off(
             generator=privacy_engine.secure_rng,
             augmentation=augmentation,
             row_counter=plan.row_counter,
-            same_rows=same_rows,
+            known_rows=known_rows,
         )
     _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())

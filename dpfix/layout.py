@@ -416,8 +416,8 @@ class RowCounter:
     """Tells how many rows a sample has from what the dataset returns for it.
 
     Attributes:
-        path: path of a list, a tensor or an array in it.
-        dim: dimension of the tensor or array; 0 for a list.
+        path: path of a list, a tuple, a tensor or an array in it.
+        dim: dimension of the tensor or array; 0 for a list or tuple.
     """
 
     path: trees.Path
@@ -465,7 +465,7 @@ def _parts(tree: Any, path: trees.Path = ()) -> Iterator[tuple[trees.Path, Any]]
 def _sizes(part: Any) -> tuple[int, ...]:
     if isinstance(part, (torch.Tensor, np.ndarray)):
         return tuple(part.shape)
-    return (len(part),) if isinstance(part, list) else ()
+    return (len(part),) if isinstance(part, (list, tuple)) else ()
 
 
 def row_counts(together: Sequence[Any], alone: Sequence[Sequence[Any]]) -> tuple[int, ...]:

@@ -105,7 +105,10 @@ class Plan:
         Returns:
             One number for all samples, or shape ``[samples]``.
         """
-        return self.share / self.weight(samples, counts)
+        weight = self.weight(samples, counts)
+        if isinstance(weight, torch.Tensor):  # a sample without rows has no weight, and no gradient either
+            return torch.where(weight > 0, self.share / weight, 0.0)
+        return self.share / weight
 
 
 def switched_on(module: nn.Module, path: str) -> str:

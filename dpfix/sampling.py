@@ -148,33 +148,41 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class SameRows:
-    """Every sample has the same number of rows, as those of the probe had.
+class KnownRows:
+    """What the loader has to see in every sample, so that its rows are not given to the wrong people.
 
     Attributes:
-        rows: the number.
-        counters: places in what the dataset returns that showed this number.
+        rows: the number that every sample must have, as those of the probe had; ``None`` where they differed.
+        counters: places in what the dataset returns that showed the rows of the probe's samples.
     """
 
-    rows: int
+    rows: int | None
     counters: tuple[RowCounter, ...]
 
     def check(self, samples: list[Any]) -> None:
-        """Refuse a batch of other samples: its rows would be given to the wrong people.
+        """Refuse a batch with a sample of another number of rows, or of which it cannot be told.
 
         Args:
             samples: what the dataset returned, or the views of each sample.
 
         Raises:
-            LoaderError: a sample has another number.
+            LoaderError: there is such a sample.
         """
         for sample in samples:
-            found = {counter.count(sample) for counter in self.counters} - {self.rows}
-            if found:
+            found = {counter.count(sample) for counter in self.counters}
+            if self.rows is None and len(found) > 1:
                 raise LoaderError(
-                    f"data_loader: a sample has {max(found)} rows, while those that make_private_safe looked at had {self.rows} "
-                    "each. Which row belongs to whom could not be told any more. Give every sample the same number of "
-                    "rows; where they differ among the samples looked at, they are counted for every batch instead."
+                    f"data_loader: it cannot be told whether a sample has {' or '.join(map(str, sorted(found)))} rows: "
+                    f"{len(self.counters)} entries of what the dataset returns were as long as the sample has rows in those "
+                    "that make_private_safe looked at, and here they differ. Return a list with one entry per row from "
+                    "dataset[i] (and flatten it in the collate_fn), or ask for larger batches, of which more samples are "
+                    "looked at (up to 4)."
+                )
+            if self.rows is not None and found != {self.rows}:
+                raise LoaderError(
+                    f"data_loader: a sample has {max(found - {self.rows})} rows, while those that make_private_safe looked at "
+                    f"had {self.rows} each. Which row belongs to whom could not be told any more. Give every sample the same "
+                    "number of rows; where they differ among the samples looked at, they are counted for every batch instead."
                 )
 
 
@@ -185,7 +193,7 @@ class CollateOrStandIn:
         collate: the user's collate function.
         stand_in: what is delivered for an empty draw.
         augmentation: makes the views of a sample, if that is asked for.
-        same_rows: the number of rows that every sample must have, if it can be counted.
+        known_rows: what the loader has to see in every sample, if it has several rows.
     """
 
     def __init__(
@@ -193,12 +201,12 @@ class CollateOrStandIn:
         collate: Collate,
         stand_in: StandIn,
         augmentation: AugmentationMultiplicity | None,
-        same_rows: SameRows | None = None,
+        known_rows: KnownRows | None = None,
     ) -> None:
         self.collate = collate
         self.stand_in = stand_in
         self.augmentation = augmentation
-        self.same_rows = same_rows
+        self.known_rows = known_rows
 
     def __call__(self, samples: list[Any]) -> Any:
         """Collate, or deliver the stand-in."""
@@ -214,8 +222,8 @@ class CollateOrStandIn:
             The samples, or a list of views for each.
         """
         made = samples if self.augmentation is None else [self.augmentation.views(s) for s in samples]
-        if self.same_rows is not None:
-            self.same_rows.check(made)
+        if self.known_rows is not None:
+            self.known_rows.check(made)
         return made
 
     def collated(self, prepared: list[Any]) -> Any:
@@ -259,7 +267,7 @@ class PrivateDataLoader(DPDataLoader):
         generator: source of randomness; the user's loader's own if ``None``.
         augmentation: makes the views of every sample.
         row_counter: counts the rows of every sample, where they may have different numbers of them.
-        same_rows: the number of rows that every sample must have.
+        known_rows: what the loader has to see in every sample, if it has several rows.
     """
 
     collate_fn: Any
@@ -273,7 +281,7 @@ class PrivateDataLoader(DPDataLoader):
         generator: torch.Generator | None = None,
         augmentation: AugmentationMultiplicity | None = None,
         row_counter: RowCounter | None = None,
-        same_rows: SameRows | None = None,
+        known_rows: KnownRows | None = None,
     ) -> None:
         indices = index_set(loader)
         self.sample_rate = sample_rate(loader)
@@ -293,7 +301,7 @@ class PrivateDataLoader(DPDataLoader):
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
-            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation, same_rows),
+            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation, known_rows),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,

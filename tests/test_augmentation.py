@@ -643,3 +643,121 @@ def test_transform_that_writes_in_place_leaves_the_dataset_alone() -> None:
     views = AugmentationMultiplicity(lambda x: x.add_(1), k=2).views(item)
     assert [v[0].tolist() for v in views] == [[1.0] * 3] * 2
     assert item[0].tolist() == [0.0] * 3
+
+
+# ------------------------------------------------------------------ rows that belong to somebody else
+
+
+def stacked_crops(items: list[Any]) -> Any:
+    return list_data_collate([list(item) for item in items])
+
+
+def frames(items: list[Any]) -> Any:
+    rows = [(frame, label) for video, label in items for frame in video.unbind(1)]
+    return {"image": torch.stack([x for x, _ in rows]), "label": torch.tensor([y for _, y in rows])}
+
+
+def with_history(items: list[Any]) -> Any:
+    rows = [(x, y) for _, image, y in items for x in image]
+    return {"image": torch.stack([x for x, _ in rows]), "label": torch.tensor([y for _, y in rows])}
+
+
+def crops_of(counts: list[int]) -> list[Any]:
+    return Crops((2, 8, 8), counts).items
+
+
+def videos_of(counts: list[int]) -> list[Any]:
+    return [(torch.randn(2, n, 8, 8).double(), i % 3) for i, n in enumerate(counts)]
+
+
+def visits_of(counts: list[int], history: list[int]) -> list[Any]:
+    return [
+        ([0] * h, torch.randn(n, 2, 8, 8).double(), i % 3) for i, (n, h) in enumerate(zip(counts, history, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seen", "later", "collate"),
+    [
+        (crops_of([1] * 4), crops_of([2, 0, 2, 0]), list_data_collate),
+        ([tuple(c) for c in crops_of([2] * 4)], [tuple(c) for c in crops_of([1, 3, 1, 3])], stacked_crops),
+        (videos_of([2] * 4), videos_of([1, 3, 1, 3]), frames),
+        (visits_of([1, 3], [1, 3]), visits_of([3, 1], [1, 3]), with_history),
+    ],
+    ids=["one row each", "tuples", "second dimension", "two places that agreed"],
+)
+def test_rows_are_never_given_to_another_sample(seen: list[Any], later: list[Any], collate: Any) -> None:
+    """The batch has as many rows as expected, but not from each sample."""
+    data = Crops((2, 8, 8), [])
+    data.items = seen
+    model = convolutional().double()
+    _, _, loader = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), noise_multiplier=1.0, max_grad_norm=1.0, training_step=on_crops,
+        data_loader=DataLoader(data, batch_size=len(seen), collate_fn=collate), cache=False,
+    )  # fmt: skip
+    next(iter(loader))
+    data.items = later
+    with pytest.raises(dpfix.LoaderError, match=r"a sample has \d|whether a sample has 1 or 3 rows"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("engine", OWN)
+def test_a_sample_without_rows_contributes_nothing(engine: str) -> None:
+    torch.manual_seed(0)
+    model = convolutional().double()
+    plain = copy.deepcopy(model)
+    data = Crops((2, 8, 8), COUNTS)
+    training = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model, 0.0), max_grad_norm=1.0, noise_multiplier=0.0, training_step=on_crops,
+        data_loader=DataLoader(data, batch_size=SAMPLES, collate_fn=list_data_collate), grad_sample_mode=engine, cache=False,
+    )  # fmt: skip
+    private, optimizer, loader = training
+    data.items[3] = []
+    batch = next(iter(loader))
+    optimizer.zero_grad()
+    on_crops(private, batch).backward()
+    optimizer.pre_step()
+    rows = [{k: batch[k][i : i + 1] for k in ("image", "label")} for i in range(len(batch["image"]))]
+    wanted = averaged(plain, rows, [n for i, n in enumerate(COUNTS) if i != 3], on_crops)
+    assert relative_error(released(model, optimizer, "mean"), clipped_sum(wanted, 1.0)) < 1e-9
+
+
+def test_rows_that_vary_need_a_known_loss() -> None:
+    class Pairs(Crops):
+        def __getitem__(self, index: int) -> Any:
+            return [(crop["image"], crop["label"]) for crop in self.items[index]]
+
+    def flat(items: list[Any]) -> Any:
+        x, y = zip(*[row for item in items for row in item], strict=True)
+        return torch.stack(x), torch.stack(y)
+
+    model = convolutional().double()
+    with pytest.raises(
+        dpfix.TrainingStepError, match=r"as 3, 4, 1, 2 rows.*Pass the loop's criterion or training_step"
+    ):
+        dpfix.make_private_safe(
+            module=model, optimizer=sgd(model), noise_multiplier=1.0, max_grad_norm=1.0,
+            data_loader=DataLoader(Pairs((2, 8, 8), COUNTS), batch_size=SAMPLES, collate_fn=flat),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "microbatch"])
+def test_a_loss_that_the_model_computes_keeps_its_precision(engine: str) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = convolutional()
+
+        def forward(self, image: Tensor, label: Tensor) -> Tensor:
+            return F.cross_entropy(self.net(image), label)
+
+    def inside(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["image"].float(), batch["label"])
+
+    model = WithLoss()
+    private, _, loader = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), noise_multiplier=1.0, max_grad_norm=1.0, training_step=inside,
+        data_loader=DataLoader(Crops((2, 8, 8), COUNTS), batch_size=SAMPLES, collate_fn=list_data_collate),
+        grad_sample_mode=engine, cache=False,
+    )  # fmt: skip
+    assert inside(private, next(iter(loader))).dtype == torch.float32

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpfix import trees
+from dpfix.engines.base import per_sample
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
 from dpfix.engines.helped import Helped
 from dpfix.engines.parameters import Aliases, attributes_kept, swapped
@@ -91,7 +92,7 @@ def _joined(
         if dim is not None:
             return Rows(samples, dim.dim, dim.interleaved, tuple(n * dim.rows for n in dim.counts)).merge(tensor)
         if tensor.dim() == 1:
-            return (tensor * weight).sum()
+            return (tensor * per_sample(weight, tensor)).sum()
         return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
 
     return trees.map_leaves(join, result)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpfix import trees
 from dpfix.engines.aliases import AliasHandle
-from dpfix.engines.base import Verdict
+from dpfix.engines.base import Verdict, per_sample
 from dpfix.engines.parameters import Aliases, swapped
 from dpfix.layout import CallLayout
 from dpfix.plan import Plan
@@ -133,7 +133,8 @@ def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.T
         if dim is not None:
             return dim.join(tensors)
         if leaf.requires_grad and leaf.dim() == 0:
-            return (torch.stack(tensors) * weight).sum()
+            stacked = torch.stack(tensors)
+            return (stacked * per_sample(weight, stacked)).sum()
         return leaf
 
     return trees.map_leaves(join, outputs[0])
