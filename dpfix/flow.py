@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix import audit, cuts, dry_run, isolation, notes, observe, outside, probe, sampling, select
+from dpfix import audit, cuts, dry_run, isolation, loss_trace, notes, observe, outside, probe, sampling, select
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import CoupledModelError, LoaderError, LossError, ModelError, TrainingStepError
 from dpfix.findings import EngineEvidence, Finding, Report
@@ -113,6 +113,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
     Returns:
         The plan and the evidence for it.
     """
+    loss_trace.switch_off_all()
     apart = outside.modules_outside(call.module, call.criterion, call.training_step)
     with outside.kept(apart):
         return _prepare(call, surgery, apart)

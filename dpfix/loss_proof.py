@@ -20,7 +20,7 @@ from dpfix import trees
 from dpfix.call_sites import user_place
 from dpfix.errors import CoupledLossError, DPFixWarning, LossError
 from dpfix.layout import SampleDim, find_layout, samples_in
-from dpfix.loss_trace import LossTrace, is_on, switch_off
+from dpfix.loss_trace import LossTrace, is_on, switch_off, switch_on
 from dpfix.plan import Plan
 
 STEPS = 3
@@ -96,8 +96,7 @@ class LossProof:
             self._trace.gap("a call of the model has a form that the probe did not show")
             return
         self._trace.start(output, layout, samples_in(layout, module, args, kwargs))
-        if not is_on(self._trace):
-            self._trace.__enter__()
+        switch_on(self._trace)
         self._trace.paused = False
 
     def _check(self, loss: torch.Tensor, backward: Any) -> None:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from dpfix import trees
 from dpfix.layout import CallLayout, SampleDim
 
 _SETTINGS = ("weight", "pos_weight")  # class weights: a setting of the loss even where their length is the batch's
+
+MOST_CALLS = 20_000
+"""Functions between an output and ``backward()``; what is more is a loop that never calls it."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class LossTrace(TorchFunctionMode):
         known: tensors that the functions made, by id.
         samples: numbers of samples in the calls of the model.
         broken: why the way to the loss has a gap; empty if it has none.
+        over: whether it is to be taken off.
     """
 
     def __init__(self, on_backward: Callable[[torch.Tensor, Any], None]) -> None:
         super().__init__()
-        self.paused = True
+        self.paused, self.over = True, False
         self._on_backward = on_backward
         self.clear()
 
@@ -104,6 +108,11 @@ class LossTrace(TorchFunctionMode):
         Returns:
             What it returns.
         """
+        if len(self.entries) >= MOST_CALLS:
+            self.clear()
+            self.gap(f"backward() was not called within {MOST_CALLS} functions")
+            self.paused = True
+            return func(*args, **kwargs)
         for name, value in kwargs.items():
             if name in _SETTINGS and isinstance(value, torch.Tensor):
                 self.settings.add(id(value))
@@ -191,12 +200,44 @@ def is_on(trace: LossTrace) -> bool:
 
 
 def switch_off(trace: LossTrace) -> None:
-    """Take a trace off, if no mode of the script lies above it; paused it does nothing until then.
+    """Take a trace off. While it handles a function itself that is put off until the next trace is switched on or off.
 
     Args:
         trace: the trace.
     """
-    trace.paused = True
+    trace.paused = trace.over = True
+    _sweep()
+
+
+def switch_on(trace: LossTrace) -> None:
+    """Let a trace see the functions that are called from now on.
+
+    Args:
+        trace: the trace.
+    """
+    trace.over = False
+    _sweep()
+    if not is_on(trace):
+        trace.__enter__()
+
+
+def switch_off_all() -> None:
+    """Take every trace off: a new private training begins, and steps of earlier ones are not going to be finished."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, LossTrace):
+            mode.clear()
+            switch_off(mode)
+
+
+def _sweep() -> None:
+    """Take off the traces that are over, wherever they lie; the script's own modes keep their order."""
     stack = _get_current_function_mode_stack()
-    if stack and stack[-1] is trace:
-        trace.__exit__(None, None, None)
+    over = [number for number, mode in enumerate(stack) if isinstance(mode, LossTrace) and mode.over]
+    if not over:
+        return
+    above = stack[over[0] :]
+    for _ in above:
+        _pop_mode()
+    for mode in above:
+        if not (isinstance(mode, LossTrace) and mode.over):
+            _push_mode(mode)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.engines import ENGINES
+from dpfix.loss_trace import LossTrace
 from tests.helpers import sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
 
@@ -276,3 +277,64 @@ def test_gradients_taken_by_another_function_are_named() -> None:
     torch.autograd.backward([F.cross_entropy(training[0](x), y)])
     with pytest.warns(dpfix.DPFixWarning, match="could not be followed"):
         training[1].step()
+
+
+def traces_on() -> int:
+    return sum(isinstance(mode, LossTrace) for mode in _get_current_function_mode_stack())
+
+
+def test_trainings_that_are_left_in_the_middle_of_a_step_leave_nothing_on() -> None:
+    """Setting up anew after a forward pass, as in a notebook: what the first one follows ends with the second."""
+    for _ in range(3):
+        _, training = start()
+        private, optimizer, _ = training
+        x, y = several(training)
+        out = private(x)
+        assert traces_on() == 1
+    optimizer.zero_grad()
+    F.cross_entropy(private(x), y).backward()
+    optimizer.step()
+    assert traces_on() == 0
+    assert out.shape == private(x).shape
+
+
+def test_a_refused_loss_leaves_nothing_on() -> None:
+    _, training = start()
+    private, optimizer, _ = training
+    x, _ = several(training)
+    loss = private(x).var(0).sum()
+    with pytest.raises(dpfix.CoupledLossError):
+        loss.backward()
+    optimizer.zero_grad()
+    assert traces_on() == 0
+
+
+def test_modes_of_the_script_keep_their_places() -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    _, training = start()
+    private, optimizer, _ = training
+    x, y = several(training)
+    loss = F.cross_entropy(private(x), y)
+    with Mode() as mine:
+        loss.backward()
+        optimizer.step()
+        assert _get_current_function_mode_stack() == [mine]
+    assert not _get_current_function_mode_stack()
+
+
+def test_a_loop_without_backward_is_not_followed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpfix.loss_trace.MOST_CALLS", 50)
+    _, training = start()
+    x, _ = several(training)
+    out = training[0](x)
+    for _ in range(60):
+        out = out + 1
+    (trace,) = _get_current_function_mode_stack()
+    assert isinstance(trace, LossTrace)
+    assert not trace.entries
+    assert "backward() was not called" in trace.broken
+    start()
+    assert traces_on() == 0
