@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dpfix.engines import FlatClipping, Handle
 from dpfix.engines.base import zeros
+from dpfix.engines.opacus_hooks import HooksHandle
 from dpfix.errors import (
     AccumulationError,
     DPFixWarning,
@@ -214,7 +215,8 @@ class StepGuard:
         self._structure = _Structure(module)
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._scratch = Scratch(module, plan.scratch)
-        self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan)
+        paused = handle.paused if isinstance(handle, HooksHandle) else nullcontext
+        self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan, paused)
         self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = _Writes(module, parameters.values())
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,10 +45,14 @@ class LossProof:
     Args:
         module: the plain model.
         plan: how it is being trained.
+        paused: the engine's hooks do nothing while it is entered.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, paused: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._module = module
+        self._paused = paused
         self._mean = plan.loss_reduction == "mean"
         self._layouts = plan.calls
         self._trace = LossTrace(self._check)
@@ -111,7 +116,8 @@ class LossProof:
             return  # a sample alone, or the stand-in of an empty draw
         place = user_place()
         try:
-            replay = _Replay(trace, loss, backward)
+            with self._paused():
+                replay = _Replay(trace, loss, backward)
             self._seen = True
             coupled = replay.coupled_sample()
             other = "" if coupled is not None else replay.other_reduction(self._mean)

@@ -238,6 +238,37 @@ def test_evaluation_between_steps_is_not_followed() -> None:
     step(training, nn.CrossEntropyLoss())
 
 
+class Scaled(Mask):
+    """The model itself has a parameter, so that Opacus's hooks are on the model, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # torch says so of Opacus's hook
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("wrap", [True, False])
+def test_model_with_parameters_of_its_own(engine: str, wrap: bool) -> None:
+    model, training = start(model=Scaled(), grad_sample_mode=engine, wrap_model=wrap)
+    reference = Scaled()
+    for _ in range(3):
+        reference.load_state_dict(model.state_dict())
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        _, optimizer, loader = training
+        x, y = next(batch for batch in loader if len(batch[0]) > 1)
+        optimizer.zero_grad()
+        F.cross_entropy((training[0] if wrap else model)(x), y).backward()
+        optimizer.step()
+        singles = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+        alone = gradients_one_by_one(reference, lambda m, b: F.cross_entropy(m(b[0]), b[1]), singles)
+        moved = {n: (before[n] - p.detach()) * optimizer.expected_batch_size for n, p in model.named_parameters()}
+        assert relative_error(moved, clipped_sum(alone, 0.1)) <= 1e-3
+
+
 # ------------------------------------------------------------------ what cannot be followed is said
 
 

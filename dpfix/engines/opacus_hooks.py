@@ -9,6 +9,7 @@ begins and put back when a gradient reaches the outputs of that call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -127,6 +128,19 @@ class HooksHandle:
         self._forget()
         if self._own:
             self.prepared.cleanup()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A backward pass that asks for no parameter's gradient goes past Opacus's hooks (one may be on the model itself).
+
+        Yields:
+            Nothing.
+        """
+        self.prepared.disable_hooks()
+        try:
+            yield
+        finally:
+            self.prepared.enable_hooks()
 
     def clear(self) -> None:
         """Forget the gradients that have arrived; calls whose backward pass is still to come stay."""
