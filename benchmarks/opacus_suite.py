@@ -41,8 +41,6 @@ ON_PURPOSE: dict[str, str] = {
     "wrong for it, and dpfix refuses the mode the test asks for",
     "TextTestFunctorch::test_make_private_with_epsilon": "as above",
     "TextHooksTest::test_make_private_with_epsilon": "as above",
-    "test_checkpoints": "expects that loading leaves the noise multiplier as the second call said it; dpfix goes on with the "
-    "checkpoint's, and says so",
     "test_extra_param_ew": "expects the failure in forward; dpfix refuses when it is asked for the mode",
     "test_unsupported_ew": "as above",
 }

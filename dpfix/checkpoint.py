@@ -1,7 +1,8 @@
 """Checkpoints from which a private training goes on exactly as it would have: Opacus's file, and what it leaves out.
 
-Opacus saves the weights, the optimizer and the accountant. Added are the generators, the plan, and the noise and clip norm
-that a scheduler may have moved. Everything is tensors and plain values, so that loading never runs code from the file.
+Opacus saves the weights, the optimizer and the accountant. Added are the generators, the plan, and the noise and clip norm:
+what a scheduler has made of the call's values goes on, while a call that says other values is obeyed. Everything is tensors
+and plain values, so that loading never runs code from the file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 ENTRY = "dpfix"
 _LOG = logging.getLogger("dpfix")
 _SCHEDULERS = ("noise_scheduler", "grad_clip_scheduler")
-_PRIVACY = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
 
 
 def save(
@@ -60,7 +60,7 @@ def save(
     content[ENTRY] = {
         "generators": _generators(optimizer, data_loader),
         "plan": _plan(optimizer),
-        "privacy": {name: _plain(getattr(optimizer, name)) for name in _PRIVACY if optimizer is not None},
+        "privacy": _privacy(optimizer),
     }
     torch.save(content, path, **options)
 
@@ -209,13 +209,23 @@ def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
         )
 
 
-def _restore_privacy(optimizer: Any, saved: Mapping[str, Any]) -> None:
-    if optimizer is None:
-        return
-    for name, value in saved.items():
-        here = _plain(getattr(optimizer, name))
-        if here != value:
-            _warn(f"{name}={value} is taken from the checkpoint; the call said {here}.")
+def _privacy(optimizer: Any) -> dict[str, list[Any]]:
+    """What the call said and what is in force, by name."""
+    called = optimizer.guard.called if hasattr(optimizer, "guard") else {}
+    return {name: [_plain(value), _plain(getattr(optimizer, name))] for name, value in called.items()}
+
+
+def _restore_privacy(optimizer: Any, saved: Mapping[str, list[Any]]) -> None:
+    """What a scheduler made of a value goes on; a call that says another value than the saved one's is obeyed."""
+    for name, (here, now) in _privacy(optimizer).items():
+        called, value = saved.get(name, (here, now))
+        if called != here:
+            _warn(
+                f"{name} was {value} when it was saved, and is {now} from here on, as this call says. The accountant counts "
+                "every step as it was made."
+            )
+        elif value != now:
+            _warn(f"{name}={value} is taken from the checkpoint, where a scheduler had set it; the call said {here}.")
             setattr(optimizer, name, value)
 
 

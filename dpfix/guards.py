@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import warnings
@@ -219,12 +220,21 @@ class StepGuard:
         self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan, paused)
         self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = _Writes(module, parameters.values())
+        self.called: dict[str, Any] = {}
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
         self._clear = True  # zero_grad was called since the last step
         self._can_clip = handle if isinstance(handle, FlatClipping) else None
         self._clipping: FlatClipping | None = None
         self._sample_norms: torch.Tensor | None = None
+
+    def remember_call(self, optimizer: DPOptimizer) -> None:
+        """Remember what the call said, which a scheduler may change.
+
+        Args:
+            optimizer: the private optimizer, as the call has set it up.
+        """
+        self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in _MOVED}
 
     def detach(self) -> None:
         """Take every hook off; the training is over."""
@@ -514,6 +524,9 @@ class StepGuard:
             "for divisions by zero and logarithms in the loss, or use float32 instead of autocast."
         )
 
+
+_MOVED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+"""Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
 
 _NOTHING_ARRIVED = (
     "optimizer.step(): no per-sample gradient has arrived. Call loss.backward() on a loss of the private model before "

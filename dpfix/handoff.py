@@ -295,6 +295,7 @@ def hand_off(
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, _private_optimizer(type(private_optimizer)), guard)
     _account(privacy_engine, private_optimizer, data_loader)
+    guard.remember_call(private_optimizer)
     _ACTIVE[module] = prepared
     return prepared, private_optimizer, loader
 
