@@ -14,11 +14,21 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix import checkpoint, handoff, notes, sampling
-from dpfix.arguments import check_augmentation, check_budget, check_delta, check_names, check_objects, check_values
+from dpfix.arguments import (
+    check_augmentation,
+    check_budget,
+    check_delta,
+    check_names,
+    check_objects,
+    check_ranks,
+    check_values,
+)
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.findings import Report
 from dpfix.flow import Call, prepare, refuse
+from dpfix.plan import Plan
+from dpfix.ranks import Ranks, fingerprint
 from dpfix.rules import RULES, compiled
 from dpfix.scan import Options, run_rules
 from dpfix.surgery import Surgery
@@ -105,34 +115,38 @@ def make_private_safe(
         no_grad_regions=no_grad_regions,
         cache=cache,
     )
-    _check(call, noise_multiplier, options)
-    if grad_sample_mode == "ew" and not wrap_model:
-        raise ArgumentError(
-            "grad_sample_mode='ew' needs wrap_model=True: Opacus's expanded weights work through its wrapper. Pass "
-            "wrap_model=True, or leave grad_sample_mode at 'auto'."
-        )
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
-    with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
-        prepared = prepare(call, surgery)
-        made = handoff.hand_off(
-            _opacus_make_private(engine),
-            engine,
-            module=call.module,
-            optimizer=call.optimizer,
-            data_loader=data_loader,
-            plan=prepared.plan,
-            stand_in=prepared.stand_in,
-            known_rows=prepared.known_rows,
-            augmentation=augmentation,
-            poisson_sampling=poisson_sampling,
-            wrap_model=wrap_model,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=_clip_norms(call, prepared.plan.frozen_parameters),
-            clipping=clipping,
-            noise_generator=noise_generator,
-            **options,
-        )
-        surgery.commit()
+    with call.ranks.all_or_none():
+        _check(call, noise_multiplier, options)
+        check_ranks(call.ranks, call.options, engine.secure_mode)
+        if grad_sample_mode == "ew" and not wrap_model:
+            raise ArgumentError(
+                "grad_sample_mode='ew' needs wrap_model=True: Opacus's expanded weights work through its wrapper. Pass "
+                "wrap_model=True, or leave grad_sample_mode at 'auto'."
+            )
+        with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
+            prepared = prepare(call, surgery)
+            call.ranks.check_same(_what_is_trained(call, prepared.plan, noise_multiplier))
+            made = handoff.hand_off(
+                _opacus_make_private(engine),
+                engine,
+                module=call.module,
+                optimizer=call.optimizer,
+                data_loader=data_loader,
+                plan=prepared.plan,
+                stand_in=prepared.stand_in,
+                known_rows=prepared.known_rows,
+                augmentation=augmentation,
+                poisson_sampling=poisson_sampling,
+                wrap_model=wrap_model,
+                ranks=call.ranks,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=_clip_norms(call, prepared.plan.frozen_parameters),
+                clipping=clipping,
+                noise_generator=noise_generator,
+                **options,
+            )
+            surgery.commit()
     report = prepared.report(call, noise_multiplier)
     notes.warn_blocked(report)
     return PrivateTraining(made, report, engine)
@@ -342,6 +356,20 @@ class SafePrivacyEngine(PrivacyEngine):
         return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
 
 
+def _what_is_trained(call: Call, plan: Plan, noise_multiplier: float) -> dict[str, Any]:
+    """What must be the same on all ranks, so that their clipped sums are those of one training."""
+    return {
+        "noise_multiplier": noise_multiplier,
+        "the options of the call": str(call.options),
+        "the number of samples": len(sampling.index_set(call.data_loader)),
+        "the batch size": sampling.batch_size(call.data_loader),
+        "the engine": plan.engine,
+        "the loss reduction": plan.loss_reduction,
+        "the weight of a sample": (plan.weighted_by_rows, plan.views),
+        "what no gradient reaches": plan.frozen_parameters,
+    } | (fingerprint(call.module) if call.ranks.size > 1 else {})
+
+
 def _call(
     module: Any,
     optimizer: Any,
@@ -360,8 +388,9 @@ def _call(
     poisson_sampling: bool = True,
     cache: bool = True,
 ) -> Call:
+    plain = _plain(module)
     return Call(
-        _plain(module),
+        plain,
         getattr(optimizer, "original_optimizer", optimizer),
         data_loader,
         criterion,
@@ -370,6 +399,7 @@ def _call(
         loss_reduction,
         Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions, cache),
         augmentation,
+        Ranks.of(plain),
     )
 
 

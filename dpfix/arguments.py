@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
+from dpfix.ranks import Ranks
 from dpfix.rules import batch_norm
 from dpfix.scan import Options
 
@@ -96,6 +97,31 @@ def _check_clip_norm(options: Options, module: nn.Module) -> None:
             f"max_grad_norm has {len(values)} value(s) for clipping='{options.clipping}' and {trainable} trainable "
             "parameters. Pass one number for flat or adaptive clipping, and one number per trainable parameter, in the "
             "order of module.parameters(), for clipping='per_layer'."
+        )
+
+
+def check_ranks(ranks: Ranks, options: Options, secure_mode: bool) -> None:
+    """What cannot be done on several processes yet.
+
+    Args:
+        ranks: the processes.
+        options: the scheme of clipping.
+        secure_mode: whether the draws are to come from a cryptographic generator.
+
+    Raises:
+        ArgumentError: something of that was asked for.
+    """
+    if ranks.size == 1:
+        return
+    if options.clipping != "flat":
+        raise ArgumentError(
+            f"clipping={options.clipping!r} with {ranks.size} ranks: dpfix adds up the ranks for flat clipping only. Pass "
+            "clipping='flat'."
+        )
+    if secure_mode:
+        raise ArgumentError(
+            f"secure_mode=True with {ranks.size} ranks: the ranks agree on their draws by a seed, which is not "
+            "cryptographic. Train on one process, or without secure_mode."
         )
 
 

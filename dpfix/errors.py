@@ -15,6 +15,7 @@
     ├── LoaderError                 the data loader cannot be sampled as the accountant assumes
     ├── SegmentationError           probabilities, labels or regions that do not fit together
     ├── TrainingStepError           how a batch becomes a loss is unknown, or that step itself fails
+    ├── RankError                   one of several processes cannot train, or does not train the same (also a RuntimeError)
     ├── CheckpointError             a checkpoint does not fit the model (also a RuntimeError)
     │   ├── UnusedKeysError         keys of the checkpoint that the model has no place for
     │   ├── MissingKeysError        weights of the model that the checkpoint does not have
@@ -98,6 +99,10 @@ class SegmentationError(DPFixError, ValueError):
 
 class TrainingStepError(DPFixError, ValueError):
     """How a batch becomes a loss is unknown, or the training step itself fails."""
+
+
+class RankError(DPFixError, RuntimeError):
+    """One of the processes that train a model together cannot go on, or does not train the same thing as the others."""
 
 
 class CheckpointError(DPFixError, RuntimeError):

@@ -21,6 +21,7 @@ from dpfix.findings import EngineEvidence, Finding, Report
 from dpfix.layout import RowCounter, find_row_counters
 from dpfix.plan import Plan
 from dpfix.probe import COLLATE_FAILURES
+from dpfix.ranks import ALONE, Ranks
 from dpfix.rules import RULES
 from dpfix.sampling import KnownRows, StandIn
 from dpfix.scan import Options, Scan, run_rules
@@ -44,6 +45,7 @@ class Call:
         loss_reduction: ``"mean"`` or ``"sum"``.
         options: everything else.
         augmentation: makes several views of every sample, if that is asked for.
+        ranks: the processes that make this call together.
     """
 
     module: nn.Module
@@ -55,6 +57,7 @@ class Call:
     loss_reduction: str
     options: Options
     augmentation: AugmentationMultiplicity | None = None
+    ranks: Ranks = ALONE
 
     @property
     def scan(self) -> Scan:
@@ -98,7 +101,9 @@ class Prepared:
             self.plan.engine,
             self.evidence,
             self.proofs,
-            notes.settings(call.data_loader, call.options, call.loss_reduction, noise_multiplier, self.plan.views),
+            notes.settings(
+                call.data_loader, call.options, call.loss_reduction, noise_multiplier, self.plan.views, call.ranks.size
+            ),
             notes.versions(),
         )
 
@@ -148,16 +153,7 @@ def _prepare(call: Call, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
     proofs = _isolated(call, step, ordinary, plan)
     harder = _provoke(call, step, ordinary, plan)
     empty = _attempt(call, step, partial(probe.emptied, samples), ordinary, plan)
-    plan, evidence = select.choose(
-        call.module,
-        step,
-        ordinary,
-        harder,
-        plan,
-        call.options.grad_sample_mode,
-        sampling.batch_size(call.data_loader),
-        call.options.cache,
-    )
+    plan, evidence = _choose(call, step, ordinary, harder, plan)
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += notes.observed(call.module, step, record) + notes.replaced_sampler(call.data_loader, call.options)
     stand_in, known_rows = _stand_in(empty or ordinary, plan), _known_rows(samples, record)
@@ -287,6 +283,17 @@ def _stand_in(trial: Trial, plan: Plan) -> StandIn:
     finite = [number for number, run in enumerate(trial.record.alone) if math.isfinite(run.loss)]
     chosen = finite[0] if finite else 0
     return StandIn(trial.samples.singles[chosen], trial.samples.counts(plan.row_counter)[chosen : chosen + 1])
+
+
+def _choose(
+    call: Call, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
+) -> tuple[Plan, tuple[EngineEvidence, ...]]:
+    """The engine and the evidence for it; rank 0 times the engines, the other ranks audit the one that it chose."""
+    size = sampling.batch_size(call.data_loader) / call.ranks.size
+    choose = partial(select.choose, call.module, step, ordinary, harder, plan, call.options, size)
+    chosen = choose() if call.ranks.rank == 0 else None
+    name = call.ranks.first(chosen[0].engine if chosen else "")
+    return chosen or choose(chosen_by_rank_0=name)
 
 
 def _attempt(

@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -36,6 +36,8 @@ from dpfix.plan import Plan, Region, switched_on
 from dpfix.regions import NoGradRegions
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
+
+StepHook = Callable[[DPOptimizer], None]
 
 
 class OtherSteps:
@@ -221,6 +223,7 @@ class StepGuard:
         self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = _Writes(module, parameters.values())
         self.called: dict[str, Any] = {}
+        self.accountant: StepHook | None = None
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._round = 0
         self._clear = True  # zero_grad was called since the last step
@@ -235,6 +238,25 @@ class StepGuard:
             optimizer: the private optimizer, as the call has set it up.
         """
         self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in _MOVED}
+
+    def with_accountant(self, hook: StepHook) -> StepHook:
+        """A step hook that leaves the accountant its own; Opacus's optimizers keep one hook only.
+
+        Args:
+            hook: what the script attaches.
+
+        Returns:
+            A hook that counts the step, and then does what the script wants.
+        """
+        count = self.accountant
+        if count is None:
+            return hook
+
+        def both(optimizer: DPOptimizer) -> None:
+            count(optimizer)
+            hook(optimizer)
+
+        return both
 
     def detach(self) -> None:
         """Take every hook off; the training is over."""
@@ -296,6 +318,13 @@ class StepGuard:
         tripped = list(dict.fromkeys(self.regions.tripped))
         self.drop_regions(tripped)
         name = tripped[0].site.path or "the model"
+        if getattr(optimizer, "world_size", 1) > 1:
+            raise PlanBrokenError(
+                f"gradient reached the output of `{name}` ({tripped[0].site.place or 'called by the loop'}), a call that ran "
+                "without a graph because no gradient came back to it when it was checked. One rank cannot leave out a step "
+                "that the others make. Pass the training_step that the loop makes, or no_grad_regions=False, to "
+                "make_private_safe."
+            )
         virtual = self._partial or optimizer._check_skip_next_step(pop_next=False)
         for p in self.parameters.values():
             p.grad = p.summed_grad = None  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, get_optimizer_class
@@ -27,6 +28,7 @@ from dpfix.engines.opacus_hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.guards import StepGuard
 from dpfix.plan import Plan
+from dpfix.ranks import Ranks
 from dpfix.sampling import DrawLedger, KnownRows, PrivateDataLoader, StandIn, batch_size, sample_rate
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -73,6 +75,9 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
             released = bool(super().pre_step(closure))
             self.guard.after_step(released)
             return released
+
+        def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
+            super().attach_step_hook(self.guard.with_accountant(fn))
 
         def clip_and_accumulate(self) -> None:
             if not self.guard.clip(self):
@@ -236,6 +241,7 @@ def hand_off(
     augmentation: AugmentationMultiplicity | None,
     poisson_sampling: bool,
     wrap_model: bool,
+    ranks: Ranks,
     **settings: Any,
 ) -> tuple[Any, ...]:
     """Make the objects private with Opacus and put the guards on.
@@ -252,6 +258,7 @@ def hand_off(
         augmentation: makes several views of every sample.
         poisson_sampling: whether to sample.
         wrap_model: whether to wrap the model.
+        ranks: the processes that train together.
         **settings: privacy settings and options, handed on as they are.
 
     Returns:
@@ -268,13 +275,17 @@ def hand_off(
             augmentation=augmentation,
             row_counter=plan.row_counter,
             known_rows=known_rows,
+            ranks=ranks,
         )
     _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())
     parameters = {n: p for n, p in everything.items() if p.requires_grad}
     own = plan.opacus_mode == "no_op"
+    shell: nn.Module = ParameterShell(everything)
+    if ranks.size > 1:
+        shell = DifferentiallyPrivateDistributedDataParallel(shell)  # which optimizer Opacus takes depends on it
     prepared, private_optimizer, *_ = make_private(
-        module=ParameterShell(everything) if own else module,
+        module=shell if own else module,
         optimizer=optimizer,
         data_loader=loader,
         poisson_sampling=False,  # the loader above already draws; Opacus's takes its rate from len(loader)
@@ -294,8 +305,9 @@ def hand_off(
     make_class = _private_wrapper if wrap_model else _private_hooks
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, _private_optimizer(type(private_optimizer)), guard)
-    _account(privacy_engine, private_optimizer, data_loader)
+    _account(privacy_engine, private_optimizer, data_loader, ranks)
     guard.remember_call(private_optimizer)
+    guard.accountant = private_optimizer.step_hook
     _ACTIVE[module] = prepared
     return prepared, private_optimizer, loader
 
@@ -314,9 +326,12 @@ def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
     privacy_engine.dataset = loader.dataset
 
 
-def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any]) -> None:
-    """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
-    expected = batch_size(loader)
+def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks) -> None:
+    """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``.
+
+    Opacus's distributed optimizer divides by the number of ranks itself.
+    """
+    expected = batch_size(loader) / ranks.size
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     hook = privacy_engine.accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader))
     optimizer.attach_step_hook(hook)

@@ -225,7 +225,7 @@ def _advice(code: str, fact: str, why: str, help: str = "", path: str = "") -> F
 
 
 def settings(
-    loader: DataLoader, options: Options, loss_reduction: str, noise_multiplier: float | None, views: int = 1
+    loader: DataLoader, options: Options, loss_reduction: str, noise_multiplier: float | None, views: int, ranks: int
 ) -> Mapping[str, str]:
     """The privacy settings in force, for the report.
 
@@ -235,11 +235,15 @@ def settings(
         loss_reduction: ``"mean"`` or ``"sum"``.
         noise_multiplier: the noise; ``None`` in a diagnosis.
         views: views per sample.
+        ranks: number of processes.
 
     Returns:
         Names and values.
     """
     poisson = f"Poisson, rate {sampling.sample_rate(loader):.6g}"
+    several = {} if views == 1 else {"views per sample": str(views)}
+    if ranks > 1:
+        several["ranks"] = f"{ranks}, each works on its part of every batch; rank 0 adds the noise"
     return {
         "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
         "clip norm": str(options.max_grad_norm),
@@ -248,7 +252,7 @@ def settings(
         "sampling": poisson if options.poisson_sampling else "the loader's own",
         "expected batch size": f"{sampling.batch_size(loader):g}",
         "loss reduction": loss_reduction,
-    } | ({} if views == 1 else {"views per sample": str(views)})
+    } | several
 
 
 def versions() -> Mapping[str, str]:

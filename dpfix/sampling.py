@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import LoaderError
 from dpfix.layout import RowCounter
+from dpfix.ranks import ALONE, Ranks
 
 Collate = Callable[[list[Any]], Any]
 
@@ -78,12 +79,15 @@ class DrawLedger:
 class PoissonSampler(UniformWithReplacementSampler):
     """Draws every index of a set independently with the same probability.
 
+    On several ranks all of them draw the same batch, from a seed of rank 0, and each yields its own part of it.
+
     Args:
         indices: the index set.
         sample_rate: probability of every index.
         steps: number of batches in one pass.
         generator: source of randomness.
         ledger: where draws are recorded.
+        ranks: the processes that share every batch.
     """
 
     def __init__(
@@ -94,19 +98,26 @@ class PoissonSampler(UniformWithReplacementSampler):
         steps: int,
         generator: torch.Generator | None,
         ledger: DrawLedger,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(num_samples=len(indices), sample_rate=sample_rate, generator=generator, steps=steps)
         self.indices = torch.as_tensor(indices)
         self.ledger = ledger
+        self.ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         self.ledger.start()
+        generator = self._shared_generator() if self.ranks.size > 1 else self.generator
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
-            chance = torch.rand(self.num_samples, generator=self.generator, dtype=torch.float64)
-            drawn = self.indices[chance < self.sample_rate].tolist()
+            chance = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
+            drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
             self.ledger.drew(len(drawn))
             yield drawn
+
+    def _shared_generator(self) -> torch.Generator:
+        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        return torch.Generator().manual_seed(self.ranks.first(seed))
 
 
 class RecordedBatches:
@@ -268,6 +279,7 @@ class PrivateDataLoader(DPDataLoader):
         augmentation: makes the views of every sample.
         row_counter: counts the rows of every sample, where they may have different numbers of them.
         known_rows: what the loader has to see in every sample, if it has several rows.
+        ranks: the processes that share every batch.
     """
 
     collate_fn: Any
@@ -282,10 +294,11 @@ class PrivateDataLoader(DPDataLoader):
         augmentation: AugmentationMultiplicity | None = None,
         row_counter: RowCounter | None = None,
         known_rows: KnownRows | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         indices = index_set(loader)
         self.sample_rate = sample_rate(loader)
-        self.distributed = False
+        self.distributed = ranks.size > 1
         self.ledger = ledger
         generator = generator if generator is not None else loader.generator
         self.row_counter = row_counter
@@ -295,6 +308,7 @@ class PrivateDataLoader(DPDataLoader):
             steps=len(loader),
             generator=generator,
             ledger=ledger,
+            ranks=ranks,
         )
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
         DataLoader.__init__(
@@ -378,7 +392,8 @@ def batch_size(loader: DataLoader[Any]) -> float:
         loader: the user's loader.
 
     Returns:
-        The size; for a loader that is already Poisson, the expected size.
+        The size; for a loader that is already Poisson, the expected size; on several ranks, that of all together: a
+        ``DistributedSampler`` says that the loader's size is that of one rank.
     """
     batches = loader.batch_sampler
     population = len(index_set(loader))
@@ -387,7 +402,9 @@ def batch_size(loader: DataLoader[Any]) -> float:
     size = getattr(batches, "batch_size", None)
     if size is None:  # only without Poisson sampling: a batch sampler of the user's own
         size = population / max(1, len(loader))
-    return min(size, population)
+    sampler = getattr(batches, "sampler", None)
+    replicas = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
+    return min(size * replicas, population)
 
 
 def sample_rate(loader: DataLoader[Any]) -> float:

@@ -18,7 +18,7 @@ from dpfix.findings import EngineEvidence
 from dpfix.observe import StepRecord
 from dpfix.plan import Plan
 from dpfix.probe import SCALED, Probe
-from dpfix.scan import place
+from dpfix.scan import Options, place
 from dpfix.training_step import TrainingStep
 
 TIMED_SAMPLES = 32
@@ -67,9 +67,9 @@ def choose(
     ordinary: Trial,
     harder: Sequence[Trial],
     plan: Plan,
-    mode: str,
+    options: Options,
     batch_size: float,
-    cache: bool,
+    chosen_by_rank_0: str = "",
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     """Audit the candidates, time those that pass, keep the fastest that also passes on the harder probes.
 
@@ -79,9 +79,10 @@ def choose(
         ordinary: the probe.
         harder: probes with an empty sample, a rare label, an outlier.
         plan: everything about the training but the engine.
-        mode: ``grad_sample_mode`` of the call.
+        options: ``grad_sample_mode`` of the call; whether to remember the order of the engines, and to use what is
+            remembered.
         batch_size: the script's batch size.
-        cache: whether to remember the order of the engines, and to use it where it is remembered.
+        chosen_by_rank_0: the only candidate, on the other ranks.
 
     Returns:
         The plan with its engine, and the evidence for every candidate.
@@ -89,11 +90,12 @@ def choose(
     Raises:
         NoEngineError: no candidate reproduced the reference.
     """
+    mode = chosen_by_rank_0 or options.grad_sample_mode
     if mode == BY_HAND.name:
         reason = "asked for by name; what the script computes itself is not audited"
         return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
     with _quiet():
-        return _choose(module, step, ordinary, harder, plan, mode, batch_size, cache)
+        return _choose(module, step, ordinary, harder, plan, mode, options, batch_size)
 
 
 def _choose(
@@ -103,20 +105,20 @@ def _choose(
     harder: Sequence[Trial],
     plan: Plan,
     mode: str,
+    options: Options,
     batch_size: float,
-    cache: bool,
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     """The best of the engines; one of last resort only where no other stands the audit and the harder probes."""
     candidates = engines_for(mode)
     evidence: dict[str, EngineEvidence] = {}
     for resort in (False, True):
         engines = [e for e in candidates if e.last_resort is resort]
-        chosen = _best(engines, evidence, module, step, ordinary, harder, plan, mode, batch_size, cache)
+        chosen = _best(engines, evidence, module, step, ordinary, harder, plan, options, batch_size)
         if chosen is not None:
             why = f"{_NOT_TRIED}, it is the last resort and `{chosen.engine}` is right"
             left = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
             return chosen, tuple((left | evidence).values())
-    raise NoEngineError(_nothing_passed(module, mode, tuple(evidence.values())))
+    raise NoEngineError(_nothing_passed(module, mode, options, tuple(evidence.values())))
 
 
 def _best(
@@ -127,9 +129,8 @@ def _best(
     ordinary: Trial,
     harder: Sequence[Trial],
     plan: Plan,
-    mode: str,
+    options: Options,
     batch_size: float,
-    cache: bool,
 ) -> Plan | None:
     """The plan with the fastest of some engines that stands the audit and the harder probes; writes their evidence."""
     size = max(2, min(TIMED_SAMPLES, int(batch_size)))
@@ -137,7 +138,7 @@ def _best(
     regions = [(r.site, r.of) for r in plan.no_grad_regions]
     settings = {"candidates": [e.name for e in candidates], "size": batch_size, "regions": regions}
     key = plan_cache.key(module, batch, plan=replace(plan, no_grad_regions=()), **settings)
-    known = plan_cache.remembered(key) if cache and len(candidates) > 1 else None
+    known = plan_cache.remembered(key) if options.cache and len(candidates) > 1 else None
     if known is not None and next(iter(known)) in {e.name for e in candidates}:
         best = next(iter(known))
         why = f"{_NOT_TRIED}, `{best}` was faster when this model was timed before"
@@ -150,7 +151,7 @@ def _best(
         seconds = timing.in_order(passed, module, step, ordinary.samples, size, plan, batch_size)
         evidence |= {n: replace(evidence[n], seconds=s) for n, s in seconds.items()}
         passed = [BY_NAME[n] for n in seconds]
-        if cache:
+        if options.cache:
             plan_cache.remember(key, seconds)
     untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
     for engine in (*passed, *untried):
@@ -159,7 +160,7 @@ def _best(
             if not evidence[engine.name].passed:
                 continue
         chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        trials = _confirm(engine, module, step, ordinary, harder, chosen, mode)
+        trials = _confirm(engine, module, step, ordinary, harder, chosen, options)
         problem = next((e for e in trials if not e.passed), None)
         if problem is None:
             return chosen
@@ -202,7 +203,7 @@ def _confirm(
     ordinary: Trial,
     harder: Sequence[Trial],
     plan: Plan,
-    mode: str,
+    options: Options,
 ) -> Iterator[EngineEvidence]:
     """The harder probes, and on the last of them (an outlier is in it, where there is one) the bound.
 
@@ -211,7 +212,7 @@ def _confirm(
     """
     trials = [*harder] or [ordinary]
     if (
-        plan.no_grad_regions and mode == "auto"
+        plan.no_grad_regions and options.grad_sample_mode == "auto"
     ):  # a region that is given up while training must leave an engine that is right
         without = replace(plan, no_grad_regions=())
         yield check_engine(engine, module, step, ordinary.samples, without, ordinary.wanted, ordinary.wanted.clip_norms)
@@ -247,13 +248,15 @@ def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], ordinary: Trial, ha
     return lines
 
 
-def _nothing_passed(module: nn.Module, mode: str, evidence: Sequence[EngineEvidence]) -> str:
+def _nothing_passed(module: nn.Module, mode: str, options: Options, evidence: Sequence[EngineEvidence]) -> str:
     lines = "\n".join(f"        {e.engine}: {e.reason}" for e in evidence)
     asked = "" if mode == "auto" else f" (grad_sample_mode='{mode}' was asked for)"
+    if mode != options.grad_sample_mode:
+        asked = f" (rank 0 chose {mode!r}, and all ranks train with one engine)"
     help = (
         "check that training_step makes the calls your loop makes, through the model itself, and that no penalty on "
         "weights is part of the loss (use weight_decay)."
-        if mode == "auto"
+        if options.grad_sample_mode == "auto"
         else "leave grad_sample_mode at 'auto'."
     )
     return (

@@ -353,3 +353,14 @@ def test_a_collate_that_rejects_changed_samples_is_no_obstacle() -> None:
         max_grad_norm=1.0,
     )
     assert any("harder" in line for line in private.report.audit)
+
+
+def test_a_step_hook_of_the_script_does_not_take_the_accountants_place() -> None:
+    """Opacus's optimizers keep one hook; without the accountant's, epsilon would stay 0."""
+    training = dpfix.make_private_safe(**setting())
+    seen: list[float] = []
+    training[1].attach_step_hook(lambda optimizer: seen.append(-1.0))
+    training[1].attach_step_hook(lambda optimizer: seen.append(optimizer.noise_multiplier))
+    train(training, 3)
+    assert seen == [1.0] * 3
+    assert training.privacy_engine.accountant.history == [(1.0, 8 / 24, 3)]

@@ -14,7 +14,7 @@ ROOT = Path(dpfix.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "findings", "trees", "layout", "plan", "training_step", "scan", "losses", "recorder", "grad_watch",
-     "activations", "loss_trace", "call_sites", "traceless", "augmentation", "clock"),
+     "activations", "loss_trace", "call_sites", "traceless", "augmentation", "clock", "ranks"),
     ("rules", "engines", "weights", "segmentation"),
     ("surgery",),
     ("sampling", "probe", "dry_run", "observe", "isolation", "audit", "timing", "plan_cache", "select",

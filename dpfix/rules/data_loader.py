@@ -10,7 +10,8 @@ length buckets and weights are lost.
 Example: ``DataLoader(dataset, batch_sampler=LengthBuckets(...))``.
 
 Use instead: a map-style dataset with ``batch_size`` and no sampler, ``RandomSampler`` or ``SubsetRandomSampler`` (its
-index set is kept, and the rate is batch size over its length).
+index set is kept, and the rate is batch size over its length). A ``DistributedSampler`` over all ranks is one too: its
+batch size is that of one rank.
 
 Fix safety: known samplers are replaced by a Poisson sampler over the same index set; all else is refused.
 """
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -35,6 +37,7 @@ from torch.utils.data import (
 
 from dpfix.errors import LoaderError
 from dpfix.findings import Finding, Fixability, Severity
+from dpfix.ranks import Ranks
 
 if TYPE_CHECKING:
     from dpfix.scan import Scan
@@ -75,10 +78,10 @@ def find(scan: Scan) -> Iterator[Finding]:
             "give the dataset a __len__ that counts its samples.",
         )
     elif scan.options.poisson_sampling:
-        yield from _sampler(loader)
+        yield from _sampler(loader, Ranks.of(scan.module))
 
 
-def _sampler(loader: DataLoader[Any]) -> Iterator[Finding]:
+def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
     batches = loader.batch_sampler
     if hasattr(batches, "sample_rate"):  # already a Poisson sampler of Opacus or dpfix
         return
@@ -96,6 +99,15 @@ def _sampler(loader: DataLoader[Any]) -> Iterator[Finding]:
             "samples drawn more often lose more privacy than the accountant's single rate says.",
             "weight the loss per sample instead. " + _POISSON_HELP,
         )
+    elif isinstance(sampler, DistributedSampler):
+        if sampler.num_replicas != ranks.size or sampler.dataset is not loader.dataset:
+            yield _refuse(
+                f"data_loader has a DistributedSampler for {sampler.num_replicas} rank(s), and {ranks.size} rank(s) train this "
+                "model, on the loader's dataset.",
+                "every sample has to be drawn with one probability, by the ranks together.",
+                "wrap the model with opacus.distributed.DifferentiallyPrivateDistributedDataParallel on every rank of the "
+                "sampler, or leave the sampler out. " + _POISSON_HELP,
+            )
     elif not isinstance(sampler, (RandomSampler, SequentialSampler, SubsetRandomSampler)):
         yield _refuse(
             f"data_loader has a sampler of its own, {type(sampler).__name__}.",
@@ -131,4 +143,5 @@ INVALID = (
     lambda: _pair(batch_size=8, dataset=_Stream()),
     lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
     lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
+    lambda: _pair(batch_size=8, sampler=DistributedSampler(TensorDataset(torch.zeros(24)), num_replicas=2, rank=0)),
 )

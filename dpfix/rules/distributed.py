@@ -1,14 +1,15 @@
-"""Models wrapped for several processes or devices.
+"""Models wrapped for several processes or devices, in a way that sums gradients before they are clipped.
 
-What: ``DistributedDataParallel`` (torch's or Opacus's), fully sharded modules, and ``DataParallel`` over several devices.
+What: torch's ``DistributedDataParallel``, fully sharded modules, ``DataParallel`` over several devices, and Opacus's
+``DifferentiallyPrivateDistributedDataParallel`` anywhere but around the whole model.
 
-Why: with several ranks the sampling rate, the noise per rank and the reduction of the clipped sums have to be arranged
-together, and the proofs have to hold on every rank. dpfix does not do that yet and does not pretend to.
+Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
+clipped. Fully sharded parameters are in no process as a whole.
 
 Example: ``model = DistributedDataParallel(model)``.
 
-Use instead: train the model on one device; for several, Opacus's ``DifferentiallyPrivateDistributedDataParallel`` with its
-own ``PrivacyEngine``.
+Use instead: ``model = DifferentiallyPrivateDistributedDataParallel(model)`` from ``opacus.distributed``, with the same
+call on every rank: the clipped sums of the ranks are added up.
 
 Fix safety: not fixed; refused.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,16 +34,16 @@ CODE = "DPF019"
 TITLE = "a model wrapped for several processes or devices"
 ERROR = ModelError
 
-_WRAPPERS = (
-    DistributedDataParallel,
-    DifferentiallyPrivateDistributedDataParallel,
-    FullyShardedDataParallel,
-    FSDPModule,
+_SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
+_SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
+_INSTEAD = (
+    "wrap the module inside it with opacus.distributed.DifferentiallyPrivateDistributedDataParallel, and make the same call "
+    "on every rank."
 )
 
 
 def find(scan: Scan) -> Iterator[Finding]:
-    """The outermost wrapper for several processes or devices.
+    """The outermost wrapper for several processes or devices that cannot be trained with.
 
     Args:
         scan: the objects of the call.
@@ -51,20 +52,34 @@ def find(scan: Scan) -> Iterator[Finding]:
         At most one finding, refused.
     """
     for path, module in scan.modules():
-        several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
-        if not (several or isinstance(module, _WRAPPERS)):
+        why, help = _problem(path, module)
+        if not why:
             continue
         yield Finding(
             code=CODE,
             severity=Severity.BREAKS_GUARANTEE,
             fixability=Fixability.REFUSED,
             fact=f"module: {type(module).__name__} at `{path or 'the root module'}` spreads the model over devices.",
-            why="sampling, noise and the sum of the ranks have to be arranged together; dpfix does not do that yet.",
-            help="pass the module inside it and train on one device, or use Opacus's PrivacyEngine with "
-            "DifferentiallyPrivateDistributedDataParallel.",
+            why=why,
+            help=help,
             path=path,
         )
         return
+
+
+def _problem(path: str, module: nn.Module) -> tuple[str, str]:
+    if isinstance(module, DifferentiallyPrivateDistributedDataParallel):
+        if path:
+            return "its ranks would share a part of the model only.", "wrap the whole model with it."
+        if not distributed.is_initialized():
+            return (
+                "there is no process group, so the ranks cannot be added up.",
+                "call torch.distributed.init_process_group() first, or pass the module inside it.",
+            )
+    if isinstance(module, (FullyShardedDataParallel, FSDPModule)):
+        return _SHARDED, _INSTEAD
+    several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
+    return (_SUMMED, _INSTEAD) if several or isinstance(module, DistributedDataParallel) else ("", "")
 
 
 VALID = (
