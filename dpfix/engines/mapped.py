@@ -16,10 +16,8 @@ from dpfix import trees
 from dpfix.engines.base import per_sample
 from dpfix.engines.bookkeeping.rows import Rows, rows_of
 from dpfix.engines.helped import Helped
-from dpfix.engines.parameters import Aliases, attributes_kept, swapped
+from dpfix.engines.parameters import Aliases, Slot, attributes_kept, swapped
 from dpfix.layout import Layout
-
-Slots = list[tuple[Any, Any, str]]
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def without_fallback_warnings() -> Iterator[None]:
 
 def call_mapped(
     function: Callable[..., Any],
-    slots: Slots,
+    slots: list[Slot],
     values: Aliases,
     inputs: Layout,
     output: Layout,

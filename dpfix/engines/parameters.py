@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,11 @@ Aliases = dict[str, torch.Tensor]
 """Tensors that stand in for parameters, by parameter name."""
 
 
-def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[Any, Any, str]]:
+Slot = tuple[Any, Any, "str | dict[Any, str]"]
+"""``(container, key, parameter name)``; for a list or dict inside, its own keys with the parameter names."""
+
+
+def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Slot]:
     """Every place inside a model that holds one of some parameters.
 
     Besides the registered names these are plain attributes, lists and dicts, such as the flat weights that
@@ -24,31 +29,33 @@ def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> lis
         parameters: the parameters by name.
 
     Returns:
-        ``(container, key, parameter name)``, each place once.
+        Each place once.
     """
     names = {id(p): name for name, p in parameters.items()}
-    slots: list[tuple[Any, Any, str]] = []
 
-    def look(container: Any, items: Any) -> None:
-        slots.extend((container, key, names[id(v)]) for key, v in items if id(v) in names)
+    def held(items: Iterable[tuple[Any, Any]]) -> dict[Any, str]:
+        return {key: names[id(v)] for key, v in items if id(v) in names}
 
+    slots: list[Slot] = []
     for module in root.modules():
-        look(module._parameters, module._parameters.items())
-        for name, value in vars(module).items():
-            if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules"):
-                look(value, value.items())
-            elif isinstance(value, list):
-                look(value, enumerate(value))
-        look(vars(module), vars(module).items())
+        attributes = vars(module)
+        slots += [(module._parameters, key, name) for key, name in held(module._parameters.items()).items()]
+        slots += [(attributes, key, name) for key, name in held(attributes.items()).items()]
+        for key, value in attributes.items():
+            if isinstance(value, (dict, list)) and key not in ("_parameters", "_buffers", "_modules"):
+                inside = held(value.items() if isinstance(value, dict) else enumerate(value))
+                slots += [(attributes, key, inside)] if inside else []
     return slots
 
 
 @contextmanager
-def swapped(slots: list[tuple[Any, Any, str]], tensors: Aliases) -> Iterator[None]:
+def swapped(slots: list[Slot], tensors: Aliases) -> Iterator[None]:
     """Put other tensors in the place of parameters.
 
+    A list or dict is replaced as a whole, and so put back when the module has made a new one meanwhile: ``nn.LSTM`` does.
+
     Args:
-        slots: ``(container, key, parameter name)``.
+        slots: what :func:`parameter_slots` found.
         tensors: the tensors by parameter name.
 
     Yields:
@@ -56,12 +63,19 @@ def swapped(slots: list[tuple[Any, Any, str]], tensors: Aliases) -> Iterator[Non
     """
     before = [container[key] for container, key, _ in slots]
     try:
-        for container, key, name in slots:
-            container[key] = tensors[name]
+        for (container, key, name), value in zip(slots, before, strict=True):
+            container[key] = tensors[name] if isinstance(name, str) else _filled(value, name, tensors)
         yield
     finally:
         for (container, key, _), value in zip(slots, before, strict=True):
             container[key] = value
+
+
+def _filled(held: Any, names: dict[Any, str], tensors: Aliases) -> Any:
+    filled = copy.copy(held)
+    for key, name in names.items():
+        filled[key] = tensors[name]
+    return filled
 
 
 @contextmanager
