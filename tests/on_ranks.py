@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -101,9 +102,19 @@ def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any
     }
 
 
+def positions_in_opacus(samples: int = 40) -> list[list[int]]:
+    """Which positions of its part Opacus's sampler draws on this rank, when all ranks have set the same seed."""
+    sampler = DistributedUniformWithReplacementSampler(total_size=samples, sample_rate=0.3, shuffle=False)
+    part = list(range(distributed.get_rank(), samples, distributed.get_world_size()))
+    return [[part.index(i) for i in drawn.tolist()] for drawn in sampler]
+
+
 def trainings(rank: int, size: int) -> dict[str, Any]:
     """Trainings that work."""
+    torch.manual_seed(0)
+    opacus = positions_in_opacus()
     found = {mode: train(call(grad_sample_mode=mode), 4) for mode in ("auto", "vmap", "microbatch", "hooks")}
+    found["Opacus"] = {"positions": opacus}
     found["few samples"] = train(call(batch_size=2), 12)
     found["memory manager"] = train(call(batch_size=20), 3, physical=4)
     found["sum"] = train(
