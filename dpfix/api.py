@@ -83,7 +83,7 @@ def make_private_safe(
         noise_generator: source of the noise.
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
         augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
-            next to each other.
+            next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
         norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
@@ -136,7 +136,7 @@ def make_private_safe(
                 plan=prepared.plan,
                 stand_in=prepared.stand_in,
                 known_rows=prepared.known_rows,
-                augmentation=augmentation,
+                augmentation=call.augmentation,
                 poisson_sampling=poisson_sampling,
                 wrap_model=wrap_model,
                 ranks=call.ranks,
@@ -258,7 +258,7 @@ def diagnose(
         batch_first,
         loss_reduction,
         options,
-        augmentation,
+        _views(augmentation, data_loader),
     )
     _check(call, 0.0, {})
     with rng_untouched(), Surgery(call.scan) as surgery:
@@ -398,9 +398,14 @@ def _call(
         batch_first,
         loss_reduction,
         Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions, cache),
-        augmentation,
+        _views(augmentation, data_loader),
         Ranks.of(plain),
     )
+
+
+def _views(asked_for: Any, data_loader: Any) -> Any:
+    """The loader of an earlier call goes on delivering views."""
+    return sampling.views_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
 
 
 def _plain(module: Any) -> Any:

@@ -368,6 +368,19 @@ def user_collate(loader: DataLoader[Any]) -> Collate:
     return collate.collate if isinstance(collate, CollateOrStandIn) else collate
 
 
+def views_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:
+    """What makes the views that a private loader delivers.
+
+    Args:
+        loader: the user's loader, or a private one that an earlier call returned.
+
+    Returns:
+        ``None`` for a loader of single samples.
+    """
+    collate = loader.collate_fn
+    return collate.augmentation if isinstance(collate, CollateOrStandIn) else None
+
+
 def index_set(loader: DataLoader[Any]) -> list[int]:
     """The indices a loader draws from.
 

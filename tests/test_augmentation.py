@@ -416,6 +416,24 @@ def test_one_view_is_what_no_augmentation_is() -> None:
         assert torch.equal(a, b)
 
 
+def test_the_loader_of_an_earlier_call_goes_on_delivering_views() -> None:
+    model, data = made("convolution")
+    first = run(data, model, augmentation=AugmentationMultiplicity(Shifted(), k=3))
+    given: dict[str, Any] = {"module": model, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "training_step": step}
+    again = dpfix.make_private_safe(**given, optimizer=sgd(model, 0.1), data_loader=first[2])
+    assert again.plan.views == 3
+    plain, _ = made("convolution")
+    report = dpfix.diagnose(module=plain, optimizer=sgd(plain, 0.1), data_loader=first[2], training_step=step)
+    assert report.settings["views per sample"] == "3", report
+    for batch in again[2]:
+        again[1].zero_grad()
+        step(again[0], batch).backward()
+        again[1].step()
+    other = AugmentationMultiplicity(Shifted(), k=2)
+    asked_for = dpfix.make_private_safe(**given, optimizer=sgd(model, 0.1), data_loader=again[2], augmentation=other)
+    assert asked_for.plan.views == 2
+
+
 def test_privacy_does_not_depend_on_the_views() -> None:
     (with_views, data), (without, _) = made("convolution"), made("convolution")
     many = run(data, with_views, augmentation=AugmentationMultiplicity(Shifted(), k=8))

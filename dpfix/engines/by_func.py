@@ -11,8 +11,9 @@ from torch import nn
 from dpfix import trees
 from dpfix.engines.helped import Helped
 from dpfix.engines.mapped import without_fallback_warnings
+from dpfix.engines.opacus_hooks import hooks_of, no_transforms
 from dpfix.engines.parameters import Aliases, attributes_kept, parameter_slots, swapped
-from dpfix.errors import ArgumentError, ModelError
+from dpfix.errors import ArgumentError, MisuseError, ModelError
 from dpfix.traceless import put_back, state_of, traceless
 
 MEMORY = 2**30
@@ -52,7 +53,11 @@ def per_sample_gradients(
     Raises:
         ArgumentError: the batch holds no tensor, or its rows are not ``rows`` for each sample.
         ModelError: ``vmap`` cannot follow the step.
+        MisuseError: the model is in private training with Opacus's hooks, which compute per-sample gradients already.
     """
+    hooks = hooks_of(model)
+    if hooks is not None:
+        raise MisuseError(no_transforms(hooks.model, hooks.mode))
     found = {path: leaf for path, leaf in trees.leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()}
     size = len(next(iter(found.values()))) if found else 0
     if rows < 1 or not size or size % rows:

@@ -176,11 +176,7 @@ class HooksHandle:
         if not (module.training and torch.is_grad_enabled()):
             return
         if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-            raise MisuseError(
-                f"{type(module).__name__} is in private training with grad_sample_mode='{self.mode}', whose hooks cannot "
-                "run inside a torch.func transform (grad, vmap, functional_call). Call to_standard_module() first, or pass "
-                "grad_sample_mode='microbatch'."
-            )
+            raise MisuseError(no_transforms(module, self.mode))
         self._check_hooked(module)
         self._put_aside()
         self._installed = self._next
@@ -327,3 +323,34 @@ def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int)
             )
         p.grad_sample = parts or [zeros(p, g.shape[0]) for g in lengths]  # type: ignore[attr-defined]
     return [g.shape[0] for g in lengths]
+
+
+def no_transforms(module: nn.Module, mode: str) -> str:
+    """What is said to a script that computes per-sample gradients of a model which has Opacus's hooks.
+
+    Args:
+        module: the model.
+        mode: ``grad_sample_mode``.
+
+    Returns:
+        The text of the refusal.
+    """
+    return (
+        f"{type(module).__name__} is in private training with grad_sample_mode='{mode}', whose hooks cannot run inside a "
+        "torch.func transform (grad, vmap, functional_call). Pass grad_sample_mode='no_op' if the loop computes per-sample "
+        "gradients itself (also by dpfix.per_sample_gradients), 'microbatch' if the transform is part of the model or the "
+        "loss, or call to_standard_module() first."
+    )
+
+
+def hooks_of(model: nn.Module) -> HooksHandle | None:
+    """The engine with Opacus's hooks that is at work on a model.
+
+    Args:
+        model: the model, wrapped or not.
+
+    Returns:
+        ``None`` if there is none.
+    """
+    hooks = (getattr(h, "__self__", None) for m in model.modules() for h in m._forward_pre_hooks.values())
+    return next((h for h in hooks if isinstance(h, HooksHandle)), None)

@@ -201,6 +201,19 @@ def test_a_loop_of_torch_func_on_another_engine_is_told_how() -> None:
         optimizer.step()
 
 
+def test_hooks_say_which_mode_a_loop_of_its_own_needs() -> None:
+    model, _, (x, y) = images()
+    model.requires_grad_(True)
+    private, *_ = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model, 0.5), data_loader=DataLoader(TensorDataset(x, y), batch_size=3),
+        noise_multiplier=0.5, max_grad_norm=0.1, criterion=nn.CrossEntropyLoss(), grad_sample_mode="hooks",
+    )  # fmt: skip
+    with pytest.raises(
+        dpfix.MisuseError, match=r"Pass grad_sample_mode='no_op' if the loop computes per-sample gradients"
+    ):
+        dpfix.per_sample_gradients(private, classified, (x, y))
+
+
 def test_buffers_are_not_written_one_sample_after_another_either() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
