@@ -24,7 +24,7 @@ from dpfix.arguments import (
     check_values,
 )
 from dpfix.augmentation import AugmentationMultiplicity
-from dpfix.errors import ArgumentError, DPFixError
+from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.findings import Report
 from dpfix.flow import Call, prepare, refuse
 from dpfix.plan import Plan
@@ -97,6 +97,7 @@ def make_private_safe(
     Raises:
         ArgumentError: an argument cannot be used.
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
+        RankError: another of the processes that make this call together cannot, or makes another call.
     """
     call = _call(
         module,
@@ -146,6 +147,11 @@ def make_private_safe(
                 noise_generator=noise_generator,
                 **options,
             )
+            try:
+                call.ranks.exchange("handed off")
+            except RankError:
+                handoff.end_earlier(call.module)
+                raise
             surgery.commit()
     report = prepared.report(call, noise_multiplier)
     notes.warn_blocked(report)
@@ -183,28 +189,30 @@ def make_private_safe_with_epsilon(
     Raises:
         ArgumentError: the budget cannot be reached, or an argument is out of range.
     """
-    check_delta(target_delta)
-    check_budget(target_epsilon, epochs)
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
     given = {k: v for k, v in arguments.items() if k in inspect.signature(_call).parameters}
     call = _call(module, optimizer, data_loader, max_grad_norm=max_grad_norm, **given)
-    _check(call, 0.0, {k: v for k, v in arguments.items() if k not in inspect.signature(make_private_safe).parameters})
-    refuse(run_rules(call.scan, RULES))  # what can be refused at once is, before the search for the noise
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
-    try:
-        noise = get_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=sampling.sample_rate(data_loader),
-            steps=epochs * len(data_loader),
-            accountant=engine.accountant.mechanism(),
-            **search,
-        )
-    except ValueError as error:
-        raise ArgumentError(
-            f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be reached in {epochs} epochs: {error} "
-            "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate)."
-        ) from error
+    with call.ranks.all_or_none():
+        check_delta(target_delta)
+        check_budget(target_epsilon, epochs)
+        options = {k: v for k, v in arguments.items() if k not in inspect.signature(make_private_safe).parameters}
+        _check(call, 0.0, options)
+        refuse(run_rules(call.scan, RULES))  # what can be refused at once is, before the search for the noise
+        try:
+            noise = get_noise_multiplier(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=sampling.sample_rate(data_loader),
+                steps=epochs * len(data_loader),
+                accountant=engine.accountant.mechanism(),
+                **search,
+            )
+        except ValueError as error:
+            raise ArgumentError(
+                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be reached in {epochs} epochs: {error} "
+                "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate)."
+            ) from error
     return make_private_safe(
         module=module,
         optimizer=optimizer,
@@ -358,16 +366,27 @@ class SafePrivacyEngine(PrivacyEngine):
 
 def _what_is_trained(call: Call, plan: Plan, noise_multiplier: float) -> dict[str, Any]:
     """What must be the same on all ranks, so that their clipped sums are those of one training."""
-    return {
-        "noise_multiplier": noise_multiplier,
-        "the options of the call": str(call.options),
-        "the number of samples": len(sampling.index_set(call.data_loader)),
-        "the batch size": sampling.batch_size(call.data_loader),
-        "the engine": plan.engine,
-        "the loss reduction": plan.loss_reduction,
-        "the weight of a sample": (plan.weighted_by_rows, plan.views),
-        "what no gradient reaches": plan.frozen_parameters,
-    } | (fingerprint(call.module) if call.ranks.size > 1 else {})
+    if call.ranks.size == 1:
+        return {}
+    names = {id(p): name for name, p in call.module.named_parameters()}
+    groups = call.optimizer.param_groups
+    return (
+        {
+            "noise_multiplier": noise_multiplier,
+            "the options of the call": str(call.options),
+            "the number of samples": len(sampling.index_set(call.data_loader)),
+            "the batch size": sampling.batch_size(call.data_loader),
+            "the engine": plan.engine,
+            "the loss reduction": plan.loss_reduction,
+            "the weight of a sample": (plan.weighted_by_rows, plan.views),
+            "what no gradient reaches": plan.frozen_parameters,
+            "the optimizer": type(call.optimizer).__name__,
+            "the order of the optimizer's parameters": [[names[id(p)] for p in g["params"]] for g in groups],
+            "the options of the optimizer": [{k: str(v) for k, v in g.items() if k != "params"} for g in groups],
+        }
+        | sampling.identity(call.data_loader)
+        | fingerprint(call.module)
+    )
 
 
 def _call(

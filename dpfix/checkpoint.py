@@ -240,7 +240,9 @@ def _plain(value: Any) -> Any:
 
 def _own(optimizer: Any, data_loader: Any) -> dict[str, torch.Generator]:
     """Generators besides the global ones: of the noise, and of the loader."""
-    found = {"noise": getattr(optimizer, "generator", None), "loader": getattr(data_loader, "generator", None)}
+    sampler = getattr(data_loader, "batch_sampler", None)
+    draws = getattr(sampler, "generator", None) or getattr(data_loader, "generator", None)
+    found = {"noise": getattr(optimizer, "generator", None), "loader": draws}
     return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
 
 

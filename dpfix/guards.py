@@ -29,15 +29,22 @@ from dpfix.errors import (
     MisuseError,
     NonFiniteGradientError,
     PlanBrokenError,
+    RankError,
 )
 from dpfix.grad_watch import GradWatch
 from dpfix.loss_proof import LossProof
 from dpfix.plan import Plan, Region, switched_on
+from dpfix.ranks import ALONE, Ranks
 from dpfix.regions import NoGradRegions
 from dpfix.sampling import DrawLedger
 from dpfix.traceless import Scratch
 
 StepHook = Callable[[DPOptimizer], None]
+
+_MOVED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+"""Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
+
+_SAME_ON_RANKS = ("the pass over the data_loader", "the number of its batches", *_MOVED)
 
 
 class OtherSteps:
@@ -193,6 +200,7 @@ class StepGuard:
         plan: what was audited.
         parameters: the trainable parameters by name.
         ledger: what the private loader drew; ``None`` without Poisson sampling.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -202,7 +210,9 @@ class StepGuard:
         plan: Plan,
         parameters: Mapping[str, nn.Parameter],
         ledger: DrawLedger | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.handle = handle
         self.module = module
         self.plan = plan
@@ -223,9 +233,10 @@ class StepGuard:
         self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = _Writes(module, parameters.values())
         self.called: dict[str, Any] = {}
-        self.accountant: StepHook | None = None
+        self._accountant: StepHook | None = None
+        self._counted = False
+        self._released = 0
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
-        self._round = 0
         self._clear = True  # zero_grad was called since the last step
         self._can_clip = handle if isinstance(handle, FlatClipping) else None
         self._clipping: FlatClipping | None = None
@@ -239,6 +250,21 @@ class StepGuard:
         """
         self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in _MOVED}
 
+    def count_steps(self, optimizer: DPOptimizer) -> None:
+        """From now on the accountant counts every release once, also if the script attaches its hook again.
+
+        Args:
+            optimizer: the private optimizer, with the accountant's step hook.
+        """
+        account: StepHook = optimizer.step_hook  # type: ignore[assignment]
+
+        def once(optimizer: DPOptimizer) -> None:
+            if not self._counted:
+                self._counted = True
+                account(optimizer)
+
+        self._accountant = optimizer.step_hook = once
+
     def with_accountant(self, hook: StepHook) -> StepHook:
         """A step hook that leaves the accountant its own; Opacus's optimizers keep one hook only.
 
@@ -248,7 +274,7 @@ class StepGuard:
         Returns:
             A hook that counts the step, and then does what the script wants.
         """
-        count = self.accountant
+        count = self._accountant
         if count is None:
             return hook
 
@@ -257,6 +283,51 @@ class StepGuard:
             hook(optimizer)
 
         return both
+
+    @contextmanager
+    def telling_other_ranks(self, optimizer: DPOptimizer) -> Iterator[None]:
+        """A step that fails here is released nowhere.
+
+        Args:
+            optimizer: the private optimizer.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.ranks.size > 1 and not isinstance(error, RankError):  # the others have that one too
+                self.ranks.exchange_numbers([1.0] * (1 + len(_SAME_ON_RANKS)), optimizer.params[0].device)
+            raise
+
+    def agree(self, optimizer: DPOptimizer) -> None:
+        """The ranks must be about to release parts of one batch, clipped to one norm.
+
+        Args:
+            optimizer: the private optimizer, before noise is added.
+
+        Raises:
+            RankError: they are not, or another rank has failed; nothing was released.
+        """
+        if self.ranks.size == 1:
+            return
+        seed, number = (self.ledger.seed, self.ledger.number) if self.ledger else (0, self._released)
+        settings = [float(getattr(optimizer, name)) for name in _MOVED]
+        everyone = self.ranks.exchange_numbers([0.0, seed, number, *settings], optimizer.params[0].device)
+        failed = [rank for rank, values in enumerate(everyone) if values[0]]
+        if failed:
+            raise RankError(
+                f"optimizer.step() on rank {failed[0]} has failed, as its own message says, so this step is released on no rank."
+            )
+        for rank, values in enumerate(everyone):
+            for name, here, there in zip(_SAME_ON_RANKS, everyone[0][1:], values[1:], strict=True):
+                if here != there:
+                    raise RankError(
+                        f"the ranks do not make the same step: {name} is {here:g} on rank 0 and {there:g} on rank {rank}. "
+                        "Nothing was released. Every rank has to begin the same passes over the data_loader, to make a step for "
+                        "every batch of it, and to use schedulers and checkpoints as the others do."
+                    )
 
     def detach(self) -> None:
         """Take every hook off; the training is over."""
@@ -318,7 +389,8 @@ class StepGuard:
         tripped = list(dict.fromkeys(self.regions.tripped))
         self.drop_regions(tripped)
         name = tripped[0].site.path or "the model"
-        if getattr(optimizer, "world_size", 1) > 1:
+        self._counted = False
+        if self.ranks.size > 1:
             raise PlanBrokenError(
                 f"gradient reached the output of `{name}` ({tripped[0].site.place or 'called by the loop'}), a call that ran "
                 "without a graph because no gradient came back to it when it was checked. One rank cannot leave out a step "
@@ -372,6 +444,7 @@ class StepGuard:
             AccumulationError: ``zero_grad`` was not called since the last step.
             MisuseError: another assumption of the guarantee does not hold; nothing has moved.
         """
+        self._counted = False
         if not self._clear:
             raise AccumulationError(
                 "optimizer.step() without optimizer.zero_grad() since the last step: the gradients of two batches would be "
@@ -465,8 +538,6 @@ class StepGuard:
             )
 
     def _check_draw(self, optimizer: DPOptimizer, counts: list[int], ledger: DrawLedger) -> list[int]:
-        if self._partial and self._round != ledger.rounds:
-            self._abandon(optimizer)
         drawn = ledger.pending()
         if len(counts) > 1:
             raise AccumulationError(
@@ -494,17 +565,23 @@ class StepGuard:
                 "the batch are not the drawn samples (filtered, repeated, or from another loader). Train on the "
                 "batches of the returned data_loader as they are."
             )
-        self._round = ledger.rounds
         return counts
 
-    def _abandon(self, optimizer: DPOptimizer) -> None:
-        """A BatchMemoryManager loop was left inside a logical batch: what it had summed up is not released."""
-        warnings.warn(
-            "a BatchMemoryManager loop was left inside a logical batch; the part that was summed up so far is "
-            "discarded. Let the loop reach the end of a logical batch before leaving it.",
-            DPFixWarning,
-            stacklevel=6,
-        )
+    def begin_pass(self, optimizer: DPOptimizer) -> None:
+        """A new pass over the loader begins; what a BatchMemoryManager had signalled for the one before is forgotten.
+
+        Left inside a logical batch, its loop has summed up a part of one, which is not released.
+
+        Args:
+            optimizer: the private optimizer.
+        """
+        if self._partial:
+            warnings.warn(
+                "a BatchMemoryManager loop was left inside a logical batch; the part that was summed up so far is "
+                "discarded. Let the loop reach the end of a logical batch before leaving it.",
+                DPFixWarning,
+                stacklevel=6,
+            )
         optimizer._step_skip_queue.clear()
         optimizer._is_last_step_skipped = False
         self._partial = 0
@@ -520,6 +597,7 @@ class StepGuard:
         self._clear = False
         if released:
             self._partial = 0
+            self._released += 1
             if self.ledger is not None:
                 self.ledger.settle()
         else:
@@ -553,9 +631,6 @@ class StepGuard:
             "for divisions by zero and logarithms in the loss, or use float32 instead of autocast."
         )
 
-
-_MOVED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
-"""Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
 
 _NOTHING_ARRIVED = (
     "optimizer.step(): no per-sample gradient has arrived. Call loss.backward() on a loss of the private model before "

@@ -69,12 +69,13 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-            if self.guard.gives_up(self):
-                return False
-            self.guard.before_step(self)
-            released = bool(super().pre_step(closure))
-            self.guard.after_step(released)
-            return released
+            with self.guard.telling_other_ranks(self):
+                if self.guard.gives_up(self):
+                    return False
+                self.guard.before_step(self)
+                released = bool(super().pre_step(closure))
+                self.guard.after_step(released)
+                return released
 
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
             super().attach_step_hook(self.guard.with_accountant(fn))
@@ -85,6 +86,7 @@ def _private_optimizer(cls: type[Any]) -> type[Any]:
             self.guard.check_finite()
 
         def add_noise(self) -> None:
+            self.guard.agree(self)
             if in_place and self.guard.clipped and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
@@ -301,13 +303,15 @@ def hand_off(
     handle = BY_NAME[plan.engine].attach(module, plan, prepared)
     if isinstance(handle, HooksHandle):
         handle.several_iterations = ledger is None
-    guard = StepGuard(handle, module, plan, parameters, ledger)
+    guard = StepGuard(handle, module, plan, parameters, ledger, ranks)
     make_class = _private_wrapper if wrap_model else _private_hooks
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, _private_optimizer(type(private_optimizer)), guard)
     _account(privacy_engine, private_optimizer, data_loader, ranks)
     guard.remember_call(private_optimizer)
-    guard.accountant = private_optimizer.step_hook
+    guard.count_steps(private_optimizer)
+    if ledger is not None:
+        ledger.at_start = lambda: guard.begin_pass(private_optimizer)
     _ACTIVE[module] = prepared
     return prepared, private_optimizer, loader
 

@@ -8,7 +8,8 @@ as most scripts set it, the draws are the same positions of every share, and no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,6 +78,21 @@ class Ranks:
             raise RankError(f"rank {rank} of {self.size} cannot train privately, so no rank does. It says:\n{text}")
         return everyone
 
+    def exchange_numbers(self, values: Sequence[float], device: torch.device) -> list[list[float]]:
+        """As :meth:`exchange`, for a few numbers at every step.
+
+        Args:
+            values: as many on every rank.
+            device: where the parameters are, so that the back end of the process group can send them.
+
+        Returns:
+            The values in the order of the ranks.
+        """
+        mine = torch.tensor(values, dtype=torch.float64, device=device)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(everyone, mine)
+        return [one.tolist() for one in everyone]
+
     def first(self, value: T) -> T:
         """The value of rank 0.
 
@@ -90,36 +106,42 @@ class Ranks:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """A failure on one rank is a failure on all of them: nobody waits for a rank that has stopped.
+        """A failure on this rank is one on all of them: they learn of it where they next exchange something.
 
         Yields:
-            Nothing; the block may call :meth:`exchange`.
-
-        Raises:
-            RankError: another rank has failed.
+            Nothing.
         """
         try:
             yield
-        except RankError:
-            raise
         except Exception as error:
-            self.exchange(_Failure(f"{type(error).__name__}: {error}"))
+            if not isinstance(error, RankError):  # the others have that one too
+                self.exchange(_Failure(f"{type(error).__name__}: {error}"))
             raise
-        self.exchange(None)
+
+    def shared_generator(self, own: torch.Generator | None) -> torch.Generator:
+        """A generator that gives the same numbers on all ranks.
+
+        Args:
+            own: rank 0 draws its seed from here; from torch's global generator if ``None``.
+
+        Returns:
+            A new generator.
+        """
+        return torch.Generator().manual_seed(self.first(new_seed(own)))
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """All ranks have to train the same model in the same way.
 
         Args:
-            values: what has to be equal, by name.
+            values: what has to be equal, by name; a name that a rank does not have is not compared.
 
         Raises:
             RankError: a value is not.
         """
         everyone = self.exchange(dict(values))
         for rank, other in enumerate(everyone):
-            for name in everyone[0] | other:
-                here, there = everyone[0].get(name, "missing"), other.get(name, "missing")
+            for name in (n for n in everyone[0] if n in other):
+                here, there = everyone[0][name], other[name]
                 if here != there:
                     raise RankError(
                         f"the ranks do not train the same thing: {name} is {here} on rank 0 and {there} on rank {rank}. Every "
@@ -133,17 +155,43 @@ ALONE = Ranks()
 """One process, as always but under Opacus's distributed wrapper."""
 
 
-def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Names, shapes and weights of a model, so that ranks can compare them.
+def new_seed(generator: torch.Generator | None) -> int:
+    """A seed of 53 bits, which a float holds exactly.
+
+    Args:
+        generator: the source; torch's global one if ``None``.
+
+    Returns:
+        The seed.
+    """
+    return int(torch.randint(2**53, (), generator=generator))
+
+
+def fingerprint(module: nn.Module) -> dict[str, str]:
+    """Parameters and buffers of a model, so that ranks can compare them.
 
     Args:
         module: the repaired model.
 
     Returns:
-        Values by name, for :meth:`Ranks.check_same`. They do not leave the process group.
+        Shape, type and a digest of the values by name, for :meth:`Ranks.check_same`. They do not leave the process group.
     """
-    found: dict[str, Any] = {}
-    for name, p in module.named_parameters():
-        found[f"parameter `{name}`"] = f"{tuple(p.shape)}, {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
-        found[f"the sum of parameter `{name}`"] = float(p.detach().sum(dtype=torch.float64))
-    return found
+    named = {f"parameter `{n}`": p for n, p in module.named_parameters()}
+    named |= {f"buffer `{n}`": b for n, b in module.named_buffers()}
+    return {"the parameters and buffers": ", ".join(named)} | {
+        name: f"{tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}, values {digest(t)}"
+        for name, t in named.items()
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A few characters that tell the values of tensors apart, bit by bit.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    flat = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12]

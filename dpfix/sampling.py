@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset
 
+from dpfix import trees
 from dpfix.augmentation import AugmentationMultiplicity
 from dpfix.errors import LoaderError
 from dpfix.layout import RowCounter
-from dpfix.ranks import ALONE, Ranks
+from dpfix.ranks import ALONE, Ranks, digest, new_seed
+from dpfix.traceless import rng_untouched
 
 Collate = Callable[[list[Any]], Any]
 
@@ -27,18 +30,30 @@ class DrawLedger:
     Attributes:
         rounds: counts how often a sampler was started; a new round abandons what an old one left.
         counts: rows of every sample of the delivered batch, where samples may have different numbers of them.
+        seed: what the present round is drawn from, where several ranks draw it together.
+        number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
+        at_start: called when a sampler begins a new pass.
     """
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.seed = 0
+        self.number = 0
+        self.at_start: Callable[[], None] = lambda: None
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
         self.counts: tuple[int, ...] = ()
         self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
 
-    def start(self) -> None:
-        """A sampler begins a new pass."""
+    def start(self, seed: int = 0) -> None:
+        """A sampler begins a new pass.
+
+        Args:
+            seed: what it is drawn from, on several ranks.
+        """
+        self.at_start()
         self.rounds += 1
+        self.seed, self.number = seed, 0
         self._drawn.clear()
         self._delivered = None
         self._delivers = False
@@ -61,6 +76,7 @@ class DrawLedger:
         self.counts = counts
         self._delivered = self._drawn.popleft() if self._drawn else None
         self._delivers = True
+        self.number += 1
 
     def pending(self) -> int | None:
         """Number of samples in the batch the loop is working on, or ``None`` if none was drawn."""
@@ -74,18 +90,20 @@ class DrawLedger:
             self._delivered = None
         elif self._drawn:
             self._drawn.popleft()
+            self.number += 1
 
 
 class PoissonSampler(UniformWithReplacementSampler):
     """Draws every index of a set independently with the same probability.
 
-    On several ranks all of them draw the same batch, from a seed of rank 0, and each yields its own part of it.
+    On several ranks all of them draw the same batch, and each yields its own part of it. Every pass has a seed of its own, so
+    that it does not matter where the ranks have left the one before.
 
     Args:
         indices: the index set.
         sample_rate: probability of every index.
         steps: number of batches in one pass.
-        generator: source of randomness.
+        generator: source of randomness; on several ranks, one that gives all of them the same numbers.
         ledger: where draws are recorded.
         ranks: the processes that share every batch.
     """
@@ -106,18 +124,17 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.ledger.start()
-        generator = self._shared_generator() if self.ranks.size > 1 else self.generator
+        generator, seed = self.generator, 0
+        if self.ranks.size > 1:
+            seed = new_seed(generator)
+            generator = torch.Generator().manual_seed(seed)
+        self.ledger.start(seed)
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
             chance = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
             drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
             self.ledger.drew(len(drawn))
             yield drawn
-
-    def _shared_generator(self) -> torch.Generator:
-        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
-        return torch.Generator().manual_seed(self.ranks.first(seed))
 
 
 class RecordedBatches:
@@ -306,7 +323,7 @@ class PrivateDataLoader(DPDataLoader):
             indices,
             sample_rate=self.sample_rate,
             steps=len(loader),
-            generator=generator,
+            generator=ranks.shared_generator(generator) if self.distributed else generator,
             ledger=ledger,
             ranks=ranks,
         )
@@ -366,6 +383,47 @@ def user_collate(loader: DataLoader[Any]) -> Collate:
     """
     collate = loader.collate_fn
     return collate.collate if isinstance(collate, CollateOrStandIn) else collate
+
+
+READS = 6
+"""How often a sample is read to tell what is always the same in it; by chance alone a transform is so once in thousands."""
+
+
+def identity(loader: DataLoader[Any]) -> dict[str, str]:
+    """Who is in the data of a loader, so that ranks can compare it: they share a batch by the places of its samples.
+
+    Args:
+        loader: the user's loader.
+
+    Returns:
+        Digests by name: of the indices that are drawn from, also inside ``Subset`` and ``DistributedSampler``, and of what
+        does not change from one reading to the next in two of the samples.
+    """
+    indices = index_set(loader)
+    found = {"the indices that are drawn from": digest(torch.as_tensor(indices))}
+    dataset: Any = loader.dataset
+    while isinstance(dataset, Subset):
+        found[f"the indices of Subset {len(found)}"] = digest(torch.as_tensor(list(dataset.indices)))
+        dataset = dataset.dataset
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        found["the DistributedSampler"] = f"seed {sampler.seed}, epoch {sampler.epoch}, shuffle {sampler.shuffle}"
+    for place in (len(indices) // 3, len(indices) - 1):
+        with rng_untouched():
+            readings = [_constant(loader.dataset[indices[place]]) for _ in range(READS)]
+        same = {path: value for path, value in readings[0].items() if all(r.get(path) == value for r in readings)}
+        found |= {f"sample {place} of the data, entry {path}": value for path, value in same.items()}
+    return found
+
+
+def _constant(item: Any) -> dict[str, str]:
+    arrays = ((path, torch.as_tensor(leaf)) for path, leaf in trees.leaves(item) if _is_array(leaf))
+    return {str(path): digest(tensor) for path, tensor in arrays}
+
+
+def _is_array(leaf: Any) -> bool:
+    numbers = isinstance(leaf, (bool, int, float)) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf")
+    return numbers or (isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)
 
 
 def views_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:

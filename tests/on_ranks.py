@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
+from opacus.schedulers import ExponentialGradClip
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset, random_split
 
 import dpfix
 
@@ -127,13 +130,15 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
-def attempt(given: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(
+    given: Callable[[], dict[str, Any]], make_private: Callable[..., Any] = dpfix.make_private_safe
+) -> dict[str, Any]:
     """What a call says that cannot work, and whether everything is as before."""
     arguments = given()
     model, before, state = arguments["module"], weights(arguments["module"]), torch.get_rng_state()
     names = [name for name, _ in model.named_modules()]
     try:
-        dpfix.make_private_safe(**arguments)
+        make_private(**arguments)
     except dpfix.DPFixError as error:
         kept = all(torch.equal(v, before[k]) for k, v in weights(model).items())
         kept = kept and [name for name, _ in model.named_modules()] == names
@@ -162,6 +167,47 @@ def other_weights(rank: int) -> nn.Module:
     return model
 
 
+class Scaled(nn.Module):
+    """A network with a buffer that was made on every rank by itself."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.net = network()
+        self.register_buffer("scale", torch.tensor(1.0 + rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.scale)
+
+
+def optimized(groups: Callable[[nn.Module], Any], lr: float) -> dict[str, Any]:
+    """A call with an optimizer of its own."""
+    model = DPDDP(network())
+    return call(module=model, optimizer=torch.optim.SGD(groups(model), lr=lr))
+
+
+def picked(rank: int) -> DataLoader[Any]:
+    """A loader that draws from other samples on every rank."""
+    return DataLoader(digits(), batch_size=6, sampler=SubsetRandomSampler(range(rank, 40 + rank)))
+
+
+def split(rank: int) -> DataLoader[Any]:
+    """A loader over a part of the data that every rank has chosen by itself."""
+    parts = random_split(digits(), [40, 20], generator=torch.Generator().manual_seed(rank))
+    return DataLoader(parts[0], batch_size=6)
+
+
+def shuffled(rank: int) -> DataLoader[Any]:
+    """A loader over data in an order of its own on every rank."""
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(rank))
+    return DataLoader(TensorDataset(*digits()[order]), batch_size=6)
+
+
+def repeating(rank: int, size: int) -> DataLoader[Any]:
+    """A loader whose sampler fills the last batch up with a sample that another rank has."""
+    sampler = DistributedSampler(digits(61), num_replicas=size, rank=rank)
+    return DataLoader(sampler.dataset, batch_size=6, sampler=sampler)
+
+
 def refusals(rank: int, size: int) -> dict[str, Any]:
     """Calls that have to fail on every rank."""
     loader = DataLoader(digits(60 + rank), batch_size=6)
@@ -172,7 +218,24 @@ def refusals(rank: int, size: int) -> dict[str, Any]:
         "inside": attempt(lambda: call(module=nn.Sequential(DPDDP(network())))),
         "coupled on rank 1": attempt(lambda: call(module=DPDDP(OneRank(rank == 1)))),
         "wrong argument on rank 1": attempt(lambda: call(max_grad_norm=-1.0 if rank == 1 else 1.0)),
+        "epsilon": attempt(
+            lambda: (
+                {k: v for k, v in call().items() if k != "noise_multiplier"}
+                | {"target_epsilon": 3.0, "target_delta": 1e-3 if rank == 0 else 2.0, "epochs": 2}
+            ),
+            dpfix.make_private_safe_with_epsilon,
+        ),
         "noise": attempt(lambda: call(noise_multiplier=1.0 + rank)),
+        "buffers": attempt(lambda: call(module=DPDDP(Scaled(rank)))),
+        "another learning rate": attempt(lambda: optimized(lambda model: [{"params": model.parameters()}], 0.1 + rank)),
+        "another order of parameters": attempt(
+            lambda: optimized(lambda m: [{"params": list(m.parameters())[:: -1 if rank else 1]}], 0.1)
+        ),
+        "other indices": attempt(lambda: call(data_loader=picked(rank))),
+        "another split": attempt(lambda: call(data_loader=split(rank))),
+        "other people": attempt(lambda: call(data_loader=shuffled(rank))),
+        "own order": attempt(lambda: call(poisson_sampling=False)),
+        "repeated samples": attempt(lambda: call(poisson_sampling=False, data_loader=repeating(rank, size))),
         "weights": attempt(lambda: call(module=other_weights(rank))),
         "samples": attempt(lambda: call(data_loader=loader)),
         "replicas": attempt(lambda: call(data_loader=sampled)),
@@ -192,20 +255,72 @@ class Gated(nn.Module):
         return self.net(seen + (other.detach() if self.cuts else other))
 
 
-def tripped(rank: int, size: int) -> dict[str, Any]:
-    """Gradient reaches a no-grad region on all ranks: nobody may leave the step out alone."""
-    model = Gated()
-    training = dpfix.make_private_safe(**call(module=DPDDP(model)))
-    regions = len(training.plan.no_grad_regions)
-    model.cuts = False
-    batch = next(iter(training[2]))
-    training[1].zero_grad()
-    step(training[0], batch).backward()
-    try:
+def loop(training: dpfix.PrivateTraining, batches: Iterable[Any]) -> None:
+    """The training loop."""
+    for batch in batches:
+        training[1].zero_grad()
+        step(training[0], batch).backward()
         training[1].step()
-    except dpfix.PlanBrokenError as error:
-        return {"regions": regions, "text": str(error)}
-    return {"regions": regions, "text": ""}
+
+
+def misuse(given: dict[str, Any], act: Callable[[dpfix.PrivateTraining], None]) -> dict[str, Any]:
+    """How a step ends that one rank does not make as the others do, and whether it was released."""
+    training = dpfix.make_private_safe(**given)
+    before = [weights(training[0])]
+    training[0].register_forward_pre_hook(lambda *_: before.append(weights(training[0])))
+    try:
+        act(training)
+    except dpfix.DPFixError as error:
+        kept = all(torch.equal(v, before[-1][k]) for k, v in weights(training[0]).items())
+        return {"error": type(error).__name__, "text": str(error), "kept": kept}
+    return {"error": "", "text": "", "kept": False}
+
+
+def misuses(rank: int, size: int) -> dict[str, Any]:
+    """Ranks that do not make the same steps, and one case that is in order."""
+
+    def region(training: dpfix.PrivateTraining) -> None:
+        assert len(training.plan.no_grad_regions) == 1
+        gated.cuts = False
+        loop(training, training[2])
+
+    def leave_out(training: dpfix.PrivateTraining) -> None:
+        loop(training, (b for i, b in enumerate(training[2]) if (rank, i) != (1, 1)))
+
+    def not_finite(training: dpfix.PrivateTraining) -> None:
+        loop(training, ((b[0] * (math.inf if (rank, i) == (1, 1) else 1), *b[1:]) for i, b in enumerate(training[2])))
+
+    def schedule(training: dpfix.PrivateTraining) -> None:
+        loop(training, islice(training[2], 2))
+        if rank == 0:
+            ExponentialGradClip(training[1], gamma=0.5).step()
+        loop(training, training[2])
+
+    def peek(training: dpfix.PrivateTraining) -> None:
+        if rank == 0:
+            next(iter(training[2]))
+        loop(training, training[2])
+
+    gated = Gated()
+    found = {
+        "region": misuse(call(module=DPDDP(gated)), region),
+        "left out": misuse(call(batch_size=20), leave_out),
+        "not finite": misuse(call(batch_size=20), not_finite),
+        "scheduler": misuse(call(), schedule),
+        "peek": misuse(call(), peek),
+    }
+    training = dpfix.make_private_safe(**call())
+    for _ in islice(training[2], 1 + rank):
+        pass
+    seen: list[list[int]] = []
+
+    def watched() -> Iterator[Any]:
+        for batch in training[2]:
+            seen.append(batch[2].tolist() if training[2].ledger.pending() else [])
+            yield batch
+
+    loop(training, watched())
+    return found | {"left early": {"draws": seen, "weights": weights(training[0])}}
 
 
 def main() -> None:
@@ -216,7 +331,7 @@ def main() -> None:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)  # the same on every rank, as most scripts do
     warnings.simplefilter("ignore")
-    found = {"trainings": trainings, "refusals": refusals, "tripped": tripped}[scenario](rank, size)
+    found = {"trainings": trainings, "refusals": refusals, "misuses": misuses}[scenario](rank, size)
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.ranks import Ranks
+from dpfix.ranks import Ranks, new_seed
 from dpfix.sampling import DrawLedger, PoissonSampler
 from tests import on_ranks
 from tests.helpers import points, setting
@@ -58,6 +58,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return launch("refusals", tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.fixture(scope="module")
+def misused(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return launch("misuses", tmp_path_factory.mktemp("misuses"))
 
 
 def steps(seen: Seen, name: str) -> list[tuple[list[int], dict[str, Tensor], dict[str, Tensor]]]:
@@ -148,16 +153,22 @@ class Told(Ranks):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_draw_one_poisson_batch(size: int) -> None:
-    """Whatever state the generators of the ranks are in; equal shares with equal generators would not be independent."""
+    """Also when they had left the pass before at other places; equal draws from equal shares would not be independent."""
 
-    def draws(ranks: Ranks, generator: torch.Generator) -> list[list[int]]:
-        sampler = PoissonSampler(
+    def sampler(ranks: Ranks, generator: torch.Generator) -> PoissonSampler:
+        return PoissonSampler(
             list(range(100, 140)), sample_rate=0.2, steps=30, generator=generator, ledger=DrawLedger(), ranks=ranks
         )
-        return list(sampler)
 
-    one = draws(Ranks(), torch.Generator().manual_seed(7))
-    parts = [draws(Told(rank, size), torch.Generator().manual_seed(rank)) for rank in range(size)]
+    parts = []
+    for rank in range(size):
+        ranks = Told(rank, size)
+        mine = sampler(ranks, ranks.shared_generator(torch.Generator().manual_seed(rank)))
+        list(islice(mine, 1 + rank))
+        parts.append(list(mine))
+    seeds = torch.Generator().manual_seed(7)
+    _, second = new_seed(seeds), new_seed(seeds)
+    one = list(sampler(Ranks(), torch.Generator().manual_seed(second)))
     assert [sorted(chain(*shares)) for shares in zip(*parts, strict=True)] == one
 
 
@@ -178,7 +189,16 @@ def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
         ("coupled on rank 1", ("RankError", "CoupledModelError"), "mixes the samples of a batch"),
         ("wrong argument on rank 1", ("RankError", "ArgumentError"), "max_grad_norm=-1.0 must be a positive"),
         ("noise", ("RankError",) * 2, "noise_multiplier is 1.0 on rank 0 and 2.0 on rank 1"),
-        ("weights", ("RankError",) * 2, "the sum of parameter `module.0.0.weight` is "),
+        ("weights", ("RankError",) * 2, "parameter `module.0.0.weight` is (4, 1, 3, 3)"),
+        ("buffers", ("RankError",) * 2, "buffer `module.scale` is "),
+        ("another learning rate", ("RankError",) * 2, "the options of the optimizer is "),
+        ("another order of parameters", ("RankError",) * 2, "the order of the optimizer's parameters is "),
+        ("other indices", ("RankError",) * 2, "the indices that are drawn from is "),
+        ("another split", ("RankError",) * 2, "the indices of Subset 1 is "),
+        ("other people", ("RankError",) * 2, "sample 20 of the data, entry "),
+        ("epsilon", ("RankError", "ArgumentError"), "delta=2.0 must lie between 0 and 1"),
+        ("own order", ("LoaderError",) * 2, "no DistributedSampler that shares its samples among 2 ranks"),
+        ("repeated samples", ("LoaderError",) * 2, "drop_last=True"),
         ("samples", ("RankError",) * 2, "the number of samples is 60 on rank 0 and 61 on rank 1"),
         ("replicas", ("LoaderError",) * 2, "a DistributedSampler for 3 rank"),
         ("clipping", ("ArgumentError",) * 2, "clipping='adaptive' with 2 ranks"),
@@ -190,10 +210,29 @@ def test_what_one_rank_cannot_do_no_rank_does(refused: Seen, name: str, errors: 
         assert text in rank[name]["text"] and rank[name]["kept"]
 
 
-def test_no_rank_leaves_out_a_step_alone(tmp_path: Path) -> None:
-    for rank in launch("tripped", tmp_path):
-        assert rank["regions"] == 1
-        assert "One rank cannot leave out a step that the others make" in rank["text"]
+@pytest.mark.parametrize(
+    ("name", "errors", "text"),
+    [
+        ("region", ("PlanBrokenError",) * 2, "One rank cannot leave out a step that the others make"),
+        ("left out", ("RankError",) * 2, "the number of its batches is 2 on rank 0 and 3 on rank 1"),
+        ("not finite", ("RankError", "NonFiniteGradientError"), ""),
+        ("scheduler", ("RankError",) * 2, "max_grad_norm is 0.25 on rank 0 and 0.5 on rank 1"),
+        ("peek", ("RankError",) * 2, "the pass over the data_loader is "),
+    ],
+)
+def test_a_step_that_one_rank_does_not_make_is_released_nowhere(
+    misused: Seen, name: str, errors: tuple[str, ...], text: str
+) -> None:
+    for rank, error in zip(misused, errors, strict=True):
+        assert rank[name]["error"] == error, rank[name]
+        assert text in rank[name]["text"] and rank[name]["kept"]
+
+
+def test_passes_that_were_left_at_other_places_do_not_matter(misused: Seen) -> None:
+    first, second = (rank["left early"] for rank in misused)
+    assert len(first["draws"]) == len(second["draws"]) == 10
+    assert all(not set(a) & set(b) for a, b in zip(first["draws"], second["draws"], strict=True))
+    assert all(torch.equal(v, second["weights"][k]) for k, v in first["weights"].items())
 
 
 def test_the_wrapper_without_a_process_group_is_refused() -> None:

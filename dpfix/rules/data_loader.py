@@ -79,6 +79,8 @@ def find(scan: Scan) -> Iterator[Finding]:
         )
     elif scan.options.poisson_sampling:
         yield from _sampler(loader, Ranks.of(scan.module))
+    elif Ranks.of(scan.module).size > 1:
+        yield from _order_on_ranks(loader, Ranks.of(scan.module))
 
 
 def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
@@ -114,6 +116,24 @@ def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
             "dpfix cannot tell which samples it draws from, nor how often.",
             "use shuffle=True, or a SubsetRandomSampler over the indices. " + _POISSON_HELP,
         )
+
+
+def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
+    """Without Poisson sampling the loader's own order must never give a sample to two ranks in one step."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if (
+        isinstance(sampler, DistributedSampler)
+        and (sampler.rank, sampler.num_replicas) == (ranks.rank, ranks.size)
+        and (sampler.drop_last or len(loader.dataset) % ranks.size == 0)  # type: ignore[arg-type]
+    ):
+        return
+    yield _refuse(
+        f"data_loader has poisson_sampling=False and no DistributedSampler that shares its samples among {ranks.size} ranks "
+        "without repeating any.",
+        "a sample that two ranks have in one step is released with twice the clip norm.",
+        f"pass DistributedSampler(dataset, num_replicas={ranks.size}, rank={ranks.rank}, drop_last=True), or leave "
+        "poisson_sampling at True.",
+    )
 
 
 def _refuse(fact: str, why: str, help: str) -> Finding:
