@@ -364,3 +364,12 @@ def test_a_step_hook_of_the_script_does_not_take_the_accountants_place() -> None
     train(training, 3)
     assert seen == [1.0] * 3
     assert training.privacy_engine.accountant.history == [(1.0, 8 / 24, 3)]
+
+
+def test_a_step_hook_that_calls_the_earlier_one_does_not_count_twice() -> None:
+    """The usual way round Opacus's single hook."""
+    training = dpfix.make_private_safe(**setting())
+    earlier, seen = training[1].step_hook, []
+    training[1].attach_step_hook(lambda optimizer: seen.append(earlier(optimizer)))
+    train(training, 3)
+    assert len(seen) == 3 and training.privacy_engine.accountant.history == [(1.0, 8 / 24, 3)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -265,6 +268,39 @@ def test_split_loop_left_early_warns_and_discards() -> None:
     with pytest.warns(dpfix.DPFixWarning, match="left inside a logical batch"):
         train(training, 1)
     assert training.privacy_engine.accountant.history[-1][-1] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_loop_after_one_that_was_left_early_makes_whole_steps(done: int, workers: int) -> None:
+    """What the memory manager had signalled for batches that were not worked on must not be taken for the next ones'."""
+    given = setting(noise_multiplier=0.0, max_grad_norm=0.1, data_loader=loader(24, batch_size=8, num_workers=workers))
+    model = given["module"]
+    given["optimizer"] = sgd(model)
+    training = dpfix.make_private_safe(**given)
+    drawing(training, *[list(range(24))] * 3)
+
+    def released() -> int:
+        return sum(entry[-1] for entry in training.privacy_engine.accountant.history)
+
+    def work(batches: int) -> None:
+        with memory_managed(training, 8) as split:  # three physical batches for every draw
+            for x, y in islice(split, batches):
+                training[1].zero_grad()
+                F.cross_entropy(training[0](x), y).backward()
+                training[1].step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dpfix.DPFixWarning)
+        work(done)
+        steps = released()
+        before = copy.deepcopy(model)
+        work(3)
+    assert steps == (done == 3) and released() == steps + 1
+    singles = [(x[None], y[None]) for x, y in points(24)]
+    per_sample = gradients_one_by_one(before, lambda m, b: F.cross_entropy(m(b[0]), b[1]), singles)
+    moved = {n: 8 * (p.detach() - model.get_parameter(n).detach()) for n, p in before.named_parameters()}
+    assert relative_error(moved, clipped_sum(per_sample, 0.1)) < 1e-4
 
 
 # ------------------------------------------------------------------ the ledger
