@@ -30,6 +30,7 @@ from dpfix.guards import StepGuard
 from dpfix.plan import Plan
 from dpfix.ranks import Ranks
 from dpfix.sampling import DrawLedger, KnownRows, PrivateDataLoader, StandIn, batch_size, sample_rate
+from dpfix.weights.copies import plain_copy
 
 _ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Models in private training, with the object whose ``cleanup`` ends it."""
@@ -117,12 +118,10 @@ def add_noise_in_place(optimizer: DPOptimizer) -> None:
 
 
 @functools.cache
-def _private_wrapper(cls: type[Any]) -> type[Any]:
-    """One of Opacus's wrappers that answers for the model inside."""
+def _transparent(cls: type[Any]) -> type[Any]:
+    """One of Opacus's wrappers that answers for the model inside, and whose copies are not in training."""
 
-    class PrivateWrapper(cls):
-        guard: StepGuard
-
+    class Transparent(cls):
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
@@ -135,6 +134,19 @@ def _private_wrapper(cls: type[Any]) -> type[Any]:
             wrapped = all(key.startswith("_module.") for key in state_dict)
             target = super() if wrapped else self._module
             return target.load_state_dict(state_dict, *args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _not_in_training, (plain_copy(self._module), self.loss_reduction, self.training)
+
+    return _named_like(Transparent, cls)
+
+
+@functools.cache
+def _private_wrapper(cls: type[Any]) -> type[Any]:
+    """One of Opacus's wrappers, in private training."""
+
+    class PrivateWrapper(_transparent(cls)):
+        guard: StepGuard
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)
@@ -165,10 +177,17 @@ def _named_like(new: type[Any], cls: type[Any]) -> type[Any]:
 
 
 class PrivateModule(AbstractGradSampleModule):
-    """Opacus's wrapper around a model whose per-sample gradients come from an engine of dpfix."""
+    """Opacus's wrapper around a model whose per-sample gradients come from an engine of dpfix.
+
+    A copy of a wrapper, or a pickled one, holds a copy of the model that is not in private training.
+    """
 
     def remove_hooks(self) -> None:
         """Nothing to do: the engine is taken off by :meth:`cleanup`."""
+
+
+def _not_in_training(module: nn.Module, loss_reduction: str, training: bool) -> Any:
+    return _transparent(PrivateModule)(module, loss_reduction=loss_reduction).train(training)
 
 
 def _end(holder: Any, opacus_cleanup: Callable[[], None]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from opacus import PrivacyEngine
+from opacus.grad_sample import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -373,3 +376,37 @@ def test_a_step_hook_that_calls_the_earlier_one_does_not_count_twice() -> None:
     training[1].attach_step_hook(lambda optimizer: seen.append(earlier(optimizer)))
     train(training, 3)
     assert len(seen) == 3 and training.privacy_engine.accountant.history == [(1.0, 8 / 24, 3)]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("mode", ["bookkeeping", "vmap", "microbatch", "hooks", "functorch", "ew"])
+def test_a_copy_of_the_wrapper_is_not_in_training(mode: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    training = dpfix.make_private_safe(**setting(grad_sample_mode=mode))
+    train(training, 1)
+    model, x = training[0], torch.randn(4, 6)
+    copied = duplicate(model)
+    assert isinstance(copied, AbstractGradSampleModule) and list(copied.state_dict()) == list(model.state_dict())
+    copied(x).sum().backward()  # an ordinary one
+    assert all(p.grad is not None and p.grad_sample is None for p in copied.parameters())
+    plain = copied.to_standard_module()
+    training[1].zero_grad()  # expanded weights want that before every call
+    assert torch.allclose(plain(x), model.eval()(x)) and not vars(plain).keys() & {"forward"}
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in plain.modules())
+    model.train()
+    train(training, 1)  # goes on
+    training[1].zero_grad()
+    assert not torch.allclose(plain(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("mode", ["bookkeeping", "vmap", "microbatch"])
+def test_a_model_that_is_not_wrapped_can_be_pickled_while_training(mode: str) -> None:
+    given = setting(grad_sample_mode=mode, wrap_model=False)
+    training = dpfix.make_private_safe(**given)
+    x = torch.randn(4, 6)
+    loaded = pickle.loads(pickle.dumps(given["module"]))
+    loaded(x).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+    assert torch.allclose(loaded(x), given["module"](x))
+    train((given["module"], *training[1:]), 2)  # goes on

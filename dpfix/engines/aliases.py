@@ -50,7 +50,7 @@ class Iteration:
 
 
 class PerSampleForward:
-    """Stands in for a module's ``forward``; a deep copy of the module gets its ordinary one back."""
+    """Stands in for a module's ``forward``; a copy of the module, or a pickled one, gets its ordinary one back."""
 
     def __init__(self, handle: AliasHandle) -> None:
         self.handle = handle
@@ -59,9 +59,12 @@ class PerSampleForward:
         """The per-sample forward pass."""
         return self.handle.forward(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.handle.model))
-        return None if copied is None else MethodType(type(copied).forward, copied)
+    def __reduce__(self) -> Any:
+        return _forward_of, (self.handle.model,)
+
+
+def _forward_of(model: nn.Module) -> MethodType:
+    return MethodType(type(model).forward, model)
 
 
 class AliasHandle(ABC):
