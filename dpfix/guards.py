@@ -44,7 +44,12 @@ StepHook = Callable[[DPOptimizer], None]
 _MOVED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
 """Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
 
-_SAME_ON_RANKS = ("the pass over the data_loader", "the number of its batches", *_MOVED)
+_SAME_ON_RANKS = (
+    "the pass over the data_loader",
+    "the number of its batches",
+    "the number of accounted steps",
+    *_MOVED,
+)
 
 
 class OtherSteps:
@@ -236,6 +241,7 @@ class StepGuard:
         self._accountant: StepHook | None = None
         self._counted = False
         self._released = 0
+        self.accounted: Callable[[], int] = lambda: 0
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._clear = True  # zero_grad was called since the last step
         self._can_clip = handle if isinstance(handle, FlatClipping) else None
@@ -314,7 +320,8 @@ class StepGuard:
             return
         seed, number = (self.ledger.seed, self.ledger.number) if self.ledger else (0, self._released)
         settings = [float(getattr(optimizer, name)) for name in _MOVED]
-        everyone = self.ranks.exchange_numbers([0.0, seed, number, *settings], optimizer.params[0].device)
+        mine = [0.0, seed, number, self.accounted(), *settings]
+        everyone = self.ranks.exchange_numbers(mine, optimizer.params[0].device)
         failed = [rank for rank, values in enumerate(everyone) if values[0]]
         if failed:
             raise RankError(

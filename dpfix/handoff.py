@@ -329,6 +329,7 @@ def hand_off(
     _account(privacy_engine, private_optimizer, data_loader, ranks)
     guard.remember_call(private_optimizer)
     guard.count_steps(private_optimizer)
+    guard.accounted = lambda: sum(entry[-1] for entry in privacy_engine.accountant.history)
     if ledger is not None:
         ledger.at_start = lambda: guard.begin_pass(private_optimizer)
     _ACTIVE[module] = prepared

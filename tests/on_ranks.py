@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import warnings
@@ -202,9 +203,9 @@ def shuffled(rank: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*digits()[order]), batch_size=6)
 
 
-def repeating(rank: int, size: int) -> DataLoader[Any]:
-    """A loader whose sampler fills the last batch up with a sample that another rank has."""
-    sampler = DistributedSampler(digits(61), num_replicas=size, rank=rank)
+def repeating(rank: int, size: int, samples: int = 61) -> DataLoader[Any]:
+    """A loader whose sampler fills the last batch up with a sample that another rank has, if there is one too few."""
+    sampler = DistributedSampler(digits(samples), num_replicas=size, rank=rank)
     return DataLoader(sampler.dataset, batch_size=6, sampler=sampler)
 
 
@@ -296,6 +297,17 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
             ExponentialGradClip(training[1], gamma=0.5).step()
         loop(training, training[2])
 
+    def load(training: dpfix.PrivateTraining) -> None:
+        loop(training, islice(training[2], 2))
+        file = io.BytesIO()
+        given = {"path": file, "module": training[0], "optimizer": training[1], "data_loader": training[2]}
+        training.privacy_engine.save_checkpoint(**given)
+        loop(training, islice(training[2], 2))
+        file.seek(0)
+        if rank == 0:
+            training.privacy_engine.load_checkpoint(**given)
+        loop(training, training[2])
+
     def peek(training: dpfix.PrivateTraining) -> None:
         if rank == 0:
             next(iter(training[2]))
@@ -307,6 +319,7 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
         "left out": misuse(call(batch_size=20), leave_out),
         "not finite": misuse(call(batch_size=20), not_finite),
         "scheduler": misuse(call(), schedule),
+        "load": misuse(call(poisson_sampling=False, data_loader=repeating(rank, size, 60)), load),
         "peek": misuse(call(), peek),
     }
     training = dpfix.make_private_safe(**call())
