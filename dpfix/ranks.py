@@ -133,7 +133,8 @@ class Ranks:
         """All ranks have to train the same model in the same way.
 
         Args:
-            values: what has to be equal, by name; a name that a rank does not have is not compared.
+            values: what has to be equal, by name; a name that a rank does not have is not compared. Bytes, which may be
+                digests of data, are not shown to anybody.
 
         Raises:
             RankError: a value is not.
@@ -143,11 +144,11 @@ class Ranks:
             for name in (n for n in everyone[0] if n in other):
                 here, there = everyone[0][name], other[name]
                 if here != there:
+                    what = "differs" if isinstance(here, bytes) else f"is {here} on rank 0 and {there}"
                     raise RankError(
-                        f"the ranks do not train the same thing: {name} is {here} on rank 0 and {there} on rank {rank}. Every "
-                        "rank has to make the same call, with the same model, the whole dataset and the same arguments; load "
-                        "weights before DifferentiallyPrivateDistributedDataParallel(model), which sends those of rank 0 to "
-                        "the others."
+                        f"the ranks do not train the same thing: {name} {what} on rank {rank}. Every rank has to make the same "
+                        "call, with the same model, the whole dataset and the same arguments; load weights before "
+                        "DifferentiallyPrivateDistributedDataParallel(model), which sends those of rank 0 to the others."
                     )
 
 
@@ -167,31 +168,32 @@ def new_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**53, (), generator=generator))
 
 
-def fingerprint(module: nn.Module) -> dict[str, str]:
+def fingerprint(module: nn.Module) -> dict[str, str | bytes]:
     """Parameters and buffers of a model, so that ranks can compare them.
 
     Args:
         module: the repaired model.
 
     Returns:
-        Shape, type and a digest of the values by name, for :meth:`Ranks.check_same`. They do not leave the process group.
+        Shape, type and a digest of the values by name, for :meth:`Ranks.check_same`.
     """
     named = {f"parameter `{n}`": p for n, p in module.named_parameters()}
     named |= {f"buffer `{n}`": b for n, b in module.named_buffers()}
-    return {"the parameters and buffers": ", ".join(named)} | {
-        name: f"{tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}, values {digest(t)}"
-        for name, t in named.items()
-    }
+    found: dict[str, str | bytes] = {"the parameters and buffers": ", ".join(named)}
+    for name, t in named.items():
+        found[name] = f"{tuple(t.shape)}, {t.dtype}, {'trained' if t.requires_grad else 'not trained'}"
+        found[f"the content of {name}"] = digest(t)
+    return found
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """A few characters that tell the values of tensors apart, bit by bit.
+def digest(tensor: torch.Tensor) -> bytes:
+    """A few bytes that tell the values of tensors apart, bit by bit.
 
     Args:
         tensor: any tensor.
 
     Returns:
-        Hexadecimal digits.
+        A part of a SHA-256.
     """
     flat = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12]
+    return hashlib.sha256(flat.numpy().tobytes()).digest()[:12]

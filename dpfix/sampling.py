@@ -389,7 +389,7 @@ READS = 6
 """How often a sample is read to tell what is always the same in it; by chance alone a transform is so once in thousands."""
 
 
-def identity(loader: DataLoader[Any]) -> dict[str, str]:
+def identity(loader: DataLoader[Any]) -> dict[str, str | bytes]:
     """Who is in the data of a loader, so that ranks can compare it: they share a batch by the places of its samples.
 
     Args:
@@ -400,10 +400,10 @@ def identity(loader: DataLoader[Any]) -> dict[str, str]:
         does not change from one reading to the next in two of the samples.
     """
     indices = index_set(loader)
-    found = {"the indices that are drawn from": digest(torch.as_tensor(indices))}
+    found: dict[str, str | bytes] = {"the list of indices to draw from": digest(torch.as_tensor(indices))}
     dataset: Any = loader.dataset
     while isinstance(dataset, Subset):
-        found[f"the indices of Subset {len(found)}"] = digest(torch.as_tensor(list(dataset.indices)))
+        found[f"the list of indices of Subset {len(found)}"] = digest(torch.as_tensor(list(dataset.indices)))
         dataset = dataset.dataset
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, DistributedSampler):
@@ -416,7 +416,7 @@ def identity(loader: DataLoader[Any]) -> dict[str, str]:
     return found
 
 
-def _constant(item: Any) -> dict[str, str]:
+def _constant(item: Any) -> dict[str, bytes]:
     arrays = ((path, torch.as_tensor(leaf)) for path, leaf in trees.leaves(item) if _is_array(leaf))
     return {str(path): digest(tensor) for path, tensor in arrays}
 
