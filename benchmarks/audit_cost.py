@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix import audit, isolation, observe, select, timing
+from dpfix.audit import clipped_sum, isolation, persistent_state
+from dpfix.choose import select, timing
+from dpfix.observe import run as observe_run
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -214,10 +216,10 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
 
 
 PROVING = (
-    (observe, "observe", "observe"),
-    (isolation, "check_state", "isolate"),
+    (observe_run, "observe", "observe"),
+    (persistent_state, "check_state", "isolate"),
     (isolation, "check_isolation", "isolate"),
-    (audit, "reference", "isolate"),
+    (clipped_sum, "reference", "isolate"),
     (select, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfix.findings import Finding
+from dpfix.report.finding import Finding
 from dpfix.rules import RULES
-from dpfix.scan import Options, Scan
+from dpfix.scan.options import Options
+from dpfix.scan.scan import Scan
 
 PAGES = Path(__file__).parent / "rules"
 SECTIONS = ("What", "Why bad", "Why", "Example", "Use instead", "Fix safety")

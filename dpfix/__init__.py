@@ -9,8 +9,7 @@ from dpfix.api import (
     make_private_safe,
     make_private_safe_with_epsilon,
 )
-from dpfix.augmentation import AugmentationMultiplicity
-from dpfix.engines.by_func import per_sample_gradients
+from dpfix.engines.per_sample.function import per_sample_gradients
 from dpfix.errors import (
     AccumulationError,
     ArgumentError,
@@ -38,11 +37,13 @@ from dpfix.errors import (
     UnknownArgumentError,
     UnusedKeysError,
 )
-from dpfix.findings import EngineEvidence, Finding, Fixability, Report, Severity
-from dpfix.losses import PerSampleLoss
 from dpfix.plan import Plan
-from dpfix.statement import PrivacyStatement
-from dpfix.training import PrivateTraining
+from dpfix.repair.per_sample_loss import PerSampleLoss
+from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.report.report import EngineEvidence, Report
+from dpfix.report.statement import PrivacyStatement
+from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.training.result import PrivateTraining
 from dpfix.weights import (
     Difference,
     EquivalenceReport,

@@ -1,4 +1,4 @@
-"""The entry points: check the arguments, prepare (:mod:`dpfix.flow`), hand off to Opacus."""
+"""The entry points: check the arguments, prepare (:mod:`dpfix.pipeline`), hand off to Opacus."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix import checkpoint, handoff, notes, sampling
-from dpfix.arguments import (
+from dpfix.choose.settings import versions
+from dpfix.distributed import Ranks, fingerprint
+from dpfix.errors import ArgumentError, DPFixError, RankError
+from dpfix.instrument.rng import rng_untouched
+from dpfix.observe.training_step import StepFunction
+from dpfix.pipeline import Call, as_finding, prepare, refuse, warn_blocked
+from dpfix.plan import Plan
+from dpfix.repair.surgery import Surgery
+from dpfix.report.report import Report
+from dpfix.rules import RULES, compiled
+from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.sampling.identity import identity
+from dpfix.sampling.loader import views_of
+from dpfix.sampling.rate import batch_size, index_set, sample_rate
+from dpfix.scan.arguments import (
     check_augmentation,
     check_budget,
     check_delta,
@@ -23,18 +36,11 @@ from dpfix.arguments import (
     check_ranks,
     check_values,
 )
-from dpfix.augmentation import AugmentationMultiplicity
-from dpfix.errors import ArgumentError, DPFixError, RankError
-from dpfix.findings import Report
-from dpfix.flow import Call, prepare, refuse
-from dpfix.plan import Plan
-from dpfix.ranks import Ranks, fingerprint
-from dpfix.rules import RULES, compiled
-from dpfix.scan import Options, run_rules
-from dpfix.surgery import Surgery
-from dpfix.traceless import rng_untouched
-from dpfix.training import PrivateTraining
-from dpfix.training_step import StepFunction
+from dpfix.scan.options import Options
+from dpfix.scan.scan import run_rules
+from dpfix.training import checkpoint
+from dpfix.training.handoff import end_earlier, hand_off, option_names
+from dpfix.training.result import PrivateTraining
 
 
 def make_private_safe(
@@ -128,7 +134,7 @@ def make_private_safe(
         with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
             prepared = prepare(call, surgery)
             call.ranks.check_same(_what_is_trained(call, prepared.plan, noise_multiplier))
-            made = handoff.hand_off(
+            made = hand_off(
                 _opacus_make_private(engine),
                 engine,
                 module=call.module,
@@ -150,11 +156,11 @@ def make_private_safe(
             try:
                 call.ranks.exchange("handed off")
             except RankError:
-                handoff.end_earlier(call.module)
+                end_earlier(call.module)
                 raise
             surgery.commit()
     report = prepared.report(call, noise_multiplier)
-    notes.warn_blocked(report)
+    warn_blocked(report)
     return PrivateTraining(made, report, engine)
 
 
@@ -203,7 +209,7 @@ def make_private_safe_with_epsilon(
             noise = get_noise_multiplier(
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
-                sample_rate=sampling.sample_rate(data_loader),
+                sample_rate=sample_rate(data_loader),
                 steps=epochs * len(data_loader),
                 accountant=engine.accountant.mechanism(),
                 **search,
@@ -273,8 +279,8 @@ def diagnose(
         try:
             prepared = prepare(call, surgery)
         except DPFixError as error:
-            refused = error.findings or (notes.as_finding(error),)
-            return Report(type(call.module).__name__, refused, versions=notes.versions())
+            refused = error.findings or (as_finding(error),)
+            return Report(type(call.module).__name__, refused, versions=versions())
     return prepared.report(call, None)
 
 
@@ -374,8 +380,8 @@ def _what_is_trained(call: Call, plan: Plan, noise_multiplier: float) -> dict[st
         {
             "noise_multiplier": noise_multiplier,
             "the options of the call": str(call.options),
-            "the number of samples": len(sampling.index_set(call.data_loader)),
-            "the batch size": sampling.batch_size(call.data_loader),
+            "the number of samples": len(index_set(call.data_loader)),
+            "the batch size": batch_size(call.data_loader),
             "the engine": plan.engine,
             "the loss reduction": plan.loss_reduction,
             "the weight of a sample": (plan.weighted_by_rows, plan.views),
@@ -384,7 +390,7 @@ def _what_is_trained(call: Call, plan: Plan, noise_multiplier: float) -> dict[st
             "the order of the optimizer's parameters": [[names[id(p)] for p in g["params"]] for g in groups],
             "the options of the optimizer": [{k: str(v) for k, v in g.items() if k != "params"} for g in groups],
         }
-        | sampling.identity(call.data_loader)
+        | identity(call.data_loader)
         | fingerprint(call.module)
     )
 
@@ -424,12 +430,12 @@ def _call(
 
 def _views(asked_for: Any, data_loader: Any) -> Any:
     """The loader of an earlier call goes on delivering views."""
-    return sampling.views_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
+    return views_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
 
 
 def _plain(module: Any) -> Any:
     """The user's own module: without ``torch.compile``, and out of a private training it is already in."""
-    return handoff.end_earlier(compiled.unwrap(module)) if isinstance(module, nn.Module) else module
+    return end_earlier(compiled.unwrap(module)) if isinstance(module, nn.Module) else module
 
 
 def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
@@ -443,7 +449,7 @@ def _check(call: Call, noise_multiplier: float, options: dict[str, Any]) -> None
     check_values(call.options, call.module, call.loss_reduction, noise_multiplier)
     check_augmentation(call.augmentation, call.options)
     known = [name for name in inspect.signature(make_private_safe).parameters if name != "options"]
-    check_names(options, handoff.option_names(call.options.clipping, "hooks"), known)
+    check_names(options, option_names(call.options.clipping, "hooks"), known)
 
 
 def _clip_norms(call: Call, frozen: tuple[str, ...]) -> Any:

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 from opacus.validators.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
-    from dpfix.findings import Finding
+    from dpfix.report.finding import Finding
 
 
 class DPFixError(Exception):

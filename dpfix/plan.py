@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dpfix.call_sites import CallSite
-from dpfix.layout import CallLayout, LayerCall, RowCounter
+from dpfix.instrument.call_sites import CallSite
+from dpfix.layout.calls import CallLayout, LayerCall
+from dpfix.layout.row_count import RowCounter
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from dpfix.engines.base import Engine, FlatClipping, Handle, Verdict
 from dpfix.engines.bookkeeping import Bookkeeping
-from dpfix.engines.by_hand import ByHand
-from dpfix.engines.expanded_weights import ExpandedWeights
-from dpfix.engines.microbatch import Microbatch
-from dpfix.engines.opacus_hooks import OpacusHooks
-from dpfix.engines.vmap import Vmap
+from dpfix.engines.opacus.expanded_weights import ExpandedWeights
+from dpfix.engines.opacus.hooks import OpacusHooks
+from dpfix.engines.opacus.no_op import ByHand
+from dpfix.engines.per_sample.microbatch import Microbatch
+from dpfix.engines.per_sample.vmap import Vmap
 
 ENGINES: Mapping[str, Engine] = {
     "bookkeeping": Bookkeeping(),

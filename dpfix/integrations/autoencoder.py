@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfix.errors import ArgumentError, LossError
-from dpfix.losses import PerSampleLoss
+from dpfix.repair.per_sample_loss import PerSampleLoss
 
 RECONSTRUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda restored, image: (restored - image).abs(),

@@ -27,16 +27,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF001"
 TITLE = "BatchNorm mixes the samples of a batch"
 ERROR = ModelError
 
-NORMS = ("group", "instance", "layer")
 _MAX_GROUPS = 32
 _KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF006"
 TITLE = "a compiled module"

@@ -35,12 +35,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
-from dpfix.findings import Finding, Fixability, Severity
-from dpfix.ranks import Ranks
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF011"
 TITLE = "the data loader cannot be sampled as the accountant assumes"

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF004"
 TITLE = "the model is in evaluation mode"

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.weights.copies import plain_copy
 from dpfix.weights.equivalence import EquivalenceReport, verify_equivalence
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF003"
 TITLE = "a module works in place"

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF002"
 TITLE = "InstanceNorm keeps running statistics of the batch"

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from dpfix.errors import OptimizerError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF010"
 TITLE = "the optimizer does not fit the model"

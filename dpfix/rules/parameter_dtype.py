@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF009"
 TITLE = "a parameter whose noise is not what is accounted"

@@ -26,11 +26,11 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpfix.errors import ModelError
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.weights.equivalence import verify_equivalence
 
 if TYPE_CHECKING:
-    from dpfix.scan import Scan
+    from dpfix.scan.scan import Scan
 
 CODE = "DPF007"
 TITLE = "a layer that Opacus's hooks cannot see into"

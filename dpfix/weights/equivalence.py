@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dpfix import trees
 from dpfix.errors import ArgumentError
-from dpfix.traceless import rng_untouched
+from dpfix.instrument import pytree
+from dpfix.instrument.rng import rng_untouched
 from dpfix.weights.copies import plain_copy, unwrap
 
 MODES = ("eval", "train")
@@ -153,7 +153,7 @@ def verify_equivalence(
     _check(a, b, mapping, modes)
     if float64:
         a, b = a.double(), b.double()
-        inputs = trees.map_leaves(_double, inputs)
+        inputs = pytree.map_leaves(_double, inputs)
     if randomise:
         _randomise(a, b, seed, None if randomise is True else randomise)
     paths = _common(a, b) if mapping is None else dict(mapping)
@@ -251,7 +251,7 @@ def _common(a: nn.Module, b: nn.Module) -> dict[str, str]:
     return {path: path for path, _ in a.named_modules() if path in there}
 
 
-def _double(_: trees.Path, leaf: Any) -> Any:
+def _double(_: pytree.Path, leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
 
@@ -289,7 +289,7 @@ def _run(model: nn.Module, inputs: Any, names: Mapping[str, str], mode: str, see
 
 
 def _call(function: Callable[..., Any], inputs: Any) -> Any:
-    inputs = trees.map_leaves(lambda _, x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    inputs = pytree.map_leaves(lambda _, x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
     if isinstance(inputs, Mapping):
         return function(**inputs)
     return function(*inputs) if isinstance(inputs, tuple) else function(inputs)
@@ -331,12 +331,12 @@ def _reseed(*parts: object) -> None:
 def _snapshot(output: Any) -> Any:
     """The tensors of an output as they are now; a layer behind may work in place."""
 
-    def keep(_: trees.Path, leaf: Any) -> Any:
+    def keep(_: pytree.Path, leaf: Any) -> Any:
         if isinstance(leaf, PackedSequence):
             return {"data": leaf.data.clone(), "batch_sizes": leaf.batch_sizes.clone()}
         return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
-    return dict(trees.leaves(trees.map_leaves(keep, output)))
+    return dict(pytree.leaves(pytree.map_leaves(keep, output)))
 
 
 # ------------------------------------------------------------------ comparing
@@ -361,8 +361,8 @@ def _parted(
 
 def _compare(a: Any, b: Any, atol: float, rtol: float) -> Iterator[tuple[bool, Difference]]:
     """Every leaf of two outputs: whether it agrees, and by how much it does not."""
-    a = a if isinstance(a, dict) and all(isinstance(k, tuple) for k in a) else dict(trees.leaves(a))
-    b = b if isinstance(b, dict) and all(isinstance(k, tuple) for k in b) else dict(trees.leaves(b))
+    a = a if isinstance(a, dict) and all(isinstance(k, tuple) for k in a) else dict(pytree.leaves(a))
+    b = b if isinstance(b, dict) and all(isinstance(k, tuple) for k in b) else dict(pytree.leaves(b))
     if a.keys() != b.keys():
         parts = sorted(_shown(path) or "the output" for path in a.keys() ^ b.keys())
         yield False, Difference("", "", "", 0, "", math.inf, 0.0, f"only one of them has {', '.join(parts[:3])}")
@@ -372,7 +372,7 @@ def _compare(a: Any, b: Any, atol: float, rtol: float) -> Iterator[tuple[bool, D
         yield equal, Difference("", "", "", 0, _shown(path), size, scale, reason)
 
 
-def _shown(path: trees.Path) -> str:
+def _shown(path: pytree.Path) -> str:
     return "".join(f"[{key!r}]" for key in path)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix import trees
 from dpfix.errors import ArgumentError, NotConvertibleError
-from dpfix.traceless import rng_untouched
+from dpfix.instrument import pytree
+from dpfix.instrument.rng import rng_untouched
 from dpfix.weights import files, legacy
 from dpfix.weights.copies import plain_copy, unwrap
 from dpfix.weights.equivalence import compare_outputs
@@ -152,7 +152,7 @@ def _differences(
 
 
 def _difference(model: nn.Module, recording: Recording) -> float:
-    floats = [t for t in trees.tensors(recording.output) if t.is_floating_point()]
+    floats = [t for t in pytree.tensors(recording.output) if t.is_floating_point()]
     if floats:
         model.to(floats[0].dtype)
     with rng_untouched(), torch.no_grad():

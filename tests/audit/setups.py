@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from dpfix import audit, observe, probe
+from dpfix.audit.clipped_sum import Reference, check_engine, movement, reference
+from dpfix.audit.released import released_sums
 from dpfix.engines import Engine
-from dpfix.findings import EngineEvidence
-from dpfix.observe import StepRecord
+from dpfix.observe import probe
+from dpfix.observe.probe import Probe
+from dpfix.observe.record import StepRecord
+from dpfix.observe.run import observe
+from dpfix.observe.training_step import TrainingStep
 from dpfix.plan import Plan
-from dpfix.probe import Probe
-from dpfix.training_step import TrainingStep
+from dpfix.report.report import EngineEvidence
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -36,29 +39,27 @@ class Looked:
     samples: Probe
     record: StepRecord
     plan: Plan
-    wanted: audit.Reference
+    wanted: Reference
 
     def check(self, engine: Engine) -> EngineEvidence:
         """What the audit says about an engine."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return audit.check_engine(
-            engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms
-        )
+        return check_engine(engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms)
 
     def movement(self, engine: Engine, sample: int) -> float:
         """How far leaving one sample out moves what an engine releases, at most, in units of the clip norm."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
         norms = self.wanted.clip_norms
         sums = [
-            audit.released_sums(engine, self.model, self.step, samples, plan, norms)
+            released_sums(engine, self.model, self.step, samples, plan, norms)
             for samples in (self.samples, self.samples.without(sample))
         ]
-        return max(audit.movement(every, fewer, norm) for every, fewer, norm in zip(*sums, norms, strict=True))
+        return max(movement(every, fewer, norm) for every, fewer, norm in zip(*sums, norms, strict=True))
 
     def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
         """What the audit says about an engine when leaving one sample out is tried too."""
         plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return audit.check_engine(
+        return check_engine(
             engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms, sample
         )
 
@@ -74,11 +75,11 @@ def look(
     loader: DataLoader[Any] = DataLoader(items, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
     samples = probe.take(loader)
     training_step = TrainingStep(step, "test", loss_known=True)
-    record = observe.observe(model, training_step, samples)
+    record = observe(model, training_step, samples)
     plan = Plan(
         "", "", record.calls, record.layers, record.elsewhere, loss_reduction=loss_reduction, help_vmap=record.to_help
     )
-    return Looked(model, training_step, samples, record, plan, audit.reference(record, record.unused))
+    return Looked(model, training_step, samples, record, plan, reference(record, record.unused))
 
 
 def labelled(*shape: int, samples: int = 4, classes: int = 3) -> list[tuple[Tensor, int]]:

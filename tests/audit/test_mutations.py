@@ -13,7 +13,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from dpfix.engines import ENGINES, FlatClipping
-from dpfix.engines.microbatch import Microbatch, MicrobatchHandle
+from dpfix.engines.per_sample.microbatch import Microbatch, MicrobatchHandle
 from tests.audit.models import Example, models
 from tests.audit.setups import Looked, classify, labelled, look
 from tests.reference import gradients_one_by_one, relative_error

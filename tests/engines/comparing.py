@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dpfix.engines.bookkeeping import Bookkeeping
-from dpfix.observe import observe
+from dpfix.observe.probe import Probe
+from dpfix.observe.run import observe
+from dpfix.observe.training_step import TrainingStep, stand_in_loss
 from dpfix.plan import Plan
-from dpfix.probe import Probe
-from dpfix.training_step import TrainingStep, stand_in_loss
 
 SAMPLES = 4
 Case = tuple[Callable[[], nn.Module], Callable[[int], Tensor]]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import dpfix
 from dpfix.engines.bookkeeping import Bookkeeping
-from dpfix.observe import observe
+from dpfix.observe.run import observe
+from dpfix.observe.training_step import TrainingStep, stand_in_loss
 from dpfix.plan import Plan
-from dpfix.training_step import TrainingStep, stand_in_loss
 from tests.engines.comparing import SAMPLES, Case, check, close, floats, ids, loss_of, plan_for, probe_of
 from tests.helpers import setting
 
@@ -429,7 +429,7 @@ def test_a_row_count_that_does_not_fit_is_refused() -> None:
     handle, _, _ = attached(Reshaped(), floats(5, 6))
     with pytest.raises(Exception, match="does not hold 4 samples"):
         handle._layers["a"][0].inputs[0][1].samples  # noqa: B018
-        from dpfix.engines.bookkeeping.rows import rows_of
+        from dpfix.layout.rows import rows_of
 
         rows_of(torch.zeros(7, 2), handle._layers["a"][0].inputs[0][1], 4)
 

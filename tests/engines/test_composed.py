@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpfix.engines.bookkeeping import Bookkeeping
-from dpfix.engines.bookkeeping.expanded import ExpandedStandIn
+from dpfix.engines.bookkeeping.unknown_module import ExpandedStandIn
 from dpfix.errors import PlanBrokenError
-from dpfix.training_step import TrainingStep, stand_in_loss
+from dpfix.observe.training_step import TrainingStep, stand_in_loss
 from tests.engines.comparing import Case, check, floats, ids, plan_for, probe_of
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpfix
-from dpfix.engines.helped import Helped
+from dpfix.engines.functional.workarounds import Helped
 from tests.cases import Case, labelled, words
 from tests.helpers import private, released
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import Contribution
-from dpfix.engines.bookkeeping.correlation import Correlation, Geometry
+from dpfix.engines.bookkeeping.convolution_norms import Correlation, Geometry
 from dpfix.engines.bookkeeping.embedding import Lookup, Tied
 from dpfix.engines.bookkeeping.linear import Outer
 from tests.engines.comparing import check, floats, ids

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpfix
-from dpfix import timing
+from dpfix.choose import timing
 from dpfix.engines import ENGINES
-from dpfix.engines.vmap import Vmap
+from dpfix.engines.per_sample.vmap import Vmap
 from tests.audit.setups import labelled, look
 from tests.helpers import setting
 

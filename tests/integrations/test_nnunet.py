@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.cli import main
+from dpfix.__main__ import main
 from dpfix.integrations.nnunet import PatientPatches, Settings, diagnose_installation, mean_over_patients
 from dpfix.integrations.nnunet.doctor import TRAINERS
 from dpfix.integrations.nnunet.patients import stock_loader

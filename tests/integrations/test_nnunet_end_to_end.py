@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("nnunetv2")
 
 import dpfix
-from dpfix.cli import main
+from dpfix.__main__ import main
 from dpfix.integrations.nnunet.trainer import KEY
 from dpfix.segmentation import ensemble_probabilities, segmentation_from_probabilities
 from tests.integrations import nnunet_workflow as workflow

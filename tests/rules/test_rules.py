@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import dpfix
-from dpfix.findings import Finding, Fixability, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules import RULES
-from dpfix.scan import Options, Scan
+from dpfix.scan.options import Options
+from dpfix.scan.scan import Scan
 from tests.rules.examples import Example, example
 
 CHANGES = (Fixability.EXACT, Fixability.CHANGES_MODEL)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
-from dpfix import activations
-from dpfix.findings import Finding, Severity
+from dpfix.observe import double_activation
+from dpfix.report.finding import Finding, Severity
 from tests.helpers import setting
 
 pytest.importorskip("monai")
@@ -236,4 +236,4 @@ def test_networks_with_their_natural_loss(name: str) -> None:
         loss = DiceCELoss(softmax=True)(ZOO[name]()(x), F.one_hot(x.long().clamp(0, 2)[:, 0], 3).movedim(-1, 1))
     else:
         loss = F.cross_entropy(CLASSIFIERS[name]()(x), torch.tensor([0, 1]))
-    assert activations.repeated(loss, activations.Calls()) == ()
+    assert double_activation.repeated(loss, double_activation.Calls()) == ()

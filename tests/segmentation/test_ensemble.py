@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dpfix
-from dpfix.cli import main
+from dpfix.__main__ import main
 from dpfix.segmentation import check_probabilities, ensemble_probabilities, segmentation_from_probabilities
 from dpfix.segmentation.folders import ensemble_folders
 from tests.segmentation.exports import LABELS, ORDER, SHAPE, activated, export, probabilities, properties, truth

@@ -66,11 +66,11 @@ class Legacy:
 
     def run(self, model: torch.nn.Module, method: str) -> list[Tensor]:
         """The tensors that a call returns, with the random numbers of a seed."""
-        from dpfix import trees
+        from dpfix.instrument import pytree
 
         torch.manual_seed(SEED)
         with torch.no_grad():
-            return trees.tensors(self.part(getattr(model, method)(*self.inputs(method))))
+            return pytree.tensors(self.part(getattr(model, method)(*self.inputs(method))))
 
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:

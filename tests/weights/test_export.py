@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from dpfix.repair.surgery import Surgery
 from dpfix.rules import replaceable
-from dpfix.scan import Options, Scan
-from dpfix.surgery import Surgery
+from dpfix.scan.options import Options
+from dpfix.scan.scan import Scan
 from tests.cases import Attention, Recurrent
 from tests.helpers import setting, sgd, train
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import activation
 
-from dpfix.engines.bookkeeping.calls import plainly
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.layers import Apply, StandIn, sources
+from dpfix.engines.bookkeeping.forward import Apply, StandIn, sources
+from dpfix.engines.bookkeeping.layer_rule import plainly
 from dpfix.engines.bookkeeping.linear import Linear
-from dpfix.engines.bookkeeping.rows import Rows, rows_of
+from dpfix.layout.rows import Rows, rows_of
 
 if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.handle import RootCall
+    from dpfix.engines.bookkeeping.iteration import RootCall
 
 _LINEAR, _EMBEDDING = Linear(), Embedding()
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.correlation import Geometry, correlation
+from dpfix.engines.bookkeeping.convolution_norms import Geometry, correlation
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, autocast, plainly
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.contributions import full_precision, squared
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.linear import Outer
 
 

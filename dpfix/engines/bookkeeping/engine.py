@@ -12,17 +12,18 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dpfix.engines.base import Verdict
-from dpfix.engines.bookkeeping.calls import Rule
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.expanded import ExpandedStandIn
-from dpfix.engines.bookkeeping.handle import BookkeepingHandle, RootStandIn
-from dpfix.engines.bookkeeping.layers import LayerStandIn
+from dpfix.engines.bookkeeping.forward import LayerStandIn
+from dpfix.engines.bookkeeping.handle import BookkeepingHandle
+from dpfix.engines.bookkeeping.layer_rule import Rule
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.engines.bookkeeping.norms import NORMS
 from dpfix.engines.bookkeeping.prelu import PReLU
 from dpfix.engines.bookkeeping.recurrent import CellStandIn, RecurrentStandIn
+from dpfix.engines.bookkeeping.root import RootStandIn
+from dpfix.engines.bookkeeping.unknown_module import ExpandedStandIn
 from dpfix.plan import Plan
 
 RULES: tuple[Rule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())

@@ -9,109 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix import trees
 from dpfix.engines.base import no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.contributions import Contribution
-from dpfix.engines.bookkeeping.layers import StandIn
-from dpfix.engines.bookkeeping.rows import rows_of
-from dpfix.engines.bookkeeping.sums import add_up
+from dpfix.engines.bookkeeping.forward import StandIn
+from dpfix.engines.bookkeeping.iteration import Iteration, RootCall
+from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.errors import PlanBrokenError
-from dpfix.layout import CallLayout, LayerCall, known_layout, samples_in
+from dpfix.layout.calls import CallLayout, LayerCall, known_layout, samples_in
 from dpfix.plan import Plan
 
 _EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
-
-
-class Iteration:
-    """The forward calls between two backward passes, and what came back from them.
-
-    Attributes:
-        found: contributions by parameter, by number of samples of the model's call.
-        calls: how often each module was called.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[int, dict[nn.Parameter, list[Contribution]]] = {}
-        self.calls: dict[str, int] = {}
-        self.late: Callable[[Iteration], None] = lambda _: None
-
-    def reporter(self, samples: int) -> Callable[[nn.Parameter, Contribution], None]:
-        """Where a call with some number of samples reports.
-
-        Args:
-            samples: the number of samples.
-
-        Returns:
-            A function that takes a parameter and a contribution.
-        """
-
-        def report(parameter: nn.Parameter, contribution: Contribution) -> None:
-            self.late(self)
-            self.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
-
-        return report
-
-
-class RootCall:
-    """One call of the model.
-
-    Args:
-        samples: number of samples.
-        iteration: where it reports.
-    """
-
-    def __init__(self, samples: int, iteration: Iteration) -> None:
-        self.samples, self.iteration = samples, iteration
-        self.inside_vmap = False
-
-    @contextmanager
-    def mapping(self) -> Iterator[None]:
-        """A module of the model runs one sample at a time.
-
-        Yields:
-            Nothing.
-        """
-        self.inside_vmap = True
-        try:
-            yield
-        finally:
-            self.inside_vmap = False
-
-
-class RootStandIn(StandIn):
-    """Stands in for the model's own ``forward``.
-
-    Args:
-        handle: the engine at work.
-        module: the model.
-    """
-
-    def __init__(self, handle: BookkeepingHandle, module: nn.Module) -> None:
-        super().__init__(handle, module, "")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, recorded where gradients are being taken.
-
-        Args:
-            *args: its arguments.
-            **kwargs: its keyword arguments.
-
-        Returns:
-            Its output.
-        """
-        transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        if not (self.module.training and torch.is_grad_enabled()) or transformed:
-            return self.original(*args, **kwargs)
-        args, kwargs = trees.plain(args), trees.plain(kwargs)
-        layout = self.handle.call_layout(args, kwargs)
-        with self.handle.root_call(layout, args, kwargs) as call:
-            output = self.original(*args, **kwargs)
-        dims = dict(layout.output)
-        for path, leaf in trees.leaves(output):
-            dim = dims.get(path)
-            if isinstance(leaf, torch.Tensor) and dim is not None:
-                rows_of(leaf, dim, call.samples)
-        return output
 
 
 class BookkeepingHandle:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, autocast, plainly
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, autocast, plainly
 
 KEEP_RATIO = 1.8
 """Per-sample gradients are kept while they are at most this many times larger than activation and output gradient."""

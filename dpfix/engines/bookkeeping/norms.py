@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
 
 _LOOP_ABOVE = 16384
 """Numbers per sample from which one kernel per sample is faster than a product over all of them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.calls import LayerCall, Rule, plainly
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
 
 Saved = tuple[torch.Tensor | None, ...]
 

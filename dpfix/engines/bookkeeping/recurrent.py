@@ -15,22 +15,22 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from dpfix.engines.bookkeeping import gates
-from dpfix.engines.bookkeeping.calls import Report, plainly
+from dpfix.engines.bookkeeping import recurrent_backward
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.layers import Apply, OutOfMap, StandIn, sources
+from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, StandIn, sources
+from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
-from dpfix.engines.bookkeeping.rows import Rows, rows_of
-from dpfix.engines.helped import mapped
+from dpfix.engines.functional.workarounds import mapped
+from dpfix.layout.rows import Rows, rows_of
 
 if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.handle import RootCall
+    from dpfix.engines.bookkeeping.iteration import RootCall
 
-_BACKWARD: dict[str, Callable[..., gates.Found]] = {
-    "LSTM": gates.lstm,
-    "GRU": gates.gru,
-    "RNN_TANH": partial(gates.simple, relu=False),
-    "RNN_RELU": partial(gates.simple, relu=True),
+_BACKWARD: dict[str, Callable[..., recurrent_backward.Found]] = {
+    "LSTM": recurrent_backward.lstm,
+    "GRU": recurrent_backward.gru,
+    "RNN_TANH": partial(recurrent_backward.simple, relu=False),
+    "RNN_RELU": partial(recurrent_backward.simple, relu=True),
 }
 _LINEAR = Linear()
 
@@ -80,7 +80,7 @@ class Sequence:
         out, _ = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(x))  # type: ignore[attr-defined]
         return out[:, back], *(s[0][back] for s in last), *([c.clone()] if self.mode != "LSTM" else [])
 
-    def report(self, p: gates.Pass, found: gates.Found) -> None:
+    def report(self, p: recurrent_backward.Pass, found: recurrent_backward.Found) -> None:
         """Report the contributions of the linear maps.
 
         Args:
@@ -116,7 +116,7 @@ class Direction(torch.autograd.Function):
     def backward(ctx: Any, g_out: torch.Tensor, g_h: torch.Tensor, g_c: torch.Tensor) -> Any:  # noqa: D102
         x, h, c, out, *weights = (full_precision(t.detach()) for t in ctx.saved_tensors)
         sequence: Sequence = ctx.sequence
-        p = gates.Pass(x, h, c, out, dict(zip(sequence.weights, weights, strict=True)))
+        p = recurrent_backward.Pass(x, h, c, out, dict(zip(sequence.weights, weights, strict=True)))
         g_out, g_h, g_c = g_out.to(out.dtype, copy=True), full_precision(g_h), full_precision(g_c)
         cells = g_c[None]
         if sequence.lengths is None:
@@ -323,4 +323,4 @@ class CellStandIn(StandIn):
             apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1], sources=sources(module))
             for t, n in ((x, "ih"), (hidden, "hh"))
         )
-        return gates.cell_step(kind, ih, hh, state)
+        return recurrent_backward.cell_step(kind, ih, hh, state)

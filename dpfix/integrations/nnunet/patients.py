@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dpfix import trees
 from dpfix.errors import LoaderError
+from dpfix.instrument import pytree
 
 
 def stock_loader(augmenter: Any) -> Any:
@@ -82,10 +82,10 @@ def mean_over_patients(loss: Callable[[Any, Any], torch.Tensor], output: Any, ta
     Returns:
         A scalar.
     """
-    patients = trees.tensors(target)[0].shape[0]
+    patients = pytree.tensors(target)[0].shape[0]
 
     def rows(tree: Any, patient: int) -> Any:
-        return trees.map_leaves(lambda _, leaf: leaf[patient], tree)
+        return pytree.map_leaves(lambda _, leaf: leaf[patient], tree)
 
-    output = trees.map_leaves(lambda _, leaf: leaf.unflatten(0, (patients, -1)), output)
+    output = pytree.map_leaves(lambda _, leaf: leaf.unflatten(0, (patients, -1)), output)
     return torch.stack([loss(rows(output, i), rows(target, i)) for i in range(patients)]).mean()

@@ -13,12 +13,12 @@ from opacus.accountants.utils import get_noise_multiplier
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix import sampling
 from dpfix.errors import ArgumentError
 from dpfix.integrations.nnunet import plot
 from dpfix.integrations.nnunet.patients import PatientPatches, mean_over_patients, stock_loader
 from dpfix.integrations.nnunet.settings import Settings, read_settings
-from dpfix.statement import PrivacyStatement
+from dpfix.report.statement import PrivacyStatement
+from dpfix.sampling.rate import sample_rate
 
 KEY = "dpfix"
 """Under this key a checkpoint has the accountant and what was logged, beside nnU-Net's own keys."""
@@ -147,7 +147,7 @@ class PrivateTrainer:
             return get_noise_multiplier(
                 target_epsilon=self.settings.target_epsilon or 0.0,
                 target_delta=self._delta,
-                sample_rate=sampling.sample_rate(loader),
+                sample_rate=sample_rate(loader),
                 steps=this.num_epochs * this.num_iterations_per_epoch,
                 accountant=self.settings.accountant,
             )

@@ -1,0 +1,1 @@
+"""The proofs: the clipped sum equals a batch-of-one reference, and no sample feels another."""

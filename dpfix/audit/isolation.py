@@ -1,0 +1,215 @@
+"""Sample i must not feel sample j: not in the model, not in the loss.
+
+What is compared are outputs and gradients, not loss values: gradients can differ by a hundred times more than values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.audit.clipped_sum import Reference
+from dpfix.audit.loss_causes import coupling_causes
+from dpfix.errors import CoupledLossError, CoupledModelError, LossError, TrainingStepError
+from dpfix.instrument import pytree
+from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.gradients import gap, norm_of, weighted_sum
+from dpfix.instrument.module_state import traceless
+from dpfix.instrument.source import place
+from dpfix.layout.infer import sample_dim
+from dpfix.observe.probe import Probe
+from dpfix.observe.record import StepRecord
+from dpfix.observe.training_step import TrainingStep
+from dpfix.plan import Plan
+
+
+def check_isolation(
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    record: StepRecord,
+    plan: Plan,
+    wanted: Reference,
+    criterion: Any = None,
+) -> list[str]:
+    """Sample i must not feel sample j: first in the model's outputs, then in the loss.
+
+    Args:
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        record: what the probe showed.
+        plan: for the loss reduction.
+        wanted: the batch-of-one reference of this record.
+        criterion: the criterion of the call, to name the cause of a coupling.
+
+    Returns:
+        One line per proof, for the report.
+
+    Raises:
+        CoupledModelError: an output of the model mixes samples.
+    """
+    coupled = _coupled_output(record, wanted.tolerance)
+    if coupled:
+        culprit = _first_coupled_module(module, step, probe, wanted.tolerance, record.counts)
+        raise CoupledModelError(
+            f"DPF013 [breaks-guarantee] {culprit or place(module, '')} mixes the samples of a batch: {coupled}.\n"
+            "  why:  sample i's output depends on sample j, so clipping per sample bounds nothing.\n"
+            "  help: replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
+            "something per sample. training_step was run on the whole probe batch and on single samples."
+        )
+    _check_loss(module, record, plan, step, wanted, lambda: coupling_causes(criterion, step.run, probe.batch))
+    kind = "loss" if step.loss_known else "stand-in loss"
+    return [
+        f"isolated: outputs of the model in a batch of {len(probe)} equal those of single samples",
+        f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
+        f"{step.origin})",
+    ]
+
+
+def weighted_by_rows(record: StepRecord, plan: Plan, tolerance: float) -> bool:
+    """Whether a sample weighs as much in the loss as it has rows, where samples have different numbers of them.
+
+    Args:
+        record: what the probe showed.
+        plan: for the loss reduction.
+        tolerance: relative error that is allowed.
+
+    Returns:
+        True if the gradient of the batch shows that (a mean over all rows), and not the same weight for all samples.
+    """
+    if not record.counts or plan.loss_reduction == "sum":
+        return False
+    plans = [replace(plan, weighted_by_rows=by_rows) for by_rows in (False, True)]
+    equal, by_rows = (_batch_error(record, p.weight(len(record.alone), record.counts))[0] for p in plans)
+    return equal > 5 * tolerance >= by_rows
+
+
+def _coupled_output(record: StepRecord, tolerance: float) -> str:
+    for number, call in enumerate(record.together.calls[""]):
+        parts = [pytree.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
+        for k, tensor in enumerate(pytree.tensors(call.output)):
+            problem = _differs(tensor, [p[k] for p in parts if k < len(p)], tolerance, record.counts)
+            if problem:
+                return problem
+    return ""
+
+
+def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float, counts: tuple[int, ...]) -> str:
+    """Why a tensor of the batch is not made of those of single samples; empty if it is, or if it cannot be told."""
+    if not whole.is_floating_point():
+        return ""
+    dim, problem = sample_dim(whole, parts, counts)
+    if problem or dim is None:
+        return ""
+    for i, part in enumerate(parts):
+        taken = dim.take(whole, i, len(parts))
+        if taken.shape != part.shape or not part.numel():
+            return ""
+        scale = max(float(part.abs().max()), 1e-6)
+        gap = float((taken - part).abs().max()) / scale
+        if not gap <= 10 * tolerance and torch.isfinite(part).all():
+            return f"the output for one sample alone differs by {gap:.1e} (relative) from the one in a batch"
+    return ""
+
+
+def _first_coupled_module(
+    module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float, counts: tuple[int, ...]
+) -> str:
+    """The first module, in the order of execution, whose output mixes samples."""
+    whole = _outputs(module, step, probe.batch)
+    singles = [_outputs(module, step, batch) for batch in probe.singles]
+    for number, (path, tensors) in enumerate(whole):
+        if any(number >= len(s) or s[number][0] != path for s in singles):
+            return ""
+        for k, tensor in enumerate(tensors):
+            parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
+            if len(parts) == len(singles) and _differs(tensor, parts, tolerance, counts):
+                return place(module, path)
+    return ""
+
+
+def _outputs(module: nn.Module, step: TrainingStep, batch: Any) -> list[tuple[str, list[torch.Tensor]]]:
+    """Path and output tensors of every module call of one forward pass."""
+    seen: list[tuple[str, list[torch.Tensor]]] = []
+
+    def hook(path: str) -> Any:
+        def note(m: nn.Module, args: Any, output: Any) -> None:
+            seen.append((path, [t.detach().as_subclass(torch.Tensor) for t in pytree.tensors(output)]))
+
+        return note
+
+    handles = [m.register_forward_hook(hook(path)) for path, m in module.named_modules()]
+    try:
+        with traceless(module), FixedRandomness():
+            step.run(module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _check_loss(
+    module: nn.Module, record: StepRecord, plan: Plan, step: TrainingStep, wanted: Reference, causes: Any
+) -> None:
+    """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
+    samples = len(record.alone)
+    error, name, size = _batch_error(record, plan.weight(samples, record.counts))
+    if error <= 5 * wanted.tolerance:
+        if size == 0:
+            raise TrainingStepError(
+                f"no parameter of {type(module).__name__} gets a gradient from training_step ({step.origin}). Check "
+                "the loss, requires_grad of the parameters, and detach or no_grad in forward."
+            )
+        return
+    other = "sum" if plan.loss_reduction == "mean" else "mean"
+    if (
+        _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts))[0]
+        <= 5 * wanted.tolerance
+    ):
+        raise LossError(
+            f"DPF015 [breaks-guarantee] the loss in training_step is a {other} over the samples, but loss_reduction="
+            f"'{plan.loss_reduction}' was announced.\n"
+            f"  why:  per-sample gradients would be scaled by the batch size before clipping.\n"
+            f"  help: pass loss_reduction='{other}', or use reduction='{plan.loss_reduction}' in the criterion."
+        )
+    told = causes()
+    known = (
+        "; ".join(told)
+        if told
+        else "a mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in "
+        "a Dice loss, a contrastive or rank loss"
+    )
+    raise CoupledLossError(
+        f"DPF014 [breaks-guarantee] the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: "
+        f"the gradient of `{name}` differs {_by(error)} ({step.origin}).\n"
+        "  why:  one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
+        f"{'Cause' if told else 'Known causes'}: {known}.\n"
+        "  help: criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages;"
+        " use it in the loop and in training_step."
+    )
+
+
+def _by(error: float) -> str:
+    return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
+
+
+def _batch_error(record: StepRecord, weight: float | torch.Tensor) -> tuple[float, str, float]:
+    """How far the batch's gradient is from the weighted sum of the single samples', relative to the size of these.
+
+    Returns:
+        The largest error of a parameter, its name, and the size.
+    """
+    weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(record.alone)
+    mean = sum(weights) / len(weights)
+    parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
+    size = float(sum(norm_of(run.gradients) for run in record.alone))
+    worst, where = 0.0, ""
+    for name, value in parts.items():
+        error = gap(record.together.gradients[name], value, 1 / mean) / max(size, 1e-12)
+        if not error <= worst:
+            worst, where = (error if error == error else float("inf")), name
+    return worst, where, size

@@ -1,0 +1,146 @@
+"""State that the training step keeps between steps, in the model or outside of it: a centre of DINO, a queue, a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.audit.loss_causes import referenced
+from dpfix.errors import StateWrittenError
+from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.module_state import Key, put_back, same, state_of, traceless, written
+from dpfix.instrument.source import place
+from dpfix.observe.probe import Probe
+from dpfix.observe.record import StepRecord
+from dpfix.observe.training_step import TrainingStep
+
+
+def check_state(module: nn.Module, record: StepRecord) -> None:
+    """Refuse a model whose forward pass keeps something of the samples.
+
+    Args:
+        module: the model.
+        record: what the probe showed.
+
+    Raises:
+        StateWrittenError: state that depends on the samples was written.
+    """
+    if not record.sample_writes:
+        return
+    name = record.sample_writes[0]
+    raise StateWrittenError(
+        f"DPF012 [breaks-guarantee] forward writes `{name}` ({place(module, name.rpartition('.')[0])}), and what is written "
+        f"depends on the samples ({len(record.sample_writes)} such piece(s) of state).\n"
+        "  why:  a running average, a codebook, a cache or an initialisation from the first batch leaves the training "
+        "without noise.\n"
+        "  help: compute it outside the private training on public data and keep it fixed, make it a trainable "
+        "parameter, or do not keep it between batches."
+    )
+
+
+_SAME = 1e-6
+"""Relative change of a loss that is rounding."""
+States = list[tuple[nn.Module, dict[Key, Any]]]
+
+
+def modules_outside(model: nn.Module, criterion: Any, training_step: Any) -> list[nn.Module]:
+    """Modules that the loss consists of, and others that the training step refers to: all but the model's.
+
+    Args:
+        model: the model.
+        criterion: the criterion of the call, if any.
+        training_step: the training step of the call, if any.
+
+    Returns:
+        Each once.
+    """
+    inside = set(model.modules())
+    return list(dict.fromkeys(part for root in referenced(criterion, training_step) for part in _apart(root, inside)))
+
+
+def _apart(root: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
+    """A module, or those of its parts that have nothing of the model in them."""
+    if root in inside:
+        return
+    if inside.isdisjoint(root.modules()):
+        yield root
+        return
+    for child in root.children():
+        yield from _apart(child, inside)
+
+
+@contextmanager
+def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What a few probe steps write into these modules is undone.
+
+    Args:
+        modules: modules outside of the model.
+
+    Yields:
+        Nothing.
+    """
+    before = [(m, state_of(m)) for m in modules]
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
+def check_outside(module: nn.Module, step: TrainingStep, probe: Probe, modules: Sequence[nn.Module]) -> None:
+    """Refuse a training step that keeps something of the samples for later steps.
+
+    A buffer that depends on the samples is kept by intention. An attribute may be a note of what was computed; it counts
+    if another sample's note changes the loss.
+
+    Args:
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        modules: modules outside of the model.
+
+    Raises:
+        StateWrittenError: state that depends on the samples was written.
+    """
+    before = [(m, state_of(m)) for m in modules]
+    first, other = probe.singles[0], probe.singles[-1]
+    with traceless(module), FixedRandomness():
+        alone = _loss(module, step, first)
+        ones = [written(m, state) for m, state in before]
+        if not any(ones):
+            return
+        _put_back(before)
+        _loss(module, step, other)
+        others = [written(m, state) for m, state in before]
+        moved = not abs(_loss(module, step, first) - alone) <= _SAME * max(abs(alone), _SAME)
+        _put_back(before)
+    for m, one, another in zip(modules, ones, others, strict=True):
+        for path, name in one.keys() | another.keys():
+            dependent = not same(one.get((path, name)), another.get((path, name)))
+            owner = m.get_submodule(path)
+            if dependent and (moved or name in owner._buffers):
+                raise StateWrittenError(_text(owner, name))
+
+
+def _loss(module: nn.Module, step: TrainingStep, batch: Any) -> float:
+    with torch.enable_grad():
+        return float(step.loss(module, batch).detach())
+
+
+def _put_back(states: States) -> None:
+    for module, state in states:
+        put_back(module, state)
+
+
+def _text(owner: nn.Module, name: str) -> str:
+    return (
+        f"DPF012 [breaks-guarantee] the training step writes `{name}` of {type(owner).__name__}, which is no part of the "
+        "model, and what is written depends on the samples.\n"
+        "  why:  a centre, a queue or a running average of the batch changes later steps, and leaves the training without "
+        "noise.\n"
+        "  help: keep it fixed (computed from public data), or use a loss without it; what is only a log can be kept outside "
+        "of the module."
+    )

@@ -1,0 +1,154 @@
+"""What an engine would release for a probe, by one backward pass and the optimizer's own clipping."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from dpfix.engines import Engine, FlatClipping, Handle
+from dpfix.engines.no_grad_regions import NoGradRegions
+from dpfix.errors import ModelError
+from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.grad_watch import GradWatch
+from dpfix.instrument.gradients import (
+    Gradients,
+)
+from dpfix.instrument.module_state import traceless
+from dpfix.instrument.rng import generator_states
+from dpfix.observe.probe import Probe
+from dpfix.observe.training_step import TrainingStep
+from dpfix.plan import Plan
+
+
+def released_sums(
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    plan: Plan,
+    clip_norms: tuple[float, ...],
+    *,
+    drew: bool = True,
+) -> list[Gradients]:
+    """The clipped sums that the optimizer would release for a probe, one per clip norm.
+
+    Args:
+        engine: the engine.
+        module: the repaired model.
+        step: from batch to loss.
+        probe: the samples.
+        plan: how the model is to be trained.
+        clip_norms: the clip norms.
+        drew: whether the plain step draws anything random, which then has to be fixed by a look at every operation; if it
+            does not, this is done only where the engine draws nevertheless.
+
+    Returns:
+        One sum by parameter name for every clip norm. The model is afterwards as before.
+
+    Raises:
+        ModelError: gradient reached a parameter past the engine, or rows are missing.
+    """
+    if not drew:
+        with suppress(_DrewError):
+            return _released(engine, module, step, probe, plan, clip_norms, fixed=False)
+    return _released(engine, module, step, probe, plan, clip_norms, fixed=True)
+
+
+class _DrewError(Exception):
+    """Something random was drawn where nothing was expected to be; caught inside this file."""
+
+
+def _released(
+    engine: Engine,
+    module: nn.Module,
+    step: TrainingStep,
+    probe: Probe,
+    plan: Plan,
+    clip_norms: tuple[float, ...],
+    *,
+    fixed: bool,
+) -> list[Gradients]:
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    with traceless(module):
+        handle = engine.attach(module, plan)
+        handle.counts = lambda: probe.counts(plan.row_counter)
+        regions = NoGradRegions(module, plan.no_grad_regions)
+        watch = GradWatch(parameters)
+        try:
+            generators = generator_states()
+            with FixedRandomness() if fixed else nullcontext():
+                step.loss(handle.model, probe.batch).backward()
+            if not fixed and not all(map(torch.equal, generators, generator_states())):
+                raise _DrewError
+            if regions.tripped:
+                raise ModelError(f"gradient reached `{regions.tripped[0].site.path}`, which runs without a graph")
+            clipping = handle if isinstance(handle, FlatClipping) else None
+            counts = (clipping.announce if clipping else handle.collect)(list(parameters.values()))
+            if engine.opacus_mode == "no_op" and watch.arrived:
+                raise ModelError(
+                    f"gradient reached parameter `{watch.arrived[0]}` past the model's forward: a penalty on weights in the "
+                    "loss, or a part of the model called directly in training_step. Use the optimizer's "
+                    "weight_decay for penalties, and call the model as a whole"
+                )
+            if counts != [len(probe)]:
+                raise ModelError(f"per-sample gradients for {counts} rows instead of {len(probe)} samples")
+            return clipped_sums(handle, parameters, clip_norms, plan)
+        finally:
+            watch.remove()
+            regions.detach()
+            handle.detach()
+            for p in parameters.values():
+                for name in ("grad_sample", "summed_grad", "_forward_counter"):
+                    if hasattr(p, name):
+                        delattr(p, name)
+
+
+def clipped_sums(
+    handle: Handle, parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
+) -> list[Gradients]:
+    """Let the engine clip, or Opacus's optimizer where per-sample gradients were collected, once per clip norm.
+
+    Args:
+        handle: the engine, after the backward pass.
+        parameters: the trained parameters by name.
+        clip_norms: the clip norms.
+        plan: how the model is to be trained.
+
+    Returns:
+        The clipped sums by parameter name.
+    """
+    if isinstance(handle, FlatClipping):
+        return [_clipped_by_engine(handle, parameters, clip_norm) for clip_norm in clip_norms]
+    return _clipped_by_optimizer(parameters, clip_norms, plan)
+
+
+def _clipped_by_engine(handle: FlatClipping, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:
+    for p in parameters.values():
+        p.summed_grad = None  # type: ignore[attr-defined]
+    handle.clip_and_accumulate(list(parameters.values()), clip_norm)
+    return {name: p.summed_grad.detach() for name, p in parameters.items()}  # type: ignore[attr-defined]
+
+
+def _clipped_by_optimizer(
+    parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
+) -> list[Gradients]:
+    """Let Opacus's optimizer clip what the engine left, once per clip norm."""
+    samples: dict[str, Any] = {n: p.grad_sample for n, p in parameters.items()}  # type: ignore[attr-defined]
+    out = []
+    for clip_norm in clip_norms:
+        optimizer = DPOptimizer(
+            torch.optim.SGD(parameters.values(), lr=0.0),
+            noise_multiplier=0.0,
+            max_grad_norm=clip_norm,
+            expected_batch_size=1,
+            loss_reduction=plan.loss_reduction,
+        )
+        for name, p in parameters.items():
+            p.grad_sample = samples[name].detach()  # type: ignore[attr-defined]
+        optimizer.clip_and_accumulate()
+        out.append({name: p.summed_grad.detach() for name, p in parameters.items()})  # type: ignore[attr-defined]
+    return out

@@ -1,0 +1,1 @@
+"""The fastest engine among those that were proven."""

@@ -1,0 +1,67 @@
+"""Choosing among equal ways to compute the same thing by trying them once, as cuDNN's benchmark mode does.
+
+Which way is faster depends on shapes and on the machine. What is kept is the name of the fastest way for shapes, never
+anything about data; shapes are rounded up to powers of two, so that inputs of varying length are not tried again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+
+import torch
+
+from dpfix.instrument.clock import clock_for
+
+TRIALS = 2
+"""How often every way is tried; the fastest time counts."""
+LONG_SECONDS = 0.1
+"""A way that takes this long is tried once: what a first call costs beside (memory, code made for a shape) is little then."""
+
+_CHOSEN: dict[Hashable, str] = {}
+
+
+def rounded(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes up to a power of two.
+
+    Args:
+        sizes: numbers of elements.
+
+    Returns:
+        Their bit lengths.
+    """
+    return tuple((size - 1).bit_length() if size > 8 else size for size in sizes)
+
+
+def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    """The name of the fastest way; tried the first time a key is seen.
+
+    Args:
+        key: what the choice depends on.
+        ways: the ways by name.
+        device: where they compute.
+
+    Returns:
+        The name.
+    """
+    names = tuple(ways)
+    if len(names) == 1:
+        return names[0]
+    full = (key, names, str(device), torch.get_num_threads())
+    if full not in _CHOSEN:
+        best: dict[str, float] = {}
+        for name in names:
+            best[name] = _seconds(ways[name], device, 4 * min(best.values(), default=float("inf")))
+        _CHOSEN[full] = min(names, key=best.__getitem__)
+    return _CHOSEN[full]
+
+
+def _seconds(way: Callable[[], object], device: torch.device, hopeless: float) -> float:
+    best = float("inf")
+    clock = clock_for(device)
+    for _ in range(TRIALS):
+        start = clock()
+        way()
+        best = min(best, clock() - start)
+        if best > min(hopeless, LONG_SECONDS):
+            break
+    return best

@@ -1,0 +1,286 @@
+"""What stands in for the ``forward`` of a layer while the engine is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Recorded, Rule
+from dpfix.engines.functional.workarounds import mapped
+from dpfix.layout import rows
+from dpfix.layout.rows import Rows
+from dpfix.layout.sample_dim import SampleDim
+
+if TYPE_CHECKING:
+    from dpfix.engines.bookkeeping.handle import BookkeepingHandle
+    from dpfix.engines.bookkeeping.iteration import RootCall
+
+
+def plain_forward(module: nn.Module | None) -> Any:
+    """The ordinary ``forward`` of a module, for copies and pickles of a module that is in private training.
+
+    Args:
+        module: the module.
+
+    Returns:
+        Its class's ``forward``, bound.
+    """
+    return None if module is None else MethodType(type(module).forward, module)
+
+
+class StandIn:
+    """Stands in for a module's ``forward``; copies and pickles of the module get its ordinary one back.
+
+    Args:
+        handle: the engine at work.
+        module: the module.
+        path: its path in the model.
+    """
+
+    def __init__(self, handle: BookkeepingHandle, module: nn.Module, path: str) -> None:
+        self.handle, self.module, self.path = handle, module, path
+        self.original = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward.
+
+        Args:
+            *args: its arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            Its output.
+        """
+        number = self.handle.count_call(self.path)
+        call = self.handle.present_call() if torch.is_grad_enabled() else None
+        if call is None:
+            return self.original(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+            return self.inside(call, args, kwargs) if call.inside_vmap else self.original(*args, **kwargs)
+        return self.recorded(call, number, args, kwargs)
+
+    def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call from within a module that runs one sample at a time under ``vmap``.
+
+        Args:
+            call: the model's call.
+            args: arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The module's output.
+        """
+        raise NotImplementedError
+
+    def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose gradients are to be taken per sample.
+
+        Args:
+            call: the model's call.
+            number: how many calls of this module came before in the step.
+            args: arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The module's output.
+        """
+        raise NotImplementedError
+
+    def input_dim(self, number: int, place: int = 0) -> SampleDim | None:
+        """How an input of a call carries its samples.
+
+        Args:
+            number: how many calls of this module came before in the step.
+            place: the number of the input tensor.
+
+        Returns:
+            The layout; ``None`` if it carries none.
+        """
+        inputs = self.handle.layout(self.path, number).inputs
+        return inputs[place][1] if place < len(inputs) else None
+
+    def __reduce__(self) -> Any:
+        return plain_forward, (self.module,)
+
+
+class Apply:
+    """Applies rules within one call of a module: on the whole batch, or out of ``vmap``.
+
+    Args:
+        call: the model's call.
+        anchor: makes outputs require gradient.
+    """
+
+    def __init__(self, call: RootCall, anchor: torch.Tensor) -> None:
+        self.call, self.anchor = call, anchor
+
+    def __call__(
+        self,
+        rule: Rule,
+        module: Any,
+        x: torch.Tensor,
+        where: Rows | None = None,
+        *,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        sources: tuple[nn.Parameter, ...] = (),
+    ) -> torch.Tensor:
+        """One product, convolution, lookup or normalisation.
+
+        Args:
+            rule: how it is computed and accounted for.
+            module: its settings.
+            x: its input.
+            where: where the input's samples are; ``None`` under ``vmap``.
+            weight: its weight.
+            bias: its bias.
+            sources: parameters that a computed weight is made of.
+
+        Returns:
+            Its output.
+        """
+
+        def run(x: torch.Tensor, where: Rows) -> torch.Tensor:
+            report = self.call.iteration.reporter(where.samples)
+            layer = LayerCall(module, where, report, weight, bias, sources)
+            output = Recorded.apply(rule.prepare(module, x), self.anchor, rule, layer)
+            return rule.finish(x, output)
+
+        return run(x, where) if where is not None else OutOfMap.apply(mapped_layer(rule, run), mapped(x))
+
+
+def mapped_layer(rule: Rule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:
+    """A layer on a batch whose samples come first, from a layer on rows.
+
+    Args:
+        rule: the layer's rule.
+        run: the layer.
+
+    Returns:
+        A function for :class:`OutOfMap`.
+    """
+
+    def whole(samples: int, x: torch.Tensor) -> torch.Tensor:
+        if rule.features is not None:
+            return run(x, Rows(samples))
+        return run(x.flatten(0, 1), Rows(samples)).unflatten(0, (samples, -1))
+
+    return whole
+
+
+class OutOfMap(torch.autograd.Function):
+    """Takes a computation out of ``vmap``: it is made on the whole batch, with the samples in dimension 0."""
+
+    @staticmethod
+    def forward(compute: Callable[..., Any], *tensors: torch.Tensor) -> Any:  # noqa: D102
+        raise NotImplementedError("a layer was called outside of the mapped samples")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, compute: Callable[..., Any], *tensors: torch.Tensor) -> Any:  # noqa: D102
+        samples = info.batch_size
+        whole = [
+            t.unsqueeze(0).expand(samples, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, in_dims[1:], strict=True)
+        ]
+        found = compute(samples, *whole)
+        return found, 0 if isinstance(found, torch.Tensor) else (0,) * len(found)
+
+
+class LayerStandIn(StandIn):
+    """For a layer that a rule knows.
+
+    Args:
+        handle: the engine at work.
+        module: the layer.
+        path: its path.
+        rule: how it is computed and accounted for.
+    """
+
+    def __init__(self, handle: BookkeepingHandle, module: nn.Module, path: str, rule: Rule) -> None:
+        super().__init__(handle, module, path)
+        self.rule = rule
+        self.sources = sources(module)
+
+    def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer, recorded.
+
+        Args:
+            call: the model's call.
+            number: how many calls of this layer came before in the step.
+            args: the input.
+            kwargs: or the input by keyword.
+
+        Returns:
+            The layer's output.
+        """
+        x = only_input(self.module, args, kwargs)
+        return self._applied(call, *self._placed(x, self.input_dim(number), call.samples))
+
+    def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer under ``vmap``, where the samples are known to be in the mapped dimension.
+
+        Args:
+            call: the model's call.
+            args: the input.
+            kwargs: or the input by keyword.
+
+        Returns:
+            The layer's output.
+        """
+        return self._applied(call, only_input(self.module, args, kwargs), None)
+
+    def _applied(self, call: RootCall, x: torch.Tensor, where: Rows | None) -> torch.Tensor:
+        weight, bias = (getattr(self.module, name, None) for name in ("weight", "bias"))
+        apply = Apply(call, self.handle.anchor)
+        return apply(self.rule, self.module, x, where, weight=weight, bias=bias, sources=self.sources)
+
+    def _placed(self, x: torch.Tensor, layout: SampleDim | None, samples: int) -> tuple[torch.Tensor, Rows]:
+        # An input that is the same for all samples (positions) is given to each of them.
+        if layout is not None:
+            return x, rows.rows_of(x, layout, samples)
+        batch = x.shape[0] == 1 if x.dim() > max(1, self.rule.features or 0) else False
+        if not batch and self.rule.features is None:
+            raise NotImplementedError(f"`{self.path}` is called with a batch that does not depend on the samples")
+        whole = x if batch else x.unsqueeze(0)
+        return whole.expand(samples, *whole.shape[1:]), Rows(samples)
+
+
+def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Parameters that a module's weight or bias may be computed from, by a parametrisation or a hook.
+
+    Args:
+        module: a layer.
+
+    Returns:
+        Its trained parameters except those that are called weight and bias.
+    """
+    own = {id(module._parameters.get(name)) for name in ("weight", "bias")}
+    return tuple(p for p in module.parameters() if p.requires_grad and id(p) not in own)
+
+
+def only_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The one tensor that a layer was called with.
+
+    Args:
+        module: the layer.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        NotImplementedError: there is something else.
+    """
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], torch.Tensor):
+        raise NotImplementedError(f"{type(module).__name__} was called with more than its input")
+    return given[0]

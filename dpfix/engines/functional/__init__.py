@@ -1,0 +1,1 @@
+"""Calling modules with other tensors in the place of their parameters."""

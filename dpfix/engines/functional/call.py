@@ -1,0 +1,96 @@
+"""Calling a module one sample at a time under ``vmap``, with parameters that have a leading sample dimension.
+
+The forward pass runs under ``vmap``, the backward pass is the script's own: per-sample gradients arrive at the
+parameters that were given, nothing is computed twice, and random masks are those of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from dpfix.engines.base import per_sample
+from dpfix.engines.functional.parameter_swap import Aliases, Slot, attributes_kept, swapped
+from dpfix.engines.functional.workarounds import Helped
+from dpfix.instrument import pytree
+from dpfix.layout.rows import Rows, rows_of
+from dpfix.layout.sample_dim import Layout
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Operations that ``vmap`` runs in a loop are only slow, and speed is measured before an engine is chosen.
+
+    Yields:
+        Nothing.
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+
+
+def call_mapped(
+    function: Callable[..., Any],
+    slots: list[Slot],
+    values: Aliases,
+    inputs: Layout,
+    output: Layout,
+    samples: int,
+    weight: float | torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    helped: bool = False,
+) -> Any:
+    """Call a module for every sample.
+
+    Args:
+        function: the module's forward.
+        slots: where its parameters are held.
+        values: what is put there, shape ``[samples, *parameter]``.
+        inputs: how its arguments carry the samples.
+        output: how its output does.
+        samples: number of samples.
+        weight: what a scalar per sample (a loss that the module computes) is multiplied with before they are added up.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        helped: whether its forward does what ``vmap`` has to be helped with; takes a tenth of the time.
+
+    Returns:
+        The output for the whole batch.
+    """
+    found, names, structure = dict(pytree.leaves((args, kwargs))), list(values), list[Any]()
+    mapped = {p: rows_of(found[p], dim, samples).split(found[p]) for p, dim in inputs if dim is not None}
+
+    def one(tensors: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(mapped, tensors, strict=True))
+        a, k = pytree.map_leaves(given.get, (args, kwargs))
+        with swapped(slots, dict(zip(names, own, strict=True))), Helped() if helped else nullcontext():
+            result = function(*a, **k)
+        structure[:] = [result]
+        return tuple(pytree.tensors(result))
+
+    with without_fallback_warnings(), attributes_kept(getattr(function, "__self__", None)):
+        tensors = torch.vmap(one, randomness="different")(tuple(mapped.values()), tuple(values.values()))
+    return _joined(structure[0], list(tensors), dict(output), samples, weight)
+
+
+def _joined(
+    result: Any, tensors: list[torch.Tensor], dims: Mapping[Any, Any], samples: int, weight: float | torch.Tensor
+) -> Any:
+    def join(path: pytree.Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        tensor, dim = tensors.pop(0), dims.get(path)
+        if dim is not None:
+            return Rows(samples, dim.dim, dim.interleaved, tuple(n * dim.rows for n in dim.counts)).merge(tensor)
+        if tensor.dim() == 1:
+            return (tensor * per_sample(weight, tensor)).sum()
+        return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor
+
+    return pytree.map_leaves(join, result)

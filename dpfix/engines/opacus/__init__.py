@@ -1,0 +1,1 @@
+"""Opacus's own ways to per-sample gradients."""

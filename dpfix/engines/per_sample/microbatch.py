@@ -1,0 +1,140 @@
+"""Batches of one behind an ordinary ``loss.backward()``.
+
+In a training forward pass the model runs once per sample, each time with an alias of every parameter that belongs to
+that sample; the outputs are joined to the batch the script expects. The script's own ``backward()`` then leaves the
+gradient of sample i on alias i, whatever the layers in between do. Slow, and always right: sample i never meets
+sample j inside the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.engines.base import Verdict, per_sample
+from dpfix.engines.functional.parameter_swap import Aliases, swapped
+from dpfix.engines.per_sample.handle import AliasHandle
+from dpfix.instrument import pytree
+from dpfix.layout.calls import CallLayout
+from dpfix.plan import Plan
+
+
+class Microbatch:
+    """The engine."""
+
+    name = "microbatch"
+    opacus_mode = "no_op"
+    last_resort = True
+
+    def supports(self, module: nn.Module, record: Any) -> Verdict:
+        """Works wherever the probe showed which rows belong to which sample.
+
+        Args:
+            module: the repaired model.
+            record: what the probe showed.
+
+        Returns:
+            The verdict.
+        """
+        return Verdict(record.layout_problem)
+
+    def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> MicrobatchHandle:
+        """Put a per-sample forward in the place of the module's own.
+
+        Args:
+            module: the repaired model.
+            plan: how the calls carry their samples.
+            prepared: not used; Opacus prepares nothing for this engine.
+
+        Returns:
+            The handle.
+        """
+        return MicrobatchHandle(module, plan)
+
+
+class MicrobatchHandle(AliasHandle):
+    """The engine at work on one model."""
+
+    def aliases_for(self, samples: int) -> list[Aliases]:
+        """See :class:`AliasHandle`.
+
+        Args:
+            samples: number of samples.
+
+        Returns:
+            One set per sample.
+        """
+        return [{name: p.detach().requires_grad_() for name, p in self._parameters.items()} for _ in range(samples)]
+
+    def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
+        """See :class:`AliasHandle`: one sample after another.
+
+        Args:
+            layout: how the call carries its samples.
+            args: positional arguments.
+            kwargs: keyword arguments.
+            samples: number of samples.
+            aliases: the aliases.
+
+        Returns:
+            The model's output for the whole batch.
+        """
+        outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
+        return join_outputs(layout, outputs, self.weight(samples))
+
+    def _one(self, layout: CallLayout, args: Any, kwargs: Any, i: int, samples: int, aliases: Aliases) -> Any:
+        dims = dict(layout.inputs)
+
+        def take(path: pytree.Path, leaf: Any) -> Any:
+            dim = dims.get(path)
+            return leaf if dim is None else dim.take(leaf, i, samples)
+
+        one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
+        with swapped(self.slots, aliases):
+            return self.original(*one_args, **one_kwargs)
+
+    def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
+        """See :class:`AliasHandle`.
+
+        Args:
+            out: zeros, shape ``[samples, *parameter]``.
+            aliases: the aliases.
+            name: name of the parameter.
+            scale: what gradients are multiplied with.
+        """
+        for i, one in enumerate(aliases):
+            grad = one[name].grad
+            if grad is not None:
+                torch.mul(grad, scale[i].to(grad) if isinstance(scale, torch.Tensor) else scale, out=out[i])
+
+
+def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.Tensor) -> Any:
+    """Put the outputs of single samples together to the output of the batch.
+
+    Args:
+        layout: how the output carries the samples.
+        outputs: one output per sample.
+        weight: what a scalar per sample (a loss that the model computes) is multiplied with before they are added up.
+
+    Returns:
+        A tree like each output. Tensors that carry samples are joined; scalars that carry gradient are added
+        up; all else is the first sample's.
+    """
+    dims = dict(layout.output)
+    parts = [dict(pytree.leaves(o)) for o in outputs]
+
+    def join(path: pytree.Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        dim = dims.get(path)
+        tensors = [p[path] for p in parts]
+        if dim is not None:
+            return dim.join(tensors)
+        if leaf.requires_grad and leaf.dim() == 0:
+            stacked = torch.stack(tensors)
+            return (stacked * per_sample(weight, stacked)).sum()
+        return leaf
+
+    return pytree.map_leaves(join, outputs[0])

@@ -1,0 +1,113 @@
+"""Running a model so that a sample's randomness is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FixedRandomness(TorchDispatchMode):
+    """Every random operation gives fixed values that depend on the index in the last dimension alone.
+
+    A sample alone and the same sample in a batch, wherever the batch dimension is, then see the same noise and the
+    same dropout mask, so that their gradients can be compared.
+
+    Args:
+        stack: paths of the modules that are being called, kept by the caller.
+
+    Attributes:
+        random_ops: the random operations met, with the module paths that were being called.
+        low_precision: whether a result in half precision was met.
+    """
+
+    def __init__(self, stack: list[str] | None = None) -> None:
+        super().__init__()
+        self.stack = stack if stack is not None else []
+        self.random_ops: dict[str, set[str]] = {}
+        self.low_precision = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+            self.random_ops.setdefault(func.__name__, set()).update(self.stack)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                return _fixed(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.dtype in (torch.bfloat16, torch.float16):
+            self.low_precision = True
+        return out
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call draws: attention and dropout with probability 0 do not."""
+    given = _given(func, args, kwargs)
+    if "dropout_p" in (a.name for a in func._schema.arguments):
+        return float(given.get("dropout_p") or 0) > 0
+    return "dropout" not in func.__name__ or float(given.get("p") or 0) > 0
+
+
+def _fixed(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func.__name__.split(".")[0]
+    given = _given(func, args, kwargs)
+    if name == "native_dropout":
+        keep = 1 - given["p"]
+        mask = _spread(given["input"], lambda row: _keep(row, keep))
+        return given["input"] * mask / max(1e-12, keep), mask.bool()
+    if name == "multinomial":
+        return _multinomial(func, given)
+    out = func(*args, **kwargs)
+    fill = _FILL.get(name)
+    if isinstance(out, torch.Tensor) and fill is not None:
+        torch.manual_seed(7)  # the draw above took as many numbers as there are rows
+        out.copy_(_spread(out, lambda row: fill(row, given)))
+    return out
+
+
+def _multinomial(func: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Every row is drawn from its own weights with the same numbers, as if it were alone."""
+    weights, others = given["self"], {k: v for k, v in given.items() if k != "self"}
+    drawn = []
+    for row in weights.reshape(-1, weights.shape[-1]):
+        torch.manual_seed(7)
+        drawn.append(func(row, **others))
+    return torch.stack(drawn).view(*weights.shape[:-1], -1)
+
+
+def _spread(like: torch.Tensor, fill: Any) -> torch.Tensor:
+    """A tensor like another, equal along every dimension but the last; constant if it has only one."""
+    row = torch.empty(like.shape[-1] if like.dim() > 1 else 1, dtype=like.dtype, device=like.device)
+    fill(row)
+    return row.expand(like.shape) if like.dim() else row.reshape(())
+
+
+def _keep(row: torch.Tensor, probability: float) -> torch.Tensor:
+    """A mask; one that would be constant keeps everything, since nothing could be compared behind it."""
+    return row.bernoulli_(probability) if row.numel() > 1 else row.fill_(1)
+
+
+def _bernoulli(row: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    p = given.get("p", 0.5)
+    return _keep(row, p if isinstance(p, float) else 0.5)
+
+
+_FILL: Mapping[str, Any] = {
+    "randn": lambda row, given: row.normal_(),
+    "randn_like": lambda row, given: row.normal_(),
+    "normal_": lambda row, given: row.normal_(given.get("mean", 0.0), given.get("std", 1.0)),
+    "rand": lambda row, given: row.uniform_(),
+    "rand_like": lambda row, given: row.uniform_(),
+    "uniform_": lambda row, given: row.uniform_(given.get("from", 0.0), given.get("to", 1.0)),
+    "exponential_": lambda row, given: row.exponential_(given.get("lambd", 1.0)),
+    "randint": lambda row, given: row.random_(given.get("low", 0), given["high"]),
+    "randint_like": lambda row, given: row.random_(given.get("low", 0), given["high"]),
+    "bernoulli_": _bernoulli,
+    "bernoulli": _bernoulli,  # what dropout becomes under vmap
+}

@@ -1,0 +1,48 @@
+"""Functions of tensors that are followed as one step by whoever writes down what is computed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+
+class FollowingMode(TorchFunctionMode):
+    """Writes down torch functions.
+
+    Attributes:
+        paused: whether nothing is written down now.
+    """
+
+    paused = False
+
+    @abstractmethod
+    def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function and write it down as one step, whatever it calls in turn.
+
+        Args:
+            func: the function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
+        Returns:
+            What it returns.
+        """
+
+
+def as_one(func: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that is to be followed as one step: what happens inside it (vmap) cannot be repeated piece by piece.
+
+    Args:
+        func: a function of tensors.
+        *args: its arguments.
+
+    Returns:
+        What it returns.
+    """
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, FollowingMode) and not mode.paused:
+            return mode.note(func, args, {})
+    return func(*args)

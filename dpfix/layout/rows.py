@@ -1,0 +1,124 @@
+"""Regrouping the rows of a tensor by the sample they belong to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dpfix.errors import PlanBrokenError
+from dpfix.layout.sample_dim import SampleDim
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the samples are in the input or output of one layer call.
+
+    Attributes:
+        samples: number of samples.
+        dim: the dimension that carries them.
+        interleaved: whether the rows of one sample are ``samples`` apart.
+        counts: rows of every sample, where these are not the same for all; a sample with fewer of them than others is
+            filled up with zeros where the rows are regrouped.
+    """
+
+    samples: int
+    dim: int = 0
+    interleaved: bool = False
+    counts: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows of the samples lie one after another in dimension 0, the same number for each."""
+        return self.dim == 0 and not self.interleaved and not self.counts
+
+    def split(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every sample its own leading index.
+
+        Args:
+            tensor: shape ``[..., samples * rows, ...]`` with the rows in :attr:`dim`.
+
+        Returns:
+            Shape ``[samples, ..., rows, ...]``; a view where the layout allows it.
+        """
+        if self.counts:
+            parts = tensor.movedim(self.dim, 0).split(self.counts)
+            return nn.utils.rnn.pad_sequence(list(parts), batch_first=True).movedim(1, self.dim + 1)
+        rows = tensor.shape[self.dim] // self.samples
+        if self.interleaved:
+            return tensor.unflatten(self.dim, (rows, self.samples)).movedim(self.dim + 1, 0)
+        return tensor.unflatten(self.dim, (self.samples, rows)).movedim(self.dim, 0)
+
+    def merge(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`split`.
+
+        Args:
+            tensor: shape ``[samples, ..., rows, ...]``.
+
+        Returns:
+            Shape ``[..., samples * rows, ...]``.
+        """
+        if self.counts:
+            parts = [sample.narrow(self.dim, 0, n) for sample, n in zip(tensor, self.counts, strict=True)]
+            return torch.cat(parts, self.dim)
+        if self.interleaved:
+            return tensor.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 1)
+        return tensor.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+
+    def matrices(self, tensor: torch.Tensor, features: int = 1) -> torch.Tensor:
+        """One matrix per sample.
+
+        Args:
+            tensor: a tensor laid out this way.
+            features: how many trailing dimensions are features.
+
+        Returns:
+            Shape ``[samples, positions, features]``.
+        """
+        if self.dim >= tensor.dim() - features:
+            raise NotImplementedError("the samples lie in a feature dimension of a layer")
+        if self.plain:
+            return tensor.reshape(self.samples, -1, math.prod(tensor.shape[tensor.dim() - features :]))
+        split = self.split(tensor)
+        return split.reshape(self.samples, -1, math.prod(split.shape[split.dim() - features :]))
+
+    def adjacent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows in dimension 0, those of one sample next to each other.
+
+        Args:
+            tensor: a tensor laid out this way, with the samples in dimension 0.
+
+        Returns:
+            Shape ``[samples * rows, ...]``.
+        """
+        if self.dim != 0:
+            raise NotImplementedError(f"a layer that needs the samples in dimension 0 has them in dimension {self.dim}")
+        return tensor if self.plain else self.split(tensor).flatten(0, 1)
+
+
+def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
+    """The rows of a tensor in this call, which may have another number of samples and of rows than the probe.
+
+    Args:
+        tensor: the tensor.
+        layout: how the probe's tensor carried its samples.
+        samples: number of samples in this call.
+
+    Returns:
+        Where the samples are.
+
+    Raises:
+        PlanBrokenError: the tensor cannot hold that many samples this way.
+    """
+    size = tensor.shape[layout.dim] if layout.dim < tensor.dim() else -1
+    if layout.counts and size == layout.rows * sum(layout.counts):
+        return Rows(samples, layout.dim, counts=tuple(n * layout.rows for n in layout.counts))
+    if layout.counts or size % samples or size < samples or (layout.rows == 1 and size != samples):
+        raise PlanBrokenError(
+            f"a layer was called with a tensor of shape {tuple(tensor.shape)}, which does not hold {samples} samples"
+            f" in dimension {layout.dim} as the training step showed when it was checked. Pass the training_step your "
+            "loop really makes, or grad_sample_mode='microbatch'."
+        )
+    return Rows(samples, layout.dim, layout.interleaved)

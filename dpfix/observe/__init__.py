@@ -1,0 +1,1 @@
+"""One training step on a probe, run under a recorder: what really happens."""

@@ -1,0 +1,130 @@
+"""What one training step on the probe does: data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpfix.instrument.call_sites import CallSite
+from dpfix.instrument.gradients import Gradients
+from dpfix.instrument.module_state import Key
+from dpfix.layout.calls import CallLayout, LayerCall
+from dpfix.observe import double_activation
+from dpfix.observe.recorder import Call, Site
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training step on the plain model.
+
+    Attributes:
+        loss: value of the loss.
+        gradients: gradient of every trainable parameter, by name; zeros where none arrived.
+        used: names of the parameters that a gradient reached.
+        calls: calls of the root and of the modules that own parameters, by path.
+        written: state that the step changed, with its new value.
+        random_modules: paths of modules inside which something random was drawn.
+        low_precision: whether half precision was used.
+        drew: whether something random was drawn, in the model or in the loss.
+        repeated: activations of what has already gone through one; looked for where details are written down.
+    """
+
+    loss: float
+    gradients: Gradients
+    used: frozenset[str]
+    calls: Mapping[str, list[Call]]
+    written: dict[Key, Any]
+    random_modules: frozenset[str]
+    low_precision: bool
+    drew: bool
+    repeated: tuple[double_activation.Repeated, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module in the step on the whole probe.
+
+    Attributes:
+        path: path of the module.
+        number: how many calls of this module came before.
+        shapes: shapes of the output tensors.
+        reached: whether a gradient came back to one of them.
+        site: which call of the step it is; ``None`` under ``no_grad``.
+        carries_graph: whether an output requires gradient.
+        entered: moment of the call.
+        left: moment of the return.
+    """
+
+    path: str
+    number: int
+    shapes: tuple[tuple[int, ...], ...]
+    reached: bool
+    site: CallSite | None
+    carries_graph: bool
+    entered: int
+    left: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step on the probe does.
+
+    Attributes:
+        together: the step on all samples.
+        alone: the step on every sample alone: the batch-of-one reference.
+        calls: how each call of the model carries its samples.
+        layout_problem: why that could not be told, or empty.
+        layers: how each call of a module that owns trainable parameters carries its samples.
+        modules: every module call, in order.
+        unused: trainable parameters that no gradient reached in any run.
+        functional: trainable parameters used outside their own module, with the first place.
+        elsewhere: paths of the modules that use them there, by name.
+        several: trainable parameters whose module is called more than once, or that have several names.
+        cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
+        in_place: where the output of a module was overwritten.
+        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`Recording`.
+        constant_writes: state changed by the step in a way that depends on no sample.
+        sample_writes: state changed by the step in a way that depends on the samples.
+        scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
+        counts: rows of every sample in the model's inputs, where these are not the same for all.
+    """
+
+    together: Run
+    alone: tuple[Run, ...]
+    calls: tuple[CallLayout, ...]
+    layout_problem: str
+    layers: tuple[LayerCall, ...]
+    modules: tuple[ModuleCall, ...]
+    unused: tuple[str, ...]
+    functional: Mapping[str, str]
+    elsewhere: tuple[tuple[str, tuple[str, ...]], ...]
+    several: tuple[str, ...]
+    cuts: Mapping[Site, frozenset[int]]
+    in_place: tuple[Site, ...]
+    to_help: bool
+    constant_writes: tuple[str, ...]
+    sample_writes: tuple[str, ...]
+    scratch: tuple[Key, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @property
+    def detached(self) -> tuple[Site, ...]:
+        """Where a graph was cut."""
+        return tuple(self.cuts)
+
+    @property
+    def random_modules(self) -> frozenset[str]:
+        """Paths of modules inside which something random was drawn."""
+        return frozenset().union(self.together.random_modules, *(run.random_modules for run in self.alone))
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether half precision was used anywhere."""
+        return self.together.low_precision or any(run.low_precision for run in self.alone)
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Largest number of rows that one sample has in an input of the model."""
+        rows = [dim.rows for call in self.calls for _, dim in call.inputs if dim is not None]
+        return max(rows, default=1)

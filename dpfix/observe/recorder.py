@@ -1,0 +1,319 @@
+"""Writing down what happens inside one training step: module calls, detach, in-place writes, uses of parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dpfix.instrument import pytree
+from dpfix.instrument.call_sites import CallCounter, CallSite, user_place
+from dpfix.instrument.in_place import is_in_place
+from dpfix.observe import double_activation
+
+_CUTS = frozenset({"detach", "detach_"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        args: positional arguments, tensors detached.
+        kwargs: keyword arguments, tensors detached.
+        output: what it returned, tensors detached.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the user's code.
+
+    Attributes:
+        module: path of the module that was being called; empty outside the model (the loss function).
+        place: ``file:line``.
+        what: the operation.
+    """
+
+    module: str
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.place}" + (f" in `{self.module}`" if self.module else "")
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A module call that has returned.
+
+    Attributes:
+        path: path of the module.
+        shapes: shapes of the output tensors.
+        site: which call of the step it is; ``None`` under ``no_grad``.
+        carries_graph: whether an output requires gradient.
+        entered: moment of the call.
+        left: moment of the return; a call inside another one lies between its moments.
+    """
+
+    path: str
+    shapes: tuple[tuple[int, ...], ...]
+    site: CallSite | None
+    carries_graph: bool
+    entered: int
+    left: int
+
+
+@dataclass
+class Recording:
+    """What a recorder has written down so far.
+
+    Attributes:
+        calls: calls of the kept modules, by path.
+        order: every module call, in the order in which they returned.
+        reached: numbers (in ``order``) of the calls whose output a gradient reached.
+        detached: where a graph was cut, and the numbers of the calls that the cut tensor comes from.
+        in_place: where the output of a module was overwritten.
+        functional: parameters used while their own module was not being called, with the first place.
+        elsewhere: the modules that were being called then, by parameter.
+        to_help: whether forward does what ``vmap`` has to be helped with: it writes into a tensor without a graph, or
+            looks up a padding token.
+        activations: calls of activations.
+        stack: paths of the modules being called.
+        failed: path of the innermost module whose forward raised.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    order: list[Returned] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
+    detached: dict[Site, set[int]] = field(default_factory=dict)
+    in_place: dict[Site, None] = field(default_factory=dict)
+    functional: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
+    to_help: bool = False
+    activations: double_activation.Calls = field(default_factory=double_activation.Calls)
+    stack: list[str] = field(default_factory=list)
+    failed: str = ""
+    _clock: int = 0
+    _open: list[tuple[int, CallSite | None]] = field(default_factory=list)
+    _counter: CallCounter = field(default_factory=CallCounter)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        vars(self).update(vars(Recording()))
+
+    def entered(self, path: str) -> None:
+        """A module is being called.
+
+        Args:
+            path: its path.
+        """
+        self._clock += 1
+        self._open.append((self._clock, self._counter.site(path) if torch.is_grad_enabled() else None))
+
+    def returned(self, path: str, output: Any) -> int:
+        """It has returned.
+
+        Args:
+            path: its path.
+            output: what it returned.
+
+        Returns:
+            The number of the call.
+        """
+        entered, site = self._open.pop() if self._open else (0, None)
+        self._clock += 1
+        shapes = tuple(tuple(t.shape) for t in pytree.tensors(output))
+        self.order.append(Returned(path, shapes, site, bool(pytree.gradient_tensors(output)), entered, self._clock))
+        return len(self.order) - 1
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every torch function that Python calls."""
+
+    def __init__(self, recording: Recording, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
+        super().__init__()
+        self.recording = recording
+        self.owners = owners
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.nodes: dict[Any, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _CUTS or (name == "__get__" and func == torch.Tensor.data.__get__):  # type: ignore[attr-defined]
+            self._cut(args, "detach" if name in _CUTS else ".data")
+        elif args and is_in_place(name, kwargs):
+            self._overwritten(args[0], name)
+            self._written_into(args[0], args[1:], kwargs)
+        elif func is F.embedding:
+            self._looked_up(*args, **kwargs)
+        elif func is torch.embedding:
+            self.recording.to_help = True
+        output = self._run(name, lambda: func(*args, **kwargs))
+        if pytree.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
+            for value in (*args, *kwargs.values()):
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(one, nn.Parameter):
+                        self._used(one)
+        return output
+
+    def _run(self, name: str, call: Callable[[], Any]) -> Any:
+        if name not in double_activation.FUNCTIONS:
+            return call()
+        inside = self.recording.stack[-1] if self.recording.stack else None
+        place = user_place() or "place unknown"
+        return self.recording.activations.run(call, double_activation.Activation(name.rstrip("_"), place, inside))
+
+    def _cut(self, args: Any, what: str) -> None:
+        if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
+            place = user_place()
+            if place:
+                self.recording.detached.setdefault(Site(self._module(), place, what), set()).update(
+                    self._calls_behind(args[0])
+                )
+
+    def _calls_behind(self, t: torch.Tensor) -> set[int]:
+        """Numbers of the nearest module calls that a tensor was computed from."""
+        found: set[int] = set()
+        todo, seen = [t.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self.nodes:
+                found.add(self.nodes[node])
+            else:
+                todo.extend(n for n, _ in node.next_functions)
+        return found
+
+    def _overwritten(self, target: Any, name: str) -> None:
+        base = target if getattr(target, "_base", None) is None else target._base
+        if id(target) in self.outputs or id(base) in self.outputs:
+            place = user_place()
+            if place:
+                self.recording.in_place[Site(self._module(), place, name)] = None
+
+    def _written_into(self, target: Any, args: Any, kwargs: Any) -> None:
+        constant = isinstance(target, torch.Tensor) and not target.requires_grad
+        if constant and self.recording.stack and pytree.tensors((args, kwargs)):
+            self.recording.to_help = True
+
+    def _looked_up(self, input: Any, weight: Any, padding_idx: int | None = None, *_: Any, **__: Any) -> None:
+        if padding_idx is not None:
+            self.recording.to_help = True
+
+    def _used(self, parameter: nn.Parameter) -> None:
+        owner = self.owners.get(id(parameter))
+        recomputed = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+        if owner is None or self._module() in owner[1] or recomputed:
+            return
+        if self.recording.stack:
+            self.recording.elsewhere.setdefault(owner[0], {})[self._module()] = None
+        if owner[0] not in self.recording.functional:
+            self.recording.functional[owner[0]] = user_place() or "place unknown"
+
+    def _module(self) -> str:
+        return self.recording.stack[-1] if self.recording.stack else ""
+
+
+@contextmanager
+def recorder(module: nn.Module, recording: Recording, *, details: bool, layers: bool = True) -> Iterator[None]:
+    """Record one training step.
+
+    Args:
+        module: the model.
+        recording: where it is written down.
+        details: also watch functions (detach, in-place, uses of parameters) and which outputs gradient reaches.
+        layers: also write down the calls of the modules inside; if not, those of the model alone.
+
+    Yields:
+        Nothing.
+    """
+    keep = {path for path, m in module.named_modules() if not path or _holds_parameters(m)}
+    watch = _Watch(recording, _owners(module)) if details else None
+    with ExitStack() as stack:
+        for path, child in module.named_modules() if layers else [("", module)]:
+            for handle in _hooks(path, child, recording, path in keep, watch):
+                stack.callback(handle.remove)
+        if watch is not None:
+            stack.enter_context(watch)
+        yield
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    # With those inside: a parameter may be used by a module around its own.
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _owners(module: nn.Module) -> dict[int, tuple[str, frozenset[str]]]:
+    """Parameter id -> its name, and the paths of the modules that may use it (its owners, lists' parents too)."""
+    out: dict[int, tuple[str, set[str]]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        entry = out.setdefault(id(p), (name, set()))
+        entry[1].add(path)
+        while isinstance(module.get_submodule(path), (nn.ParameterList, nn.ParameterDict)) and path:
+            path = path.rpartition(".")[0]
+            entry[1].add(path)
+        if ".parametrizations." in f".{name}":
+            entry[1].update(_parametrised(module, name))
+    return {key: (name, frozenset(paths)) for key, (name, paths) in out.items()}
+
+
+def _parametrised(module: nn.Module, name: str) -> Iterator[str]:
+    """Paths of the parametrisation modules that compute a weight from a parameter, and of the layer it belongs to."""
+    owner = f".{name}".split(".parametrizations.", 1)[0].lstrip(".")
+    yield owner
+    prefix = f"{owner}.parametrizations".lstrip(".")
+    yield from (path for path, _ in module.named_modules() if path.startswith(prefix))
+
+
+def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch: _Watch | None) -> list[Any]:
+    def enter(m: nn.Module, args: Any) -> None:
+        recording.stack.append(path)
+        if watch is not None:
+            recording.entered(path)
+
+    def leave(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if recording.stack:
+            recording.stack.pop()
+        if sys.exc_info()[1] is not None:  # called because forward raised
+            recording.failed = recording.failed or path
+            return
+        if keep:
+            recording.calls.setdefault(path, []).append(
+                Call(*(pytree.map_leaves(_detached, part) for part in (args, kwargs, output)))
+            )
+        if watch is not None:
+            number = recording.returned(path, output)
+            for t in pytree.gradient_tensors(output):
+                watch.outputs[id(t)] = t
+                if t.grad_fn is not None:
+                    watch.nodes.setdefault(t.grad_fn, number)
+                    # On the node: a second tensor hook on a view that was modified in place crashes torch 2.13.
+                    t.grad_fn.register_prehook(lambda g, number=number: recording.reached.add(number))
+
+    return [
+        child.register_forward_pre_hook(enter, prepend=True),
+        child.register_forward_hook(leave, with_kwargs=True, always_call=True),
+    ]
+
+
+def _detached(_: pytree.Path, leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
+        return leaf.detach().as_subclass(torch.Tensor)

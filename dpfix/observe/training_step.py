@@ -1,0 +1,166 @@
+"""How the script goes from a batch to a loss: given by the user, or told from the batch's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.errors import TrainingStepError
+from dpfix.instrument import pytree
+
+StepFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """From ``(model, batch)`` to a scalar loss.
+
+    Attributes:
+        run: the function.
+        origin: one line for the report: where the function comes from.
+        loss_known: whether ``run`` computes the script's own loss; if not, a stand-in for it.
+    """
+
+    run: StepFunction
+    origin: str
+    loss_known: bool
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Run the step on one batch.
+
+        Args:
+            model: the model.
+            batch: what the loader delivers.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            TrainingStepError: the step does not end in a scalar that depends on a parameter.
+        """
+        loss = self.run(model, batch)
+        if not torch.is_tensor(loss) or loss.numel() != 1:
+            kind = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+            raise TrainingStepError(
+                f"training_step returned {kind}, not a scalar loss ({self.origin}). Per-sample clipping "
+                "needs the loss the script calls backward() on. Return that loss from training_step."
+            )
+        if not loss.requires_grad:
+            raise TrainingStepError(
+                f"the loss of training_step depends on no trainable parameter ({self.origin}). "
+                "There is nothing to train; check requires_grad of the parameters and any no_grad block."
+            )
+        return loss.reshape(())
+
+
+def infer(
+    batch: Any, criterion: Callable[..., Any] | None, given: StepFunction | None, loss_reduction: str = "mean"
+) -> TrainingStep:
+    """Tell how this script goes from a batch to a loss.
+
+    ``training_step`` wins; otherwise the batch's structure and ``criterion`` decide: ``(x, y)``,
+    MONAI's ``image``/``label``, or keyword arguments whose output has a ``loss`` (Hugging Face). Without
+    a criterion the model is called the same way and a stand-in loss over its outputs is used.
+
+    Args:
+        batch: one batch as the loader delivers it.
+        criterion: the script's loss function, if the call named one.
+        given: the user's own ``training_step``.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the samples; a stand-in loss follows it.
+
+    Returns:
+        The training step; ``loss_known`` is false for a stand-in loss.
+
+    Raises:
+        TrainingStepError: the structure is unknown.
+    """
+    if given is not None:
+        return TrainingStep(given, "training_step as given", loss_known=True)
+    if isinstance(batch, Mapping):
+        return _from_mapping(batch, criterion, loss_reduction)
+    if isinstance(batch, (list, tuple)) and len(batch) >= 2:
+        return _step(
+            lambda b: tuple(b[:-1]), lambda b: b[-1], criterion, "model(*batch[:-1]), batch[-1]", loss_reduction
+        )
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:
+        return _step(lambda b: (b[0],), None, criterion, "model(batch[0])", loss_reduction)
+    if torch.is_tensor(batch):
+        return _step(lambda b: (b,), None, criterion, "model(batch)", loss_reduction)
+    raise TrainingStepError(
+        f"data_loader delivers {type(batch).__name__}; dpfix cannot tell how a batch becomes a loss. "
+        "Pass training_step=lambda model, batch: <the loss your loop computes>."
+    )
+
+
+def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None, loss_reduction: str) -> TrainingStep:
+    for x, y in (("image", "label"), ("input", "target"), ("x", "y")):
+        if x in batch and y in batch:
+            text = f'model(batch["{x}"]), batch["{y}"]'
+            return _step(lambda b, x=x: (b[x],), lambda b, y=y: b[y], criterion, text, loss_reduction)
+
+    def run(model: nn.Module, b: Mapping[Any, Any]) -> torch.Tensor:
+        out = model(**b)
+        loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+        if loss is None:
+            raise TrainingStepError(
+                f"data_loader delivers a mapping with keys {sorted(map(str, b))}; model(**batch) gives no "
+                "`loss`, so dpfix cannot tell the loss. Pass training_step=lambda model, batch: <your loss>."
+            )
+        return loss
+
+    return TrainingStep(run, "inferred: model(**batch).loss", loss_known=True)
+
+
+def _step(
+    inputs: Callable[[Any], tuple[Any, ...]],
+    target: Callable[[Any], Any] | None,
+    criterion: Callable[..., Any] | None,
+    text: str,
+    loss_reduction: str,
+) -> TrainingStep:
+    if criterion is None:
+
+        def stand_in(model: nn.Module, batch: Any) -> torch.Tensor:
+            return stand_in_loss(model(*inputs(batch)), loss_reduction)
+
+        return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False)
+    if target is None:
+        return TrainingStep(lambda m, b: criterion(m(*inputs(b))), f"inferred: criterion({text})", loss_known=True)
+    return TrainingStep(
+        lambda m, b: criterion(m(*inputs(b)), target(b)), f"inferred: criterion({text})", loss_known=True
+    )
+
+
+def stand_in_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
+    """A per-sample loss over whatever a model returns, for when the script's loss is not known.
+
+    Every floating output enters with a fixed weight along its last dimension and a small square, so
+    that no output is without gradient and no two rows can be exchanged unnoticed.
+
+    Args:
+        output: the model's output, any structure.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        The mean (or sum) over all elements, summed over the outputs: a scalar.
+
+    Raises:
+        TrainingStepError: no output carries gradient.
+    """
+    outputs = [t for t in pytree.gradient_tensors(output) if t.is_floating_point()]
+    if not outputs:
+        raise TrainingStepError(
+            "no output of the model carries gradient, so no parameter can be trained. "
+            "Check requires_grad of the parameters and any no_grad block in forward."
+        )
+    total = outputs[0].new_zeros(())
+    for t in outputs:
+        values = t.as_subclass(torch.Tensor)
+        positions = torch.arange(t.shape[-1] if t.dim() else 1, device=t.device, dtype=t.dtype)
+        losses = values * torch.cos(positions) + 0.1 * values.square()
+        total = total + (losses.mean() if loss_reduction == "mean" else losses.sum())
+    return total

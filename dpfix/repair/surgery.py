@@ -1,0 +1,165 @@
+"""The only code that changes a model or an optimizer: all or nothing, every alias, counted afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dpfix.errors import ModelError, OptimizerError
+from dpfix.report.finding import Finding, Fixability
+from dpfix.scan.scan import Scan
+from dpfix.weights import origins
+
+
+class Surgery:
+    """A transaction over one model and its optimizer.
+
+    Used as a context manager: leaving it by an exception, or without :meth:`commit`, undoes every change in
+    reverse order.
+
+    Args:
+        scan: the objects of the call.
+    """
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+        self._undo: list[Callable[[], None]] = []
+        self._committed = False
+
+    def __enter__(self) -> Surgery:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._committed:
+            self.roll_back()
+
+    def commit(self) -> None:
+        """Keep the changes."""
+        self._committed = True
+
+    def undo_with(self, undo: Callable[[], None]) -> None:
+        """Register how to undo a change that was made elsewhere.
+
+        Args:
+            undo: called on a roll-back.
+        """
+        self._undo.append(undo)
+
+    def roll_back(self) -> None:
+        """Undo every change, last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def repair(self, found: tuple[tuple[Any, Finding], ...]) -> None:
+        """Apply the fix of every finding that has one, then count.
+
+        Args:
+            found: ``(rule, finding)`` pairs of a scan.
+
+        Raises:
+            ModelError: a rule still finds what it claims to have fixed.
+        """
+        changes = (Fixability.EXACT, Fixability.CHANGES_MODEL)
+        fixed = [(rule, finding) for rule, finding in found if finding.fixability in changes]
+        for rule, finding in fixed:
+            module = self.scan.module.get_submodule(finding.path)
+            result = rule.fix(module, self.scan)
+            exact = finding.fixability is Fixability.EXACT
+            if isinstance(result, nn.Module):
+                self.replace(module, result)
+                self._undo.append(origins.remember_replaced(module, result, result._get_name(), exact))
+            else:
+                before = {name: getattr(module, name) for name in result}
+                self.set_attributes(module, result)
+                self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
+        after = Scan(self.scan.module, self.scan.optimizer, self.scan.data_loader, self.scan.options)
+        for rule in dict.fromkeys(rule for rule, _ in fixed):
+            left = [f for f in rule.find(after) if f.fixability in changes]
+            if left:
+                raise ModelError(
+                    f"{left[0].fact} The repair of {rule.CODE} did not take hold; the model was left as it "
+                    "was. This is a defect of dpfix: please report it with the model's class.",
+                    left,
+                )
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put one module in the place of another, under every name the old one has.
+
+        Args:
+            old: a module of the model, not the root.
+            new: its replacement; parameters that are new to the model enter the optimizer in place of the old
+                ones of the same position.
+
+        Raises:
+            ModelError: the module is the root, whose owner is not known here.
+        """
+        if old is self.scan.module:
+            raise ModelError(
+                f"{self.scan.place('')} is itself what has to be replaced, and dpfix cannot put another object "
+                "into your variable. Wrap it: module = torch.nn.Sequential(module), and build the optimizer "
+                "from it."
+            )
+        new.train(old.training)
+        for owner in list(self.scan.aliases):
+            for name, child in list(owner._modules.items()):
+                if child is old:
+                    owner._modules[name] = new
+                    self._undo.append(lambda o=owner, n=name: o._modules.__setitem__(n, old))
+        gone = [p for p in old.parameters() if all(p is not q for q in new.parameters())]
+        added = [p for p in new.parameters() if all(p is not q for q in old.parameters())]
+        if gone or added:
+            self._follow(gone, added, type(old).__name__)
+
+    def _follow(self, gone: list[nn.Parameter], added: list[nn.Parameter], name: str) -> None:
+        optimizer: Optimizer = self.scan.optimizer
+        if any(p in optimizer.state for p in gone):
+            raise OptimizerError(
+                f"optimizer already holds state for the parameters of a {name} whose replacement has other "
+                "parameters, and that state cannot be carried over. Call make_private_safe before the first "
+                "step, or leave grad_sample_mode at 'auto' (dpfix's engines keep the layer as it is)."
+            )
+        groups = [g for g in optimizer.param_groups if any(p is q for p in gone for q in g["params"])]
+        if not groups:
+            return
+        before = [list(g["params"]) for g in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if all(p is not q for q in gone)]
+        groups[0]["params"].extend(added)
+
+        def restore() -> None:
+            for group, params in zip(optimizer.param_groups, before, strict=True):
+                group["params"][:] = params
+
+        self._undo.append(restore)
+
+    def set_attributes(self, module: nn.Module, values: Mapping[str, Any]) -> None:
+        """Set plain attributes of a module.
+
+        Args:
+            module: a module of the model.
+            values: attribute names and values.
+        """
+        for name, value in values.items():
+            old = getattr(module, name)
+            setattr(module, name, value)
+            self._undo.append(lambda n=name, o=old: setattr(module, n, o))
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Stop training a parameter that no gradient reaches.
+
+        Args:
+            parameter: a trainable parameter of the model.
+        """
+        parameter.requires_grad_(False)
+        origins.remember_frozen(parameter)
+        self._undo.append(lambda: _thaw(parameter))
+
+
+def _thaw(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(True)

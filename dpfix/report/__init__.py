@@ -1,0 +1,1 @@
+"""What is told: findings, the report, the privacy statement. Data only."""

@@ -1,0 +1,54 @@
+"""Who is in the data of a loader, so that ranks can compare it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from dpfix.distributed import digest
+from dpfix.instrument import pytree
+from dpfix.instrument.rng import rng_untouched
+from dpfix.sampling.rate import index_set
+
+READS = 6
+"""How often a sample is read to tell what is always the same in it; by chance alone a transform is so once in thousands."""
+
+
+def identity(loader: DataLoader[Any]) -> dict[str, str | bytes]:
+    """Who is in the data of a loader, so that ranks can compare it: they share a batch by the places of its samples.
+
+    Args:
+        loader: the user's loader.
+
+    Returns:
+        Digests by name: of the indices that are drawn from, also inside ``Subset`` and ``DistributedSampler``, and of what
+        does not change from one reading to the next in two of the samples.
+    """
+    indices = index_set(loader)
+    found: dict[str, str | bytes] = {"the list of indices to draw from": digest(torch.as_tensor(indices))}
+    dataset: Any = loader.dataset
+    while isinstance(dataset, Subset):
+        found[f"the list of indices of Subset {len(found)}"] = digest(torch.as_tensor(list(dataset.indices)))
+        dataset = dataset.dataset
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        found["the DistributedSampler"] = f"seed {sampler.seed}, epoch {sampler.epoch}, shuffle {sampler.shuffle}"
+    for place in (len(indices) // 3, len(indices) - 1):
+        with rng_untouched():
+            readings = [_constant(loader.dataset[indices[place]]) for _ in range(READS)]
+        same = {path: value for path, value in readings[0].items() if all(r.get(path) == value for r in readings)}
+        found |= {f"sample {place} of the data, entry {path}": value for path, value in same.items()}
+    return found
+
+
+def _constant(item: Any) -> dict[str, bytes]:
+    arrays = ((path, torch.as_tensor(leaf)) for path, leaf in pytree.leaves(item) if _is_array(leaf))
+    return {str(path): digest(tensor) for path, tensor in arrays}
+
+
+def _is_array(leaf: Any) -> bool:
+    numbers = isinstance(leaf, (bool, int, float)) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf")
+    return numbers or (isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided)

@@ -1,0 +1,1 @@
+"""Static facts about model, optimizer, loader and arguments; what is asked for."""

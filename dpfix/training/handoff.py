@@ -1,0 +1,219 @@
+"""Handing over to Opacus: the only caller of ``PrivacyEngine.make_private``.
+
+Opacus prepares the optimizer, the accountant and (for its own engines) the hooks. What it hands back is then given
+dpfix's guards by specialising the classes of these very objects: ``isinstance`` checks keep holding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
+from opacus.optimizers import DPOptimizer, get_optimizer_class
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpfix.distributed import Ranks
+from dpfix.engines import BY_NAME
+from dpfix.engines.opacus.hooks import HooksHandle
+from dpfix.errors import DPFixWarning
+from dpfix.plan import Plan
+from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.sampling.collate import KnownRows, StandIn
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.loader import PrivateDataLoader
+from dpfix.sampling.rate import batch_size, sample_rate
+from dpfix.training.opacus_classes import (
+    _ACTIVE,
+    PrivateModule,
+    private_hooks_class,
+    private_optimizer_class,
+    private_wrapper_class,
+)
+from dpfix.training.step_guard import StepGuard
+
+
+class ParameterShell(nn.Module):
+    """The parameters of a model without its layers.
+
+    Opacus only needs the parameters when per-sample gradients come from an engine of dpfix; its validator would refuse
+    layers (``nn.LSTM``, a BatchNorm in evaluation mode) for what its own hooks cannot do.
+
+    Args:
+        parameters: parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, p in parameters.items():
+            self.register_parameter(name.replace(".", "/"), p)
+
+
+def _specialise(thing: Any, cls: type[Any], guard: StepGuard) -> None:
+    thing.__class__ = cls
+    thing.__dict__["guard"] = guard
+
+
+def end_earlier(module: nn.Module) -> nn.Module:
+    """End a private training that this model is already in.
+
+    Args:
+        module: a model, or the wrapper of an earlier call.
+
+    Returns:
+        The plain model.
+    """
+    while isinstance(module, AbstractGradSampleModule):
+        module = module.to_standard_module()
+    earlier = _ACTIVE.get(module)
+    if earlier is not None:
+        earlier.cleanup()
+    return module
+
+
+def option_names(clipping: str, mode: str) -> frozenset[str]:
+    """Names of the further options that Opacus's optimizer and noise search take.
+
+    Args:
+        clipping: the clipping scheme.
+        mode: ``grad_sample_mode``.
+
+    Returns:
+        Keyword names.
+    """
+    cls = get_optimizer_class(clipping=clipping, distributed=False, grad_sample_mode=mode)
+    names = set(inspect.signature(cls.__init__).parameters)
+    return frozenset(names) - {
+        "self",
+        "args",
+        "kwargs",
+        "optimizer",
+        "generator",
+        "secure_mode",
+        "expected_batch_size",
+    }
+
+
+def hand_off(
+    make_private: Callable[..., Any],
+    privacy_engine: Any,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: DataLoader[Any],
+    plan: Plan,
+    stand_in: StandIn,
+    known_rows: KnownRows | None,
+    augmentation: AugmentationMultiplicity | None,
+    poisson_sampling: bool,
+    wrap_model: bool,
+    ranks: Ranks,
+    **settings: Any,
+) -> tuple[Any, ...]:
+    """Make the objects private with Opacus and put the guards on.
+
+    Args:
+        make_private: Opacus's method of the privacy engine.
+        privacy_engine: the privacy engine itself, for its accountant.
+        module: the repaired model.
+        optimizer: the user's optimizer.
+        data_loader: the user's loader.
+        plan: what was decided.
+        stand_in: what an empty draw delivers.
+        known_rows: what the loader has to see in every sample, if it has several rows.
+        augmentation: makes several views of every sample.
+        poisson_sampling: whether to sample.
+        wrap_model: whether to wrap the model.
+        ranks: the processes that train together.
+        **settings: privacy settings and options, handed on as they are.
+
+    Returns:
+        ``(model, optimizer, data_loader)``.
+    """
+    ledger = DrawLedger() if poisson_sampling else None
+    loader: DataLoader[Any] = data_loader
+    if ledger is not None:
+        loader = PrivateDataLoader(
+            data_loader,
+            stand_in=stand_in,
+            ledger=ledger,
+            generator=privacy_engine.secure_rng,
+            augmentation=augmentation,
+            row_counter=plan.row_counter,
+            known_rows=known_rows,
+            ranks=ranks,
+        )
+    _check_dataset(privacy_engine, data_loader)
+    everything = dict(module.named_parameters())
+    parameters = {n: p for n, p in everything.items() if p.requires_grad}
+    own = plan.opacus_mode == "no_op"
+    shell: nn.Module = ParameterShell(everything)
+    if ranks.size > 1:
+        shell = DifferentiallyPrivateDistributedDataParallel(shell)  # which optimizer Opacus takes depends on it
+    prepared, private_optimizer, *_ = make_private(
+        module=shell if own else module,
+        optimizer=optimizer,
+        data_loader=loader,
+        poisson_sampling=False,  # the loader above already draws; Opacus's takes its rate from len(loader)
+        grad_sample_mode=plan.opacus_mode,
+        wrap_model=wrap_model,
+        loss_reduction=plan.loss_reduction,
+        batch_first=plan.batch_first or own,
+        **settings,
+    )
+    if own:
+        wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
+        prepared = wrapper(module, loss_reduction=plan.loss_reduction)
+    handle = BY_NAME[plan.engine].attach(module, plan, prepared)
+    if isinstance(handle, HooksHandle):
+        handle.several_iterations = ledger is None
+    guard = StepGuard(handle, module, plan, parameters, ledger, ranks)
+    make_class = private_wrapper_class if wrap_model else private_hooks_class
+    _specialise(prepared, make_class(type(prepared)), guard)
+    _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
+    _account(privacy_engine, private_optimizer, data_loader, ranks)
+    guard.remember_call(private_optimizer)
+    guard.count_steps(private_optimizer)
+    guard.accounted = lambda: sum(entry[-1] for entry in privacy_engine.accountant.history)
+    if ledger is not None:
+        ledger.at_start = lambda: guard.begin_pass(private_optimizer)
+    _ACTIVE[module] = prepared
+    return prepared, private_optimizer, loader
+
+
+def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
+    """One accountant speaks about one dataset; Opacus prints both datasets, dpfix says what it means."""
+    known = privacy_engine.dataset
+    if known is not None and known is not loader.dataset:
+        warnings.warn(
+            f"privacy_engine already accounts for another dataset ({type(known).__name__}, {len(known)} samples); data_loader "
+            f"reads {type(loader.dataset).__name__}. Its epsilon adds up the steps on both, which is right only if they are "
+            "the same people. Use a new PrivacyEngine for other data.",
+            DPFixWarning,
+            stacklevel=4,
+        )
+    privacy_engine.dataset = loader.dataset
+
+
+def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks) -> None:
+    """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``.
+
+    Opacus's distributed optimizer divides by the number of ranks itself.
+    """
+    expected = batch_size(loader) / ranks.size
+    optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
+    hook = privacy_engine.accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader))
+    optimizer.attach_step_hook(hook)
+    if optimizer.noise_multiplier == 0:
+        privacy_engine.get_epsilon = _no_privacy
+
+
+def _no_privacy(delta: float) -> float:
+    """Without noise there is no privacy: epsilon is infinite (the accountants overflow instead)."""
+    return float("inf")

@@ -1,0 +1,172 @@
+"""Opacus's classes in private training: every step of the optimizer passes the guard."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise
+from torch import nn
+
+from dpfix.training.step_guard import StepGuard
+from dpfix.weights.copies import plain_copy
+
+_ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Models in private training, with the object whose ``cleanup`` ends it."""
+
+
+@functools.cache
+def private_optimizer_class(cls: type[Any]) -> type[Any]:
+    """One of Opacus's optimizer classes in which every step passes the guard."""
+
+    class PrivateOptimizer(cls):
+        guard: StepGuard
+        flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate
+        _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
+
+        def zero_grad(self, set_to_none: bool = True) -> None:  # torch's default: zeros would only take memory
+            super().zero_grad(set_to_none)
+            self.guard.cleared()
+
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            with self.guard.stepping():
+                return super().step(closure)
+
+        def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+            with self.guard.telling_other_ranks(self):
+                if self.guard.gives_up(self):
+                    return False
+                self.guard.before_step(self)
+                released = bool(super().pre_step(closure))
+                self.guard.after_step(released)
+                return released
+
+        def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
+            super().attach_step_hook(self.guard.with_accountant(fn))
+
+        def clip_and_accumulate(self) -> None:
+            if not self.guard.clip(self):
+                super().clip_and_accumulate()
+            self.guard.check_finite()
+
+        def add_noise(self) -> None:
+            self.guard.agree(self)
+            if in_place and self.guard.clipped and self.noise_multiplier > 0:
+                add_noise_in_place(self)
+            else:
+                super().add_noise()
+
+    in_place = cls.add_noise is DPOptimizer.add_noise
+    return _named_like(PrivateOptimizer, cls)
+
+
+def add_noise_in_place(optimizer: DPOptimizer) -> None:
+    """What ``DPOptimizer.add_noise`` does, with the same random numbers, in the memory of the clipped sum.
+
+    The sum without noise is gone afterwards; nobody can come across it.
+
+    Args:
+        optimizer: the private optimizer, whose parameters have ``summed_grad``.
+    """
+    std = optimizer.noise_multiplier * optimizer.max_grad_norm
+    for p in optimizer.params:
+        total: torch.Tensor = p.summed_grad  # type: ignore[attr-defined]
+        if optimizer.secure_mode:
+            total += _generate_noise(std, total, optimizer.generator, True)
+        else:
+            total += torch.normal(
+                0.0, std, total.shape, device=total.device, generator=optimizer.generator, dtype=total.dtype
+            )
+        p.grad, p.summed_grad = total.view_as(p), None  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _transparent(cls: type[Any]) -> type[Any]:
+    """One of Opacus's wrappers that answers for the model inside, and whose copies are not in training."""
+
+    class Transparent(cls):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name == "_module":
+                    raise
+                return getattr(super().__getattr__("_module"), name)
+
+        def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            wrapped = all(key.startswith("_module.") for key in state_dict)
+            target = super() if wrapped else self._module
+            return target.load_state_dict(state_dict, *args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _not_in_training, (plain_copy(self._module), self.loss_reduction, self.training)
+
+    return _named_like(Transparent, cls)
+
+
+@functools.cache
+def private_wrapper_class(cls: type[Any]) -> type[Any]:
+    """One of Opacus's wrappers, in private training."""
+
+    class PrivateWrapper(_transparent(cls)):
+        guard: StepGuard
+
+        def zero_grad(self, set_to_none: bool = False) -> None:
+            super().zero_grad(set_to_none)
+            self.guard.cleared()
+
+        def cleanup(self) -> None:
+            _end(self, super().cleanup)
+
+    return _named_like(PrivateWrapper, cls)
+
+
+@functools.cache
+def private_hooks_class(cls: type[Any]) -> type[Any]:
+    """One of Opacus's hooks objects, for models that are not wrapped."""
+
+    class PrivateHooks(cls):
+        guard: StepGuard
+
+        def cleanup(self) -> None:
+            _end(self, super().cleanup)
+
+    return _named_like(PrivateHooks, cls)
+
+
+def _named_like(new: type[Any], cls: type[Any]) -> type[Any]:
+    new.__name__, new.__qualname__, new.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return new
+
+
+class PrivateModule(AbstractGradSampleModule):
+    """Opacus's wrapper around a model whose per-sample gradients come from an engine of dpfix.
+
+    A copy of a wrapper, or a pickled one, holds a copy of the model that is not in private training.
+    """
+
+    def remove_hooks(self) -> None:
+        """Nothing to do: the engine is taken off by :meth:`cleanup`."""
+
+
+def _not_in_training(module: nn.Module, loss_reduction: str, training: bool) -> Any:
+    return _transparent(PrivateModule)(module, loss_reduction=loss_reduction).train(training)
+
+
+def _end(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
+    guard: StepGuard = holder.guard
+    module = holder._module
+    guard.detach()
+    opacus_cleanup()
+    for name in guard.plan.frozen_parameters:
+        module.get_parameter(name).requires_grad_(True)
+    for p in module.parameters():
+        for attribute in ("summed_grad", "grad_sample"):
+            if hasattr(p, attribute):
+                delattr(p, attribute)
+    _ACTIVE.pop(module, None)

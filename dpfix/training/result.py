@@ -1,0 +1,115 @@
+"""What the call returns."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from opacus import PrivacyEngine
+
+from dpfix.errors import DPFixWarning
+from dpfix.plan import Plan
+from dpfix.report.report import Report
+from dpfix.report.statement import NOT_COVERED, PrivacyStatement
+from dpfix.sampling.loader import PrivateDataLoader
+from dpfix.sampling.rate import index_set, sample_rate
+from dpfix.scan.arguments import check_delta
+
+
+class PrivateTraining(tuple[Any, ...]):
+    """What the call returns: unpacks to ``(model, optimizer, data_loader)`` like Opacus's tuple.
+
+    Attributes:
+        report: what was found, changed and chosen.
+        privacy_engine: the engine whose accountant counts the steps.
+    """
+
+    report: Report
+    privacy_engine: PrivacyEngine
+
+    def __new__(cls, items: tuple[Any, ...], report: Report, privacy_engine: PrivacyEngine) -> PrivateTraining:
+        """Build the tuple.
+
+        Args:
+            items: model, optimizer and loader.
+            report: the report.
+            privacy_engine: the engine.
+
+        Returns:
+            The tuple with its attributes.
+        """
+        self = super().__new__(cls, items)
+        self.report, self.privacy_engine = report, privacy_engine
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """How the model is being trained; a no-grad region that gradient has reached is no longer in it."""
+        return self[1].guard.plan
+
+    def get_epsilon(self, delta: float) -> float:
+        """Privacy loss of the steps made so far.
+
+        Args:
+            delta: probability in (0, 1) that the bound does not hold; smaller than 1 / number of samples.
+
+        Returns:
+            Epsilon; infinite without noise, 0 before the first step.
+
+        Raises:
+            ArgumentError: ``delta`` is not a number between 0 and 1.
+        """
+        check_delta(delta)
+        samples = len(index_set(self[-1]))
+        if delta >= 1 / samples:
+            warnings.warn(
+                f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
+                "would satisfy such a bound. Use a smaller delta.",
+                DPFixWarning,
+                stacklevel=2,
+            )
+        return self._epsilon(delta)
+
+    def _epsilon(self, delta: float) -> float:
+        if not self.privacy_engine.accountant.history:
+            return 0.0
+        return float(self.privacy_engine.get_epsilon(delta))
+
+    def statement(self, delta: float) -> PrivacyStatement:
+        """The privacy statement for the steps made so far.
+
+        Args:
+            delta: see :meth:`get_epsilon`.
+
+        Returns:
+            Unit, adjacency, sampling, rate, steps, noise, clip norm, accountant, epsilon and what is not covered.
+        """
+        check_delta(delta)
+        _, optimizer, loader = self
+        poisson = isinstance(loader, PrivateDataLoader)
+        samples = len(index_set(loader))
+        cautions = []
+        if delta >= 1 / samples:
+            cautions.append(f"delta is not below 1 / samples = {1 / samples:.2g}; such a bound means little")
+        if not poisson:
+            cautions.append("batches were not Poisson samples, as the accountant assumes")
+        if optimizer.noise_multiplier == 0:
+            cautions.append("no noise was added: there is no privacy")
+        engine = self.privacy_engine
+        return PrivacyStatement(
+            epsilon=self._epsilon(delta),
+            delta=delta,
+            unit="one item of the dataset",
+            adjacency="add or remove one sample",
+            sampling_used="Poisson" if poisson else "the loader's own order",
+            sampling_assumed="Poisson",
+            samples=samples,
+            sampling_rate=sample_rate(loader),
+            steps=sum(entry[-1] for entry in engine.accountant.history),
+            noise_multiplier=float(optimizer.noise_multiplier),
+            max_grad_norm=optimizer.max_grad_norm,
+            accountant=engine.accountant.mechanism(),
+            secure_rng=bool(engine.secure_mode),
+            not_covered=NOT_COVERED,
+            cautions=tuple(cautions),
+        )

@@ -1,0 +1,109 @@
+"""The documentation runs, is complete, and says what the code says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dpfix.rules import RULES
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_EXAMPLES = ["README.md", "docs/quickstart.md", "docs/monai.md", "docs/augmentation.md"]
+
+
+def load(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python blocks of a page run from top to bottom, as one script."""
+    text = (ROOT / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S))
+    assert blocks
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], page, "exec"), namespace)
+    assert "privacy statement" in capsys.readouterr().out
+
+
+def test_rule_pages_are_up_to_date() -> None:
+    """``docs/rules`` is what the rules say now; ``python docs/generate_rules.py`` writes it anew."""
+    generator = load("docs/generate_rules.py")
+    assert generator.stale(generator.pages()) == []
+
+
+def test_every_code_is_explained() -> None:
+    """Every code that a message can carry stands in the documentation."""
+    source = "".join(path.read_text() for path in (ROOT / "dpfix").rglob("*.py"))
+    told = "".join(page.read_text() for page in PAGES)
+    first, last = re.search(r"DPF(\d{3}) to DPF(\d{3})", told).groups()  # type: ignore[union-attr]
+    ruled = {f"DPF{number:03d}" for number in range(int(first), int(last) + 1)}
+    assert ruled <= {rule.CODE for rule in RULES}
+    assert set(re.findall(r"DPF\d{3}", source)) <= set(re.findall(r"DPF\d{3}", told))
+
+
+def test_every_rule_is_in_the_navigation() -> None:
+    """``mkdocs.yml`` lists every page there is."""
+    listed = set(re.findall(r"([\w/.-]+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[2:]}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links to other pages of the repository name files that exist."""
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_readme_shows_the_measured_table() -> None:
+    """The table of the README is the one of the comparison page, and every set-up is in it."""
+    comparison = load("benchmarks/opacus_comparison.py")
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/comparison.md").read_text()
+    table = readme.partition(comparison.TABLE_BEGINS)[2].partition(comparison.TABLE_ENDS)[0].strip()
+    assert table and table in page
+    assert [row for row, *_ in comparison.SETUPS if f"| {row} |" not in table] == []
+    assert "**wrong**" not in table
+
+
+@pytest.mark.parametrize("name", ["tokens", "crops", "detached", "dropped_last"])
+def test_comparison_is_right(name: str) -> None:
+    """A few rows of the comparison, measured: dpfix is right, and Opacus is not."""
+    comparison = load("benchmarks/opacus_comparison.py")
+    _, build, measure, _ = next(row for row in comparison.SETUPS if row[1].__name__ == name)
+    assert comparison.outcome(comparison.with_dpfix, build, measure).right
+    assert not comparison.outcome(comparison.plain_opacus, build, measure).right
+
+
+@pytest.mark.slow
+def test_whole_comparison() -> None:
+    """The script's exit status says that dpfix was right in every row."""
+    script = ROOT / "benchmarks/opacus_comparison.py"
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=1200)
+
+
+def test_weights_page_has_every_network() -> None:
+    """The table says of every network that dpfix loads it rightly or refuses it."""
+    from tests.weights.legacy_zoo import REFUSED, ZOO
+
+    script, page = load("benchmarks/legacy_weights.py"), (ROOT / "docs/weights.md").read_text()
+    table = page.partition(script.BEGINS)[2].partition(script.ENDS)[0]
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[3].strip() for line in table.splitlines() if line.startswith("|")
+    }
+    assert all(cells[case.name.strip()].startswith("right") for case in ZOO)
+    assert all(cells[case.name.strip()].startswith("refused") for case in REFUSED)

@@ -1,0 +1,252 @@
+"""Training on several processes, started by torchrun, against batches of one in this process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from opacus.accountants import PRVAccountant
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dpfix
+from dpfix.distributed import Ranks, new_seed
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.poisson import PoissonSampler
+from tests import on_ranks
+from tests.helpers import points, setting
+from tests.reference import clipped_sum, gradients_one_by_one
+
+RANKS = 2
+ROOT = Path(__file__).parents[1]
+Seen = list[dict[str, Any]]
+
+
+def torchrun(*command: str) -> str:
+    """What the ranks printed."""
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def launch(scenario: str, folder: Path) -> Seen:
+    """What every rank saw."""
+    torchrun("-m", "tests.on_ranks", scenario, str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return launch("trainings", tmp_path_factory.mktemp("trainings"))
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return launch("refusals", tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.fixture(scope="module")
+def misused(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return launch("misuses", tmp_path_factory.mktemp("misuses"))
+
+
+def steps(seen: Seen, name: str) -> list[tuple[list[int], dict[str, Tensor], dict[str, Tensor]]]:
+    """What all ranks drew together, the weights before and after, for every step."""
+    runs = [rank[name] for rank in seen]
+    draws = [list(chain(*parts)) for parts in zip(*(run["draws"] for run in runs), strict=True)]
+    states = runs[0]["states"]
+    return list(zip(draws, states[:-1], states[1:], strict=True))
+
+
+def wanted(before: dict[str, Tensor], drawn: list[int]) -> dict[str, Tensor]:
+    """The clipped sum over the drawn digits, from batches of one."""
+    model = on_ranks.network(seed=0).double()
+    model.load_state_dict({k: v.double() for k, v in before.items()})
+    digits = on_ranks.digits()
+    singles = [(x[None].double(), y[None]) for x, y, _ in (digits[i] for i in drawn)]
+    if not singles:
+        return {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    return clipped_sum(gradients_one_by_one(model, on_ranks.step, singles), on_ranks.CLIP)
+
+
+SAME_AS_ONE_PROCESS = {"few samples": 2, "memory manager": 20, "sum": 1, "distributed sampler": 4 * RANKS}
+"""Training -> what its clipped sum is divided by."""
+
+
+@pytest.mark.parametrize("name", ["auto", "vmap", "microbatch", "hooks", *SAME_AS_ONE_PROCESS])
+def test_the_ranks_release_one_clipped_sum(trained: Seen, name: str) -> None:
+    """The step of all ranks together is that of one process, empty parts of a batch included."""
+    scale = on_ranks.RATE / SAME_AS_ONE_PROCESS.get(name, 6)
+    for drawn, before, after in steps(trained, name):
+        for key, total in wanted(before, drawn).items():
+            moved = before[key].double() - after[key].double()
+            assert torch.allclose(moved, scale * total, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["auto", "few samples", "noise", "memory manager"])
+def test_all_ranks_have_the_same_weights_plan_and_budget(trained: Seen, name: str) -> None:
+    first, *others = (rank[name] for rank in trained)
+    for other in others:
+        assert other["engine"] == first["engine"] and other["history"] == first["history"]
+        for here, there in zip(first["states"], other["states"], strict=True):
+            assert all(torch.equal(v, there[k]) for k, v in here.items())
+
+
+def test_every_batch_is_shared_out(trained: Seen) -> None:
+    empty = 0
+    for runs in zip(*(rank["few samples"]["draws"] for rank in trained), strict=True):
+        together = list(chain(*runs))
+        assert len(set(together)) == len(together)
+        assert max(map(len, runs)) - min(map(len, runs)) <= 1
+        empty += not all(runs)
+    assert empty, "no rank was ever without samples: the test shows nothing about that"
+    assert "ranks: 2, each works on its part of every batch" in trained[0]["auto"]["report"]
+
+
+def test_the_noise_is_added_once(trained: Seen) -> None:
+    """With the standard deviation noise_multiplier x clip norm, not once per rank."""
+    found = []
+    for drawn, before, after in steps(trained, "noise"):
+        for key, total in wanted(before, drawn).items():
+            released = (before[key].double() - after[key].double()) * 6 / on_ranks.RATE
+            found.append((released - total).flatten() / (2.0 * on_ranks.CLIP))
+    noise = torch.cat(found)
+    assert len(noise) > 10_000 and float(noise.std()) == pytest.approx(1.0, abs=0.03)
+    assert abs(float(noise.mean())) < 0.03
+
+
+def test_the_budget_is_that_of_one_process(trained: Seen) -> None:
+    alone = PRVAccountant()
+    for _ in range(6):
+        alone.step(noise_multiplier=2.0, sample_rate=6 / 60)
+    assert trained[0]["noise"]["epsilon"] == alone.get_epsilon(1e-3) > 0
+    assert trained[0]["distributed sampler"]["history"] == [(0.0, 4 * RANKS / 60, 3)]
+
+
+def test_opacus_draws_the_same_positions_on_all_ranks(trained: Seen) -> None:
+    """Why the ranks share one draw; when this fails, Opacus has learnt of it, and the documentation has to."""
+    positions = [rank["Opacus"]["positions"] for rank in trained]
+    assert positions[0] == positions[1] and any(positions[0])
+
+
+class Told(Ranks):
+    """A rank that was told the seed of rank 0."""
+
+    def first(self, value: Any) -> Any:
+        return 7
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_draw_one_poisson_batch(size: int) -> None:
+    """Also when they had left the pass before at other places; equal draws from equal shares would not be independent."""
+
+    def sampler(ranks: Ranks, generator: torch.Generator) -> PoissonSampler:
+        return PoissonSampler(
+            list(range(100, 140)), sample_rate=0.2, steps=30, generator=generator, ledger=DrawLedger(), ranks=ranks
+        )
+
+    parts = []
+    for rank in range(size):
+        ranks = Told(rank, size)
+        mine = sampler(ranks, ranks.shared_generator(torch.Generator().manual_seed(rank)))
+        list(islice(mine, 1 + rank))
+        parts.append(list(mine))
+    seeds = torch.Generator().manual_seed(7)
+    _, second = new_seed(seeds), new_seed(seeds)
+    one = list(sampler(Ranks(), torch.Generator().manual_seed(second)))
+    assert [sorted(chain(*shares)) for shares in zip(*parts, strict=True)] == one
+
+
+def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/ranks.md").read_text()
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "script.py").write_text(script)
+    out = torchrun(str(tmp_path / "script.py"))
+    assert out.count("privacy statement") == 1 and "Poisson, rate 0.0356" in out
+    assert re.search(r"steps: +29\n", out), out
+
+
+@pytest.mark.parametrize(
+    ("name", "errors", "text"),
+    [
+        ("torch's wrapper", ("ModelError",) * 2, "wrap the module inside it with opacus.distributed.Diff"),
+        ("inside", ("ModelError",) * 2, "wrap the whole model with it"),
+        ("coupled on rank 1", ("RankError", "CoupledModelError"), "mixes the samples of a batch"),
+        ("wrong argument on rank 1", ("RankError", "ArgumentError"), "max_grad_norm=-1.0 must be a positive"),
+        ("noise", ("RankError",) * 2, "noise_multiplier is 1.0 on rank 0 and 2.0 on rank 1"),
+        ("weights", ("RankError",) * 2, "the content of parameter `module.0.0.weight` differs on rank 1"),
+        ("buffers", ("RankError",) * 2, "the content of buffer `module.scale` differs on rank 1"),
+        ("another learning rate", ("RankError",) * 2, "the options of the optimizer is "),
+        ("another order of parameters", ("RankError",) * 2, "the order of the optimizer's parameters is "),
+        ("other indices", ("RankError",) * 2, "the list of indices to draw from differs on rank 1"),
+        ("another split", ("RankError",) * 2, "the list of indices of Subset 1 differs on rank 1"),
+        ("other people", ("RankError",) * 2, "sample 20 of the data, entry (0,) differs on rank 1"),
+        ("epsilon", ("RankError", "ArgumentError"), "delta=2.0 must lie between 0 and 1"),
+        ("own order", ("LoaderError",) * 2, "no DistributedSampler that shares its samples among 2 ranks"),
+        ("repeated samples", ("LoaderError",) * 2, "drop_last=True"),
+        ("samples", ("RankError",) * 2, "the number of samples is 60 on rank 0 and 61 on rank 1"),
+        ("replicas", ("LoaderError",) * 2, "a DistributedSampler for 3 rank"),
+        ("clipping", ("ArgumentError",) * 2, "clipping='adaptive' with 2 ranks"),
+    ],
+)
+def test_what_one_rank_cannot_do_no_rank_does(refused: Seen, name: str, errors: tuple[str, ...], text: str) -> None:
+    for rank, error in zip(refused, errors, strict=True):
+        assert rank[name]["error"] == error, rank[name]
+        assert text in rank[name]["text"] and rank[name]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("name", "errors", "text"),
+    [
+        ("region", ("PlanBrokenError",) * 2, "One rank cannot leave out a step that the others make"),
+        ("left out", ("RankError",) * 2, "the number of its batches is 2 on rank 0 and 3 on rank 1"),
+        ("not finite", ("RankError", "NonFiniteGradientError"), ""),
+        ("scheduler", ("RankError",) * 2, "max_grad_norm is 0.25 on rank 0 and 0.5 on rank 1"),
+        ("load", ("RankError",) * 2, "the number of accounted steps is 2 on rank 0 and 4 on rank 1"),
+        ("peek", ("RankError",) * 2, "the pass over the data_loader is "),
+    ],
+)
+def test_a_step_that_one_rank_does_not_make_is_released_nowhere(
+    misused: Seen, name: str, errors: tuple[str, ...], text: str
+) -> None:
+    for rank, error in zip(misused, errors, strict=True):
+        assert rank[name]["error"] == error, rank[name]
+        assert text in rank[name]["text"] and rank[name]["kept"]
+
+
+def test_passes_that_were_left_at_other_places_do_not_matter(misused: Seen) -> None:
+    first, second = (rank["left early"] for rank in misused)
+    assert len(first["draws"]) == len(second["draws"]) == 10
+    assert all(not set(a) & set(b) for a, b in zip(first["draws"], second["draws"], strict=True))
+    assert all(torch.equal(v, second["weights"][k]) for k, v in first["weights"].items())
+
+
+def test_the_wrapper_without_a_process_group_is_refused() -> None:
+    """A model that was loaded with its wrapper: this process alone cannot know who trains with it."""
+    model = DifferentiallyPrivateDistributedDataParallel(nn.ParameterList())
+    model.module = nn.Linear(6, 3)
+    with pytest.raises(dpfix.ModelError, match="there is no process group"):
+        dpfix.make_private_safe(**setting(model))
+
+
+def test_a_distributed_sampler_without_the_wrapper_is_refused() -> None:
+    sampler = torch.utils.data.DistributedSampler(points(), num_replicas=2, rank=0)
+    loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
+    with pytest.raises(dpfix.LoaderError, match=r"for 2 rank\(s\), and 1 rank\(s\) train this model"):
+        dpfix.make_private_safe(**setting(data_loader=loader))
