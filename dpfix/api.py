@@ -18,7 +18,7 @@ from dpfix.distributed import Ranks, fingerprint
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import Call, as_finding, prepare, refuse, warn_blocked
+from dpfix.pipeline import Request, as_finding, prepare, refuse, warn_blocked
 from dpfix.plan import Plan
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
@@ -141,7 +141,7 @@ def make_private_safe(
                 optimizer=call.optimizer,
                 data_loader=data_loader,
                 plan=prepared.plan,
-                stand_in=prepared.stand_in,
+                placeholder=prepared.placeholder,
                 known_rows=prepared.known_rows,
                 augmentation=call.augmentation,
                 poisson_sampling=poisson_sampling,
@@ -263,7 +263,7 @@ def diagnose(
         The report; what would be refused is among its findings.
     """
     options = Options(grad_sample_mode, norm, "flat", 1.0, poisson_sampling)
-    call = Call(
+    call = Request(
         compiled.unwrap(module),
         optimizer,
         data_loader,
@@ -370,7 +370,7 @@ class SafePrivacyEngine(PrivacyEngine):
         return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
 
 
-def _what_is_trained(call: Call, plan: Plan, noise_multiplier: float) -> dict[str, Any]:
+def _what_is_trained(call: Request, plan: Plan, noise_multiplier: float) -> dict[str, Any]:
     """What must be the same on all ranks, so that their clipped sums are those of one training."""
     if call.ranks.size == 1:
         return {}
@@ -412,9 +412,9 @@ def _call(
     clipping: str = "flat",
     poisson_sampling: bool = True,
     cache: bool = True,
-) -> Call:
+) -> Request:
     plain = _plain(module)
-    return Call(
+    return Request(
         plain,
         getattr(optimizer, "original_optimizer", optimizer),
         data_loader,
@@ -444,7 +444,7 @@ def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
     return engine.make_private
 
 
-def _check(call: Call, noise_multiplier: float, options: dict[str, Any]) -> None:
+def _check(call: Request, noise_multiplier: float, options: dict[str, Any]) -> None:
     check_objects(call.module, call.optimizer, call.data_loader)
     check_values(call.options, call.module, call.loss_reduction, noise_multiplier)
     check_augmentation(call.augmentation, call.options)
@@ -452,7 +452,7 @@ def _check(call: Call, noise_multiplier: float, options: dict[str, Any]) -> None
     check_names(options, option_names(call.options.clipping, "hooks"), known)
 
 
-def _clip_norms(call: Call, frozen: tuple[str, ...]) -> Any:
+def _clip_norms(call: Request, frozen: tuple[str, ...]) -> Any:
     """The clip norms of the parameters that are still trained."""
     value = call.options.max_grad_norm
     if not isinstance(value, (list, tuple)):

@@ -47,14 +47,14 @@ from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import KnownRows, StandIn
+from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.rate import batch_size
 from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan, run_rules
 
 
 @dataclass(frozen=True)
-class Call:
+class Request:
     """One call: the user's objects and what is asked for.
 
     Attributes:
@@ -93,7 +93,7 @@ class Prepared:
 
     Attributes:
         plan: how the model is to be trained.
-        stand_in: what an empty draw delivers.
+        placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
         findings: what was found.
         evidence: what was measured about the engines.
@@ -101,13 +101,13 @@ class Prepared:
     """
 
     plan: Plan
-    stand_in: StandIn
+    placeholder: Placeholder
     known_rows: KnownRows | None
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
 
-    def report(self, call: Call, noise_multiplier: float | None) -> Report:
+    def report(self, call: Request, noise_multiplier: float | None) -> Report:
         """The report of the call.
 
         Args:
@@ -130,7 +130,7 @@ class Prepared:
         )
 
 
-def prepare(call: Call, surgery: Surgery) -> Prepared:
+def prepare(call: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
 
     Args:
@@ -146,7 +146,7 @@ def prepare(call: Call, surgery: Surgery) -> Prepared:
         return _prepare(call, surgery, apart)
 
 
-def _prepare(call: Call, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
+def _prepare(call: Request, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
     findings = _repair(call, surgery)
     with rng_untouched():
         size = math.ceil(batch_size(call.data_loader))
@@ -180,8 +180,8 @@ def _prepare(call: Call, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
     plan, evidence = _choose(call, step, ordinary, harder, plan)
     proofs += select.proofs(plan, evidence, ordinary, harder)
     findings += observed(call.module, step, record) + replaced_sampler(call.data_loader, call.options)
-    stand_in, known_rows = _stand_in(empty or ordinary, plan), _known_rows(samples, record)
-    return Prepared(plan, stand_in, known_rows, tuple(findings), evidence, tuple(proofs))
+    placeholder, known_rows = _placeholder(empty or ordinary, plan), _known_rows(samples, record)
+    return Prepared(plan, placeholder, known_rows, tuple(findings), evidence, tuple(proofs))
 
 
 def _materialised(module: nn.Module, step: TrainingStep, samples: probe.Probe) -> bool:
@@ -200,14 +200,14 @@ def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
         raise refused[0][0].ERROR("\n".join(str(f) for _, f in refused), [f for _, f in refused])
 
 
-def _repair(call: Call, surgery: Surgery) -> list[Finding]:
+def _repair(call: Request, surgery: Surgery) -> list[Finding]:
     found = run_rules(call.scan, RULES)
     refuse(found)
     surgery.repair(found)
     return [finding for _, finding in found]
 
 
-def _check_validator(call: Call, findings: list[Finding]) -> None:
+def _check_validator(call: Request, findings: list[Finding]) -> None:
     """Whatever Opacus's own validator still flags must have been answered by a finding; nothing slips through."""
     answered = {f.path for f in findings}
     for path, child in call.module.named_modules():
@@ -221,7 +221,7 @@ def _check_validator(call: Call, findings: list[Finding]) -> None:
             )
 
 
-def _plan(call: Call, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
+def _plan(call: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         engine="",
         opacus_mode="",
@@ -240,7 +240,7 @@ def _plan(call: Call, samples: probe.Probe, record: StepRecord, step: TrainingSt
     )
 
 
-def _row_counter(call: Call, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep) -> RowCounter | None:
+def _row_counter(call: Request, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep) -> RowCounter | None:
     """How the loader tells the rows of every sample, where these are not the same for all."""
     if not counts:
         return None
@@ -274,7 +274,7 @@ def _known_rows(samples: probe.Probe, record: StepRecord) -> KnownRows | None:
     return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
-def _isolated(call: Call, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:
+def _isolated(call: Request, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:
     return check_isolation(call.module, step, trial.samples, trial.record, plan, trial.wanted, call.criterion)
 
 
@@ -282,7 +282,7 @@ _LARGER = 1e6
 """A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
 
 
-def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
+def _provoke(call: Request, step: TrainingStep, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
     """Harder probes, as far as the step takes them: the model and the loss are checked on each.
 
     Returns:
@@ -299,7 +299,7 @@ def _provoke(call: Call, step: TrainingStep, ordinary: Trial, plan: Plan) -> tup
     return tuple(trials)
 
 
-def _stand_in(trial: Trial, plan: Plan) -> StandIn:
+def _placeholder(trial: Trial, plan: Plan) -> Placeholder:
     """What an empty draw delivers: one sample without data, whose gradient is dropped, on which the step runs.
 
     Args:
@@ -311,11 +311,11 @@ def _stand_in(trial: Trial, plan: Plan) -> StandIn:
     """
     finite = [number for number, run in enumerate(trial.record.alone) if math.isfinite(run.loss)]
     chosen = finite[0] if finite else 0
-    return StandIn(trial.samples.singles[chosen], trial.samples.counts(plan.row_counter)[chosen : chosen + 1])
+    return Placeholder(trial.samples.singles[chosen], trial.samples.counts(plan.row_counter)[chosen : chosen + 1])
 
 
 def _choose(
-    call: Call, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
+    call: Request, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
 ) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     """The engine and the evidence for it; rank 0 times the engines, the other ranks audit the one that it chose."""
     size = batch_size(call.data_loader) / call.ranks.size
@@ -326,7 +326,7 @@ def _choose(
 
 
 def _attempt(
-    call: Call, step: TrainingStep, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
+    call: Request, step: TrainingStep, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
 ) -> Trial | None:
     """Check model and loss on a harder probe; ``None`` if the step cannot take it, or if it is the ordinary one."""
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpfix.instrument.call_sites import CallSite
-from dpfix.layout.calls import CallLayout, LayerCall
+from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.layout.row_count import RowCounter
 
 
@@ -59,7 +59,7 @@ class Plan:
     engine: str
     opacus_mode: str
     calls: tuple[CallLayout, ...] = ()
-    layers: tuple[LayerCall, ...] = ()
+    layers: tuple[LayerLayout, ...] = ()
     elsewhere: tuple[tuple[str, tuple[str, ...]], ...] = ()
     loss_reduction: str = "mean"
     loss_known: bool = True

@@ -61,7 +61,7 @@ class CallLayout:
 
 
 @dataclass(frozen=True)
-class LayerCall:
+class LayerLayout:
     """How one call of a module that owns parameters carries the samples.
 
     Attributes:
@@ -78,7 +78,7 @@ class LayerCall:
     output: Layout
     problem: str = ""
 
-    def having(self, counts: tuple[int, ...]) -> LayerCall:
+    def having(self, counts: tuple[int, ...]) -> LayerLayout:
         """The layout of a call whose samples have other numbers of rows.
 
         Args:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix.instrument import pytree
-from dpfix.layout.calls import CallLayout, LayerCall, signature
+from dpfix.layout.calls import CallLayout, LayerLayout, signature
 from dpfix.layout.sample_dim import Layout, SampleDim
 
 
@@ -75,7 +75,7 @@ def layout_of_calls(
     return tuple(found.values()), ""
 
 
-def layout_of_layers(together: Any, alone: Sequence[Any], row_counts: tuple[int, ...] = ()) -> tuple[LayerCall, ...]:
+def layout_of_layers(together: Any, alone: Sequence[Any], row_counts: tuple[int, ...] = ()) -> tuple[LayerLayout, ...]:
     """The layouts of all calls of the modules that own parameters.
 
     Args:
@@ -90,13 +90,13 @@ def layout_of_layers(together: Any, alone: Sequence[Any], row_counts: tuple[int,
     for path, calls in together.items():
         for number, call in enumerate(calls):
             if any(len(run.get(path, ())) != len(calls) for run in alone):
-                out.append(LayerCall(path, number, (), (), "the number of calls depends on the number of samples"))
+                out.append(LayerLayout(path, number, (), (), "the number of calls depends on the number of samples"))
                 continue
             singles = [run[path][number] for run in alone]
             inputs, bad_input = _layout((call.args, call.kwargs), [(c.args, c.kwargs) for c in singles], row_counts)
             output, bad_output = _layout(call.output, [c.output for c in singles], row_counts)
             problem = (bad_input and f"input {bad_input}") or (bad_output and f"output {bad_output}")
-            out.append(LayerCall(path, number, inputs, output, problem))
+            out.append(LayerLayout(path, number, inputs, output, problem))
     return tuple(out)
 
 

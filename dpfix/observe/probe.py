@@ -19,7 +19,7 @@ from dpfix.errors import LoaderError
 from dpfix.instrument import pytree
 from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import CollateOrStandIn, StandIn, user_collate
+from dpfix.sampling.collate import CollateOrPlaceholder, Placeholder, user_collate
 from dpfix.sampling.rate import index_set
 
 SAMPLES = 4
@@ -241,7 +241,7 @@ def take(
     # In a fixed random order: the first samples of a dataset sorted by class would all have the same label.
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
     chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
-    collate = CollateOrStandIn(user_collate(loader), StandIn(None), augmentation and augmentation.for_probe())
+    collate = CollateOrPlaceholder(user_collate(loader), Placeholder(None), augmentation and augmentation.for_probe())
     generator = torch.Generator().manual_seed(_SEED)
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])

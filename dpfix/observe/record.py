@@ -9,9 +9,9 @@ from typing import Any
 from dpfix.instrument.call_sites import CallSite
 from dpfix.instrument.gradients import Gradients
 from dpfix.instrument.module_state import Key
-from dpfix.layout.calls import CallLayout, LayerCall
+from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.observe import double_activation
-from dpfix.observe.recorder import Call, Site
+from dpfix.observe.recorder import RecordedCall, Site
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Run:
     loss: float
     gradients: Gradients
     used: frozenset[str]
-    calls: Mapping[str, list[Call]]
+    calls: Mapping[str, list[RecordedCall]]
     written: dict[Key, Any]
     random_modules: frozenset[str]
     low_precision: bool
@@ -83,7 +83,7 @@ class StepRecord:
         several: trainable parameters whose module is called more than once, or that have several names.
         cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
-        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`Recording`.
+        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`StepLog`.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
         scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
@@ -94,7 +94,7 @@ class StepRecord:
     alone: tuple[Run, ...]
     calls: tuple[CallLayout, ...]
     layout_problem: str
-    layers: tuple[LayerCall, ...]
+    layers: tuple[LayerLayout, ...]
     modules: tuple[ModuleCall, ...]
     unused: tuple[str, ...]
     functional: Mapping[str, str]

@@ -22,7 +22,7 @@ _CUTS = frozenset({"detach", "detach_"})
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of a module.
 
     Attributes:
@@ -76,7 +76,7 @@ class Returned:
 
 
 @dataclass
-class Recording:
+class StepLog:
     """What a recorder has written down so far.
 
     Attributes:
@@ -94,7 +94,7 @@ class Recording:
         failed: path of the innermost module whose forward raised.
     """
 
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     order: list[Returned] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
     detached: dict[Site, set[int]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Recording:
 
     def forget(self) -> None:
         """Begin anew."""
-        vars(self).update(vars(Recording()))
+        vars(self).update(vars(StepLog()))
 
     def entered(self, path: str) -> None:
         """A module is being called.
@@ -142,7 +142,7 @@ class Recording:
 class _Watch(TorchFunctionMode):
     """Sees every torch function that Python calls."""
 
-    def __init__(self, recording: Recording, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
+    def __init__(self, recording: StepLog, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
         super().__init__()
         self.recording = recording
         self.owners = owners
@@ -230,7 +230,7 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def recorder(module: nn.Module, recording: Recording, *, details: bool, layers: bool = True) -> Iterator[None]:
+def recorder(module: nn.Module, recording: StepLog, *, details: bool, layers: bool = True) -> Iterator[None]:
     """Record one training step.
 
     Args:
@@ -281,7 +281,7 @@ def _parametrised(module: nn.Module, name: str) -> Iterator[str]:
     yield from (path for path, _ in module.named_modules() if path.startswith(prefix))
 
 
-def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch: _Watch | None) -> list[Any]:
+def _hooks(path: str, child: nn.Module, recording: StepLog, keep: bool, watch: _Watch | None) -> list[Any]:
     def enter(m: nn.Module, args: Any) -> None:
         recording.stack.append(path)
         if watch is not None:
@@ -295,7 +295,7 @@ def _hooks(path: str, child: nn.Module, recording: Recording, keep: bool, watch:
             return
         if keep:
             recording.calls.setdefault(path, []).append(
-                Call(*(pytree.map_leaves(_detached, part) for part in (args, kwargs, output)))
+                RecordedCall(*(pytree.map_leaves(_detached, part) for part in (args, kwargs, output)))
             )
         if watch is not None:
             number = recording.returned(path, output)

@@ -24,7 +24,7 @@ from dpfix.observe import double_activation
 from dpfix.observe.failures import described_failures
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import ModuleCall, Run, StepRecord
-from dpfix.observe.recorder import Recording, recorder
+from dpfix.observe.recorder import StepLog, recorder
 from dpfix.observe.training_step import TrainingStep
 
 
@@ -41,7 +41,7 @@ def observe(module: nn.Module, step: TrainingStep, probe: Probe, known: StepReco
     Returns:
         What was seen. The model, every generator and every gradient are afterwards as before, also if the step fails.
     """
-    recording = Recording()
+    recording = StepLog()
     trainable = [name for name, p in module.named_parameters() if p.requires_grad]
     with traceless(module) as before:
         alone: list[Run] = []
@@ -104,7 +104,7 @@ def one_by_one(module: nn.Module, step: TrainingStep, probe: Probe) -> tuple[Run
     with traceless(module) as before:
         for batch in probe.singles:
             like = runs[0] if runs else None
-            runs.append(_run_like(like, module, step, batch, before, Recording()))
+            runs.append(_run_like(like, module, step, batch, before, StepLog()))
             put_back(module, before)
     return tuple(runs)
 
@@ -120,7 +120,7 @@ def _run_alone(
     layers: bool,
 ) -> Run:
     """One sample alone; a model that runs on a batch only is one that needs the other samples."""
-    notes = Recording()
+    notes = StepLog()
     try:
         return _run_like(like, module, step, batch, before, notes, layers=layers)
     except TrainingStepError as error:
@@ -142,7 +142,7 @@ def _run_like(
     step: TrainingStep,
     batch: Any,
     before: dict[Key, Any],
-    notes: Recording,
+    notes: StepLog,
     *,
     details: bool = False,
     layers: bool = False,
@@ -213,7 +213,7 @@ def run_step(
     step: TrainingStep,
     batch: Any,
     before: dict[Key, Any],
-    recording: Recording | None = None,
+    recording: StepLog | None = None,
     *,
     details: bool = True,
     layers: bool = True,
@@ -235,7 +235,7 @@ def run_step(
         What happened.
     """
     details = details and recording is not None
-    notes = Recording() if recording is None else recording
+    notes = StepLog() if recording is None else recording
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for p in parameters.values():
         p.grad = None
@@ -325,7 +325,7 @@ def _writes(runs: list[Run]) -> tuple[list[Key], list[Key]]:
     return constant, dependent
 
 
-def _module_calls(recording: Recording) -> tuple[ModuleCall, ...]:
+def _module_calls(recording: StepLog) -> tuple[ModuleCall, ...]:
     count: dict[str, int] = {}
     out = []
     for number, call in enumerate(recording.order):
@@ -337,7 +337,7 @@ def _module_calls(recording: Recording) -> tuple[ModuleCall, ...]:
     return tuple(out)
 
 
-def _several(module: nn.Module, recording: Recording) -> tuple[str, ...]:
+def _several(module: nn.Module, recording: StepLog) -> tuple[str, ...]:
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         if p.requires_grad:

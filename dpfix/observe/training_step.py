@@ -125,7 +125,7 @@ def _step(
     if criterion is None:
 
         def stand_in(model: nn.Module, batch: Any) -> torch.Tensor:
-            return stand_in_loss(model(*inputs(batch)), loss_reduction)
+            return surrogate_loss(model(*inputs(batch)), loss_reduction)
 
         return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False)
     if target is None:
@@ -135,7 +135,7 @@ def _step(
     )
 
 
-def stand_in_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
+def surrogate_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
     """A per-sample loss over whatever a model returns, for when the script's loss is not known.
 
     Every floating output enters with a fixed weight along its last dimension and a small square, so

@@ -17,7 +17,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 @dataclass(frozen=True)
-class StandIn:
+class Placeholder:
     """What an empty draw delivers.
 
     Its gradient never contributes to a release: the step that follows an empty draw consists of noise alone. The model,
@@ -71,12 +71,12 @@ class KnownRows:
                 )
 
 
-class CollateOrStandIn:
+class CollateOrPlaceholder:
     """The user's collate function after the views of every sample are made; an empty draw becomes the stand-in.
 
     Args:
         collate: the user's collate function.
-        stand_in: what is delivered for an empty draw.
+        placeholder: what is delivered for an empty draw.
         augmentation: makes the views of a sample, if that is asked for.
         known_rows: what the loader has to see in every sample, if it has several rows.
     """
@@ -84,18 +84,18 @@ class CollateOrStandIn:
     def __init__(
         self,
         collate: Collate,
-        stand_in: StandIn,
+        placeholder: Placeholder,
         augmentation: AugmentationMultiplicity | None,
         known_rows: KnownRows | None = None,
     ) -> None:
         self.collate = collate
-        self.stand_in = stand_in
+        self.placeholder = placeholder
         self.augmentation = augmentation
         self.known_rows = known_rows
 
     def __call__(self, samples: list[Any]) -> Any:
         """Collate, or deliver the stand-in."""
-        return self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.stand_in.batch)
+        return self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.placeholder.batch)
 
     def prepared(self, samples: list[Any]) -> list[Any]:
         """The samples as they are collated.
@@ -131,13 +131,13 @@ class CountingCollate:
         counter: counts.
     """
 
-    def __init__(self, inner: CollateOrStandIn, counter: RowCounter) -> None:
+    def __init__(self, inner: CollateOrPlaceholder, counter: RowCounter) -> None:
         self.inner, self.counter = inner, counter
 
     def __call__(self, samples: list[Any]) -> tuple[Any, tuple[int, ...]]:
         """The batch and its counts."""
         if not len(samples):
-            return self.inner(samples), self.inner.stand_in.counts
+            return self.inner(samples), self.inner.placeholder.counts
         prepared = self.inner.prepared(samples)
         return self.inner.collated(prepared), tuple(self.counter.count(item) for item in prepared)
 
@@ -152,4 +152,4 @@ def user_collate(loader: DataLoader[Any]) -> Collate:
         The function.
     """
     collate = loader.collate_fn
-    return collate.collate if isinstance(collate, CollateOrStandIn) else collate
+    return collate.collate if isinstance(collate, CollateOrPlaceholder) else collate

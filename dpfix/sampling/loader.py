@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dpfix.distributed import ALONE, Ranks
 from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import CollateOrStandIn, CountingCollate, KnownRows, StandIn, user_collate
+from dpfix.sampling.collate import CollateOrPlaceholder, CountingCollate, KnownRows, Placeholder, user_collate
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.poisson import PoissonSampler, RecordedBatches
 from dpfix.sampling.rate import index_set, sample_rate
@@ -23,7 +23,7 @@ class PrivateDataLoader(DPDataLoader):
 
     Args:
         loader: the user's loader.
-        stand_in: what an empty draw delivers.
+        placeholder: what an empty draw delivers.
         ledger: where draws are recorded.
         generator: source of randomness; the user's loader's own if ``None``.
         augmentation: makes the views of every sample.
@@ -38,7 +38,7 @@ class PrivateDataLoader(DPDataLoader):
         self,
         loader: DataLoader[Any],
         *,
-        stand_in: StandIn,
+        placeholder: Placeholder,
         ledger: DrawLedger,
         generator: torch.Generator | None = None,
         augmentation: AugmentationMultiplicity | None = None,
@@ -65,7 +65,7 @@ class PrivateDataLoader(DPDataLoader):
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
-            collate_fn=CollateOrStandIn(user_collate(loader), stand_in, augmentation, known_rows),
+            collate_fn=CollateOrPlaceholder(user_collate(loader), placeholder, augmentation, known_rows),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
@@ -115,4 +115,4 @@ def views_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:
         ``None`` for a loader of single samples.
     """
     collate = loader.collate_fn
-    return collate.augmentation if isinstance(collate, CollateOrStandIn) else None
+    return collate.augmentation if isinstance(collate, CollateOrPlaceholder) else None

@@ -25,7 +25,7 @@ from dpfix.engines.opacus.hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import KnownRows, StandIn
+from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import batch_size, sample_rate
@@ -108,7 +108,7 @@ def hand_off(
     optimizer: torch.optim.Optimizer,
     data_loader: DataLoader[Any],
     plan: Plan,
-    stand_in: StandIn,
+    placeholder: Placeholder,
     known_rows: KnownRows | None,
     augmentation: AugmentationMultiplicity | None,
     poisson_sampling: bool,
@@ -125,7 +125,7 @@ def hand_off(
         optimizer: the user's optimizer.
         data_loader: the user's loader.
         plan: what was decided.
-        stand_in: what an empty draw delivers.
+        placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
         augmentation: makes several views of every sample.
         poisson_sampling: whether to sample.
@@ -141,7 +141,7 @@ def hand_off(
     if ledger is not None:
         loader = PrivateDataLoader(
             data_loader,
-            stand_in=stand_in,
+            placeholder=placeholder,
             ledger=ledger,
             generator=privacy_engine.secure_rng,
             augmentation=augmentation,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.observe.probe import Probe
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep, stand_in_loss
+from dpfix.observe.training_step import TrainingStep, surrogate_loss
 from dpfix.plan import Plan
 
 SAMPLES = 4
@@ -19,7 +19,7 @@ Case = tuple[Callable[[], nn.Module], Callable[[int], Tensor]]
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    return stand_in_loss(model(*batch))
+    return surrogate_loss(model(*batch))
 
 
 STEP = TrainingStep(loss_of, "test", loss_known=True)

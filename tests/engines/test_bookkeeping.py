@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dpfix
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep, stand_in_loss
+from dpfix.observe.training_step import TrainingStep, surrogate_loss
 from dpfix.plan import Plan
 from tests.engines.comparing import SAMPLES, Case, check, close, floats, ids, loss_of, plan_for, probe_of
 from tests.helpers import setting
@@ -441,7 +441,7 @@ def test_autocast_accumulates_in_single_precision() -> None:
 
     def run(m: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return stand_in_loss(m(*batch))
+            return surrogate_loss(m(*batch))
 
     step = TrainingStep(run, "test", loss_known=True)
     probe = probe_of(make)

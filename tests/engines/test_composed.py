@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpfix.engines.bookkeeping import Bookkeeping
-from dpfix.engines.bookkeeping.unknown_module import ExpandedStandIn
+from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.errors import PlanBrokenError
-from dpfix.observe.training_step import TrainingStep, stand_in_loss
+from dpfix.observe.training_step import TrainingStep, surrogate_loss
 from tests.engines.comparing import Case, check, floats, ids, plan_for, probe_of
 
 
@@ -397,7 +397,7 @@ def test_known_layers_need_no_vmap(name: str) -> None:
     plan, _ = plan_for(built, probe_of(make))
     handle = Bookkeeping().attach(built, plan)
     try:
-        assert not any(isinstance(m.__dict__.get("forward"), ExpandedStandIn) for m in built.modules())
+        assert not any(isinstance(m.__dict__.get("forward"), UnknownModuleForward) for m in built.modules())
     finally:
         handle.detach()
 
@@ -448,7 +448,7 @@ def test_autocast(case: Case) -> None:
 
     def run(m: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return stand_in_loss(m(*batch))
+            return surrogate_loss(m(*batch))
 
     step = TrainingStep(run, "test", loss_known=True)
     probe = probe_of(make)

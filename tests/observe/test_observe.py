@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 import dpfix
-from dpfix.layout.calls import LayerCall
+from dpfix.layout.calls import LayerLayout
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe import probe
 from dpfix.observe.record import StepRecord
@@ -57,7 +57,7 @@ def line(thing: Any, text: str) -> str:
     return f"test_observe.py:{first + number}"
 
 
-def layer(found: StepRecord, path: str, number: int = 0) -> LayerCall:
+def layer(found: StepRecord, path: str, number: int = 0) -> LayerLayout:
     (call,) = (c for c in found.layers if c.path == path and c.number == number)
     assert not call.problem
     return call

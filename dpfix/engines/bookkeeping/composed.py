@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import activation
 
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import Apply, StandIn, sources
+from dpfix.engines.bookkeeping.forward import Apply, ReplacedForward, sources
 from dpfix.engines.bookkeeping.layer_rule import plainly
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.layout.rows import Rows, rows_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LINEAR, _EMBEDDING = Linear(), Embedding()
 
 
-class ComposedStandIn(StandIn):
+class ComposedForward(ReplacedForward):
     """What these layers share: they are computed by applying rules, on the whole batch or under ``vmap``."""
 
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,7 +91,7 @@ class ComposedStandIn(StandIn):
         raise NotImplementedError
 
 
-class BilinearStandIn(ComposedStandIn):
+class BilinearForward(ComposedForward):
     """For ``nn.Bilinear``: a linear layer on the products of both inputs."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class BilinearStandIn(ComposedStandIn):
         return plainly(module, nn.Bilinear)
 
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedStandIn`.
+        """See :class:`ComposedForward`.
 
         Args:
             apply: applies a rule.
@@ -128,7 +128,7 @@ def _pair(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, tor
     return input1, input2
 
 
-class EmbeddingBagStandIn(ComposedStandIn):
+class EmbeddingBagForward(ComposedForward):
     """For ``nn.EmbeddingBag``: an embedding whose looked-up rows are then reduced."""
 
     @staticmethod
@@ -167,7 +167,7 @@ class EmbeddingBagStandIn(ComposedStandIn):
         return Rows(call.samples)
 
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedStandIn`.
+        """See :class:`ComposedForward`.
 
         Args:
             apply: applies a rule.
@@ -213,7 +213,7 @@ def _padded(
     return ids[index], None if weights is None else weights[index], real
 
 
-class AttentionStandIn(ComposedStandIn):
+class AttentionForward(ComposedForward):
     """For ``nn.MultiheadAttention``: PyTorch's own code, in which the linear projections are recorded."""
 
     @staticmethod
@@ -256,7 +256,7 @@ class AttentionStandIn(ComposedStandIn):
         return replace(rows_of(query, dim, call.samples), dim=1)
 
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedStandIn`.
+        """See :class:`ComposedForward`.
 
         Args:
             apply: applies a rule.
@@ -298,5 +298,5 @@ def _with_names(function: Any, names: dict[str, Any]) -> Any:
     return new
 
 
-COMPOSED: tuple[type[ComposedStandIn], ...] = (BilinearStandIn, EmbeddingBagStandIn, AttentionStandIn)
+COMPOSED: tuple[type[ComposedForward], ...] = (BilinearForward, EmbeddingBagForward, AttentionForward)
 """The layers of this kind."""

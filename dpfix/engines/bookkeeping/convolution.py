@@ -11,13 +11,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.convolution_norms import Geometry, correlation
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, autocast, plainly
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class Convolution(Rule):
+class Convolution(LayerRule):
     """``nn.Conv1d`` to ``nn.Conv3d`` with every padding, and ``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``."""
 
     def accepts(self, module: nn.Module) -> bool:
@@ -70,7 +70,7 @@ class Convolution(Rule):
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`Rule`.
+        """See :class:`LayerRule`.
 
         Args:
             call: the call.

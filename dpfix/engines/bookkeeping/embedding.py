@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import full_precision, squared
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 from dpfix.engines.bookkeeping.linear import Outer
 
 
@@ -115,7 +115,7 @@ class Tied:
         return self.lookup.weighted_sum(factors).add_(self.product.weighted_sum(factors))
 
 
-class Embedding(Rule):
+class Embedding(LayerRule):
     """``nn.Embedding``."""
 
     features = 0
@@ -149,7 +149,7 @@ class Embedding(Rule):
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`Rule`.
+        """See :class:`LayerRule`.
 
         Args:
             call: the call.

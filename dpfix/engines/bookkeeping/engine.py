@@ -15,20 +15,20 @@ from dpfix.engines.base import Verdict
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import LayerStandIn
+from dpfix.engines.bookkeeping.forward import LayerForward
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle
-from dpfix.engines.bookkeeping.layer_rule import Rule
+from dpfix.engines.bookkeeping.layer_rule import LayerRule
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.engines.bookkeeping.norms import NORMS
 from dpfix.engines.bookkeeping.prelu import PReLU
-from dpfix.engines.bookkeeping.recurrent import CellStandIn, RecurrentStandIn
-from dpfix.engines.bookkeeping.root import RootStandIn
-from dpfix.engines.bookkeeping.unknown_module import ExpandedStandIn
+from dpfix.engines.bookkeeping.recurrent import CellForward, RecurrentForward
+from dpfix.engines.bookkeeping.root import RootForward
+from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.plan import Plan
 
-RULES: tuple[Rule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())
+RULES: tuple[LayerRule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())
 """The layers that are one rule."""
-COMPOSITE: tuple[Any, ...] = (RecurrentStandIn, CellStandIn, *COMPOSED)
+COMPOSITE: tuple[Any, ...] = (RecurrentForward, CellForward, *COMPOSED)
 """The layers that are made of several; everything else goes through ``vmap``."""
 
 
@@ -68,21 +68,21 @@ class Bookkeeping:
         called = {layer.path for layer in plan.layers}
         rules, expanded = assign(modules, called, dict(plan.elsewhere))
         for path, rule in rules.items():
-            handle.put_in(LayerStandIn(handle, modules[path], path, rule))
+            handle.put_in(LayerForward(handle, modules[path], path, rule))
         for path, kind in composites(modules, called, expanded).items():
             handle.put_in(kind(handle, modules[path], path))
             del expanded[path]
         for path in expanded:
             inside = [p for p in expanded if not path or p == path or p.startswith(f"{path}.")]
             parameters = {name: p for place in inside for name, p in expanded[place].items()}
-            handle.put_in(ExpandedStandIn(handle, modules[path], path, parameters))
-        handle.put_in(RootStandIn(handle, module))
+            handle.put_in(UnknownModuleForward(handle, modules[path], path, parameters))
+        handle.put_in(RootForward(handle, module))
         return handle
 
 
 def assign(
     modules: dict[str, nn.Module], called: set[str], elsewhere: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, Rule], dict[str, dict[str, nn.Parameter]]]:
+) -> tuple[dict[str, LayerRule], dict[str, dict[str, nn.Parameter]]]:
     """Decide for every module that owns trainable parameters how it is accounted for.
 
     A parameter whose own module is never called (the output projection inside ``nn.MultiheadAttention``, a
@@ -97,7 +97,7 @@ def assign(
     Returns:
         Rules by path, and the parameters to expand by path of the module that uses them.
     """
-    rules: dict[str, Rule] = {}
+    rules: dict[str, LayerRule] = {}
     expanded: dict[str, dict[str, nn.Parameter]] = {}
     used = _uses(modules, elsewhere)
     for path, module in modules.items():

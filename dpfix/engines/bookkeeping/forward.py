@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Recorded, Rule
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, Recorded, LayerRule
 from dpfix.engines.functional.workarounds import mapped
 from dpfix.layout import rows
 from dpfix.layout.rows import Rows
@@ -32,7 +32,7 @@ def plain_forward(module: nn.Module | None) -> Any:
     return None if module is None else MethodType(type(module).forward, module)
 
 
-class StandIn:
+class ReplacedForward:
     """Stands in for a module's ``forward``; copies and pickles of the module get its ordinary one back.
 
     Args:
@@ -120,7 +120,7 @@ class Apply:
 
     def __call__(
         self,
-        rule: Rule,
+        rule: LayerRule,
         module: Any,
         x: torch.Tensor,
         where: Rows | None = None,
@@ -153,7 +153,7 @@ class Apply:
         return run(x, where) if where is not None else OutOfMap.apply(mapped_layer(rule, run), mapped(x))
 
 
-def mapped_layer(rule: Rule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:
+def mapped_layer(rule: LayerRule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:
     """A layer on a batch whose samples come first, from a layer on rows.
 
     Args:
@@ -194,7 +194,7 @@ class OutOfMap(torch.autograd.Function):
         return found, 0 if isinstance(found, torch.Tensor) else (0,) * len(found)
 
 
-class LayerStandIn(StandIn):
+class LayerForward(ReplacedForward):
     """For a layer that a rule knows.
 
     Args:
@@ -204,7 +204,7 @@ class LayerStandIn(StandIn):
         rule: how it is computed and accounted for.
     """
 
-    def __init__(self, handle: BookkeepingHandle, module: nn.Module, path: str, rule: Rule) -> None:
+    def __init__(self, handle: BookkeepingHandle, module: nn.Module, path: str, rule: LayerRule) -> None:
         super().__init__(handle, module, path)
         self.rule = rule
         self.sources = sources(module)

@@ -11,11 +11,11 @@ from torch import nn
 
 from dpfix.engines.base import no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.contributions import Contribution
-from dpfix.engines.bookkeeping.forward import StandIn
+from dpfix.engines.bookkeeping.forward import ReplacedForward
 from dpfix.engines.bookkeeping.iteration import Iteration, RootCall
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.errors import PlanBrokenError
-from dpfix.layout.calls import CallLayout, LayerCall, known_layout, samples_in
+from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
 
 _EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
@@ -33,29 +33,29 @@ class BookkeepingHandle:
         self.model, self.plan = module, plan
         self.counts: Callable[[], tuple[int, ...]] = no_counts
         self.anchor = torch.zeros((), requires_grad=True)
-        self._layers: dict[str, list[LayerCall]] = {}
+        self._layers: dict[str, list[LayerLayout]] = {}
         for layer in plan.layers:
             self._layers.setdefault(layer.path, []).append(layer)
         self._iterations: list[Iteration] = []
         self._start()
         self._active: RootCall | None = None
         self._last: RootCall | None = None
-        self._stand_ins: list[StandIn] = []
+        self._replaced: list[ReplacedForward] = []
 
-    def put_in(self, stand_in: StandIn) -> None:
+    def put_in(self, replaced: ReplacedForward) -> None:
         """Replace a module's ``forward``.
 
         Args:
-            stand_in: what is put in its place.
+            replaced: what is put in its place.
         """
-        self._stand_ins.append(stand_in)
-        vars(stand_in.module)["forward"] = stand_in
+        self._replaced.append(replaced)
+        vars(replaced.module)["forward"] = replaced
 
     def detach(self) -> None:
         """Give every module its own ``forward`` back."""
-        for stand_in in self._stand_ins:
-            vars(stand_in.module).pop("forward", None)
-        self._stand_ins.clear()
+        for replaced in self._replaced:
+            vars(replaced.module).pop("forward", None)
+        self._replaced.clear()
         self.finish()
         self._last = None
 
@@ -130,7 +130,7 @@ class BookkeepingHandle:
         calls[path] = calls.get(path, 0) + 1
         return calls[path] - 1
 
-    def layout(self, path: str, number: int) -> LayerCall:
+    def layout(self, path: str, number: int) -> LayerLayout:
         """How a call of a layer carries its samples.
 
         Args:
@@ -267,5 +267,5 @@ def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:
         p.summed_grad += total  # type: ignore[attr-defined]
 
 
-def _form(call: LayerCall) -> Any:
+def _form(call: LayerLayout) -> Any:
     return call.inputs, call.output, call.problem

@@ -95,7 +95,7 @@ def pulled_back(
     return [(p, g) for p, g in zip(sources, found, strict=True) if g is not None]
 
 
-class Rule(ABC):
+class LayerRule(ABC):
     """How one family of layers is computed and accounted for.
 
     Attributes:
@@ -173,7 +173,7 @@ class Recorded(torch.autograd.Function):
     """A layer call in the graph. The anchor makes the output require gradient when the input does not."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, rule: Rule, call: LayerCall) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, rule: LayerRule, call: LayerCall) -> torch.Tensor:  # noqa: D102
         output, saved = rule.forward(call, x)
         ctx.save_for_backward(*saved)
         ctx.rule, ctx.call = rule, call

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, autocast, plainly
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
 
 KEEP_RATIO = 1.8
 """Per-sample gradients are kept while they are at most this many times larger than activation and output gradient."""
@@ -120,7 +120,7 @@ def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
     return factors
 
 
-class Linear(Rule):
+class Linear(LayerRule):
     """``nn.Linear`` with any leading dimensions, and whatever else is a product of rows with a weight."""
 
     features = 1
@@ -153,7 +153,7 @@ class Linear(Rule):
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`Rule`.
+        """See :class:`LayerRule`.
 
         Args:
             call: the call.

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 
 _LOOP_ABOVE = 16384
 """Numbers per sample from which one kernel per sample is faster than a product over all of them."""
@@ -25,12 +25,12 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 """Gradient of the input, and of scale and shift for every sample."""
 
 
-class Norm(Rule):
+class Norm(LayerRule):
     """What the normalisations share.
 
     Args:
         *kinds: the classes it is for.
-        features: see :class:`Rule`.
+        features: see :class:`LayerRule`.
     """
 
     def __init__(self, *kinds: type[nn.Module], features: int | None = None) -> None:
@@ -75,7 +75,7 @@ class Norm(Rule):
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`Rule`.
+        """See :class:`LayerRule`.
 
         Args:
             call: the call.

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Rule, plainly
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 
 Saved = tuple[torch.Tensor | None, ...]
 
 
-class PReLU(Rule):
+class PReLU(LayerRule):
     """``nn.PReLU``: the slope of a channel gets what came back where its input was negative."""
 
     def accepts(self, module: nn.Module) -> bool:
@@ -41,7 +41,7 @@ class PReLU(Rule):
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`Rule`.
+        """See :class:`LayerRule`.
 
         Args:
             call: the call.

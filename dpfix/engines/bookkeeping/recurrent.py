@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix.engines.bookkeeping import recurrent_backward
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, StandIn, sources
+from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, ReplacedForward, sources
 from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.functional.workarounds import mapped
@@ -130,7 +130,7 @@ class Direction(torch.autograd.Function):
         return found.ih @ p.weights["weight_ih"], found.first, found.cell, None, None
 
 
-class RecurrentStandIn(StandIn):
+class RecurrentForward(ReplacedForward):
     """For ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with any number of layers, in one or both directions."""
 
     @staticmethod
@@ -261,7 +261,7 @@ def _bound(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
 
 
-class CellStandIn(StandIn):
+class CellForward(ReplacedForward):
     """For ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: two linear layers, and PyTorch's autograd for the rest."""
 
     @staticmethod

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.forward import StandIn
+from dpfix.engines.bookkeeping.forward import ReplacedForward
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle
 from dpfix.instrument import pytree
 from dpfix.layout.rows import rows_of
 
 
-class RootStandIn(StandIn):
+class RootForward(ReplacedForward):
     """Stands in for the model's own ``forward``.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dpfix.engines.bookkeeping.contributions import Kept
-from dpfix.engines.bookkeeping.forward import StandIn
+from dpfix.engines.bookkeeping.forward import ReplacedForward
 from dpfix.engines.functional.call import call_mapped
 from dpfix.engines.functional.parameter_swap import parameter_slots
 
@@ -40,7 +40,7 @@ class Expand(torch.autograd.Function):
         return None, None, None, None
 
 
-class ExpandedStandIn(StandIn):
+class UnknownModuleForward(ReplacedForward):
     """For a module that no rule knows.
 
     Args:
