@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from dpfix.choose.settings import versions
 from dpfix.distributed import Ranks, fingerprint
+from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import Request, as_finding, prepare, refuse, warn_blocked
+from dpfix.pipeline import Request, prepare, refuse, warn_blocked
 from dpfix.plan import Plan
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
@@ -126,10 +127,10 @@ def make_private_safe(
     with call.ranks.all_or_none():
         _check(call, noise_multiplier, options)
         check_ranks(call.ranks, call.options, engine.secure_mode)
-        if grad_sample_mode == "ew" and not wrap_model:
+        if not wrap_model and grad_sample_mode != "auto" and BY_NAME[grad_sample_mode].needs_wrapper:
             raise ArgumentError(
-                "grad_sample_mode='ew' needs wrap_model=True: Opacus's expanded weights work through its wrapper. Pass "
-                "wrap_model=True, or leave grad_sample_mode at 'auto'."
+                f"grad_sample_mode={grad_sample_mode!r} needs wrap_model=True: Opacus's expanded weights work through its "
+                "wrapper. Pass wrap_model=True, or leave grad_sample_mode at 'auto'."
             )
         with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
             prepared = prepare(call, surgery)
@@ -279,8 +280,7 @@ def diagnose(
         try:
             prepared = prepare(call, surgery)
         except DPFixError as error:
-            refused = error.findings or (as_finding(error),)
-            return Report(type(call.module).__name__, refused, versions=versions())
+            return Report(type(call.module).__name__, error.findings, versions=versions())
     return prepared.report(call, None)
 
 

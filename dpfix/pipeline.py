@@ -24,7 +24,6 @@ from dpfix.choose.settings import settings, versions
 from dpfix.distributed import ALONE, Ranks
 from dpfix.errors import (
     CoupledModelError,
-    DPFixError,
     DPFixWarning,
     LoaderError,
     LossError,
@@ -197,7 +196,7 @@ def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
     """
     refused = [(rule, finding) for rule, finding in found if finding.refused]
     if refused:
-        raise refused[0][0].ERROR("\n".join(str(f) for _, f in refused), [f for _, f in refused])
+        raise refused[0][0].ERROR([finding for _, finding in refused])
 
 
 def _repair(call: Request, surgery: Surgery) -> list[Finding]:
@@ -223,8 +222,6 @@ def _check_validator(call: Request, findings: list[Finding]) -> None:
 
 def _plan(call: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
     return Plan(
-        engine="",
-        opacus_mode="",
         calls=record.calls,
         layers=record.layers,
         elsewhere=record.elsewhere,
@@ -358,17 +355,3 @@ def warn_blocked(report: Report) -> None:
     for finding in report.findings:
         if finding.severity is Severity.BLOCKS_TRAINING and finding.fixability is Fixability.NOTHING:
             warnings.warn(str(finding), DPFixWarning, stacklevel=3)
-
-
-def as_finding(error: DPFixError) -> Finding:
-    """A refusal as a finding, for a diagnosis.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        The finding.
-    """
-    text = str(error)
-    code = text.split(" ", 1)[0] if text.startswith("DPF") else "DPF000"
-    return Finding(code, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, text, type(error).__name__)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,8 +57,8 @@ class Plan:
             samples weigh the same.
     """
 
-    engine: str
-    opacus_mode: str
+    engine: str = ""
+    opacus_mode: str = ""
     calls: tuple[CallLayout, ...] = ()
     layers: tuple[LayerLayout, ...] = ()
     elsewhere: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -72,6 +73,17 @@ class Plan:
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False
+
+    def with_engine(self, engine: Any) -> Plan:
+        """The same training with another engine.
+
+        Args:
+            engine: the engine, or anything with its ``name`` and ``opacus_mode``.
+
+        Returns:
+            The plan.
+        """
+        return replace(self, engine=engine.name, opacus_mode=engine.opacus_mode)
 
     def weight(self, samples: int, counts: tuple[int, ...] = ()) -> float | torch.Tensor:
         """How much of a sample's own loss is in the loss of the batch.

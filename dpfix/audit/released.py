@@ -9,7 +9,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from dpfix.engines import Engine, FlatClipping, Handle
+from dpfix.engines import Engine, Handle
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
 from dpfix.instrument.fixed_randomness import FixedRandomness
@@ -86,9 +86,8 @@ def _released(
                 raise _DrewError
             if regions.tripped:
                 raise ModelError(f"gradient reached `{regions.tripped[0].site.path}`, which runs without a graph")
-            clipping = handle if isinstance(handle, FlatClipping) else None
-            counts = (clipping.announce if clipping else handle.collect)(list(parameters.values()))
-            if engine.opacus_mode == "no_op" and watch.arrived:
+            counts = (handle.announce if handle.clips else handle.collect)(list(parameters.values()))
+            if engine.owns_gradients and watch.arrived:
                 raise ModelError(
                     f"gradient reached parameter `{watch.arrived[0]}` past the model's forward: a penalty on weights in the "
                     "loss, or a part of the model called directly in training_step. Use the optimizer's "
@@ -121,12 +120,12 @@ def clipped_sums(
     Returns:
         The clipped sums by parameter name.
     """
-    if isinstance(handle, FlatClipping):
+    if handle.clips:
         return [_clipped_by_engine(handle, parameters, clip_norm) for clip_norm in clip_norms]
     return _clipped_by_optimizer(parameters, clip_norms, plan)
 
 
-def _clipped_by_engine(handle: FlatClipping, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:
+def _clipped_by_engine(handle: Handle, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:
     for p in parameters.values():
         p.summed_grad = None  # type: ignore[attr-defined]
     handle.clip_and_accumulate(list(parameters.values()), clip_norm)

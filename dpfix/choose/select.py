@@ -12,7 +12,7 @@ from torch import nn
 
 from dpfix.audit.clipped_sum import SLACK, Reference, check_engine
 from dpfix.choose import plan_cache, timing
-from dpfix.engines import BY_HAND, BY_NAME, ENGINES, Engine
+from dpfix.engines import BY_NAME, ENGINES, Engine
 from dpfix.errors import NoEngineError
 from dpfix.instrument.source import place
 from dpfix.observe.probe import SCALED, Probe
@@ -92,9 +92,9 @@ def choose(
         NoEngineError: no candidate reproduced the reference.
     """
     mode = chosen_by_rank_0 or options.grad_sample_mode
-    if mode == BY_HAND.name:
+    if mode != "auto" and not BY_NAME[mode].audited:
         reason = "asked for by name; what the script computes itself is not audited"
-        return replace(plan, engine=mode, opacus_mode=mode), (EngineEvidence(mode, passed=False, reason=reason),)
+        return plan.with_engine(BY_NAME[mode]), (EngineEvidence(mode, passed=False, reason=reason),)
     with _quiet():
         return _choose(module, step, ordinary, harder, plan, mode, options, batch_size)
 
@@ -160,7 +160,7 @@ def _best(
             evidence |= _try((engine,), module, step, ordinary, plan)
             if not evidence[engine.name].passed:
                 continue
-        chosen = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        chosen = plan.with_engine(engine)
         trials = _confirm(engine, module, step, ordinary, harder, chosen, options)
         problem = next((e for e in trials if not e.passed), None)
         if problem is None:
@@ -188,7 +188,7 @@ def _try(
             evidence[engine.name] = EngineEvidence(engine.name, passed=False, reason=reason)
             continue
         verdict = engine.supports(module, trial.record)
-        this = replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode)
+        this = plan.with_engine(engine)
         evidence[engine.name] = (
             check_engine(engine, module, step, trial.samples, this, trial.wanted, trial.wanted.clip_norms)
             if verdict

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 
 from dpfix.audit.released import clipped_sums
-from dpfix.engines import Engine, FlatClipping
+from dpfix.engines import Engine
 from dpfix.engines.no_grad_regions import applied
 from dpfix.instrument.clock import clock_for
 from dpfix.instrument.module_state import state_of, traceless
@@ -54,19 +53,13 @@ def in_order(
         Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
     """
     numbers = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    lean = {e.name for e in engines if _keeps_nothing(e, module, plan)}
+    lean = {e.name for e in engines if not e.materialises}
     large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
     timed = [e for e in engines if e.name in lean or not large]
     seconds = _time(timed, module, step, probe, samples, plan) if len(timed) > 1 else {}
     found: dict[str, float | None] = {e.name: seconds.get(e.name) for e in timed}
     order = sorted(found, key=lambda n: (found[n] or 0.0) * (1 if n in lean else NOTICEABLE))
     return {n: found[n] for n in order} | {e.name: None for e in engines if e.name not in found}
-
-
-def _keeps_nothing(engine: Engine, module: nn.Module, plan: Plan) -> bool:
-    handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
-    handle.detach()
-    return isinstance(handle, FlatClipping)
 
 
 def _time(
@@ -93,14 +86,14 @@ def _seconds(
 ) -> float:
     """One step up to the clipped sum."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    handle = engine.attach(module, replace(plan, engine=engine.name, opacus_mode=engine.opacus_mode))
+    handle = engine.attach(module, plan.with_engine(engine))
     handle.counts = lambda: counts
     clock = clock_for(next(iter(parameters.values())).device)
     try:
         with applied(module, plan.no_grad_regions):
             start = clock()
             step.loss(handle.model, batch).backward()
-        if not isinstance(handle, FlatClipping):
+        if not handle.clips:
             handle.collect(list(parameters.values()))
         clipped_sums(handle, parameters, (1.0,), plan)
         return clock() - start

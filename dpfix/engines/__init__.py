@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpfix.engines.base import Engine, FlatClipping, Handle, Verdict
+from dpfix.engines.base import Engine, Handle, Verdict
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.engines.opacus.expanded_weights import ExpandedWeights
 from dpfix.engines.opacus.hooks import OpacusHooks
@@ -27,4 +27,4 @@ BY_HAND = ByHand()
 BY_NAME: Mapping[str, Engine] = {**ENGINES, "ew": ExpandedWeights(), BY_HAND.name: BY_HAND}
 """Every engine that can be asked for; those that are not in :data:`ENGINES` are never chosen by themselves."""
 
-__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "Engine", "FlatClipping", "Handle", "Verdict"]
+__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "Engine", "Handle", "Verdict"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +28,22 @@ class Verdict:
         return not self.reason
 
 
-class Handle(Protocol):
-    """An engine at work on one model."""
+class Handle(ABC):
+    """An engine at work on one model.
+
+    Attributes:
+        model: what the training step calls.
+        counts: gives the rows of every sample in the present batch; nothing where all have the same number.
+        clips: whether :meth:`clip_and_accumulate` clips without per-sample gradients on ``grad_sample``.
+        several_iterations: whether several backward passes may come before one step.
+    """
 
     model: nn.Module
-    """What the training step calls."""
     counts: Callable[[], tuple[int, ...]]
-    """Rows of every sample in the present batch; empty where all have the same number."""
+    clips: bool = False
+    several_iterations: bool = True
 
+    @abstractmethod
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
         """Leave per-sample gradients of shape ``[samples, *parameter]`` on ``grad_sample``.
 
@@ -45,27 +55,9 @@ class Handle(Protocol):
         Returns:
             Number of samples of every accumulated iteration; empty if no gradient arrived at all.
         """
-        ...
-
-    def clear(self) -> None:
-        """Forget the gradients that have arrived, as ``zero_grad`` does."""
-        ...
-
-    def finish(self) -> None:
-        """A step was made: forget everything about it."""
-        ...
-
-    def detach(self) -> None:
-        """Take everything off the model."""
-        ...
-
-
-@runtime_checkable
-class FlatClipping(Handle, Protocol):
-    """A handle that can also clip by itself, without per-sample gradients on ``grad_sample``."""
 
     def announce(self, parameters: list[nn.Parameter]) -> list[int]:
-        """As :meth:`Handle.collect`, but what it leaves on ``grad_sample`` only tells the number of iterations.
+        """As :meth:`collect`; an engine that clips only leaves what tells the number of iterations.
 
         Args:
             parameters: the trainable parameters.
@@ -73,7 +65,7 @@ class FlatClipping(Handle, Protocol):
         Returns:
             Number of samples of every accumulated iteration; empty if no gradient arrived at all.
         """
-        ...
+        return self.collect(parameters)
 
     def clip_and_accumulate(
         self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
@@ -83,23 +75,65 @@ class FlatClipping(Handle, Protocol):
         Args:
             parameters: the trainable parameters.
             max_grad_norm: C.
-            keep: whether what has arrived is needed again before :meth:`Handle.finish`.
+            keep: whether what has arrived is needed again before :meth:`finish`.
 
         Returns:
             Norms of the samples' gradients, shape ``[samples]``, for the check that they are finite; ``None`` if unknown.
+
+        Raises:
+            NotImplementedError: the engine does not clip (:attr:`clips`).
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} leaves clipping to the optimizer")
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While this is entered, a backward pass that asks for no parameter's gradient goes past the engine.
+
+        Returns:
+            A context manager.
+        """
+        return nullcontext()
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget the gradients that have arrived, as ``zero_grad`` does."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """A step was made: forget everything about it."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take everything off the model."""
 
 
-class Engine(Protocol):
-    """One way to obtain per-sample gradients."""
+class Engine(ABC):
+    """One way to obtain per-sample gradients.
+
+    Attributes:
+        name: its name, a value of ``grad_sample_mode``.
+        opacus_mode: the mode handed to Opacus.
+        last_resort: only tried by itself where no other engine stands the audit: it is right nearly everywhere, and its time
+            grows with the number of samples, so that a short probe makes it look better than it is.
+        audited: whether it computes the clipped sum itself, so that it can be compared with the reference.
+        owns_gradients: whether gradients never arrive at trained parameters themselves; what does went past the engine.
+        materialises: whether per-sample gradients of the whole batch are kept until the step.
+        needs_wrapper: whether it works through Opacus's wrapper only.
+    """
 
     name: str
     opacus_mode: str
-    last_resort: bool
-    """Only tried by itself where no other engine stands the audit: it is right nearly everywhere, and its time grows with
-    the number of samples, so that a short probe makes it look better than it is."""
+    last_resort: bool = False
+    audited: bool = True
+    owns_gradients: bool = True
+    materialises: bool = True
+    needs_wrapper: bool = False
 
+    @property
+    def attached_by_opacus(self) -> bool:
+        """Whether Opacus prepares the layers of the model."""
+        return self.opacus_mode != "no_op"
+
+    @abstractmethod
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Whether it is worth trying on a model.
 
@@ -110,8 +144,8 @@ class Engine(Protocol):
         Returns:
             The verdict.
         """
-        ...
 
+    @abstractmethod
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> Handle:
         """Put the engine to work.
 
@@ -123,7 +157,6 @@ class Engine(Protocol):
         Returns:
             The handle.
         """
-        ...
 
 
 def no_counts() -> tuple[int, ...]:

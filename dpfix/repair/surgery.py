@@ -85,7 +85,7 @@ class Surgery:
                 raise ModelError(
                     f"{left[0].fact} The repair of {rule.CODE} did not take hold; the model was left as it "
                     "was. This is a defect of dpfix: please report it with the model's class.",
-                    left,
+                    path=left[0].path,
                 )
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
-from dpfix.engines.opacus.hooks import HooksHandle
 from dpfix.errors import DPFixWarning
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -152,7 +151,8 @@ def hand_off(
     _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())
     parameters = {n: p for n, p in everything.items() if p.requires_grad}
-    own = plan.opacus_mode == "no_op"
+    engine = BY_NAME[plan.engine]
+    own = not engine.attached_by_opacus
     shell: nn.Module = ParameterShell(everything)
     if ranks.size > 1:
         shell = DifferentiallyPrivateDistributedDataParallel(shell)  # which optimizer Opacus takes depends on it
@@ -170,9 +170,8 @@ def hand_off(
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
-    handle = BY_NAME[plan.engine].attach(module, plan, prepared)
-    if isinstance(handle, HooksHandle):
-        handle.several_iterations = ledger is None
+    handle = engine.attach(module, plan, prepared)
+    handle.several_iterations = ledger is None
     guard = StepGuard(handle, module, plan, parameters, ledger, ranks)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,9 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from dpfix.distributed import ALONE, Ranks
-from dpfix.engines import FlatClipping, Handle
+from dpfix.engines import BY_NAME, Handle
 from dpfix.engines.base import zeros
 from dpfix.engines.no_grad_regions import NoGradRegions
-from dpfix.engines.opacus.hooks import HooksHandle
 from dpfix.errors import (
     AccumulationError,
     DPFixWarning,
@@ -85,8 +84,9 @@ class StepGuard:
         self._structure = Structure(module)
         self._norms = [module.get_submodule(path) for path in plan.fixed_norms]
         self._scratch = Scratch(module, plan.scratch)
-        paused = handle.paused if isinstance(handle, HooksHandle) else nullcontext
-        self._loss_proof = None if plan.loss_known or plan.engine == "no_op" else LossProof(module, plan, paused)
+        engine = BY_NAME[plan.engine]
+        self._owns_gradients = engine.owns_gradients
+        self._loss_proof = LossProof(module, plan, handle.paused) if engine.audited and not plan.loss_known else None
         self.regions = NoGradRegions(module, plan.no_grad_regions)
         self._writes = ParameterWrites(module, parameters.values())
         self.called: dict[str, Any] = {}
@@ -96,8 +96,7 @@ class StepGuard:
         self.accounted: Callable[[], int] = lambda: 0
         self._partial = 0  # samples of the present logical batch that earlier physical batches brought
         self._clear = True  # zero_grad was called since the last step
-        self._can_clip = handle if isinstance(handle, FlatClipping) else None
-        self._clipping: FlatClipping | None = None
+        self._clips = False
         self._sample_norms: torch.Tensor | None = None
 
     def remember_call(self, optimizer: DPOptimizer) -> None:
@@ -315,9 +314,9 @@ class StepGuard:
         self._check_plan(optimizer)
         self._writes.check(self.module)
         self._check_gradients()
-        self._clipping = self._can_clip if optimizer.flat else None  # type: ignore[attr-defined]
+        self._clips = self.handle.clips and optimizer.flat  # type: ignore[attr-defined]
         self._sample_norms = None
-        counts = (self._clipping.announce if self._clipping else self.handle.collect)(self._trained)
+        counts = (self.handle.announce if self._clips else self.handle.collect)(self._trained)
         if self.ledger is not None:
             counts = self._check_draw(optimizer, counts, self.ledger)
         elif not counts:
@@ -333,17 +332,17 @@ class StepGuard:
         Returns:
             Whether it did; an empty draw is left to Opacus, which makes zeros of it.
         """
-        if self._clipping is None or self._counts == [0]:
+        if not self._clips or self._counts == [0]:
             return False
         for p in self._trained:
             p.grad = None  # of the step before; the noise is about to make a new one
-        self._sample_norms = self._clipping.clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)
+        self._sample_norms = self.handle.clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)
         return True
 
     @property
     def clipped(self) -> bool:
         """Whether the engine clipped in the step that is being made."""
-        return self._clipping is not None
+        return self._clips
 
     def _check_scaler(self, optimizer: DPOptimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
@@ -380,7 +379,7 @@ class StepGuard:
         self._structure.confirm_groups(optimizer)
 
     def _check_gradients(self) -> None:
-        if self.plan.opacus_mode == "no_op" and self.plan.engine != "no_op" and self.watch.arrived:
+        if self._owns_gradients and self.watch.arrived:
             name = self.watch.arrived[0]
             raise PlanBrokenError(
                 f"gradient reached parameter `{name}` of {type(self.module).__name__} past the model's forward: by a "

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from dpfix.engines import ENGINES, FlatClipping
+from dpfix.engines import ENGINES
 from dpfix.engines.per_sample.microbatch import Microbatch, MicrobatchHandle
 from tests.audit.models import Example, models
 from tests.audit.setups import Looked, classify, labelled, look
@@ -131,6 +131,7 @@ class Uses(MicrobatchHandle):
 class Clipping(Uses):
     """An engine that clips by itself, from norms that are wrong."""
 
+    clips = True
     factors: Callable[[Clipping, Samples, float], Tensor]  # set on the instance, so called with the handle itself
 
     def announce(self, parameters: list[nn.Parameter]) -> list[int]:
@@ -263,7 +264,7 @@ def test_error_of_rounding_is_told_from_a_fault() -> None:
 def test_the_same_engines_pass_without_a_fault(layers: Looked) -> None:
     for engine in (BrokenEngine(Changed, change=lambda samples: None), BrokenEngine(Uses), clipping(right_factors)):
         assert layers.check(engine).passed
-    assert isinstance(clipping(right_factors).attach(layers.model, layers.plan), FlatClipping)
+    assert clipping(right_factors).attach(layers.model, layers.plan).clips
 
 
 def test_rows_that_are_missing_are_counted(layers: Looked) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dpfix.engines.base import Verdict
+from dpfix.engines.base import Engine, Verdict
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
@@ -32,12 +32,12 @@ COMPOSITE: tuple[Any, ...] = (RecurrentForward, CellForward, *COMPOSED)
 """The layers that are made of several; everything else goes through ``vmap``."""
 
 
-class Bookkeeping:
+class Bookkeeping(Engine):
     """The engine."""
 
     name = "bookkeeping"
     opacus_mode = "no_op"
-    last_resort = False
+    materialises = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works wherever the probe showed which rows belong to which sample.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.layer_rule import LayerCall, Recorded, LayerRule
+from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, Recorded
 from dpfix.engines.functional.workarounds import mapped
 from dpfix.layout import rows
 from dpfix.layout.rows import Rows

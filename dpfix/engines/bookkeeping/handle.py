@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.base import no_counts, per_sample, zeros
+from dpfix.engines.base import Handle, no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.forward import ReplacedForward
 from dpfix.engines.bookkeeping.iteration import Iteration, RootCall
@@ -21,13 +21,15 @@ from dpfix.plan import Plan
 _EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
 
 
-class BookkeepingHandle:
+class BookkeepingHandle(Handle):
     """The engine at work on one model.
 
     Args:
         module: the repaired model.
         plan: how its calls carry their samples.
     """
+
+    clips = True
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.model, self.plan = module, plan

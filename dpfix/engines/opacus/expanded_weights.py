@@ -8,16 +8,17 @@ from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from dpfix.engines.base import Verdict
+from dpfix.engines.base import Engine, Verdict
 from dpfix.engines.opacus.no_op import ByHandHandle
 from dpfix.plan import Plan
 
 
-class ExpandedWeights:
+class ExpandedWeights(Engine):
     """The engine."""
 
     name = opacus_mode = "ew"
-    last_resort = False
+    owns_gradients = False
+    needs_wrapper = True
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works where Opacus's validator says so; whether the sums are right is for the audit to say.

@@ -18,21 +18,21 @@ from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from dpfix.engines.base import Verdict, no_counts, zeros
+from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.instrument import pytree
 from dpfix.layout.rows import Rows
 from dpfix.plan import Plan
 
 
-class OpacusHooks:
+class OpacusHooks(Engine):
     """The engine.
 
     Args:
         name: ``"hooks"`` or ``"functorch"``; also the mode handed to Opacus.
     """
 
-    last_resort = False
+    owns_gradients = False
 
     def __init__(self, name: str) -> None:
         self.name = self.opacus_mode = name
@@ -88,7 +88,7 @@ class OpacusHooks:
         return HooksHandle(module, prepared, plan, mode=self.name, own=own)
 
 
-class HooksHandle:
+class HooksHandle(Handle):
     """Opacus's hooks at work on one model.
 
     Args:

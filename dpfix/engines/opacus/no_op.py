@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from dpfix.engines.base import Verdict, no_counts, zeros
+from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
 from dpfix.plan import Plan
 
 
-class ByHand:
+class ByHand(Engine):
     """The engine that does nothing."""
 
     name = "no_op"
     opacus_mode = "no_op"
-    last_resort = False
+    audited = False
+    owns_gradients = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works with any model.
@@ -48,7 +49,7 @@ class ByHand:
         return ByHandHandle(module)
 
 
-class ByHandHandle:
+class ByHandHandle(Handle):
     """Reads what the script left on the parameters.
 
     Args:

@@ -6,7 +6,7 @@ In a training forward pass every parameter is replaced by aliases that belong to
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.base import no_counts, zeros
+from dpfix.engines.base import Handle, no_counts, zeros
 from dpfix.engines.functional.parameter_swap import Aliases, parameter_slots
 from dpfix.errors import PlanBrokenError
 from dpfix.instrument import pytree
@@ -67,7 +67,7 @@ def _forward_of(model: nn.Module) -> MethodType:
     return MethodType(type(model).forward, model)
 
 
-class AliasHandle(ABC):
+class AliasHandle(Handle):
     """An engine of this kind at work on one model.
 
     Args:

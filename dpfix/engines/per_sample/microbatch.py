@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.base import Verdict, per_sample
+from dpfix.engines.base import Engine, Verdict, per_sample
 from dpfix.engines.functional.parameter_swap import Aliases, swapped
 from dpfix.engines.per_sample.handle import AliasHandle
 from dpfix.instrument import pytree
@@ -21,7 +21,7 @@ from dpfix.layout.calls import CallLayout
 from dpfix.plan import Plan
 
 
-class Microbatch:
+class Microbatch(Engine):
     """The engine."""
 
     name = "microbatch"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.base import Verdict, per_sample
+from dpfix.engines.base import Engine, Verdict, per_sample
 from dpfix.engines.functional.call import call_mapped
 from dpfix.engines.functional.parameter_swap import Aliases
 from dpfix.engines.per_sample.handle import AliasHandle
@@ -21,12 +21,11 @@ from dpfix.layout.calls import CallLayout
 from dpfix.plan import Plan, switched_on
 
 
-class Vmap:
+class Vmap(Engine):
     """The engine."""
 
     name = "vmap"
     opacus_mode = "no_op"
-    last_resort = False
 
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         """Works wherever the probe showed which rows belong to which sample, and ``vmap`` can follow.
