@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,13 +23,13 @@ from dpfix.choose.settings import settings, versions
 from dpfix.distributed import ALONE, Ranks
 from dpfix.errors import (
     CoupledModelError,
-    DPFixWarning,
     LoaderError,
     LossError,
     ModelError,
     TrainingStepError,
 )
 from dpfix.instrument.rng import rng_untouched
+from dpfix.instrument.source import warn_user
 from dpfix.layout.row_count import RowCounter, find_row_counters
 from dpfix.observe import loss_trace, no_grad_search, probe
 from dpfix.observe.failures import described_failures
@@ -354,4 +353,4 @@ def warn_blocked(report: Report) -> None:
     """
     for finding in report.findings:
         if finding.severity is Severity.BLOCKS_TRAINING and finding.fixability is Fixability.NOTHING:
-            warnings.warn(str(finding), DPFixWarning, stacklevel=3)
+            warn_user(str(finding))

@@ -18,7 +18,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.gradients import gap, norm_of, weighted_sum
 from dpfix.instrument.module_state import traceless
-from dpfix.instrument.source import place
+from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import sample_dim
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
@@ -56,7 +56,7 @@ def check_isolation(
     if coupled:
         culprit = _first_coupled_module(module, step, probe, wanted.tolerance, record.counts)
         raise CoupledModelError(
-            f"DPF013 [breaks-guarantee] {culprit or place(module, '')} mixes the samples of a batch: {coupled}.\n"
+            f"DPF013 [breaks-guarantee] {culprit or describe_module(module, '')} mixes the samples of a batch: {coupled}.\n"
             "  why:  sample i's output depends on sample j, so clipping per sample bounds nothing.\n"
             "  help: replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
             "something per sample. training_step was run on the whole probe batch and on single samples."
@@ -128,7 +128,7 @@ def _first_coupled_module(
         for k, tensor in enumerate(tensors):
             parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
             if len(parts) == len(singles) and _differs(tensor, parts, tolerance, counts):
-                return place(module, path)
+                return describe_module(module, path)
     return ""
 
 

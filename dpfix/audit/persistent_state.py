@@ -13,10 +13,11 @@ from dpfix.audit.loss_causes import referenced
 from dpfix.errors import StateWrittenError
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, same, state_of, traceless, written
-from dpfix.instrument.source import place
+from dpfix.instrument.source import describe_module
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import TrainingStep
+from dpfix.report.finding import Finding, Fixability, Severity
 
 
 def check_state(module: nn.Module, record: StepRecord) -> None:
@@ -32,13 +33,19 @@ def check_state(module: nn.Module, record: StepRecord) -> None:
     if not record.sample_writes:
         return
     name = record.sample_writes[0]
+    where = describe_module(module, name.rpartition(".")[0])
     raise StateWrittenError(
-        f"DPF012 [breaks-guarantee] forward writes `{name}` ({place(module, name.rpartition('.')[0])}), and what is written "
-        f"depends on the samples ({len(record.sample_writes)} such piece(s) of state).\n"
-        "  why:  a running average, a codebook, a cache or an initialisation from the first batch leaves the training "
-        "without noise.\n"
-        "  help: compute it outside the private training on public data and keep it fixed, make it a trainable "
-        "parameter, or do not keep it between batches."
+        Finding(
+            "DPF012",
+            Severity.BREAKS_GUARANTEE,
+            Fixability.REFUSED,
+            f"forward writes `{name}` ({where}), and what is written depends on the samples ({len(record.sample_writes)} such "
+            "piece(s) of state).",
+            "a running average, a codebook, a cache or an initialisation from the first batch leaves the training without noise.",
+            help="compute it outside the private training on public data and keep it fixed, make it a trainable parameter, or do "
+            "not keep it between batches.",
+            path=name,
+        )
     )
 
 

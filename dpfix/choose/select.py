@@ -14,7 +14,7 @@ from dpfix.audit.clipped_sum import SLACK, Reference, check_engine
 from dpfix.choose import plan_cache, timing
 from dpfix.engines import BY_NAME, ENGINES, Engine
 from dpfix.errors import NoEngineError
-from dpfix.instrument.source import place
+from dpfix.instrument.source import describe_module
 from dpfix.observe.probe import SCALED, Probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import TrainingStep
@@ -261,7 +261,7 @@ def _nothing_passed(module: nn.Module, mode: str, options: Options, evidence: Se
         else "leave grad_sample_mode at 'auto'."
     )
     return (
-        f"DPF016 [breaks-guarantee] no engine reproduces the batch-of-one reference for {place(module, '')}{asked}.\n"
+        f"DPF016 [breaks-guarantee] no engine reproduces the batch-of-one reference for {describe_module(module, '')}{asked}.\n"
         f"  why:\n{lines}\n"
         f"  help: {help}"
     )

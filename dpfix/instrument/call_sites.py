@@ -2,38 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 from dataclasses import dataclass
 
-import torch
-
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-
-
-def user_place() -> str:
-    """The innermost line of code that is neither torch's nor dpfix's.
-
-    Returns:
-        ``file:line``, or an empty string if there is none.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = _users_file(frame.f_code.co_filename)
-        if name:
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-@functools.cache
-def _users_file(file: str) -> str:
-    """The name of a file, if it is neither torch's nor dpfix's."""
-    path = os.path.abspath(file)
-    own = path.startswith((_HERE + os.sep, _TORCH + os.sep)) or file.startswith("<")
-    return "" if own else os.path.basename(path)
+from dpfix.instrument.source import calling_line
 
 
 @dataclass(frozen=True)
@@ -77,7 +48,7 @@ class CallCounter:
             self._root += 1
             self._counts.clear()
             return CallSite("", self._root, "", 0)
-        place = user_place()
+        place = calling_line()
         number = self._counts.get((path, place), 0)
         self._counts[path, place] = number + 1
         return CallSite(path, self._root, place, number)

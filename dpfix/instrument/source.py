@@ -1,14 +1,57 @@
-"""Where a module stands, for messages."""
+"""Where something stands in the user's code, for messages: modules, lines, and the place that a warning points at."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import sys
+import warnings
 
+import opacus
+import torch
 from torch import nn
 
+from dpfix.errors import DPFixWarning
 
-def place(root: nn.Module, path: str) -> str:
+_OWN = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (os.path.dirname(__file__), torch.__file__, opacus.__file__)
+)
+"""Folders of dpfix, torch and Opacus."""
+
+
+def calling_line() -> str:
+    """The innermost line of code that is neither torch's, Opacus's nor dpfix's.
+
+    Returns:
+        ``file:line``, or an empty string if there is none.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = _users_file(frame.f_code.co_filename)
+        if name:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's code that led here."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and not _users_file(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, DPFixWarning, stacklevel=level)
+
+
+@functools.cache
+def _users_file(file: str) -> str:
+    """The name of a file, if it is the user's; empty otherwise."""
+    own = os.path.abspath(file).startswith(_OWN) or file.startswith("<")
+    return "" if own else os.path.basename(file)
+
+
+def describe_module(root: nn.Module, path: str) -> str:
     """Where a module stands, for messages.
 
     Args:

@@ -14,8 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dpfix.instrument import pytree
-from dpfix.instrument.call_sites import CallCounter, CallSite, user_place
+from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
+from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
 
 _CUTS = frozenset({"detach", "detach_"})
@@ -173,12 +174,12 @@ class _Watch(TorchFunctionMode):
         if name not in double_activation.FUNCTIONS:
             return call()
         inside = self.recording.stack[-1] if self.recording.stack else None
-        place = user_place() or "place unknown"
+        place = calling_line() or "place unknown"
         return self.recording.activations.run(call, double_activation.Activation(name.rstrip("_"), place, inside))
 
     def _cut(self, args: Any, what: str) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
-            place = user_place()
+            place = calling_line()
             if place:
                 self.recording.detached.setdefault(Site(self._module(), place, what), set()).update(
                     self._calls_behind(args[0])
@@ -202,7 +203,7 @@ class _Watch(TorchFunctionMode):
     def _overwritten(self, target: Any, name: str) -> None:
         base = target if getattr(target, "_base", None) is None else target._base
         if id(target) in self.outputs or id(base) in self.outputs:
-            place = user_place()
+            place = calling_line()
             if place:
                 self.recording.in_place[Site(self._module(), place, name)] = None
 
@@ -223,7 +224,7 @@ class _Watch(TorchFunctionMode):
         if self.recording.stack:
             self.recording.elsewhere.setdefault(owner[0], {})[self._module()] = None
         if owner[0] not in self.recording.functional:
-            self.recording.functional[owner[0]] = user_place() or "place unknown"
+            self.recording.functional[owner[0]] = calling_line() or "place unknown"
 
     def _module(self) -> str:
         return self.recording.stack[-1] if self.recording.stack else ""

@@ -17,7 +17,7 @@ from dpfix.errors import CoupledModelError, TrainingStepError
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, same, traceless, written
 from dpfix.instrument.rng import generator_states
-from dpfix.instrument.source import place
+from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import layout_of_calls, layout_of_layers
 from dpfix.layout.row_count import row_counts
 from dpfix.observe import double_activation
@@ -128,7 +128,7 @@ def _run_alone(
         run_step(module, step, probe.batch, before)
         put_back(module, before)
         raise CoupledModelError(
-            f"DPF013 [breaks-guarantee] {place(module, notes.failed)} mixes the samples of a batch: it works on "
+            f"DPF013 [breaks-guarantee] {describe_module(module, notes.failed)} mixes the samples of a batch: it works on "
             f"{len(probe)} samples, but not on one alone: {error.__cause__}.\n"
             "  why:  a layer that needs several samples mixes them (a normalisation over the batch), so clipping per sample "
             "bounds nothing.\n"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.instrument.source import place
+from dpfix.instrument.source import describe_module
 from dpfix.report.finding import Finding
 from dpfix.scan.options import Options
 
@@ -67,7 +67,7 @@ class Scan:
         Returns:
             For example ``BatchNorm3d at `down.0.norm` (in Encoder, unet.py:214)``.
         """
-        return place(self.module, path)
+        return describe_module(self.module, path)
 
 
 def run_rules(scan: Scan, rules: tuple[Any, ...]) -> tuple[tuple[Any, Finding], ...]:

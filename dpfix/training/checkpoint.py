@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import pickle
 import random
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 from opacus import PrivacyEngine
 from torch import nn
 
-from dpfix.errors import CheckpointError, DPFixWarning
+from dpfix.errors import CheckpointError
+from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan, Region
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
@@ -283,4 +283,4 @@ def _restore_generators(saved: Mapping[str, Any], optimizer: Any, data_loader: A
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"checkpoint: {text}", DPFixWarning, stacklevel=4)
+    warn_user(f"checkpoint: {text}")

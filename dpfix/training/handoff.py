@@ -7,7 +7,6 @@ dpfix's guards by specialising the classes of these very objects: ``isinstance``
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
-from dpfix.errors import DPFixWarning
+from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import KnownRows, Placeholder
@@ -190,12 +189,10 @@ def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
     """One accountant speaks about one dataset; Opacus prints both datasets, dpfix says what it means."""
     known = privacy_engine.dataset
     if known is not None and known is not loader.dataset:
-        warnings.warn(
+        warn_user(
             f"privacy_engine already accounts for another dataset ({type(known).__name__}, {len(known)} samples); data_loader "
             f"reads {type(loader.dataset).__name__}. Its epsilon adds up the steps on both, which is right only if they are "
-            "the same people. Use a new PrivacyEngine for other data.",
-            DPFixWarning,
-            stacklevel=4,
+            "the same people. Use a new PrivacyEngine for other data."
         )
     privacy_engine.dataset = loader.dataset
 

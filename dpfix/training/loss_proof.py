@@ -9,7 +9,6 @@ taken and before a parameter moves.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.errors import CoupledLossError, DPFixWarning, LossError
+from dpfix.errors import CoupledLossError, LossError
 from dpfix.instrument import pytree
-from dpfix.instrument.call_sites import user_place
+from dpfix.instrument.source import calling_line, warn_user
 from dpfix.layout.calls import find_layout, samples_in
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe.loss_trace import LossTrace, is_on, switch_off, switch_on
@@ -115,7 +114,7 @@ class LossProof:
         trace = self._trace
         if max(trace.samples, default=0) < 2:
             return  # a sample alone, or the stand-in of an empty draw
-        place = user_place()
+        place = calling_line()
         try:
             with self._paused():
                 replay = _Replay(trace, loss, backward)
@@ -137,12 +136,10 @@ class LossProof:
 
     def _give_up(self, why: str) -> None:
         self.remove()
-        warnings.warn(
+        warn_user(
             f"the loop's loss could not be followed to the outputs of {type(self._module).__name__}: {why}. Whether it couples "
             "the samples of a batch (batch Dice, class weights with mean, ignore_index) is not checked, and the guarantee "
-            "rests on it. Pass criterion= or training_step= to make_private_safe.",
-            DPFixWarning,
-            stacklevel=2,
+            "rests on it. Pass criterion= or training_step= to make_private_safe."
         )
 
 

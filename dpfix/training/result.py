@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from opacus import PrivacyEngine
 
-from dpfix.errors import DPFixWarning
+from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.report.statement import NOT_COVERED, PrivacyStatement
@@ -62,11 +61,9 @@ class PrivateTraining(tuple[Any, ...]):
         check_delta(delta)
         samples = len(index_set(self[-1]))
         if delta >= 1 / samples:
-            warnings.warn(
+            warn_user(
                 f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
-                "would satisfy such a bound. Use a smaller delta.",
-                DPFixWarning,
-                stacklevel=2,
+                "would satisfy such a bound. Use a smaller delta."
             )
         return self._epsilon(delta)
 

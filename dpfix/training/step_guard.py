@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from dpfix.engines.base import zeros
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import (
     AccumulationError,
-    DPFixWarning,
     ForeignBatchError,
     MisuseError,
     NonFiniteGradientError,
@@ -29,6 +27,7 @@ from dpfix.errors import (
 )
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.instrument.module_state import Scratch
+from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan, Region, switched_on
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.training.loss_proof import LossProof
@@ -273,12 +272,10 @@ class StepGuard:
             )
         if optimizer.step_hook is not None:
             optimizer.step_hook(optimizer)
-        warnings.warn(
+        warn_user(
             f"{fact} This step is not applied: no parameter has moved, and the accountant has counted the draw. The call is "
             "an ordinary one from the next step on; the loop has nothing to do. Pass the training_step that the loop "
-            "makes, or no_grad_regions=False, to make_private_safe.",
-            DPFixWarning,
-            stacklevel=4,
+            "makes, or no_grad_regions=False, to make_private_safe."
         )
         return True
 
@@ -387,12 +384,10 @@ class StepGuard:
                 "sample. Use weight_decay for penalties, and call the model as a whole."
             )
         if edited := self.watch.edited():
-            warnings.warn(
+            warn_user(
                 f"p.grad of `{edited[0]}` was changed between backward() and step() ({len(edited)} parameter(s)), for "
                 "example by clip_grad_norm_. The private optimizer releases the clipped sum of per-sample gradients "
-                "and ignores p.grad; change max_grad_norm, or edit p.grad in a hook after the noise.",
-                DPFixWarning,
-                stacklevel=5,
+                "and ignores p.grad; change max_grad_norm, or edit p.grad in a hook after the noise."
             )
 
     def _check_draw(self, optimizer: DPOptimizer, counts: list[int], ledger: DrawLedger) -> list[int]:
@@ -434,11 +429,9 @@ class StepGuard:
             optimizer: the private optimizer.
         """
         if self._partial:
-            warnings.warn(
+            warn_user(
                 "a BatchMemoryManager loop was left inside a logical batch; the part that was summed up so far is "
-                "discarded. Let the loop reach the end of a logical batch before leaving it.",
-                DPFixWarning,
-                stacklevel=6,
+                "discarded. Let the loop reach the end of a logical batch before leaving it."
             )
         optimizer._step_skip_queue.clear()
         optimizer._is_last_step_skipped = False

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from dpfix.errors import DPFixWarning
+from dpfix.instrument.source import warn_user
 from dpfix.weights import files
 from dpfix.weights.copies import plain_copy, unwrap
 from dpfix.weights.opacus_layers import original_state
@@ -107,9 +106,7 @@ def _warn(changed: dict[str, str]) -> None:
         return
     shown = [f"`{path}`: {told}" for path, told in list(changed.items())[:3]]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    warnings.warn(
+    warn_user(
         f"{len(changed)} layers stay as they were repaired, because the original ones compute something else: "
-        f"{'; '.join(shown)}{more}. Load the weights into a model with these layers; dpfix.changed_layers lists all.",
-        DPFixWarning,
-        stacklevel=3,
+        f"{'; '.join(shown)}{more}. Load the weights into a model with these layers; dpfix.changed_layers lists all."
     )
