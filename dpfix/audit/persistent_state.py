@@ -17,7 +17,7 @@ from dpfix.instrument.source import describe_module
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import TrainingStep
-from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.report.finding import Finding
 
 
 def check_state(module: nn.Module, record: StepRecord) -> None:
@@ -35,14 +35,12 @@ def check_state(module: nn.Module, record: StepRecord) -> None:
     name = record.sample_writes[0]
     where = describe_module(module, name.rpartition(".")[0])
     raise StateWrittenError(
-        Finding(
+        Finding.refusal(
             "DPF012",
-            Severity.BREAKS_GUARANTEE,
-            Fixability.REFUSED,
             f"forward writes `{name}` ({where}), and what is written depends on the samples ({len(record.sample_writes)} such "
             "piece(s) of state).",
             "a running average, a codebook, a cache or an initialisation from the first batch leaves the training without noise.",
-            help="compute it outside the private training on public data and keep it fixed, make it a trainable parameter, or do "
+            "compute it outside the private training on public data and keep it fixed, make it a trainable parameter, or do "
             "not keep it between batches.",
             path=name,
         )

@@ -51,6 +51,25 @@ class Finding:
     help: str = ""
     path: str = ""
 
+    @classmethod
+    def refusal(
+        cls,
+        code: str,
+        fact: str,
+        why: str,
+        help: str,
+        *,
+        path: str = "",
+        severity: Severity = Severity.BREAKS_GUARANTEE,
+    ) -> Finding:
+        """A finding that stops the call or the step; see the class for the fields."""
+        return cls(code, severity, Fixability.REFUSED, fact, why, help=help, path=path)
+
+    @classmethod
+    def advice(cls, code: str, fact: str, why: str, *, fix: str = "", help: str = "", path: str = "") -> Finding:
+        """A finding about which nothing has to be done; see the class for the fields."""
+        return cls(code, Severity.ADVICE, Fixability.NOTHING, fact, why, fix, help, path)
+
     @property
     def refused(self) -> bool:
         """Whether the finding stops the call."""
