@@ -1,7 +1,7 @@
-"""Write one page per rule from the rule's own file: its docstring, its cases and the message it gives.
+"""Write one page per rule from the rule's own file, the page of all codes, and the rules' part of the navigation.
 
-``python docs/generate_rules.py`` writes ``docs/rules/*.md``. With ``--check`` nothing is written, and the
-exit status is 1 if a page is missing, stale or left over.
+``python docs/generate_rules.py`` writes ``docs/rules/*.md``, ``docs/codes.md`` and what stands between two marks in
+``mkdocs.yml``. With ``--check`` nothing is written, and the exit status is 1 if something is missing, stale or left over.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpfix.report.finding import Finding
-from dpfix.rules import RULES
+from dpfix import errors
+from dpfix.report.codes import CODES, RETIRED
+from dpfix.report.finding import Finding, Fixability
+from dpfix.rules import RULES, Rule
 from dpfix.scan.options import Options
-from dpfix.scan.scan import Scan
+from dpfix.scan.scan import Scan, run_rules
 
-PAGES = Path(__file__).parent / "rules"
-SECTIONS = ("What", "Why bad", "Why", "Example", "Use instead", "Fix safety")
-HEADINGS = {"Why bad": "Why it is bad", "Why": "Why it matters", "Fix safety": "How safe the repair is"}
-GENERATED = "<!-- written by docs/generate_rules.py from dpfix/rules/{name}.py; change that file instead -->"
+ROOT = Path(__file__).parents[1]
+HEADINGS = {"Why bad": "Why it is bad", "Why": "Why it matters"}
+SECTIONS = ("What", *HEADINGS, "Example", "Use instead")
+GENERATED = "<!-- written by docs/generate_rules.py from {source}; change that file instead -->"
+NAVIGATION = ("      # rules begin: written by docs/generate_rules.py\n", "      # rules end\n")
+BY_CODE = sorted(RULES, key=lambda rule: rule.code)
 
 
-def name_of(rule: ModuleType) -> str:
+def name_of(rule: Rule) -> str:
     """The rule's file name without its ending."""
-    return rule.__name__.rpartition(".")[2]
+    return type(rule).__module__.rpartition(".")[2]
 
 
 def markdown(text: str) -> str:
@@ -42,9 +45,9 @@ def markdown(text: str) -> str:
     return re.sub(r"(?<!`)(https?://[^\s),]+)", r"<\1>", text.replace("``", "`"))
 
 
-def sections(rule: ModuleType) -> tuple[str, dict[str, str]]:
+def sections(rule: Rule) -> tuple[str, dict[str, str]]:
     """The first line of a rule's docstring, and its paragraphs by heading."""
-    first, *paragraphs = inspect.cleandoc(rule.__doc__ or "").split("\n\n")
+    first, *paragraphs = inspect.cleandoc(type(rule).__doc__ or "").split("\n\n")
     found: dict[str, str] = {}
     for paragraph in paragraphs:
         heading, colon, text = paragraph.partition(":")
@@ -66,29 +69,23 @@ class Source:
         rule: the rule.
     """
 
-    def __init__(self, rule: ModuleType) -> None:
-        self.text = inspect.getsource(rule)
-        self.body = ast.parse(self.text).body
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        self.helpers = {n.name: n for n in self.body if isinstance(n, kinds) and n.name.startswith("_")}
+    def __init__(self, rule: Rule) -> None:
+        self.text = inspect.getsource(sys.modules[type(rule).__module__])
+        nodes = [n for n in ast.parse(self.text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        self.helpers = {n.name: n for n in nodes if n.name.startswith("_")}
+        body = next(n for n in nodes if n.name == type(rule).__name__).body
+        self.constants = {
+            n.targets[0].id: n.value for n in body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+        }
 
     def segment(self, node: ast.AST) -> str:
         """The source of a node."""
         return textwrap.dedent(ast.get_source_segment(self.text, node, padded=True) or "").strip()
 
-    def cases(self, name: str) -> tuple[list[ast.expr], str]:
-        """The cases of ``VALID`` or ``INVALID``, and the remark behind them."""
-        for number, node in enumerate(self.body):
-            target = (
-                node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            )  # "INVALID: tuple = ()" is an annotated assignment
-            if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Tuple):  # type: ignore[union-attr]
-                following = self.body[number + 1] if number + 1 < len(self.body) else None
-                text = (
-                    getattr(getattr(following, "value", None), "value", "") if isinstance(following, ast.Expr) else ""
-                )
-                return list(node.value.elts), text  # type: ignore[union-attr]
-        return [], ""
+    def cases(self, name: str) -> list[ast.expr]:
+        """The cases of ``VALID`` or ``INVALID``."""
+        cases = self.constants.get(name)
+        return cases.elts if isinstance(cases, ast.Tuple) else []
 
     def needed(self, cases: list[ast.expr]) -> list[str]:
         """Source of the helpers that some cases use, directly or through one another."""
@@ -125,12 +122,12 @@ def scan_of(case: dict[str, Any]) -> Scan:
     return Scan(module, optimizer, loader, Options(**case))
 
 
-def findings(rule: ModuleType) -> Iterator[Finding]:
+def findings(rule: Rule) -> Iterator[Finding]:
     """What the rule finds in its first case of every fixability."""
     seen: set[Any] = set()
     for case in rule.INVALID:
-        for finding in rule.find(scan_of(case())):
-            if finding.code == rule.CODE and finding.fixability not in seen:
+        for _, finding in run_rules(scan_of(case()), [rule]):
+            if finding.fixability not in seen:
                 seen.add(finding.fixability)
                 yield finding
 
@@ -144,24 +141,38 @@ def message(finding: Finding) -> str:
 # ------------------------------------------------------------------ the pages
 
 
-def page(rule: ModuleType) -> str:
+def outcomes(rule: Rule) -> str:
+    """What can be done about a finding of the rule, as the rule declares it."""
+    return "\n".join(f"- `{outcome.value}`: {markdown(text)}" for outcome, text in rule.outcomes.items())
+
+
+def refusal(rule: Rule) -> str:
+    """The exception of a rule that refuses."""
+    return f"`dpfix.{rule.error.__name__}`" if Fixability.REFUSED in rule.outcomes else ""
+
+
+def page(rule: Rule) -> str:
     """The page of one rule."""
     name, (first, told), source = name_of(rule), sections(rule), Source(rule)
-    error = rule.ERROR.__name__
-    parts = [GENERATED.format(name=name), f"# {rule.CODE}: {markdown(rule.TITLE)}", markdown(first)]
+    parts = [
+        GENERATED.format(source=f"dpfix/rules/{name}.py"),
+        f"# {rule.code}: {markdown(rule.title)}",
+        markdown(first),
+    ]
     for heading, text in told.items():
         parts += [f"## {HEADINGS.get(heading, heading)}", markdown(text[:1].upper() + text[1:])]
-    parts += ["## What dpfix says", f"A refusal is raised as `dpfix.{error}`."]
+    parts += ["## How safe the repair is", outcomes(rule), "## What dpfix says"]
+    if refusal(rule):
+        parts += [f"A refusal is raised as {refusal(rule)}."]
     messages = [message(finding) for finding in findings(rule)]
     if messages:
         parts += ["For the cases below:", "```text\n" + "\n\n".join(messages) + "\n```"]
     parts += ["## Cases", "Each line gives arguments of the call. The rule's tests run the same lines."]
-    invalid, remark = source.cases("INVALID")
-    valid, _ = source.cases("VALID")
+    invalid, valid = source.cases("INVALID"), source.cases("VALID")
     if invalid:
         parts += ["Found:", f"```python\n{case_lines(source, invalid)}\n```"]
-    elif remark:
-        parts += [f"Found: {markdown(remark)}"]
+    elif rule.remark:
+        parts += [f"Found: {markdown(rule.remark)}"]
     if valid:
         parts += ["Left alone:", f"```python\n{case_lines(source, valid)}\n```"]
     helpers = source.needed([*valid, *invalid])
@@ -170,37 +181,91 @@ def page(rule: ModuleType) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def table(*rows: tuple[str, ...]) -> str:
+    """A table; the first row is its head."""
+    head, *body = (f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
 def index() -> str:
     """The list of rules."""
     rows = [
-        f"| [{r.CODE}]({name_of(r)}.md) | {markdown(r.TITLE)} | `{r.ERROR.__name__}` |"
-        for r in sorted(RULES, key=lambda r: r.CODE)
+        (
+            f"[{rule.code}]({name_of(rule)}.md)",
+            markdown(rule.title),
+            ", ".join(f"`{outcome.value}`" for outcome in rule.outcomes),
+            refusal(rule),
+        )
+        for rule in BY_CODE
     ]
-    return "\n".join([
-        GENERATED.format(name="*"),
-        "",
+    parts = [
+        GENERATED.format(source="dpfix/rules/*.py"),
         "# Rules",
-        "",
-        "A rule looks at model, optimizer and data loader before anything is run. It repairs what it finds,",
-        "or it refuses it. What needs a run of the training step is on the page",
-        "[What is checked, and what is not](../checks.md).",
-        "",
-        "| code | what is found | a refusal raises |",
-        "|---|---|---|",
-        *rows,
-        "",
-    ])
+        "A rule looks at model, optimizer and data loader before anything is run. It repairs what it finds,\n"
+        "or it refuses it. What needs a run of the training step is on the page\n"
+        "[What is checked, and what is not](../checks.md); [Codes](../codes.md) has all numbers.",
+        table(("code", "what is found", "what can be done", "a refusal raises"), *rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def codes() -> str:
+    """The page of all codes, rules' and others."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.DPFixError)]
+    raised = {kind.code: f"`dpfix.{kind.__name__}`" for kind in kinds}
+    others = [(code, meaning, raised.get(code, "")) for code, meaning in CODES.items()]
+    given = {*CODES, *RETIRED, *(rule.code for rule in RULES)}
+    last = max(code for code in given if code < "DPF100")
+    parts = [
+        GENERATED.format(source="dpfix/report/codes.py and dpfix/rules/__init__.py"),
+        "# Codes",
+        "The code of a finding never changes its meaning. It stands in the report, in its JSON and HTML forms, and in\n"
+        "`error.findings` of whatever is refused.",
+        "## Rules",
+        table(
+            ("code", "meaning"),
+            *((f"[{rule.code}](rules/{name_of(rule)}.md)", markdown(rule.title)) for rule in BY_CODE),
+        ),
+        "## Checks and advice",
+        "What is found besides, most of it by running the training step; see [What is checked, and what is not](checks.md).",
+        table(("code", "meaning", "error of this code"), *(row for row in others if row[0] < "DPF100")),
+        "## Refusals in words",
+        "A refusal without a finding of its own has the code of its class of error. Its text does not name the code.",
+        table(("code", "meaning", "error of this code"), *(row for row in others if row[0] >= "DPF100")),
+        "## Retired",
+        table(("code", "meaning"), *RETIRED.items()),
+        f"The next free number of a rule or check is DPF{int(last[3:]) + 1:03d}. It is given in `dpfix/rules/__init__.py` or\n"
+        "`dpfix/report/codes.py`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def navigation() -> str:
+    """``mkdocs.yml`` with every page of a rule in its navigation."""
+    begin, end = NAVIGATION
+    before, _, rest = (ROOT / "mkdocs.yml").read_text().partition(begin)
+    entries = "".join(f"      - rules/{name}.md\n" for name in ("index", *map(name_of, BY_CODE)))
+    return before + begin + entries + end + rest.partition(end)[2]
 
 
 def pages() -> dict[str, str]:
-    """All pages by file name."""
-    return {"index.md": index(), **{f"{name_of(rule)}.md": page(rule) for rule in RULES}}
+    """All that is written, by path."""
+    rules = {"index": index(), **{name_of(rule): page(rule) for rule in RULES}}
+    return {
+        "mkdocs.yml": navigation(),
+        "docs/codes.md": codes(),
+        **{f"docs/rules/{name}.md": text for name, text in rules.items()},
+    }
 
 
 def stale(wanted: dict[str, str]) -> list[str]:
     """Pages that are missing, differ or are left over."""
-    there = {path.name: path.read_text() for path in PAGES.glob("*.md")}
-    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "docs/rules").glob("*.md")}
+    return sorted(
+        name
+        for name in wanted.keys() | there
+        if not (ROOT / name).exists() or wanted.get(name) != (ROOT / name).read_text()
+    )
 
 
 def main() -> int:
@@ -218,12 +283,11 @@ def main() -> int:
         if old:
             print(f"not up to date: {', '.join(old)}. Run: python docs/generate_rules.py", file=sys.stderr)
         return bool(old)
-    PAGES.mkdir(exist_ok=True)
     for name in old:
         if name in wanted:
-            (PAGES / name).write_text(wanted[name])
+            (ROOT / name).write_text(wanted[name])
         else:
-            (PAGES / name).unlink()
+            (ROOT / name).unlink()
     print(f"{len(wanted)} pages, {len(old)} changed")
     return 0
 

@@ -43,7 +43,7 @@ from dpfix.repair.lazy import materialise, remembered_lazy
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
-from dpfix.rules import RULES
+from dpfix.rules import RULES, Rule
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.rate import batch_size
@@ -187,7 +187,7 @@ def _materialised(module: nn.Module, step: TrainingStep, samples: probe.Probe) -
         return materialise(module, lambda: step.run(module, samples.batch))
 
 
-def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
+def refuse(found: Sequence[tuple[Rule, Finding]]) -> None:
     """Stop the call if a rule refuses.
 
     Args:
@@ -195,7 +195,7 @@ def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
     """
     refused = [(rule, finding) for rule, finding in found if finding.refused]
     if refused:
-        raise refused[0][0].ERROR([finding for _, finding in refused])
+        raise refused[0][0].error([finding for _, finding in refused])
 
 
 def _repair(call: Request, surgery: Surgery) -> list[Finding]:

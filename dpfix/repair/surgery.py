@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dpfix.errors import ModelError, OptimizerError
+from dpfix.instrument.rng import rng_untouched
 from dpfix.report.finding import Finding, Fixability
-from dpfix.scan.scan import Scan
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan, run_rules
 from dpfix.weights import origins
 
 
@@ -56,7 +58,7 @@ class Surgery:
         while self._undo:
             self._undo.pop()()
 
-    def repair(self, found: tuple[tuple[Any, Finding], ...]) -> None:
+    def repair(self, found: tuple[tuple[Rule, Finding], ...]) -> None:
         """Apply the fix of every finding that has one, then count.
 
         Args:
@@ -69,7 +71,8 @@ class Surgery:
         fixed = [(rule, finding) for rule, finding in found if finding.fixability in changes]
         for rule, finding in fixed:
             module = self.scan.module.get_submodule(finding.path)
-            result = rule.fix(module, self.scan)
+            with rng_untouched():
+                result = rule.fix(module, self.scan)
             exact = finding.fixability is Fixability.EXACT
             if isinstance(result, nn.Module):
                 self.replace(module, result)
@@ -79,13 +82,12 @@ class Surgery:
                 self.set_attributes(module, result)
                 self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
         after = Scan(self.scan.module, self.scan.optimizer, self.scan.data_loader, self.scan.options)
-        for rule in dict.fromkeys(rule for rule, _ in fixed):
-            left = [f for f in rule.find(after) if f.fixability in changes]
-            if left:
+        for rule, left in run_rules(after, dict.fromkeys(rule for rule, _ in fixed)):
+            if left.fixability in changes:
                 raise ModelError(
-                    f"{left[0].fact} The repair of {rule.CODE} did not take hold; the model was left as it "
+                    f"{left.fact} The repair of {rule.code} did not take hold; the model was left as it "
                     "was. This is a defect of dpfix: please report it with the model's class.",
-                    path=left[0].path,
+                    path=left.path,
                 )
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpfix.report.finding import Finding, Fixability
 
@@ -94,19 +95,14 @@ class Report:
         Returns:
             The page as a string.
         """
-        rows = "".join(
-            f"<tr class='{f.severity.value}'><td>{f.code}</td><td>{html.escape(f.path)}</td>"
-            f"<td>{f.severity.value}</td><td>{f.fixability.value}</td>"
-            f"<td><p>{html.escape(f.fact)}</p><p>{html.escape(f.why)}</p>"
-            f"<p>{html.escape(f.fix)}</p><p>{html.escape(f.help)}</p></td></tr>"
-            for f in self.findings
+        pages = Environment(
+            loader=PackageLoader("dpfix.report", ""),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            keep_trailing_newline=True,
         )
-        items = "".join(f"<li>{html.escape(str(e))}</li>" for e in (*self.audit, *self.evidence))
-        return (
-            "<!doctype html><meta charset='utf-8'><title>dpfix report</title>"
-            f"<h1>{html.escape(self.model)}</h1><table border='1'>{rows}</table>"
-            f"<h2>engine: {html.escape(self.engine or 'none')}</h2><ul>{items}</ul>"
-        )
+        return pages.get_template("report.html").render(report=self)
 
 
 def _grouped(findings: tuple[Finding, ...]) -> list[str]:

@@ -1,43 +1,94 @@
-"""BatchNorm in training mode normalises a sample with the statistics of the others.
-
-What: any subclass of ``torch.nn``'s batch normalisation that would use the statistics of the batch: in training
-mode, or in evaluation mode without running statistics; with or without affine parameters, trainable or frozen.
-
-Why bad: sample i's output, and so its gradient, depends on sample j. Clipping per sample bounds nothing, and the
-running statistics leave the training without noise (measured with Opacus 1.6.0: 3.1 times the clip norm).
-
-Example: ``nn.BatchNorm2d(64)``, ``nn.BatchNorm1d(64, affine=False)``, ``nn.SyncBatchNorm(64)``.
-
-Use instead: group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), instance or layer normalisation;
-``norm=`` of the call chooses. A BatchNorm in ``eval()`` with running statistics is a fixed affine map and stays.
-
-Fix safety: changes the model. Weight, bias, eps, device, dtype and ``requires_grad`` are kept by reusing the very
-parameters; running statistics are dropped. The number of groups never leaves one element per group: at least two
-channels per group, and eight for BatchNorm1d, which may see no spatial positions at all.
-"""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from typing_extensions import override
 
-from dpfix.errors import ModelError
 from dpfix.report.finding import Finding, Fixability, Severity
-
-if TYPE_CHECKING:
-    from dpfix.scan.scan import Scan
-
-CODE = "DPF001"
-TITLE = "BatchNorm mixes the samples of a batch"
-ERROR = ModelError
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan
 
 _MAX_GROUPS = 32
 _KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+class BatchNorm(Rule):
+    """BatchNorm in training mode normalises a sample with the statistics of the others.
+
+    What: any subclass of ``torch.nn``'s batch normalisation that would use the statistics of the batch: in training
+    mode, or in evaluation mode without running statistics; with or without affine parameters, trainable or frozen.
+
+    Why bad: sample i's output, and so its gradient, depends on sample j. Clipping per sample bounds nothing, and the
+    running statistics leave the training without noise (measured with Opacus 1.6.0: 3.1 times the clip norm).
+
+    Example: ``nn.BatchNorm2d(64)``, ``nn.BatchNorm1d(64, affine=False)``, ``nn.SyncBatchNorm(64)``.
+
+    Use instead: group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), instance or layer normalisation;
+    ``norm=`` of the call chooses. A BatchNorm in ``eval()`` with running statistics is a fixed affine map and stays.
+    """
+
+    title = "BatchNorm mixes the samples of a batch"
+    severity = Severity.BREAKS_GUARANTEE
+    outcomes = {
+        Fixability.CHANGES_MODEL: "weight, bias, eps, device, dtype and ``requires_grad`` are kept by reusing the very "
+        "parameters; running statistics are dropped. The number of groups never leaves one element per group: at least two "
+        "channels per group, and eight for BatchNorm1d, which may see no spatial positions at all.",
+        Fixability.REFUSED: "the root itself, and a subclass with a ``forward`` of its own.",
+        Fixability.NOTHING: "in ``eval()`` with running statistics; a step in training mode is refused.",
+    }
+
+    @override
+    def find(self, scan: Scan) -> Iterator[Finding]:
+        for path, module in scan.modules(_BatchNorm):
+            if _lazy(module):
+                continue  # looked at again once its parameters exist
+            if not is_batch_coupled(module):
+                yield self.finding(
+                    Fixability.NOTHING,
+                    f"{scan.place(path)} is in eval() and normalises with fixed statistics.",
+                    "a fixed affine map per channel mixes no samples; it has to stay in eval() while training.",
+                    fix="kept as it is; a step with this layer in training mode is refused",
+                    path=path,
+                )
+                continue
+            fact = f"{scan.place(path)} mixes the samples of a batch."
+            why = "sample i's output depends on sample j, so clipping per sample bounds nothing."
+            if type(module).forward not in _KNOWN_FORWARDS or not path:
+                yield self.refusal(fact, why, _way_out(module, path), path)
+                continue
+            yield self.finding(
+                Fixability.CHANGES_MODEL,
+                fact,
+                why,
+                fix=f"{_describe(module, scan.options.norm)}; weight, bias, eps, dtype and requires_grad kept, "
+                "running statistics dropped",
+                help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
+                "module.eval() and requires_grad_(False) on this layer.",
+                path=path,
+            )
+
+    @override
+    def fix(self, module: nn.Module, scan: Scan) -> nn.Module:
+        assert isinstance(module, _BatchNorm)
+        return _replacement(module, scan.options.norm)
+
+    VALID = (
+        lambda: _model(nn.GroupNorm(4, 8)),
+        lambda: _model(nn.BatchNorm2d(8).eval()),
+        lambda: _model(nn.InstanceNorm2d(8)),
+    )
+    INVALID = (
+        lambda: _model(nn.BatchNorm2d(8)),
+        lambda: _model(nn.BatchNorm2d(8, affine=False)),
+        lambda: _model(nn.BatchNorm2d(8).requires_grad_(False)),
+        lambda: _model(nn.BatchNorm2d(8, track_running_stats=False).eval()),
+        lambda: _model(_Activated(8)),
+    )
 
 
 def is_batch_coupled(module: nn.Module) -> bool:
@@ -52,71 +103,9 @@ def is_batch_coupled(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def find(scan: Scan) -> Iterator[Finding]:
-    """Every BatchNorm that would use batch statistics.
-
-    Args:
-        scan: the objects of the call.
-
-    Yields:
-        One finding per module: advice if its statistics are fixed; refused as the root, or for a subclass with
-        a ``forward`` of its own.
-    """
-    for path, module in scan.modules(_BatchNorm):
-        if _lazy(module):
-            continue  # looked at again once its parameters exist
-        if not is_batch_coupled(module):
-            yield _kept(scan, path)
-            continue
-        common = {
-            "code": CODE,
-            "severity": Severity.BREAKS_GUARANTEE,
-            "fact": f"{scan.place(path)} mixes the samples of a batch.",
-            "why": "sample i's output depends on sample j, so clipping per sample bounds nothing.",
-            "path": path,
-        }
-        if type(module).forward not in _KNOWN_FORWARDS or not path:
-            yield Finding(**common, fixability=Fixability.REFUSED, help=_refusal(module, path))
-            continue
-        yield Finding(
-            **common,
-            fixability=Fixability.CHANGES_MODEL,
-            fix=f"{_describe(module, scan.options.norm)}; weight, bias, eps, dtype and requires_grad kept, "
-            "running statistics dropped",
-            help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
-            "module.eval() and requires_grad_(False) on this layer.",
-        )
-
-
 def _lazy(module: nn.Module) -> bool:
     state = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(isinstance(t, (UninitializedParameter, UninitializedBuffer)) for t in state)
-
-
-def _kept(scan: Scan, path: str) -> Finding:
-    return Finding(
-        code=CODE,
-        severity=Severity.ADVICE,
-        fixability=Fixability.NOTHING,
-        fact=f"{scan.place(path)} is in eval() and normalises with fixed statistics.",
-        why="a fixed affine map per channel mixes no samples; it has to stay in eval() while training.",
-        fix="kept as it is; a step with this layer in training mode is refused",
-        path=path,
-    )
-
-
-def fix(module: nn.Module, scan: Scan) -> nn.Module:
-    """The replacement, with the very parameters of the original.
-
-    Args:
-        module: a BatchNorm.
-        scan: the objects of the call; ``scan.options.norm`` chooses the replacement.
-
-    Returns:
-        A GroupNorm or an InstanceNorm.
-    """
-    assert isinstance(module, _BatchNorm)
-    return _replacement(module, scan.options.norm)
 
 
 def group_count(channels: int, smallest: int) -> int:
@@ -163,7 +152,7 @@ def _describe(module: nn.Module, norm: str) -> str:
     return f"GroupNorm({groups}, {module.num_features})"
 
 
-def _refusal(module: nn.Module, path: str) -> str:
+def _way_out(module: nn.Module, path: str) -> str:
     if not path:
         return "the root itself cannot be replaced; wrap it: torch.nn.Sequential(module)."
     return (
@@ -181,17 +170,3 @@ class _Activated(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.relu(super().forward(input))
-
-
-VALID = (
-    lambda: _model(nn.GroupNorm(4, 8)),
-    lambda: _model(nn.BatchNorm2d(8).eval()),
-    lambda: _model(nn.InstanceNorm2d(8)),
-)
-INVALID = (
-    lambda: _model(nn.BatchNorm2d(8)),
-    lambda: _model(nn.BatchNorm2d(8, affine=False)),
-    lambda: _model(nn.BatchNorm2d(8).requires_grad_(False)),
-    lambda: _model(nn.BatchNorm2d(8, track_running_stats=False).eval()),
-    lambda: _model(_Activated(8)),
-)

@@ -1,25 +1,7 @@
-"""The loader has to be one that Poisson sampling can stand in for.
-
-What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), custom batch samplers, weighted samplers
-and samplers dpfix does not know.
-
-Why bad: the accountant assumes that every sample of a fixed set enters a batch independently with one probability.
-Opacus discards the sampler of such a loader silently: all held-out samples of a ``SubsetRandomSampler`` were drawn,
-length buckets and weights are lost.
-
-Example: ``DataLoader(dataset, batch_sampler=LengthBuckets(...))``.
-
-Use instead: a map-style dataset with ``batch_size`` and no sampler, ``RandomSampler`` or ``SubsetRandomSampler`` (its
-index set is kept, and the rate is batch size over its length). A ``DistributedSampler`` over all ranks is one too: its
-batch size is that of one rank.
-
-Fix safety: known samplers are replaced by a Poisson sampler over the same index set; all else is refused.
-"""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,45 +16,80 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from typing_extensions import override
 
 from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
-
-if TYPE_CHECKING:
-    from dpfix.scan.scan import Scan
-
-CODE = "DPF011"
-TITLE = "the data loader cannot be sampled as the accountant assumes"
-ERROR = LoaderError
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan
 
 _POISSON_HELP = "use batch_size with a map-style dataset, or poisson_sampling=False if you account yourself."
+_Problem = tuple[str, str, str]
+"""Fact, why and help."""
 
 
-def find(scan: Scan) -> Iterator[Finding]:
-    """What keeps this loader from being sampled with known probabilities.
+class LoaderFits(Rule):
+    """The loader has to be one that Poisson sampling can stand in for.
 
-    Args:
-        scan: the objects of the call.
+    What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), custom batch samplers, weighted samplers
+    and samplers dpfix does not know.
 
-    Yields:
-        At most one finding, refused.
+    Why bad: the accountant assumes that every sample of a fixed set enters a batch independently with one probability.
+    Opacus discards the sampler of such a loader silently: all held-out samples of a ``SubsetRandomSampler`` were drawn,
+    length buckets and weights are lost.
+
+    Example: ``DataLoader(dataset, batch_sampler=LengthBuckets(...))``.
+
+    Use instead: a map-style dataset with ``batch_size`` and no sampler, ``RandomSampler`` or ``SubsetRandomSampler`` (its
+    index set is kept, and the rate is batch size over its length). A ``DistributedSampler`` over all ranks is one too: its
+    batch size is that of one rank.
     """
+
+    title = "the data loader cannot be sampled as the accountant assumes"
+    error = LoaderError
+    severity = Severity.BREAKS_GUARANTEE
+    outcomes = {
+        Fixability.REFUSED: "everything but the known samplers, which are replaced by a Poisson sampler over the same "
+        "index set."
+    }
+
+    @override
+    def find(self, scan: Scan) -> Iterator[Finding]:
+        for fact, why, help in _problems(scan):
+            yield self.refusal(fact, why, help, "data_loader")
+
+    VALID = (
+        lambda: _pair(batch_size=8),
+        lambda: _pair(batch_size=8, shuffle=True, drop_last=True),
+        lambda: _pair(batch_size=4, sampler=SubsetRandomSampler(range(12))),
+    )
+    INVALID = (
+        lambda: _pair(batch_size=None),
+        lambda: _pair(batch_size=8, dataset=_Stream()),
+        lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
+        lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
+        lambda: _pair(batch_size=8, sampler=DistributedSampler(TensorDataset(torch.zeros(24)), num_replicas=2, rank=0)),
+    )
+
+
+def _problems(scan: Scan) -> Iterator[_Problem]:
+    """At most one."""
     loader = scan.data_loader
     if isinstance(loader.dataset, IterableDataset):
-        yield _refuse(
+        yield (
             f"data_loader reads {type(loader.dataset).__name__}, an IterableDataset.",
             "a stream has no set of samples to draw from with a known probability.",
             "wrap the data in a map-style dataset (torch.utils.data.Dataset with __len__ and __getitem__).",
         )
     elif loader.batch_sampler is None:
-        yield _refuse(
+        yield (
             "data_loader has batch_size=None: the dataset delivers ready-made batches.",
             "the privacy unit is one sample; a batch made beforehand cannot be sampled sample by sample.",
             "let the dataset deliver single samples and set batch_size in the DataLoader.",
         )
     elif not isinstance(loader.dataset, Sized) or len(loader.dataset) == 0:
-        yield _refuse(
+        yield (
             f"data_loader reads {type(loader.dataset).__name__}, which has no length or is empty.",
             "the sampling rate is batch size over the number of samples.",
             "give the dataset a __len__ that counts its samples.",
@@ -83,12 +100,12 @@ def find(scan: Scan) -> Iterator[Finding]:
         yield from _order_on_ranks(loader, Ranks.of(scan.module))
 
 
-def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
+def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
     batches = loader.batch_sampler
     if hasattr(batches, "sample_rate"):  # already a Poisson sampler of Opacus or dpfix
         return
     if type(batches) is not BatchSampler:
-        yield _refuse(
+        yield (
             f"data_loader has a batch_sampler of its own, {type(batches).__name__}.",
             "Poisson sampling would discard it, and without it the batches are not what the accountant assumes.",
             _POISSON_HELP,
@@ -96,14 +113,14 @@ def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
         return
     sampler = batches.sampler
     if isinstance(sampler, WeightedRandomSampler):
-        yield _refuse(
+        yield (
             "data_loader draws with weights (WeightedRandomSampler).",
             "samples drawn more often lose more privacy than the accountant's single rate says.",
             "weight the loss per sample instead. " + _POISSON_HELP,
         )
     elif isinstance(sampler, DistributedSampler):
         if sampler.num_replicas != ranks.size or sampler.dataset is not loader.dataset:
-            yield _refuse(
+            yield (
                 f"data_loader has a DistributedSampler for {sampler.num_replicas} rank(s), and {ranks.size} rank(s) train this "
                 "model, on the loader's dataset.",
                 "every sample has to be drawn with one probability, by the ranks together.",
@@ -111,14 +128,14 @@ def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
                 "sampler, or leave the sampler out. " + _POISSON_HELP,
             )
     elif not isinstance(sampler, (RandomSampler, SequentialSampler, SubsetRandomSampler)):
-        yield _refuse(
+        yield (
             f"data_loader has a sampler of its own, {type(sampler).__name__}.",
             "dpfix cannot tell which samples it draws from, nor how often.",
             "use shuffle=True, or a SubsetRandomSampler over the indices. " + _POISSON_HELP,
         )
 
 
-def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
+def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
     """Without Poisson sampling the loader's own order must never give a sample to two ranks in one step."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if (
@@ -127,17 +144,13 @@ def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Finding]:
         and (sampler.drop_last or len(loader.dataset) % ranks.size == 0)  # type: ignore[arg-type]
     ):
         return
-    yield _refuse(
+    yield (
         f"data_loader has poisson_sampling=False and no DistributedSampler that shares its samples among {ranks.size} ranks "
         "without repeating any.",
         "a sample that two ranks have in one step is released with twice the clip norm.",
         f"pass DistributedSampler(dataset, num_replicas={ranks.size}, rank={ranks.rank}, drop_last=True), or leave "
         "poisson_sampling at True.",
     )
-
-
-def _refuse(fact: str, why: str, help: str) -> Finding:
-    return Finding(CODE, Severity.BREAKS_GUARANTEE, Fixability.REFUSED, fact, why, help=help, path="data_loader")
 
 
 class _Stream(IterableDataset):
@@ -151,17 +164,3 @@ class _Stream(IterableDataset):
 def _pair(**options: Any) -> dict[str, Any]:
     data = options.pop("dataset", None) or TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))
     return {"module": nn.Sequential(nn.Linear(6, 3)), "data_loader": DataLoader(data, **options)}
-
-
-VALID = (
-    lambda: _pair(batch_size=8),
-    lambda: _pair(batch_size=8, shuffle=True, drop_last=True),
-    lambda: _pair(batch_size=4, sampler=SubsetRandomSampler(range(12))),
-)
-INVALID = (
-    lambda: _pair(batch_size=None),
-    lambda: _pair(batch_size=8, dataset=_Stream()),
-    lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
-    lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
-    lambda: _pair(batch_size=8, sampler=DistributedSampler(TensorDataset(torch.zeros(24)), num_replicas=2, rank=0)),
-)

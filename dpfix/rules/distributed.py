@@ -1,38 +1,16 @@
-"""Models wrapped for several processes or devices, in a way that sums gradients before they are clipped.
-
-What: torch's ``DistributedDataParallel``, fully sharded modules, ``DataParallel`` over several devices, and Opacus's
-``DifferentiallyPrivateDistributedDataParallel`` anywhere but around the whole model.
-
-Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
-clipped. Fully sharded parameters are in no process as a whole.
-
-Example: ``model = DistributedDataParallel(model)``.
-
-Use instead: ``model = DifferentiallyPrivateDistributedDataParallel(model)`` from ``opacus.distributed``, with the same
-call on every rank: the clipped sums of the ranks are added up.
-
-Fix safety: not fixed; refused.
-"""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
-from dpfix.errors import ModelError
-from dpfix.report.finding import Finding, Fixability, Severity
-
-if TYPE_CHECKING:
-    from dpfix.scan.scan import Scan
-
-CODE = "DPF019"
-TITLE = "a model wrapped for several processes or devices"
-ERROR = ModelError
+from dpfix.report.finding import Finding, Severity
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan
 
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
 _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
@@ -42,29 +20,43 @@ _INSTEAD = (
 )
 
 
-def find(scan: Scan) -> Iterator[Finding]:
-    """The outermost wrapper for several processes or devices that cannot be trained with.
+class Distributed(Rule):
+    """Models wrapped for several processes or devices, in a way that sums gradients before they are clipped.
 
-    Args:
-        scan: the objects of the call.
+    What: torch's ``DistributedDataParallel``, fully sharded modules, ``DataParallel`` over several devices, and Opacus's
+    ``DifferentiallyPrivateDistributedDataParallel`` anywhere but around the whole model.
 
-    Yields:
-        At most one finding, refused.
+    Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
+    clipped. Fully sharded parameters are in no process as a whole.
+
+    Example: ``model = DistributedDataParallel(model)``.
+
+    Use instead: ``model = DifferentiallyPrivateDistributedDataParallel(model)`` from ``opacus.distributed``, with the same
+    call on every rank: the clipped sums of the ranks are added up.
     """
-    for path, module in scan.modules():
-        why, help = _problem(path, module)
-        if not why:
-            continue
-        yield Finding(
-            code=CODE,
-            severity=Severity.BREAKS_GUARANTEE,
-            fixability=Fixability.REFUSED,
-            fact=f"module: {type(module).__name__} at `{path or 'the root module'}` spreads the model over devices.",
-            why=why,
-            help=help,
-            path=path,
-        )
-        return
+
+    title = "a model wrapped for several processes or devices"
+    severity = Severity.BREAKS_GUARANTEE
+
+    @override
+    def find(self, scan: Scan) -> Iterator[Finding]:
+        for path, module in scan.modules():
+            why, help = _problem(path, module)
+            if not why:
+                continue
+            yield self.refusal(
+                f"module: {type(module).__name__} at `{path or 'the root module'}` spreads the model over devices.",
+                why,
+                help,
+                path,
+            )
+            return  # the outermost one
+
+    VALID = (
+        lambda: {"module": nn.Sequential(nn.Linear(6, 3))},
+        lambda: {"module": nn.DataParallel(nn.Sequential(nn.Linear(6, 3)))},
+    )
+    remark = "The wrappers need a process group; the test for this rule starts one itself."
 
 
 def _problem(path: str, module: nn.Module) -> tuple[str, str]:
@@ -80,11 +72,3 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
         return _SHARDED, _INSTEAD
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
     return (_SUMMED, _INSTEAD) if several or isinstance(module, DistributedDataParallel) else ("", "")
-
-
-VALID = (
-    lambda: {"module": nn.Sequential(nn.Linear(6, 3))},
-    lambda: {"module": nn.DataParallel(nn.Sequential(nn.Linear(6, 3)))},
-)
-INVALID: tuple = ()
-"""The wrappers need a process group; the test for this rule starts one itself."""

@@ -1,79 +1,69 @@
-"""In-place activations and dropouts overwrite what a hook on the layer before still needs.
-
-What: any module with ``inplace=True``: ReLU, ELU, LeakyReLU, SiLU, Dropout, and users' own.
-
-Why bad: Opacus's backward hooks hand out views; modifying one in place raises ``Output 0 of BackwardHookFunction is a
-view and is being modified inplace`` in the middle of the forward pass (Opacus issue #671).
-
-Example: ``nn.ELU(inplace=True)`` in MONAI's VNet.
-
-Use instead: ``inplace=False``.
-
-Fix safety: exact. The same values go into a new tensor; the report cites the largest difference of the outputs on a
-probe, in both modes. A class of which that cannot be shown is reported as changing the model.
-"""
-
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from dpfix.errors import ModelError
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan
 from dpfix.weights.copies import plain_copy
 from dpfix.weights.equivalence import EquivalenceReport, verify_equivalence
 
-if TYPE_CHECKING:
-    from dpfix.scan.scan import Scan
 
-CODE = "DPF003"
-TITLE = "a module works in place"
-ERROR = ModelError
+class InPlace(Rule):
+    """In-place activations and dropouts overwrite what a hook on the layer before still needs.
 
+    What: any module with ``inplace=True``: ReLU, ELU, LeakyReLU, SiLU, Dropout, and users' own.
 
-def find(scan: Scan) -> Iterator[Finding]:
-    """Every module whose ``inplace`` is set.
+    Why bad: Opacus's backward hooks hand out views; modifying one in place raises ``Output 0 of BackwardHookFunction is a
+    view and is being modified inplace`` in the middle of the forward pass (Opacus issue #671).
 
-    Args:
-        scan: the objects of the call.
+    Example: ``nn.ELU(inplace=True)`` in MONAI's VNet.
 
-    Yields:
-        One finding per module.
+    Use instead: ``inplace=False``.
     """
-    shown: dict[str, EquivalenceReport | None] = {}
-    for path, module in scan.modules():
-        if getattr(module, "inplace", False) is not True:
-            continue
-        alike = repr(module) if type(module).__module__.startswith("torch.nn.modules.") else path
-        if alike not in shown:
-            shown[alike] = _shown(module)
-        report = shown[alike]
-        yield Finding(
-            code=CODE,
-            severity=Severity.BLOCKS_TRAINING,
-            fixability=Fixability.EXACT if report else Fixability.CHANGES_MODEL,
-            fact=f"{scan.place(path)} works in place.",
-            why="it overwrites the output of the layer before it, which per-sample hooks still need.",
-            fix=f"inplace=False; {_told(report)}",
-            path=path,
-        )
 
+    title = "a module works in place"
+    severity = Severity.BLOCKS_TRAINING
+    outcomes = {
+        Fixability.EXACT: "the same values go into a new tensor; the report cites the largest difference of the outputs "
+        "on a probe, in both modes.",
+        Fixability.CHANGES_MODEL: "a class of which that cannot be shown.",
+    }
 
-def fix(module: nn.Module, scan: Scan) -> dict[str, Any]:
-    """The attribute that makes the module work out of place.
+    @override
+    def find(self, scan: Scan) -> Iterator[Finding]:
+        shown: dict[str, EquivalenceReport | None] = {}
+        for path, module in scan.modules():
+            if getattr(module, "inplace", False) is not True:
+                continue
+            alike = repr(module) if type(module).__module__.startswith("torch.nn.modules.") else path
+            if alike not in shown:
+                shown[alike] = _shown(module)
+            report = shown[alike]
+            yield self.finding(
+                Fixability.EXACT if report else Fixability.CHANGES_MODEL,
+                f"{scan.place(path)} works in place.",
+                "it overwrites the output of the layer before it, which per-sample hooks still need.",
+                fix=f"inplace=False; {_told(report)}",
+                path=path,
+            )
 
-    Args:
-        module: a module with ``inplace=True``.
-        scan: the objects of the call; not needed.
+    @override
+    def fix(self, module: nn.Module, scan: Scan) -> Mapping[str, Any]:
+        return {"inplace": False}
 
-    Returns:
-        ``{"inplace": False}``.
-    """
-    return {"inplace": False}
+    VALID = (lambda: _model(nn.ReLU()),)
+    INVALID = (
+        lambda: _model(nn.ReLU(inplace=True)),
+        lambda: _model(nn.ELU(inplace=True), nn.Dropout(0.1, inplace=True)),
+        lambda: _model(_EightFeatures()),
+    )
 
 
 _SHAPES = ((4, 4), (4, 4, 4), (4,), ())
@@ -104,10 +94,15 @@ def _told(report: EquivalenceReport | None) -> str:
     return f"largest difference on a probe {report.max_difference:.1e}"
 
 
-VALID = (lambda: {"module": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))},)
-INVALID = (
-    lambda: {"module": nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))},
-    lambda: {
-        "module": nn.Sequential(nn.Linear(6, 8), nn.ELU(inplace=True), nn.Dropout(0.1, inplace=True), nn.Linear(8, 3))
-    },
-)
+def _model(*between: nn.Module) -> dict[str, Any]:
+    return {"module": nn.Sequential(nn.Linear(6, 8), *between, nn.Linear(8, 3))}
+
+
+class _EightFeatures(nn.Module):
+    """An activation of a user's own that takes one shape only."""
+
+    inplace = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(len(x), 8)
+        return x.clamp_(min=0) if self.inplace else x.clamp(min=0)

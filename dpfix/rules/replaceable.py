@@ -1,96 +1,89 @@
-"""Recurrent and attention layers, which Opacus's hooks can only train after replacing them.
-
-What: ``nn.LSTM``, ``nn.GRU`` and ``nn.MultiheadAttention``.
-
-Why: their weights are used inside fused kernels, where hooks see nothing. Opacus replaces them (DPLSTM, DPGRU,
-DPMultiheadAttention); the replacement renames parameters and is not always equal (attention with ``batch_first`` and
-several heads, dropout between recurrent layers, ``proj_size``).
-
-Example: ``nn.TransformerEncoderLayer``.
-
-Use instead: leave the layer. dpfix's own engines take per-sample gradients of it as torch computes it, with the
-original parameters and state-dict keys.
-
-Fix safety: nothing is changed with ``grad_sample_mode="auto"``. When an Opacus mode is asked for by name, Opacus's
-replacement is used if its output on a probe equals the original's, and refused if not.
-"""
-
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
+from typing_extensions import override
 
-from dpfix.errors import ModelError
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.rules.rule import Rule
+from dpfix.scan.scan import Scan
 from dpfix.weights.equivalence import verify_equivalence
-
-if TYPE_CHECKING:
-    from dpfix.scan.scan import Scan
-
-CODE = "DPF007"
-TITLE = "a layer that Opacus's hooks cannot see into"
-ERROR = ModelError
 
 _KINDS = (nn.LSTM, nn.GRU, nn.MultiheadAttention)
 
 
-def find(scan: Scan) -> Iterator[Finding]:
-    """Every trainable LSTM, GRU and MultiheadAttention.
+class Replaceable(Rule):
+    """Recurrent and attention layers, which Opacus's hooks can only train after replacing them.
 
-    Args:
-        scan: the objects of the call.
+    What: ``nn.LSTM``, ``nn.GRU`` and ``nn.MultiheadAttention``.
 
-    Yields:
-        Advice with ``"auto"``; a repair or a refusal when an Opacus mode was asked for.
+    Why: their weights are used inside fused kernels, where hooks see nothing. Opacus replaces them (DPLSTM, DPGRU,
+    DPMultiheadAttention); the replacement renames parameters and is not always equal (attention with ``batch_first`` and
+    several heads, dropout between recurrent layers, ``proj_size``).
+
+    Example: ``nn.TransformerEncoderLayer``.
+
+    Use instead: leave the layer. dpfix's own engines take per-sample gradients of it as torch computes it, with the
+    original parameters and state-dict keys.
     """
-    for path, module in scan.modules(*_KINDS):
-        if not any(p.requires_grad for p in module.parameters()):
-            continue
-        common = {"code": CODE, "path": path, "why": "its weights are used inside fused kernels."}
-        if not scan.options.opacus_only:
-            yield Finding(
-                **common,
-                severity=Severity.ADVICE,
-                fixability=Fixability.NOTHING,
-                fact=f"{scan.place(path)} cannot be trained by Opacus's hooks.",
-                fix="kept as it is, with its own parameters; an engine of dpfix trains it",
+
+    title = "a layer that Opacus's hooks cannot see into"
+    severity = Severity.BLOCKS_TRAINING
+    outcomes = {
+        Fixability.NOTHING: 'with ``grad_sample_mode="auto"``: nothing is changed.',
+        Fixability.EXACT: "when an Opacus mode is asked for by name, and the output of Opacus's replacement on a probe "
+        "equals the original's: the replacement is used.",
+        Fixability.REFUSED: "when an Opacus mode is asked for by name, and its replacement differs or cannot be built.",
+    }
+
+    @override
+    def find(self, scan: Scan) -> Iterator[Finding]:
+        why = "its weights are used inside fused kernels."
+        for path, module in scan.modules(*_KINDS):
+            if not any(p.requires_grad for p in module.parameters()):
+                continue
+            if not scan.options.opacus_only:
+                yield self.finding(
+                    Fixability.NOTHING,
+                    f"{scan.place(path)} cannot be trained by Opacus's hooks.",
+                    why,
+                    fix="kept as it is, with its own parameters; an engine of dpfix trains it",
+                    path=path,
+                )
+                continue
+            difference = _difference(module)
+            equal = difference is not None and difference <= 1e-5
+            told = "cannot be built" if difference is None else f"differs by {difference:.1e}"
+            yield self.finding(
+                Fixability.EXACT if equal else Fixability.REFUSED,
+                f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.options.grad_sample_mode}'.",
+                why,
+                fix=f"Opacus's replacement; largest difference on a probe {difference:.1e}" if equal else "",
+                help="" if equal else f"Opacus's replacement {told}; leave grad_sample_mode at 'auto'.",
+                path=path,
             )
-            continue
-        difference = _difference(module)
-        equal = difference is not None and difference <= 1e-5
-        told = "cannot be built" if difference is None else f"differs by {difference:.1e}"
-        yield Finding(
-            **common,
-            severity=Severity.BLOCKS_TRAINING,
-            fixability=Fixability.EXACT if equal else Fixability.REFUSED,
-            fact=f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.options.grad_sample_mode}'.",
-            fix=f"Opacus's replacement; largest difference on a probe {difference:.1e}" if equal else "",
-            help="" if equal else f"Opacus's replacement {told}; leave grad_sample_mode at 'auto'.",
-        )
 
+    @override
+    def fix(self, module: nn.Module, scan: Scan) -> nn.Module:
+        return _opacus_replacement(module)
 
-def fix(module: nn.Module, scan: Scan) -> nn.Module:
-    """Opacus's replacement, without going through pickle.
-
-    Args:
-        module: an LSTM, GRU or MultiheadAttention.
-        scan: the objects of the call; not needed.
-
-    Returns:
-        The replacement on the same device, with the same dtype and ``requires_grad``.
-    """
-    return _opacus_replacement(module)
+    VALID = (lambda: {"module": nn.Sequential(nn.Linear(6, 3))},)
+    INVALID = (
+        lambda: {"module": _Recurrent()},
+        lambda: {"module": _Recurrent(), "grad_sample_mode": "hooks"},
+        lambda: {"module": _Recurrent(num_layers=2, dropout=0.1), "grad_sample_mode": "hooks"},
+    )
 
 
 def _opacus_replacement(module: nn.Module) -> nn.Module:
+    """Opacus's layer, without going through pickle: same device, dtype and ``requires_grad``."""
     kind = next(k for k in _KINDS if isinstance(module, k))
-    with torch.random.fork_rng(devices=[]):
-        new = ModuleValidator.FIXERS[kind](module)
+    new = ModuleValidator.FIXERS[kind](module)
     first = next(module.parameters())
     return new.to(device=first.device, dtype=first.dtype)
 
@@ -121,18 +114,10 @@ def _inputs(module: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 class _Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(6, 5, batch_first=True)
+        self.rnn = nn.LSTM(6, 5, batch_first=True, **options)
         self.head = nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.rnn(x[:, None])[0][:, -1])
-
-
-def _recurrent(**options: Any) -> dict[str, Any]:
-    return {"module": _Recurrent(), **options}
-
-
-VALID = (lambda: {"module": nn.Sequential(nn.Linear(6, 3))},)
-INVALID = (lambda: _recurrent(), lambda: _recurrent(grad_sample_mode="hooks"))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import describe_module
 from dpfix.report.finding import Finding
 from dpfix.scan.options import Options
+
+if TYPE_CHECKING:
+    from dpfix.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,11 @@ class Scan:
         return describe_module(self.module, path)
 
 
-def run_rules(scan: Scan, rules: tuple[Any, ...]) -> tuple[tuple[Any, Finding], ...]:
-    """Ask every rule what it finds.
-
-    Args:
-        scan: the objects of the call.
-        rules: rule modules, in order.
+def run_rules(scan: Scan, rules: Iterable[Rule]) -> tuple[tuple[Rule, Finding], ...]:
+    """Ask every rule what it finds; whatever a rule draws, the script's generators stay where they were.
 
     Returns:
         ``(rule, finding)`` pairs in the order of the rules.
     """
-    return tuple((rule, finding) for rule in rules for finding in rule.find(scan))
+    with rng_untouched():
+        return tuple((rule, finding) for rule in rules for finding in rule.find(scan))

@@ -42,7 +42,7 @@ def test_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rule_pages_are_up_to_date() -> None:
-    """``docs/rules`` is what the rules say now; ``python docs/generate_rules.py`` writes it anew."""
+    """Pages of rules, of codes and the navigation are what the source says; ``python docs/generate_rules.py`` writes them."""
     generator = load("docs/generate_rules.py")
     assert generator.stale(generator.pages()) == []
 
@@ -53,7 +53,7 @@ def test_every_code_is_explained() -> None:
     told = "".join(page.read_text() for page in PAGES)
     first, last = re.search(r"DPF(\d{3}) to DPF(\d{3})", told).groups()  # type: ignore[union-attr]
     ruled = {f"DPF{number:03d}" for number in range(int(first), int(last) + 1)}
-    assert ruled <= {rule.CODE for rule in RULES}
+    assert ruled <= {rule.code for rule in RULES}
     assert set(re.findall(r"DPF\d{3}", source)) <= set(re.findall(r"DPF\d{3}", told))
 
 

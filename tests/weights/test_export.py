@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.repair.surgery import Surgery
-from dpfix.rules import replaceable
+from dpfix.rules.replaceable import Replaceable
 from dpfix.scan.options import Options
-from dpfix.scan.scan import Scan
+from dpfix.scan.scan import Scan, run_rules
 from tests.cases import Attention, Recurrent
 from tests.helpers import setting, sgd, train
 
@@ -163,7 +163,7 @@ def test_layers_registered_twice_stay_one() -> None:
     optimizer, loader = sgd(model), DataLoader(TensorDataset(torch.zeros(8, 5, 4)), batch_size=4)
     scan = Scan(model, optimizer, loader, Options(grad_sample_mode="hooks"))
     with Surgery(scan) as surgery:
-        surgery.repair(tuple((replaceable, finding) for finding in replaceable.find(scan)))
+        surgery.repair(run_rules(scan, [Replaceable("DPF007")]))
         assert type(model["rnn"]) is DPGRU and model["rnn"] is model["also"][0]
         exported: Any = dpfix.export_plain(model)
         assert type(exported["rnn"]) is nn.GRU and exported["rnn"] is exported["also"][0]
@@ -226,7 +226,7 @@ def test_weights_load_into_replaced_attention_of_every_layout(options: dict[str,
     x = torch.randn(3, 5, 4)
     scan = Scan(model, sgd(model), DataLoader(TensorDataset(x), batch_size=3), Options(grad_sample_mode="hooks"))
     with Surgery(scan) as surgery:
-        surgery.repair(tuple((replaceable, finding) for finding in replaceable.find(scan)))
+        surgery.repair(run_rules(scan, [Replaceable("DPF007")]))
         assert type(model.inner["attention"]) is DPMultiheadAttention
         assert len(dpfix.load_pretrained(model, source.state_dict()).loaded) == len(source.state_dict())
         assert dpfix.verify_equivalence(source, model, x, mapping={"": ""})

@@ -1,0 +1,54 @@
+"""The numbers of findings, each with its meaning: those of checks, of advice and of refusals given in words.
+
+The numbers of rules stand in :data:`dpfix.rules.RULES`, which takes none that stands here. ``docs/codes.md`` lists both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+CODES: Mapping[str, str] = {
+    # what a run of the training step shows
+    "DPF012": "what the training step writes depends on the samples and would leave without noise",
+    "DPF013": "the model lets one sample's output depend on another sample",
+    "DPF014": "one sample's share of the loss depends on another sample",
+    "DPF015": "the loss is a sum over the samples where a mean was announced, or the other way round",
+    "DPF016": "no engine reproduces the batch-of-one reference",
+    "DPF017": "trainable parameters that no gradient reaches were frozen for the private training",
+    "DPF018": "Opacus's `ModuleValidator` refuses a layer that no rule has answered",
+    "DPF020": "the loop's loss is not known, so it was not checked",
+    "DPF021": "forward writes state that does not depend on a sample",
+    "DPF022": "the loader draws with replacement; Poisson sampling takes its place",
+    "DPF023": "forward overwrites the output of a layer",
+    "DPF024": "a sample enters the model as several rows; they count as one sample",
+    "DPF025": "forward keeps something of a batch in an attribute until its next call; it is put back after every step",
+    "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
+    "DPF030": "an activation is applied to the probabilities that another one has made",
+    # refusals given in words, by class of error
+    "DPF100": "a refusal of no narrower class",
+    "DPF101": "a value of the call cannot be used",
+    "DPF102": "a keyword that does not exist",
+    "DPF103": "the model cannot be made private as it is",
+    "DPF104": "the loss is not a mean (or sum) over samples",
+    "DPF105": "optimizer and model do not belong together",
+    "DPF106": "the data loader cannot be sampled as the accountant assumes",
+    "DPF107": "probabilities, labels or regions do not fit together",
+    "DPF108": "how a batch becomes a loss is unknown, or that step itself fails",
+    "DPF109": "one of several processes cannot train, or does not train the same",
+    "DPF110": "a checkpoint does not fit the model",
+    "DPF111": "the checkpoint has keys that the model has no place for",
+    "DPF112": "the checkpoint lacks weights of the model",
+    "DPF113": "a weight of the checkpoint has another shape",
+    "DPF114": "the model cannot compute what the checkpoint's model computed",
+    "DPF120": "the training loop breaks an assumption",
+    "DPF121": "several backward passes before one step",
+    "DPF122": "a batch that the private loader did not draw",
+    "DPF123": "the clipped sum is not finite",
+    "DPF124": "model or optimizer are no longer those that were audited",
+}
+"""What a code means, for all that are not a rule's."""
+
+RETIRED: Mapping[str, str] = {
+    "DPF000": "a refusal without a code of its own, in the time when not every class of error had one",
+}
+"""Codes that were given once; they are never given again."""
