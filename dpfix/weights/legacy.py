@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfix.weights.conversion import Conversion
+from dpfix.weights.conversion import Adjustment, Conversion
 
 SOURCE = "monai-generative"
 PROJECTIONS = ("identity", "proj_attn")
@@ -51,25 +51,18 @@ _ASSUMED_UPSAMPLING = (
 
 
 def networks_in(model: nn.Module) -> list[str]:
-    """Paths of the networks in a model that monai-generative had too.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Module paths; empty if there is none.
-    """
+    """Module paths of the networks in a model that monai-generative had too."""
     return [path for path, module in model.named_modules() if _kind(module) in NETWORKS]
 
 
 def convert(model: nn.Module, old: Mapping[str, Tensor], wanted: Mapping[str, Tensor], projection: str) -> Conversion:
-    """The weights of an old network in the keys of a new one.
+    """The weights of an old network under the keys of a new one.
 
     Args:
         model: the new network, or a module that holds one.
-        old: the old network's tensors by key; only read.
+        old: the old network's tensors by key.
         wanted: the new one's tensors by key.
-        projection: what stands in for ``proj_attn``: ``"identity"`` or ``"proj_attn"``.
+        projection: see ``legacy_projection`` of :func:`dpfix.load_pretrained`.
 
     Returns:
         The conversion, with whatever does not fit.
@@ -192,7 +185,8 @@ def _spade_residual(conversion: Conversion, at: str, block: Any) -> None:
         norm = getattr(block, name).param_free_norm
         if norm.eps != _TORCH_EPS:
             why = "monai-generative 0.2.3 built this normalisation with torch's own epsilon"
-            conversion.adjusted.append((norm, f"{at}{name}.param_free_norm", "eps", _TORCH_EPS, why))
+            adjustment = Adjustment(norm, f"{at}{name}.param_free_norm", "eps", _TORCH_EPS, why)
+            conversion.adjusted.append(adjustment)
 
 
 _TORCH_EPS = 1e-5

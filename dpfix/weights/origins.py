@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True)
 class Origin:
-    """What a layer was.
+    """What a repaired layer was before.
 
     Attributes:
         told: the change in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
@@ -36,13 +36,7 @@ _FROZEN: Any = WeakIdKeyDictionary()
 
 
 def remember_replaced(old: nn.Module, new: nn.Module, told: str, exact: bool) -> Callable[[], None]:
-    """Note what a new layer stands for.
-
-    Args:
-        old: the original layer.
-        new: the layer in its place.
-        told: the change in words.
-        exact: whether both compute the same.
+    """Remember which layer a new one replaces; ``told`` and ``exact`` as in :class:`Origin`.
 
     Returns:
         A function that forgets it.
@@ -52,13 +46,7 @@ def remember_replaced(old: nn.Module, new: nn.Module, told: str, exact: bool) ->
 
 
 def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str, exact: bool) -> Callable[[], None]:
-    """Note what attributes of a layer were.
-
-    Args:
-        module: the layer.
-        before: the attributes' values before they are set.
-        told: the change in words.
-        exact: whether it computes the same.
+    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`.
 
     Returns:
         A function that forgets it.
@@ -70,31 +58,17 @@ def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str,
 
 
 def remember_frozen(parameter: nn.Parameter) -> None:
-    """Note that a parameter was trainable before private training froze it.
-
-    Args:
-        parameter: the parameter.
-    """
+    """Remember that a parameter was trainable before private training froze it."""
     _FROZEN[parameter] = True
 
 
 def was_trainable(parameter: nn.Parameter) -> bool:
-    """Whether private training froze a parameter.
-
-    Args:
-        parameter: a parameter of a model.
-
-    Returns:
-        True if it was trainable before.
-    """
+    """Whether a parameter was trainable before private training froze it."""
     return parameter in _FROZEN
 
 
 def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
     """The repaired layers of a model, under every path that leads to them.
-
-    Args:
-        model: a model.
 
     Yields:
         ``(module path, origin)`` pairs.
@@ -106,11 +80,7 @@ def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
 
 
 def forget(module: nn.Module) -> None:
-    """Forget what a layer was.
-
-    Args:
-        module: the layer.
-    """
+    """Forget what a layer was."""
     _ORIGINS.pop(module, None)
 
 
