@@ -5,6 +5,7 @@ The reference takes every row alone by ordinary autograd, averages the rows of a
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from tests.reference import Gradients
+from tests.reference import Gradients, gradients_one_by_one
 
 SAMPLES = 6
 
@@ -81,17 +82,9 @@ def step(model: nn.Module, batch: Any, reduction: str = "mean") -> Tensor:
 
 def averaged(model: nn.Module, rows: list[Any], counts: list[int], loss: Any = step) -> list[Gradients]:
     """Per-sample gradients: every row alone, then the mean over the rows of a sample."""
-    parameters = dict(model.named_parameters())
-    by_row = []
-    for row in rows:
-        found = torch.autograd.grad(loss(model, row), list(parameters.values()))
-        by_row.append(dict(zip(parameters, found, strict=True)))
-    out, first = [], 0
-    for n in counts:
-        mine = by_row[first : first + n]
-        out.append({name: torch.stack([g[name] for g in mine]).mean(0) for name in parameters})
-        first += n
-    return out
+    by_row = iter(gradients_one_by_one(model, loss, rows))
+    by_sample = [list(islice(by_row, n)) for n in counts]
+    return [{name: torch.stack([g[name] for g in mine]).mean(0) for name in mine[0]} for mine in by_sample]
 
 
 def pairs(batch: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import dpfix
 from dpfix import AugmentationMultiplicity
 from tests.helpers import sgd
-from tests.reference import clipped_sum, norm, relative_error
+from tests.reference import clipped_sum, gradients_one_by_one, norm, relative_error
 from tests.sampling.models import OWN, SAMPLES, Shifted, averaged, convolutional, made, one_draw, pairs, released, step
 
 
@@ -246,11 +246,8 @@ def test_consistency_between_views_of_a_sample_is_allowed() -> None:
     optimizer.zero_grad()
     consistent(private, (x, y)).backward()
     optimizer.pre_step()
-    parameters = dict(plain.named_parameters())
-    wanted = []
-    for i in range(SAMPLES):
-        loss = consistent(plain, (x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2]))
-        wanted.append(dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)))
+    singles = [(x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2]) for i in range(SAMPLES)]
+    wanted = gradients_one_by_one(plain, consistent, singles)
     assert relative_error(released(model, optimizer, "mean"), clipped_sum(wanted, 1.0)) < 1e-9
 
 

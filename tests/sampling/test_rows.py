@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dpfix
 from tests.helpers import sgd
-from tests.reference import clipped_sum, relative_error
+from tests.reference import clipped_sum, gradients_one_by_one, relative_error
 from tests.sampling.models import COUNTS, MODELS, OWN, SAMPLES, Crops, averaged, convolutional, on_crops, released, step
 
 
@@ -103,11 +103,7 @@ def test_bags_of_different_sizes_weigh_the_same() -> None:
     on_bags(private, batch).backward()
     optimizer.pre_step()
     singles = [collate_bags([Bags()[i]]) for i in range(SAMPLES)]
-    parameters = dict(plain.named_parameters())
-    wanted = [
-        dict(zip(parameters, torch.autograd.grad(on_bags(plain, one), list(parameters.values())), strict=True))
-        for one in singles
-    ]
+    wanted = gradients_one_by_one(plain, on_bags, singles)
     assert relative_error(released(model, optimizer, "mean"), clipped_sum(wanted, 0.3)) < 1e-9
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, def
 
 import dpfix
 from dpfix.sampling.ledger import DrawLedger
+from tests.cases import classify
 from tests.helpers import points, setting, sgd, train
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
 
@@ -217,9 +218,7 @@ def test_split_batch_releases_the_clipped_sum_of_the_whole() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = points(24)
     data.tensors = (data.tensors[0].double(), data.tensors[1])
-    samples = gradients_one_by_one(
-        model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [(x[None], y[None]) for x, y in data]
-    )
+    samples = gradients_one_by_one(model, classify, [(x[None], y[None]) for x, y in data])
     training = dpfix.make_private_safe(
         **setting(model, optimizer=sgd(model), data_loader=DataLoader(data, batch_size=8), noise_multiplier=0.0)
         | {"max_grad_norm": 0.3}
@@ -298,7 +297,7 @@ def test_loop_after_one_that_was_left_early_makes_whole_steps(done: int, workers
         work(3)
     assert steps == (done == 3) and released() == steps + 1
     singles = [(x[None], y[None]) for x, y in points(24)]
-    per_sample = gradients_one_by_one(before, lambda m, b: F.cross_entropy(m(b[0]), b[1]), singles)
+    per_sample = gradients_one_by_one(before, classify, singles)
     moved = {n: 8 * (p.detach() - model.get_parameter(n).detach()) for n, p in before.named_parameters()}
     assert relative_error(moved, clipped_sum(per_sample, 0.1)) < 1e-4
 
