@@ -131,13 +131,13 @@ class EnsembledCases(Mapping[str, np.ndarray]):
         return len(self._cases)
 
     def case(self, case: str) -> tuple[np.ndarray, Member]:
-        """The mean of the case of this name, and the first model's prediction with its properties.
+        """Read and average one case.
 
         Args:
             case: name of a file in the folders, without its ending.
 
         Returns:
-            Both.
+            The mean, and the first model's prediction with its properties.
 
         Raises:
             KeyError: there is no such case.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from dpfix.errors import ArgumentError, SegmentationError
 
@@ -104,6 +105,7 @@ def _only_array(file: Any, name: str) -> np.ndarray:
 
 
 class _Unpickler(pickle.Unpickler):
+    @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"its properties name {module}.{name}, which is not loaded from a file")

@@ -1,4 +1,4 @@
-"""Weights in, weights out: equivalence of modules, export to the original architecture, checkpoints of elsewhere."""
+"""Weights: equivalence of modules, export to the original architecture, checkpoints of other packages."""
 
 from dpfix.weights.equivalence import EquivalenceReport, verify_equivalence
 from dpfix.weights.export import changed_layers, export_plain, plain_state_dict, save_plain

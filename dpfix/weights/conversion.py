@@ -1,4 +1,4 @@
-"""How the keys of a checkpoint become the keys of a model: every key is used, renamed, dropped or filled by a reason."""
+"""From the keys of a checkpoint to those of a model: every key is used, renamed, left out or filled, with the reason."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Conversion:
         Args:
             new: the model's key; nothing happens if the model does not have it, or if it has its value already.
             *old: the checkpoint's keys.
-            join: makes one tensor of several; they are put below each other if not given.
+            join: makes one tensor of several; they are concatenated along the first dimension if not given.
         """
         if new not in self.wanted or new in self.sources:
             return

@@ -281,7 +281,7 @@ def _reseed(*parts: object) -> None:
 
 
 def _snapshot(output: Any) -> Any:
-    """The tensors of an output as they are now; a layer behind may work in place."""
+    """Copies of the tensors of an output: a later layer may change them in place."""
 
     def keep(_: pytree.Path, leaf: Any) -> Any:
         if isinstance(leaf, PackedSequence):

@@ -1,14 +1,14 @@
 """Checkpoints of ``monai-generative`` 0.2.x in the networks that MONAI has taken over since 1.4.
 
-Each kind of block of the new network says where its weights stood in the old one. What was read out of the source of
-monai-generative 0.2.3, and what the tests compare with its outputs:
+For each kind of block of the new network, a function here says which keys its weights had in the old one. This was read in
+the source of monai-generative 0.2.3, and the tests compare with its outputs:
 
 * ``AttentionBlock`` defines ``proj_attn`` and never calls it; the new block has ``out_proj`` there, and calls it. The
   identity stands for what 0.2.3 computed, ``proj_attn`` for what code that repaired the call computed.
 * ``CrossAttention.to_out.0`` is now ``out_proj``; ``Upsample.conv`` is now ``postconv``.
 * A transformer block's ``norm2`` was the cross-attention's, and ``norm3`` the MLP's; now they are ``norm_cross_attn``
   and ``norm2``.
-* The normalisation inside ``SPADE`` stood below ``param_free_norm.N`` and, in ``SPADEAutoencoderKL``, had torch's own epsilon.
+* The normalisation inside ``SPADE`` was ``param_free_norm.N`` and, in ``SPADEAutoencoderKL``, had torch's own epsilon.
 
 Nothing here imports MONAI: blocks are recognised by the names of their classes.
 """
@@ -78,7 +78,7 @@ def convert(model: nn.Module, old: Mapping[str, Tensor], wanted: Mapping[str, Te
 
 
 def _kind(module: nn.Module) -> str:
-    """Name of the class of MONAI that a module is an instance of, its own or a base's."""
+    """Name of the class of MONAI that a module is an instance of; empty if there is none."""
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("monai.")), "")
 
 
@@ -96,7 +96,7 @@ def _blocks(projection: str) -> dict[str, Callable[[Conversion, str, Any], None]
 
 
 def _attention(conversion: Conversion, at: str, block: Any, projection: str) -> None:
-    """Attention over space: the projections stood in the block itself, and the last one was not applied."""
+    """Attention over space: the block itself had the projections, and the last one was not applied."""
     _queries(conversion, at, f"{at}attn.")
     applied = f"{at}attn.out_proj."
     if projection == "proj_attn":
@@ -118,7 +118,7 @@ def _attention(conversion: Conversion, at: str, block: Any, projection: str) -> 
 
 
 def _queries(conversion: Conversion, old: str, new: str) -> None:
-    """Queries, keys and values: three layers, or one with the three below each other."""
+    """Queries, keys and values: three layers, or one with the three concatenated."""
     for name in ("weight", "bias"):
         parts = [f"{old}to_{letter}.{name}" for letter in "qkv"]
         conversion.take(f"{new}qkv.{name}", *parts)

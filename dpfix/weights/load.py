@@ -1,4 +1,4 @@
-"""Loading weights from elsewhere: every key is used, renamed by a stated mapping, or named in an error."""
+"""Loading weights of other packages: every key is used, renamed by a stated mapping, or named in an error."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def load_pretrained(
 
 
 def strip_prefixes(old: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take off what wrappers put before the keys of the model inside them.
+    """Remove the prefixes that wrappers put before the keys of the model inside them.
 
     Args:
         old: the checkpoint's tensors by key.
@@ -204,14 +204,14 @@ def _replaced(module: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
 
 
 def _drop_repaired(module: nn.Module, conversion: Conversion) -> None:
-    """What only the original of a repaired layer has (running statistics) has no place any more."""
+    """Leave out what only the original of a repaired layer has (running statistics)."""
     for path, origin in origins_in(module):
         if origin.shell is not None and not origin.exact:
             gone = origin.shell.state_dict().keys() - module.get_submodule(path).state_dict().keys()
         else:
             gone = {name for name, value in origin.attributes.items() if isinstance(value, Tensor)}
         for name in sorted(gone):
-            conversion.drop(f"{path}.{name}", f"repaired: {origin.told}")
+            conversion.drop(f"{path}.{name}", f"repaired: {origin.change}")
 
 
 def _refuse(module: nn.Module, conversion: Conversion, source: str, strict: bool) -> None:

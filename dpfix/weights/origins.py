@@ -19,13 +19,13 @@ class Origin:
     """What a repaired layer was before.
 
     Attributes:
-        told: the change in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
+        change: in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
         exact: whether the repaired layer computes the same.
         shell: the original layer on the meta device, without values; ``None`` if only attributes were set.
         attributes: the attributes that were set, with their original values.
     """
 
-    told: str
+    change: str
     exact: bool
     shell: nn.Module | None
     attributes: Mapping[str, Any]
@@ -35,17 +35,17 @@ _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 _FROZEN: Any = WeakIdKeyDictionary()
 
 
-def remember_replaced(old: nn.Module, new: nn.Module, told: str, exact: bool) -> Callable[[], None]:
-    """Remember which layer a new one replaces; ``told`` and ``exact`` as in :class:`Origin`.
+def remember_replaced(old: nn.Module, new: nn.Module, change: str, exact: bool) -> Callable[[], None]:
+    """Remember which layer a new one replaces; ``change`` and ``exact`` as in :class:`Origin`.
 
     Returns:
         A function that forgets it.
     """
-    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {told}", exact, _shell(old), {})
+    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {change}", exact, _shell(old), {})
     return lambda: forget(new)
 
 
-def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str, exact: bool) -> Callable[[], None]:
+def remember_attributes(module: nn.Module, before: Mapping[str, Any], change: str, exact: bool) -> Callable[[], None]:
     """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`.
 
     Returns:
@@ -53,7 +53,7 @@ def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str,
     """
     earlier = _ORIGINS.get(module)
     kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
-    _ORIGINS[module] = Origin(f"{type(module).__name__}: {told}", exact, None, kept)
+    _ORIGINS[module] = Origin(f"{type(module).__name__}: {change}", exact, None, kept)
     return lambda: forget(module)
 
 

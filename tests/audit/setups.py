@@ -21,8 +21,7 @@ from dpfix.observe.training_step import TrainingStep
 from dpfix.plan import Plan
 from dpfix.report.report import EngineEvidence
 from tests.cases import classify
-
-Step = Callable[[nn.Module, Any], Tensor]
+from tests.reference import Step
 
 
 @dataclass(frozen=True)

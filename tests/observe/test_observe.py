@@ -23,8 +23,7 @@ from dpfix.observe.run import observe
 from dpfix.observe.training_step import TrainingStep
 from tests.cases import classify
 from tests.helpers import generators_unchanged
-
-Step = Callable[[nn.Module, Any], Tensor]
+from tests.reference import Step
 
 
 def items(*shape: int, samples: int = 4) -> list[tuple[Tensor, int]]:

@@ -214,6 +214,13 @@ def memory_managed(training: dpfix.PrivateTraining, physical: int) -> BatchMemor
     return BatchMemoryManager(data_loader=private, max_physical_batch_size=physical, optimizer=optimizer)
 
 
+def one_step(training: dpfix.PrivateTraining, x: Tensor, y: Tensor) -> None:
+    private, optimizer, _ = training
+    optimizer.zero_grad()
+    F.cross_entropy(private(x), y).backward()
+    optimizer.step()
+
+
 def test_split_batch_releases_the_clipped_sum_of_the_whole() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = points(24)
@@ -228,9 +235,7 @@ def test_split_batch_releases_the_clipped_sum_of_the_whole() -> None:
     sizes = []
     with memory_managed(training, 4) as split:
         for x, y in split:
-            training[1].zero_grad()
-            F.cross_entropy(training[0](x), y).backward()
-            training[1].step()
+            one_step(training, x, y)
             sizes.append(len(x))
             if len(sizes) == 3:
                 moved = {n: (before[n] - p.detach()) * 8 for n, p in model.named_parameters()}
@@ -244,9 +249,7 @@ def test_split_training_accounts_logical_batches() -> None:
     for _ in range(3):
         with memory_managed(training, 3) as split:
             for x, y in split:
-                training[1].zero_grad()
-                F.cross_entropy(training[0](x), y).backward()
-                training[1].step()
+                one_step(training, x, y)
     assert training.statement(1e-3).steps == 15
 
 
@@ -258,9 +261,7 @@ def test_split_loop_left_early_warns_and_discards() -> None:
     before = {n: p.detach().clone() for n, p in given["module"].named_parameters()}
     with memory_managed(training, 4) as split:
         for x, y in split:
-            training[1].zero_grad()
-            F.cross_entropy(training[0](x), y).backward()
-            training[1].step()
+            one_step(training, x, y)
             break
         assert all(torch.equal(p, before[n]) for n, p in given["module"].named_parameters())
     drawing(training, [0, 1])
@@ -285,9 +286,7 @@ def test_loop_after_one_that_was_left_early_makes_whole_steps(done: int, workers
     def work(batches: int) -> None:
         with memory_managed(training, 8) as split:  # three physical batches for every draw
             for x, y in islice(split, batches):
-                training[1].zero_grad()
-                F.cross_entropy(training[0](x), y).backward()
-                training[1].step()
+                one_step(training, x, y)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dpfix.DPFixWarning)
