@@ -25,8 +25,8 @@ from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
 from dpfix.rules import RULES, compiled
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.identity import identity
-from dpfix.sampling.loader import views_of
+from dpfix.sampling.fingerprint import data_fingerprint
+from dpfix.sampling.loader import augmentation_of
 from dpfix.sampling.rate import batch_size, index_set, sample_rate
 from dpfix.scan.arguments import (
     check_augmentation,
@@ -390,7 +390,7 @@ def _what_is_trained(call: Request, plan: Plan, noise_multiplier: float) -> dict
             "the order of the optimizer's parameters": [[names[id(p)] for p in g["params"]] for g in groups],
             "the options of the optimizer": [{k: str(v) for k, v in g.items() if k != "params"} for g in groups],
         }
-        | identity(call.data_loader)
+        | data_fingerprint(call.data_loader)
         | fingerprint(call.module)
     )
 
@@ -430,7 +430,7 @@ def _call(
 
 def _views(asked_for: Any, data_loader: Any) -> Any:
     """The loader of an earlier call goes on delivering views."""
-    return views_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
+    return augmentation_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
 
 
 def _plain(module: Any) -> Any:

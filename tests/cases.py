@@ -16,9 +16,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 
-SAMPLES = 6
+from tests.reference import Step
 
-Step = Callable[[nn.Module, Any], Tensor]
+SAMPLES = 6
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every rank runs in the tests of training on several processes; started by torchrun from ``test_ranks.py``.
+"""What every rank runs in the tests of training on several processes; started by torchrun from ``test_distributed.py``.
 
 ``torchrun --nproc-per-node N -m tests.on_ranks SCENARIO FOLDER`` writes what rank r saw to ``FOLDER/r.pt``.
 """

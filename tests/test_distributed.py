@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import dpfix
 from dpfix.distributed import Ranks, new_seed
 from dpfix.sampling.ledger import DrawLedger
-from dpfix.sampling.poisson import PoissonSampler
+from dpfix.sampling.poisson import Drawing, PoissonSampler
 from tests import on_ranks
 from tests.helpers import points, setting
 from tests.reference import clipped_sum, gradients_one_by_one
@@ -157,9 +157,8 @@ def test_all_ranks_draw_one_poisson_batch(size: int) -> None:
     """Also when they had left the pass before at other places; equal draws from equal shares would not be independent."""
 
     def sampler(ranks: Ranks, generator: torch.Generator) -> PoissonSampler:
-        return PoissonSampler(
-            list(range(100, 140)), sample_rate=0.2, steps=30, generator=generator, ledger=DrawLedger(), ranks=ranks
-        )
+        drawing = Drawing(DrawLedger(), generator, ranks)
+        return PoissonSampler(list(range(100, 140)), drawing, sample_rate=0.2, steps=30)
 
     parts = []
     for rank in range(size):

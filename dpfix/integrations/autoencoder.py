@@ -52,7 +52,8 @@ class AutoencoderStep:
     ) -> None:
         if reconstruction not in RECONSTRUCTIONS:
             raise ArgumentError(
-                f"reconstruction={reconstruction!r} is none of {', '.join(map(repr, RECONSTRUCTIONS))}."
+                f"reconstruction={reconstruction!r} is none of {', '.join(map(repr, RECONSTRUCTIONS))}.",
+                path="reconstruction",
             )
         self.reconstruction, self.kl_weight, self.key = RECONSTRUCTIONS[reconstruction], kl_weight, key
         self._terms: list[tuple[float, PerSampleLoss, bool]] = []
@@ -120,7 +121,8 @@ _REASONS = {
 def _check_frozen(name: str, network: Any) -> None:
     if not isinstance(network, nn.Module):
         raise ArgumentError(
-            f"{name} is a {type(network).__name__}; pass a torch.nn.Module, so that its weights can be seen to be frozen."
+            f"{name} is a {type(network).__name__}; pass a torch.nn.Module, so that its weights can be seen to be frozen.",
+            path=name,
         )
     why, way_out = _REASONS[name]
     kind = type(network).__name__
@@ -128,13 +130,17 @@ def _check_frozen(name: str, network: Any) -> None:
     trainable = [key for key, p in network.named_parameters() if p.requires_grad]
     if trainable:
         raise LossError(
-            f"{name}: {kind} has {len(trainable)} trainable parameters (`{trainable[0]}`, ...): {why}. {way_out}"
+            f"{name}: {kind} has {len(trainable)} trainable parameters (`{trainable[0]}`, ...): {why}.",
+            help=way_out,
+            path=name,
         )
     training = [path for path, m in network.named_modules() if m.training and _has_state(m)]
     if training:
-        place = f"`{training[0]}`" if training[0] else "the network itself"
+        layer = f"`{training[0]}`" if training[0] else "the network itself"
         raise LossError(
-            f"{name}: {kind} is in training mode ({place} would write statistics of the private images). {way_out}"
+            f"{name}: {kind} is in training mode ({layer} would write statistics of the private images).",
+            help=way_out,
+            path=name,
         )
 
 

@@ -41,16 +41,16 @@ class AugmentationMultiplicity:
     ) -> None:
         if not callable(transform):
             raise ArgumentError(
-                f"AugmentationMultiplicity: transform is {type(transform).__name__}, not a function of one sample. Pass a "
-                "callable, for example a torchvision or MONAI Compose."
+                f"AugmentationMultiplicity: transform is {type(transform).__name__}, not a function of one sample.",
+                help="Pass a callable, for example a torchvision or MONAI Compose.",
+                path="transform",
             )
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"AugmentationMultiplicity: k={k!r} is not a whole number of at least 1.")
+            raise ArgumentError(f"AugmentationMultiplicity: k={k!r} is not a whole number of at least 1.", path="k")
         self.transform, self.k, self.identity, self.joint = transform, k, identity, joint
         self._seeded: int | None = None
 
     def __repr__(self) -> str:
-        """The settings."""
         return f"AugmentationMultiplicity({type(self.transform).__name__}, k={self.k}, identity={self.identity})"
 
     def views(self, item: Any) -> list[Any]:
@@ -69,7 +69,7 @@ class AugmentationMultiplicity:
         return [row for view in made for row in view]
 
     def for_probe(self) -> AugmentationMultiplicity:
-        """The same with a transform whose random state, if it has one of its own, may be used up.
+        """The same for a trial, which must not advance the random state that MONAI's transforms have of their own.
 
         Returns:
             A copy; itself if the transform draws from the global generators.
@@ -99,10 +99,7 @@ class AugmentationMultiplicity:
 
 
 def is_rows(item: Any) -> bool:
-    """Whether a dataset's item is a list of rows already, as MONAI's random crops return them.
-
-    Args:
-        item: what the dataset returns for an index.
+    """Whether what a dataset returns for an index is a list of rows already, as MONAI's random crops return them.
 
     Returns:
         True for a list of mappings; a list ``[image, label]`` is a single row.

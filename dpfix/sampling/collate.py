@@ -1,4 +1,4 @@
-"""What the loader delivers: collated samples or their views, and a stand-in for an empty draw."""
+"""What the loader delivers: collated samples or their views, and a placeholder for an empty draw."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class KnownRows:
-    """What the loader has to see in every sample, so that its rows are not given to the wrong people.
+    """What every sample is checked for, so that no row is counted as another sample's.
 
     Attributes:
         rows: the number that every sample must have, as those of the probe had; ``None`` where they differed.
-        counters: places in what the dataset returns that showed the rows of the probe's samples.
+        counters: entries of what the dataset returns whose length was the number of rows of the probe's samples.
     """
 
     rows: int | None
     counters: tuple[RowCounter, ...]
 
     def check(self, samples: list[Any]) -> None:
-        """Refuse a batch with a sample of another number of rows, or of which it cannot be told.
+        """Refuse a sample with another number of rows, or one whose number of rows is ambiguous.
 
         Args:
             samples: what the dataset returned, or the views of each sample.
 
         Raises:
-            LoaderError: there is such a sample.
+            LoaderError: there is such a sample in the batch.
         """
         for sample in samples:
             found = {counter.count(sample) for counter in self.counters}
@@ -59,97 +59,65 @@ class KnownRows:
                 raise LoaderError(
                     f"data_loader: it cannot be told whether a sample has {' or '.join(map(str, sorted(found)))} rows: "
                     f"{len(self.counters)} entries of what the dataset returns were as long as the sample has rows in those "
-                    "that make_private_safe looked at, and here they differ. Return a list with one entry per row from "
-                    "dataset[i] (and flatten it in the collate_fn), or ask for larger batches, of which more samples are "
-                    "looked at (up to 4)."
+                    "that make_private_safe looked at, and here they differ.",
+                    help="Return a list with one entry per row from dataset[i] (and flatten it in the collate_fn), or ask for "
+                    "larger batches, of which more samples are looked at (up to 4).",
+                    path="data_loader",
                 )
             if self.rows is not None and found != {self.rows}:
                 raise LoaderError(
                     f"data_loader: a sample has {max(found - {self.rows})} rows, while those that make_private_safe looked at "
-                    f"had {self.rows} each. Which row belongs to whom could not be told any more. Give every sample the same "
-                    "number of rows; where they differ among the samples looked at, they are counted for every batch instead."
+                    f"had {self.rows} each.",
+                    "Which row belongs to whom could not be told any more.",
+                    "Give every sample the same number of rows; where they differ among the samples looked at, they are counted "
+                    "for every batch instead.",
+                    path="data_loader",
                 )
 
 
+@dataclass(frozen=True, eq=False)
 class CollateOrPlaceholder:
-    """The user's collate function after the views of every sample are made; an empty draw becomes the stand-in.
+    """The user's collate function, called with the views of the samples; an empty draw becomes the placeholder batch.
 
-    Args:
+    Attributes:
         collate: the user's collate function.
-        placeholder: what is delivered for an empty draw.
-        augmentation: makes the views of a sample, if that is asked for.
-        known_rows: what the loader has to see in every sample, if it has several rows.
+        placeholder: what an empty draw delivers.
+        augmentation: makes the views of a sample, if any are asked for.
+        known_rows: what every sample is checked for, where samples have several rows.
+        row_counter: counts the rows of a sample, where samples may have different numbers of them.
     """
 
-    def __init__(
-        self,
-        collate: Collate,
-        placeholder: Placeholder,
-        augmentation: AugmentationMultiplicity | None,
-        known_rows: KnownRows | None = None,
-    ) -> None:
-        self.collate = collate
-        self.placeholder = placeholder
-        self.augmentation = augmentation
-        self.known_rows = known_rows
+    collate: Collate
+    placeholder: Placeholder
+    augmentation: AugmentationMultiplicity | None = None
+    known_rows: KnownRows | None = None
+    row_counter: RowCounter | None = None
 
     def __call__(self, samples: list[Any]) -> Any:
-        """Collate, or deliver the stand-in."""
+        """The batch of some samples, or the placeholder's."""
         return self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.placeholder.batch)
 
+    def with_counts(self, samples: list[Any]) -> tuple[Any, tuple[int, ...]]:
+        """The batch of some samples, and the number of rows of each."""
+        assert self.row_counter is not None
+        if not len(samples):
+            return self(samples), self.placeholder.counts
+        prepared = self.prepared(samples)
+        return self.collated(prepared), tuple(self.row_counter.count(item) for item in prepared)
+
     def prepared(self, samples: list[Any]) -> list[Any]:
-        """The samples as they are collated.
-
-        Args:
-            samples: what the dataset returned.
-
-        Returns:
-            The samples, or a list of views for each.
-        """
+        """What the dataset returned for every sample or, if views are asked for, a list of their rows."""
         made = samples if self.augmentation is None else [self.augmentation.views(s) for s in samples]
         if self.known_rows is not None:
             self.known_rows.check(made)
         return made
 
     def collated(self, prepared: list[Any]) -> Any:
-        """One batch.
-
-        Args:
-            prepared: what :meth:`prepared` returned.
-
-        Returns:
-            What the user's collate function makes of the samples, or of their views.
-        """
-        return self.collate(prepared if self.augmentation is None else [view for views in prepared for view in views])
-
-
-class CountingCollate:
-    """Delivers with every batch the number of rows of each of its samples.
-
-    Args:
-        inner: collates.
-        counter: counts.
-    """
-
-    def __init__(self, inner: CollateOrPlaceholder, counter: RowCounter) -> None:
-        self.inner, self.counter = inner, counter
-
-    def __call__(self, samples: list[Any]) -> tuple[Any, tuple[int, ...]]:
-        """The batch and its counts."""
-        if not len(samples):
-            return self.inner(samples), self.inner.placeholder.counts
-        prepared = self.inner.prepared(samples)
-        return self.inner.collated(prepared), tuple(self.counter.count(item) for item in prepared)
+        """The batch that the user's collate function makes of prepared samples."""
+        return self.collate(prepared if self.augmentation is None else [row for rows in prepared for row in rows])
 
 
 def user_collate(loader: DataLoader[Any]) -> Collate:
-    """The collate function that a loader was made with.
-
-    Args:
-        loader: the user's loader, or a private one.
-
-    Returns:
-        The function.
-    """
+    """The collate function that a loader was made with, also that of a private loader."""
     collate = loader.collate_fn
     return collate.collate if isinstance(collate, CollateOrPlaceholder) else collate

@@ -1,4 +1,4 @@
-"""A ledger of what was drawn: the loader writes it, the optimizer reads it."""
+"""The ledger of draws, which ties every step to the samples it was made with."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 class DrawLedger:
-    """Who drew how many samples, in order: the loader writes it, the optimizer reads it at every step.
+    """How many samples every batch holds, in order: the loader writes it, the optimizer reads it at every step.
 
     Attributes:
         rounds: counts how often a sampler was started; a new round abandons what an old one left.
         counts: rows of every sample of the delivered batch, where samples may have different numbers of them.
-        seed: what the present round is drawn from, where several ranks draw it together.
+        seed: seed of the present round, where several ranks draw it together.
         number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
         at_start: called when a sampler begins a new pass.
     """
@@ -28,11 +28,7 @@ class DrawLedger:
         self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
 
     def start(self, seed: int = 0) -> None:
-        """A sampler begins a new pass.
-
-        Args:
-            seed: what it is drawn from, on several ranks.
-        """
+        """A sampler begins a new pass; on several ranks, with a seed of its own."""
         self.at_start()
         self.rounds += 1
         self.seed, self.number = seed, 0
@@ -42,19 +38,11 @@ class DrawLedger:
         self.counts = ()
 
     def drew(self, samples: int) -> None:
-        """A logical batch was drawn.
-
-        Args:
-            samples: how many samples it holds.
-        """
+        """A logical batch of this many samples was drawn."""
         self._drawn.append(samples)
 
     def deliver(self, counts: tuple[int, ...] = ()) -> None:
-        """The loader hands the oldest drawn batch to the loop.
-
-        Args:
-            counts: rows of every sample.
-        """
+        """The loader hands the oldest drawn batch to the loop; see :attr:`counts`."""
         self.counts = counts
         self._delivered = self._drawn.popleft() if self._drawn else None
         self._delivers = True

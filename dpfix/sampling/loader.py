@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
 from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from dpfix.distributed import ALONE, Ranks
-from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import CollateOrPlaceholder, CountingCollate, KnownRows, Placeholder, user_collate
-from dpfix.sampling.ledger import DrawLedger
-from dpfix.sampling.poisson import PoissonSampler, RecordedBatches
+from dpfix.sampling.collate import CollateOrPlaceholder
+from dpfix.sampling.poisson import Drawing, PoissonSampler, RecordedBatches
 from dpfix.sampling.rate import index_set, sample_rate
 
 
@@ -23,49 +21,30 @@ class PrivateDataLoader(DPDataLoader):
 
     Args:
         loader: the user's loader.
-        placeholder: what an empty draw delivers.
-        ledger: where draws are recorded.
-        generator: source of randomness; the user's loader's own if ``None``.
-        augmentation: makes the views of every sample.
-        row_counter: counts the rows of every sample, where they may have different numbers of them.
-        known_rows: what the loader has to see in every sample, if it has several rows.
-        ranks: the processes that share every batch.
+        collate: makes a batch of drawn samples.
+        drawing: how batches are drawn; without a generator, that of the user's loader is taken.
     """
 
     collate_fn: Any
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        *,
-        placeholder: Placeholder,
-        ledger: DrawLedger,
-        generator: torch.Generator | None = None,
-        augmentation: AugmentationMultiplicity | None = None,
-        row_counter: RowCounter | None = None,
-        known_rows: KnownRows | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        indices = index_set(loader)
+    def __init__(self, loader: DataLoader[Any], collate: CollateOrPlaceholder, drawing: Drawing) -> None:
         self.sample_rate = sample_rate(loader)
-        self.distributed = ranks.size > 1
-        self.ledger = ledger
-        generator = generator if generator is not None else loader.generator
-        self.row_counter = row_counter
+        self.distributed = drawing.ranks.size > 1
+        self.ledger = drawing.ledger
+        generator = drawing.generator if drawing.generator is not None else loader.generator
+        shared = drawing.ranks.shared_generator(generator) if self.distributed else generator
         sampler = PoissonSampler(
-            indices,
+            index_set(loader),
+            replace(drawing, generator=shared),
             sample_rate=self.sample_rate,
             steps=len(loader),
-            generator=ranks.shared_generator(generator) if self.distributed else generator,
-            ledger=ledger,
-            ranks=ranks,
         )
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
         DataLoader.__init__(
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
-            collate_fn=CollateOrPlaceholder(user_collate(loader), placeholder, augmentation, known_rows),
+            collate_fn=collate,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
@@ -88,31 +67,25 @@ class PrivateDataLoader(DPDataLoader):
     def batch_sampler(self, sampler: Any) -> None:
         self.__dict__["batch_sampler"] = sampler
 
+    @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self.row_counter is None:
+        collate = self.collate_fn
+        if not isinstance(collate, CollateOrPlaceholder) or collate.row_counter is None:
             for batch in super().__iter__():
                 self.ledger.deliver()
                 yield batch
             return
-        whole = self.collate_fn
-        self.collate_fn = CountingCollate(whole, self.row_counter)
+        self.collate_fn = collate.with_counts
         try:
             batches = super().__iter__()  # it takes the collate function with it
         finally:
-            self.collate_fn = whole
+            self.collate_fn = collate
         for batch, counts in batches:
             self.ledger.deliver(tuple(counts))
             yield batch
 
 
-def views_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:
-    """What makes the views that a private loader delivers.
-
-    Args:
-        loader: the user's loader, or a private one that an earlier call returned.
-
-    Returns:
-        ``None`` for a loader of single samples.
-    """
+def augmentation_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:
+    """What makes the views of the samples that a loader delivers; ``None`` unless an earlier call made it private."""
     collate = loader.collate_fn
     return collate.augmentation if isinstance(collate, CollateOrPlaceholder) else None

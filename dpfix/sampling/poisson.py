@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
 from dpfix.sampling.ledger import DrawLedger
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How batches are drawn.
+
+    Attributes:
+        ledger: where draws are recorded.
+        generator: source of randomness; on several ranks, the sampler needs one that gives all of them the same numbers.
+        ranks: the processes that share every batch.
+    """
+
+    ledger: DrawLedger
+    generator: torch.Generator | None = None
+    ranks: Ranks = ALONE
 
 
 class PoissonSampler(UniformWithReplacementSampler):
     """Draws every index of a set independently with the same probability.
 
     On several ranks all of them draw the same batch, and each yields its own part of it. Every pass has a seed of its own, so
-    that it does not matter where the ranks have left the one before.
+    that it does not matter at which batch a rank has left the pass before.
 
     Args:
         indices: the index set.
+        drawing: generator, ledger and ranks.
         sample_rate: probability of every index.
         steps: number of batches in one pass.
-        generator: source of randomness; on several ranks, one that gives all of them the same numbers.
-        ledger: where draws are recorded.
-        ranks: the processes that share every batch.
     """
 
-    def __init__(
-        self,
-        indices: list[int],
-        *,
-        sample_rate: float,
-        steps: int,
-        generator: torch.Generator | None,
-        ledger: DrawLedger,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        super().__init__(num_samples=len(indices), sample_rate=sample_rate, generator=generator, steps=steps)
+    def __init__(self, indices: list[int], drawing: Drawing, *, sample_rate: float, steps: int) -> None:
+        super().__init__(num_samples=len(indices), sample_rate=sample_rate, generator=drawing.generator, steps=steps)
         self.indices = torch.as_tensor(indices)
-        self.ledger = ledger
-        self.ranks = ranks
+        self.ledger = drawing.ledger
+        self.ranks = drawing.ranks
 
+    @override
     def __iter__(self) -> Iterator[list[int]]:
         generator, seed = self.generator, 0
         if self.ranks.size > 1:
@@ -57,12 +64,7 @@ class PoissonSampler(UniformWithReplacementSampler):
 
 
 class RecordedBatches:
-    """Any other batch sampler put into a private loader, with its draws recorded.
-
-    Args:
-        batches: an iterable of index lists.
-        ledger: where draws are recorded.
-    """
+    """Any other batch sampler put into a private loader, an iterable of index lists, with its draws recorded."""
 
     def __init__(self, batches: Any, ledger: DrawLedger) -> None:
         self.batches = batches

@@ -8,10 +8,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 
 def index_set(loader: DataLoader[Any]) -> list[int]:
-    """The indices a loader draws from.
-
-    Args:
-        loader: a loader whose sampler the data-loader rule accepts.
+    """The indices that a loader draws from, if the data-loader rule accepts its sampler.
 
     Returns:
         The sampler's own index set (``SubsetRandomSampler``), or all indices of the dataset.
@@ -26,9 +23,6 @@ def index_set(loader: DataLoader[Any]) -> list[int]:
 
 def batch_size(loader: DataLoader[Any]) -> float:
     """The batch size a loader asks for, at most the number of samples.
-
-    Args:
-        loader: the user's loader.
 
     Returns:
         The size; for a loader that is already Poisson, the expected size; on several ranks, that of all together: a
@@ -51,9 +45,6 @@ def sample_rate(loader: DataLoader[Any]) -> float:
 
     Opacus takes ``1 / len(loader)``, which is off when the last batch is dropped or not full.
 
-    Args:
-        loader: the user's loader.
-
     Returns:
         A number in (0, 1].
     """
@@ -61,13 +52,6 @@ def sample_rate(loader: DataLoader[Any]) -> float:
 
 
 def draws_with_replacement(loader: DataLoader[Any]) -> bool:
-    """Whether the user's own sampler draws with replacement, which Poisson sampling does not.
-
-    Args:
-        loader: the user's loader.
-
-    Returns:
-        True for ``RandomSampler(replacement=True)``.
-    """
+    """Whether the user's own sampler draws with replacement, which Poisson sampling does not."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     return isinstance(sampler, RandomSampler) and sampler.replacement

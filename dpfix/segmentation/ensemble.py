@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from dpfix.errors import ArgumentError, SegmentationError
 from dpfix.segmentation.members import Member, check_match, read
@@ -52,13 +53,14 @@ def ensemble_probabilities(
 
 def _checked_weights(weights: Sequence[float] | None, members: int) -> Sequence[float] | None:
     if not members:
-        raise ArgumentError("members is empty: an ensemble needs at least one model's probabilities.")
+        raise ArgumentError("members is empty: an ensemble needs at least one model's probabilities.", path="members")
     if weights is None:
         return None
     values = [float(w) for w in weights]
     if len(values) != members or any(not math.isfinite(w) or w < 0 for w in values) or not sum(values):
         raise ArgumentError(
-            f"weights={values} for {members} members: one finite weight per member is needed, none negative, not all 0."
+            f"weights={values} for {members} members: one finite weight per member is needed, none negative, not all 0.",
+            path="weights",
         )
     return values
 
@@ -68,8 +70,8 @@ def average(given: Sequence[Any], kind: str, weights: Sequence[float] | None) ->
 
     Args:
         given: arrays, tensors or paths.
-        kind: ``"regions"`` or ``"labels"``.
-        weights: one per member; equal if ``None``.
+        kind: see :func:`ensemble_probabilities`.
+        weights: see :func:`ensemble_probabilities`.
 
     Returns:
         The mean in float32, and the first member.
@@ -94,8 +96,8 @@ class EnsembledCases(Mapping[str, np.ndarray]):
 
     Args:
         folders: one folder per model, with one ``.npz`` per case.
-        kind: ``"regions"`` or ``"labels"``.
-        weights: one per folder; equal if ``None``.
+        kind: see :func:`ensemble_probabilities`.
+        weights: see :func:`ensemble_probabilities`; one per folder.
 
     Raises:
         SegmentationError: a folder is empty or lacks a case that another one has.
@@ -110,24 +112,29 @@ class EnsembledCases(Mapping[str, np.ndarray]):
             if lacking or not found:
                 what = f"no case {lacking[0]!r} ({len(lacking)} missing)" if found else "no .npz at all"
                 raise SegmentationError(
-                    f"folder {folder} has {what}. Every model has to have predicted every case, with --save_probabilities."
+                    f"folder {folder} has {what}.",
+                    help="Every model has to have predicted every case, with --save_probabilities.",
+                    path=str(folder),
                 )
         self._cases = everything
 
+    @override
     def __getitem__(self, case: str) -> np.ndarray:
         return self.case(case)[0]
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._cases)
 
+    @override
     def __len__(self) -> int:
         return len(self._cases)
 
     def case(self, case: str) -> tuple[np.ndarray, Member]:
-        """One case.
+        """Read and average one case.
 
         Args:
-            case: its name.
+            case: name of a file in the folders, without its ending.
 
         Returns:
             The mean, and the first model's prediction with its properties.
@@ -176,7 +183,9 @@ def segmentation_from_probabilities(p: Any, *, regions_class_order: Sequence[int
     if len(regions_class_order) != values.shape[0]:
         raise SegmentationError(
             f"regions_class_order={list(regions_class_order)} names {len(regions_class_order)} labels for the "
-            f"{values.shape[0]} regions of p. It needs one label per region, in their order."
+            f"{values.shape[0]} regions of p.",
+            help="It needs one label per region, in their order.",
+            path="regions_class_order",
         )
     if isinstance(p, torch.Tensor):
         out: Any = torch.zeros(p.shape[1:], dtype=torch.int16, device=p.device)

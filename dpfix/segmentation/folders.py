@@ -14,6 +14,7 @@ import numpy as np
 from dpfix.errors import ArgumentError, SegmentationError
 from dpfix.segmentation.ensemble import EnsembledCases, ensemble_probabilities, segmentation_from_probabilities
 from dpfix.segmentation.images import write_segmentation
+from dpfix.segmentation.members import SAME_CLASSES
 
 
 def ensemble_folders(
@@ -49,7 +50,9 @@ def ensemble_folders(
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not path.is_dir():
-            raise ArgumentError(f"folder {path} does not exist. Pass one folder of predictions per model.")
+            raise ArgumentError(
+                f"folder {path} does not exist.", help="Pass one folder of predictions per model.", path="folders"
+            )
     dataset = _common_dataset(paths)
     if kind is None:
         kind = _kind(dataset, regions_class_order)
@@ -57,7 +60,9 @@ def ensemble_folders(
         regions_class_order = dataset.get("regions_class_order")
     if kind == "regions" and regions_class_order is None:
         raise ArgumentError(
-            "regions_class_order is not known: no dataset.json with it in the first folder. Pass the label of every region."
+            "regions_class_order is not known: no dataset.json with it in the first folder.",
+            help="Pass the label of every region.",
+            path="regions_class_order",
         )
     cases: EnsembledCases = ensemble_probabilities(paths, kind=kind, weights=weights)
     target = Path(output)
@@ -104,8 +109,9 @@ def _common_dataset(folders: Sequence[Path]) -> Mapping[str, Any]:
             # the order of the labels is the order of the classes, which == does not compare
             if json.dumps(first.get(key)) != json.dumps(other.get(key)):
                 raise SegmentationError(
-                    f"folder {folder} has {key} {other.get(key)}, folder {folders[0]} has {first.get(key)} (dataset.json). "
-                    "Members have to be trained on the same labels or regions, in the same order."
+                    f"folder {folder} has {key} {other.get(key)}, folder {folders[0]} has {first.get(key)} (dataset.json).",
+                    help=SAME_CLASSES,
+                    path=str(folder),
                 )
     return first
 
@@ -113,7 +119,9 @@ def _common_dataset(folders: Sequence[Path]) -> Mapping[str, Any]:
 def _kind(dataset: Mapping[str, Any], regions_class_order: Sequence[int] | None) -> str:
     if not dataset and regions_class_order is None:
         raise ArgumentError(
-            "kind is not known: there is no dataset.json in the first folder. Pass kind='regions' or kind='labels'."
+            "kind is not known: there is no dataset.json in the first folder.",
+            help="Pass kind='regions' or kind='labels'.",
+            path="kind",
         )
     labels = dataset.get("labels", {}).values()
     regions = regions_class_order is not None or any(isinstance(v, (list, tuple)) and len(v) > 1 for v in labels)

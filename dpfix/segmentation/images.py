@@ -35,8 +35,10 @@ def write_segmentation(segmentation: np.ndarray, path: Path, properties: Mapping
         _with_nibabel(labels, path, properties["nibabel_stuff"])
     else:
         raise SegmentationError(
-            f"{path.name}: its properties are neither SimpleITK's nor nibabel's, so dpfix cannot write the image. Use "
-            "ensemble_probabilities and segmentation_from_probabilities, and write the label map with your own reader."
+            f"{path.name}: its properties are neither SimpleITK's nor nibabel's, so dpfix cannot write the image.",
+            help="Use ensemble_probabilities and segmentation_from_probabilities, and write the label map with your own "
+            "reader.",
+            path=str(path),
         )
     return path
 

@@ -56,7 +56,10 @@ def predict_probabilities(
     if float(out.min()) >= 0 and float(out.max()) <= 1:
         raise SegmentationError(
             f"{type(model).__name__} returns values from {float(out.min()):.4g} to {float(out.max()):.4g}: probabilities, as it "
-            "seems. A second activation would make every voxel undecided. Pass logits=False."
+            "seems.",
+            "A second activation would make every voxel undecided.",
+            "Pass logits=False.",
+            path="logits",
         )
     return out.sigmoid() if kind == "regions" else out.softmax(1)
 

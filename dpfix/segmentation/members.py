@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from dpfix.errors import ArgumentError, SegmentationError
 
@@ -22,6 +23,7 @@ _HARMLESS = {("builtins", name) for name in ("set", "frozenset", "slice", "range
     ("numpy", "dtype"),
 }
 """What a file of properties may name; a pickle could name, and run, anything."""
+SAME_CLASSES = "Members have to be trained on the same labels or regions, in the same order."
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def read(given: Any, number: int) -> Member:
 
     Args:
         given: an array, a tensor, or the path of an ``.npz`` (with its ``.pkl`` beside it, if there is one) or ``.npy``.
-        number: its number among the members.
+        number: its number among the members, for messages.
 
     Returns:
         The member.
@@ -66,7 +68,8 @@ def read(given: Any, number: int) -> Member:
         return _from_file(Path(given), number)
     raise ArgumentError(
         f"member {number} is a {type(given).__name__}; members are arrays, tensors, .npz files of probabilities or folders "
-        "of them."
+        "of them.",
+        path="members",
     )
 
 
@@ -74,15 +77,17 @@ def _from_file(path: Path, number: int) -> Member:
     name = f"member {number} ({path})"
     if path.suffix not in (".npz", ".npy") or not path.is_file():
         raise ArgumentError(
-            f"{name} is no .npz or .npy file. nnUNetv2_predict writes probabilities with --save_probabilities; "
-            "folders of them are ensembled with other folders only."
+            f"{name} is no .npz or .npy file.",
+            help="nnUNetv2_predict writes probabilities with --save_probabilities; folders of them are ensembled with other "
+            "folders only.",
+            path="members",
         )
     try:
         properties = _properties(path.with_suffix(".pkl"))
         values = np.load(path, allow_pickle=False)
         values = values if isinstance(values, np.ndarray) else _only_array(values, name)
     except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise SegmentationError(f"{name} cannot be read: {error}. Export it anew.") from error
+        raise SegmentationError(f"{name} cannot be read: {error}.", help="Export it anew.", path=str(path)) from error
     return Member(name, values, _geometry(properties), properties)
 
 
@@ -94,10 +99,13 @@ def _only_array(file: Any, name: str) -> np.ndarray:
                 return file[key]
         if len(keys) == 1:
             return file[keys[0]]
-    raise SegmentationError(f"{name} holds {keys} and no 'probabilities'. Save them under this name.")
+    raise SegmentationError(
+        f"{name} holds {keys} and no 'probabilities'.", help="Save them under this name.", path=name
+    )
 
 
 class _Unpickler(pickle.Unpickler):
+    @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"its properties name {module}.{name}, which is not loaded from a file")
@@ -121,29 +129,28 @@ def _geometry(properties: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def check_match(first: Member, other: Member) -> None:
-    """Two members of one ensemble are about the same voxels and the same classes.
-
-    Args:
-        first: a member.
-        other: another member.
+    """Refuse two members of one ensemble that are not about the same voxels and the same classes.
 
     Raises:
         SegmentationError: they are not.
     """
     if first.values.shape[0] != other.values.shape[0]:
         raise SegmentationError(
-            f"{other.name} has {other.values.shape[0]} classes, {first.name} has {first.values.shape[0]}. Members have to be "
-            "trained on the same labels or regions, in the same order."
+            f"{other.name} has {other.values.shape[0]} classes, {first.name} has {first.values.shape[0]}.",
+            help=SAME_CLASSES,
+            path=other.name,
         )
     if first.values.shape != other.values.shape:
         raise SegmentationError(
-            f"{other.name} has shape {other.values.shape}, {first.name} has {first.values.shape}. Members have to be on the "
-            "same grid: resample before ensembling."
+            f"{other.name} has shape {other.values.shape}, {first.name} has {first.values.shape}.",
+            help="Members have to be on the same grid: resample before ensembling.",
+            path=other.name,
         )
     for key in first.geometry.keys() & other.geometry.keys():
         a, b = first.geometry[key], other.geometry[key]
         if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-5):
             raise SegmentationError(
-                f"{other.name} has {key} {b.tolist()}, {first.name} has {a.tolist()}: they are not about the same voxels. "
-                "Resample before ensembling."
+                f"{other.name} has {key} {b.tolist()}, {first.name} has {a.tolist()}: they are not about the same voxels.",
+                help="Resample before ensembling.",
+                path=other.name,
             )

@@ -32,12 +32,13 @@ class Regions:
         self.labels = {name: tuple(int(v) for v in values) for name, values in labels.items()}
         if not self.labels or any(not values or 0 in values for values in self.labels.values()):
             raise SegmentationError(
-                f"labels={dict(labels)}: every region needs at least one label, and 0 is the background, in no region."
+                f"labels={dict(labels)}: every region needs at least one label, and 0 is the background, in no region.",
+                path="labels",
             )
         self.order = tuple(order) if order is not None else self._derived_order()
         if len(self.order) != len(self.labels):
             raise SegmentationError(
-                f"order={self.order} names {len(self.order)} labels for {len(self.labels)} regions."
+                f"order={self.order} names {len(self.order)} labels for {len(self.labels)} regions.", path="order"
             )
         self._check_round_trip()
 
@@ -55,7 +56,9 @@ class Regions:
             SegmentationError: it has no ``regions_class_order``.
         """
         if "regions_class_order" not in dataset:
-            raise SegmentationError("dataset.json has no regions_class_order: its labels are no regions.")
+            raise SegmentationError(
+                "dataset.json has no regions_class_order: its labels are no regions.", path="dataset.json"
+            )
         labels = {
             name: tuple(value) if isinstance(value, (list, tuple)) else (value,)
             for name, value in dataset["labels"].items()
@@ -71,7 +74,9 @@ class Regions:
             if len(own) != 1:
                 raise SegmentationError(
                     f"region {name!r} = {values} has the labels {own} to itself among those that follow it; the label it "
-                    "writes is not clear. List larger regions first, or pass order=."
+                    "writes is not clear.",
+                    help="List larger regions first, or pass order=.",
+                    path="order",
                 )
             order += own
         return tuple(order)
@@ -84,7 +89,9 @@ class Regions:
             if back != label:
                 raise SegmentationError(
                     f"label {label} comes back as {back}: regions {self.labels}, written in this order as {self.order}, do "
-                    "not tell all labels apart. List larger regions first, or change order=."
+                    "not tell all labels apart.",
+                    help="List larger regions first, or change order=.",
+                    path="order",
                 )
 
     def from_labels(self, labels: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -102,8 +109,9 @@ class Regions:
         """
         if labels.dim() <= dim or labels.shape[dim] != 1:
             raise SegmentationError(
-                f"labels has shape {tuple(labels.shape)}, and not one channel in dimension {dim}. Pass [1, *spatial], or "
-                "[samples, 1, *spatial] with dim=1."
+                f"labels has shape {tuple(labels.shape)}, and not one channel in dimension {dim}.",
+                help="Pass [1, *spatial], or [samples, 1, *spatial] with dim=1.",
+                path="labels",
             )
         # by comparison: labels of images are often floats
         parts = [sum(labels == v for v in values) for values in self.labels.values()]
@@ -125,7 +133,8 @@ class Regions:
         if regions.shape[dim] != len(self.order):
             raise SegmentationError(
                 f"regions has {regions.shape[dim]} channels in dimension {dim}; there are {len(self.order)} regions "
-                f"({', '.join(self.labels)})."
+                f"({', '.join(self.labels)}).",
+                path="regions",
             )
         out = torch.zeros_like(regions.narrow(dim, 0, 1), dtype=torch.int64)
         for number, label in enumerate(self.order):
@@ -153,7 +162,8 @@ def region_dice(prediction: torch.Tensor, target: torch.Tensor, *, empty: float 
     if prediction.shape != target.shape or prediction.dim() < 3:
         raise SegmentationError(
             f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}; both have to be "
-            "[samples, regions, *spatial]."
+            "[samples, regions, *spatial].",
+            path="prediction",
         )
     a, b = prediction.flatten(2) > 0.5, target.flatten(2) > 0.5
     both, either = (a & b).sum(2), a.sum(2) + b.sum(2)

@@ -23,9 +23,10 @@ from dpfix.engines import BY_NAME
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.collate import KnownRows, Placeholder
+from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder, user_collate
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader
+from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training.opacus_classes import (
     _ACTIVE,
@@ -139,13 +140,10 @@ def hand_off(
     if ledger is not None:
         loader = PrivateDataLoader(
             data_loader,
-            placeholder=placeholder,
-            ledger=ledger,
-            generator=privacy_engine.secure_rng,
-            augmentation=augmentation,
-            row_counter=plan.row_counter,
-            known_rows=known_rows,
-            ranks=ranks,
+            CollateOrPlaceholder(
+                user_collate(data_loader), placeholder, augmentation, known_rows, row_counter=plan.row_counter
+            ),
+            Drawing(ledger, privacy_engine.secure_rng, ranks),
         )
     _check_dataset(privacy_engine, data_loader)
     everything = dict(module.named_parameters())

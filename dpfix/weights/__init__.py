@@ -1,8 +1,9 @@
-"""Weights in, weights out: equivalence of modules, export to the original architecture, checkpoints of elsewhere."""
+"""Weights: equivalence of modules, export to the original architecture, checkpoints of other packages."""
 
-from dpfix.weights.equivalence import Difference, EquivalenceReport, compare_outputs, verify_equivalence
+from dpfix.weights.equivalence import EquivalenceReport, verify_equivalence
 from dpfix.weights.export import changed_layers, export_plain, plain_state_dict, save_plain
 from dpfix.weights.load import LoadReport, load_pretrained
+from dpfix.weights.outputs import Difference, compare_outputs
 from dpfix.weights.recorded import LegacyReport, Recording, verify_legacy
 
 __all__ = [

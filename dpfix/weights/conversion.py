@@ -1,16 +1,34 @@
-"""How the keys of a checkpoint become the keys of a model: every key is used, renamed, dropped or filled by a reason."""
+"""From the keys of a checkpoint to those of a model: every key is used, renamed, left out or filled, with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 _LAZY = (UninitializedParameter, UninitializedBuffer)
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """An attribute of a module that has to have another value for the weights to compute the same."""
+
+    module: nn.Module
+    path: str
+    name: str
+    value: float
+    reason: str
+
+    def apply(self) -> None:
+        """Set the attribute."""
+        setattr(self.module, self.name, self.value)
+
+    def __str__(self) -> str:
+        """The change in words, as long as it has not been made."""
+        return f"{self.path}.{self.name} = {self.value:g} (was {getattr(self.module, self.name):g}): {self.reason}"
 
 
 @dataclass
@@ -24,7 +42,7 @@ class Conversion:
         sources: the checkpoint's keys that each of them was made of.
         filled: keys of the model that get a value the checkpoint does not have, with the reason.
         dropped: keys of the checkpoint that are left out, with the reason.
-        adjusted: attributes to set on modules: ``(module, path, name, value, reason)``.
+        adjusted: attributes to set on modules.
         missing: keys of the model without a source, with the keys that were looked for.
         refusals: why the model cannot compute the same.
         assumed: what cannot be told from the weights.
@@ -36,7 +54,7 @@ class Conversion:
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
-    adjusted: list[tuple[nn.Module, str, str, Any, str]] = field(default_factory=list)
+    adjusted: list[Adjustment] = field(default_factory=list)
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
@@ -47,7 +65,7 @@ class Conversion:
         Args:
             new: the model's key; nothing happens if the model does not have it, or if it has its value already.
             *old: the checkpoint's keys.
-            join: makes one tensor of several; they are put below each other if not given.
+            join: makes one tensor of several; they are concatenated along the first dimension if not given.
         """
         if new not in self.wanted or new in self.sources:
             return
@@ -60,28 +78,17 @@ class Conversion:
         self.sources[new] = old
 
     def fill(self, new: str, value: Tensor, reason: str) -> None:
-        """Give a tensor of the model a value that the checkpoint does not have.
-
-        Args:
-            new: the model's key.
-            value: the value.
-            reason: why this value is right.
-        """
+        """Give a tensor of the model a value that the checkpoint does not have, with the reason why it is right."""
         if new in self.wanted and new not in self.sources:
             self.values[new], self.filled[new], self.sources[new] = value, reason, ()
 
     def drop(self, old: str, reason: str) -> None:
-        """Leave a tensor of the checkpoint out.
-
-        Args:
-            old: the checkpoint's key; nothing happens if it is not there.
-            reason: why it has no effect.
-        """
+        """Leave a tensor of the checkpoint out if it is there, with the reason why it has no effect."""
         if old in self.old:
             self.dropped[old] = reason
 
     def take_rest(self) -> None:
-        """All other keys of the model come from the same key of the checkpoint."""
+        """Take every other tensor of the model from the same key of the checkpoint."""
         for key in self.wanted:
             if key not in self.missing:
                 self.take(key, key)

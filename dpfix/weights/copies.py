@@ -46,8 +46,9 @@ def unwrap(model: Any) -> nn.Module:
         inner = getattr(inner, attribute)
     if not isinstance(inner, nn.Module):
         raise ArgumentError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the model, or the first item of what "
-            "make_private_safe returned."
+            f"model is a {type(model).__name__}, not a torch.nn.Module.",
+            help="Pass the model, or the first item of what make_private_safe returned.",
+            path="model",
         )
     return inner
 
@@ -58,14 +59,7 @@ def _inside(model: Any) -> str | None:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """A deep copy with cloned weights, ties kept, and without hooks and gradients of private training.
-
-    Args:
-        module: a model, possibly in private training; it is not touched.
-
-    Returns:
-        The copy.
-    """
+    """A deep copy with cloned weights, ties kept, and without hooks and gradients of private training."""
     memo: dict[int, Any] = {}
     left_out: list[tuple[str, str]] = []
     for path, child in module.named_modules():
@@ -103,5 +97,5 @@ def _is_ours(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
-    place = getattr(hook, "__module__", None) or type(owner).__module__
-    return str(place).partition(".")[0] in _OURS
+    defined_in = getattr(hook, "__module__", None) or type(owner).__module__
+    return str(defined_in).partition(".")[0] in _OURS

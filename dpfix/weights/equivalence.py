@@ -20,42 +20,9 @@ from dpfix.errors import ArgumentError
 from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.weights.copies import plain_copy, unwrap
+from dpfix.weights.outputs import Difference, compare_leaves
 
 MODES = ("eval", "train")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A place where two modules part.
-
-    Attributes:
-        path: module path in ``a``; empty for the model's own output.
-        other_path: module path in ``b``.
-        mode: ``"eval"`` or ``"train"``.
-        call: how often the module had been called before in this pass.
-        output: which part of its output, for example ``[0]`` or ``['mu']``.
-        size: largest absolute difference; infinite if the outputs cannot be compared.
-        scale: largest absolute value of ``a``'s output there.
-        reason: what differs other than the values: shape, structure, number of calls.
-    """
-
-    path: str
-    other_path: str
-    mode: str
-    call: int
-    output: str
-    size: float
-    scale: float
-    reason: str = ""
-
-    def __str__(self) -> str:
-        place = f"`{self.path}`" if self.path else "the model's output"
-        if self.other_path != self.path:
-            place += f" (`{self.other_path}` in the other)"
-        part = f", output {self.output}" if self.output else ""
-        call = f", call {self.call + 1}" if self.call else ""
-        what = self.reason or f"largest difference {self.size:.2e} at values up to {self.scale:.2e}"
-        return f"{place} in {self.mode}(){part}{call}: {what}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +133,7 @@ def verify_equivalence(
             second = _run(b, inputs, {other: path for path, other in paths.items()}, mode, seed, method)
         layers += len(first.layers)
         found += _parted(first, second, paths, mode, atol, rtol)
-        whole = list(_compare(first.output, second.output, atol, rtol))
+        whole = list(compare_leaves(first.output, second.output, atol, rtol))
         found += [replace(d, mode=mode) for equal, d in whole if not equal]
         outputs += [(equal, d.size) for equal, d in whole]
     return EquivalenceReport(
@@ -182,30 +149,14 @@ def verify_equivalence(
     )
 
 
-def compare_outputs(a: Any, b: Any) -> float:
-    """Largest absolute difference of two outputs: tensors in tuples, mappings or dataclasses.
-
-    Args:
-        a: an output.
-        b: another.
-
-    Returns:
-        The difference; infinite if structure or shapes differ, or a value is not a number in only one of them.
-
-    >>> compare_outputs((torch.ones(2), {"mu": torch.zeros(3)}), (torch.ones(2), {"mu": torch.full((3,), 0.5)}))
-    0.5
-    """
-    return max((d.size for _, d in _compare(a, b, 0.0, 0.0)), default=0.0)
-
-
 def draw_weights(
     state: Mapping[str, torch.Tensor], seed: int, constant: frozenset[str] = frozenset()
 ) -> dict[str, torch.Tensor]:
     """New values for a state dict, none of them zero by design and of a size that keeps activations near one.
 
     Args:
-        state: tensors by key; it is not changed.
-        seed: of the values; a key's values depend on the seed, the key and the shape alone.
+        state: tensors by key.
+        seed: a key's values depend on the seed, the key and the shape alone.
         constant: keys to leave as they are; integer and boolean tensors always are.
 
     Returns:
@@ -236,13 +187,13 @@ def _number(*parts: object) -> int:
 def _check(a: nn.Module, b: nn.Module, mapping: Mapping[str, str] | None, modes: tuple[str, ...]) -> None:
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
-        raise ArgumentError(f"modes={modes!r}: use one or both of {', '.join(map(repr, MODES))}.")
+        raise ArgumentError(f"modes={modes!r}: use one or both of {', '.join(map(repr, MODES))}.", path="modes")
     for name, model, paths in (("a", a, (mapping or {}).keys()), ("b", b, (mapping or {}).values())):
         there = dict(model.named_modules(remove_duplicate=False))
         missing = [path for path in paths if path not in there]
         if missing:
             raise ArgumentError(
-                f"mapping names {missing[0]!r}, and {name} ({type(model).__name__}) has no such module."
+                f"mapping names {missing[0]!r}, and {name} ({type(model).__name__}) has no such module.", path="mapping"
             )
 
 
@@ -268,8 +219,9 @@ def _randomise(
         b.load_state_dict(drawn if convert is None else convert(dict(drawn)))
     except RuntimeError as error:
         raise ArgumentError(
-            f"randomise=True needs the same state-dict keys in both modules: {error} Pass a function from a's state "
-            "dict to b's as randomise."
+            f"randomise=True needs the same state-dict keys in both modules: {error}",
+            help="Pass a function from a's state dict to b's as randomise.",
+            path="randomise",
         ) from error
 
 
@@ -329,7 +281,7 @@ def _reseed(*parts: object) -> None:
 
 
 def _snapshot(output: Any) -> Any:
-    """The tensors of an output as they are now; a layer behind may work in place."""
+    """Copies of the tensors of an output: a later layer may change them in place."""
 
     def keep(_: pytree.Path, leaf: Any) -> Any:
         if isinstance(leaf, PackedSequence):
@@ -347,50 +299,13 @@ def _parted(
 ) -> list[Difference]:
     others = {(name, number): output for name, number, output in second.layers}
     for name, number, output in first.layers:
-        place = {"path": name, "other_path": paths[name], "mode": mode, "call": number}
+        call = {"path": name, "other_path": paths[name], "mode": mode, "call": number}
         if (name, number) not in others:
             called = sum(other == name for other, _ in others)
             return [
-                Difference(**place, output="", size=math.inf, scale=0.0, reason=f"called {called} times in the other")
+                Difference(**call, output="", size=math.inf, scale=0.0, reason=f"called {called} times in the other")
             ]
-        for equal, difference in _compare(output, others[name, number], atol, rtol):
+        for equal, difference in compare_leaves(output, others[name, number], atol, rtol):
             if not equal:
-                return [replace(difference, **place)]
+                return [replace(difference, **call)]
     return []
-
-
-def _compare(a: Any, b: Any, atol: float, rtol: float) -> Iterator[tuple[bool, Difference]]:
-    """Every leaf of two outputs: whether it agrees, and by how much it does not."""
-    a = a if isinstance(a, dict) and all(isinstance(k, tuple) for k in a) else dict(pytree.leaves(a))
-    b = b if isinstance(b, dict) and all(isinstance(k, tuple) for k in b) else dict(pytree.leaves(b))
-    if a.keys() != b.keys():
-        parts = sorted(_shown(path) or "the output" for path in a.keys() ^ b.keys())
-        yield False, Difference("", "", "", 0, "", math.inf, 0.0, f"only one of them has {', '.join(parts[:3])}")
-        return
-    for path in a:
-        equal, size, scale, reason = _leaf(a[path], b[path], atol, rtol)
-        yield equal, Difference("", "", "", 0, _shown(path), size, scale, reason)
-
-
-def _shown(path: pytree.Path) -> str:
-    return "".join(f"[{key!r}]" for key in path)
-
-
-def _leaf(a: Any, b: Any, atol: float, rtol: float) -> tuple[bool, float, float, str]:
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        same = isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor) and (a is b or a == b)
-        return bool(same), 0.0 if same else math.inf, 0.0, "" if same else f"{_named(a)} and {_named(b)}"
-    if a.shape != b.shape:
-        return False, math.inf, 0.0, f"shapes {list(a.shape)} and {list(b.shape)}"
-    if a.numel() == 0:
-        return True, 0.0, 0.0, ""
-    x, y = (t.detach().to("cpu", torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
-    if bool((torch.isnan(x) | torch.isnan(y)).any()):
-        return False, math.inf, float(x.abs().nan_to_num().max()), "not a number"
-    gap = torch.where(x == y, torch.zeros((), dtype=torch.float64), (x - y).abs())
-    agrees = bool((gap <= atol + rtol * x.abs()).all())
-    return agrees, float(gap.max()), float(x.abs().max()), ""
-
-
-def _named(leaf: Any) -> str:
-    return "a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf)[:40]

@@ -90,7 +90,7 @@ def changed_layers(model: nn.Module) -> dict[str, str]:
     Returns:
         Module path and change, for example ``{"body.1": "BatchNorm2d -> GroupNorm(4, 8)"}``.
     """
-    return {path: origin.told for path, origin in origins_in(unwrap(model)) if not origin.exact}
+    return {path: origin.change for path, origin in origins_in(unwrap(model)) if not origin.exact}
 
 
 def _original(part: nn.Module, origin: Origin) -> nn.Module:
@@ -104,7 +104,7 @@ def _original(part: nn.Module, origin: Origin) -> nn.Module:
 def _warn(changed: dict[str, str]) -> None:
     if not changed:
         return
-    shown = [f"`{path}`: {told}" for path, told in list(changed.items())[:3]]
+    shown = [f"`{path}`: {change}" for path, change in list(changed.items())[:3]]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     warn_user(
         f"{len(changed)} layers stay as they were repaired, because the original ones compute something else: "

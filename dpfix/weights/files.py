@@ -34,30 +34,27 @@ def read(path: str | os.PathLike[str]) -> Any:
     """
     file = Path(path)
     if not file.is_file():
-        raise ArgumentError(f"checkpoint={str(path)!r} is not a file.")
+        raise ArgumentError(f"checkpoint={str(path)!r} is not a file.", path="checkpoint")
     if file.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
         except ImportError as error:
             raise ArgumentError(
-                f"checkpoint={str(path)!r} needs the package safetensors: pip install safetensors."
+                f"checkpoint={str(path)!r} needs the package safetensors: pip install safetensors.", path="checkpoint"
             ) from error
         return load_file(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint={str(path)!r} holds more than tensors and plain values, and reading it would run code from the file. "
-            "If you trust it, read it yourself with torch.load(path, weights_only=False) and pass the state dict."
+            f"checkpoint={str(path)!r} holds more than tensors and plain values, and reading it would run code from the file.",
+            help="If you trust it, read it yourself with torch.load(path, weights_only=False) and pass the state dict.",
+            path="checkpoint",
         ) from error
 
 
 def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
     """Save a state dict: as safetensors if the name ends so, with ``torch.save`` otherwise.
-
-    Args:
-        state: tensors by key.
-        path: where to.
 
     Returns:
         The file.
@@ -72,7 +69,9 @@ def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ArgumentError(f"path={str(path)!r} needs the package safetensors: pip install safetensors.") from error
+        raise ArgumentError(
+            f"path={str(path)!r} needs the package safetensors: pip install safetensors.", path="path"
+        ) from error
     # The format holds every tensor once and contiguous; tied weights are written under each of their keys.
     save_file({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, file)
     return file
@@ -82,7 +81,7 @@ def tensors(checkpoint: Source, entry: str | None) -> dict[str, Tensor]:
     """The state dict in a checkpoint.
 
     Args:
-        checkpoint: a file, or a mapping; it is not changed.
+        checkpoint: a file, or a mapping.
         entry: the key that holds the state dict; looked for if not given.
 
     Returns:
@@ -94,7 +93,9 @@ def tensors(checkpoint: Source, entry: str | None) -> dict[str, Tensor]:
     content = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     if entry is not None:
         if not isinstance(content, Mapping) or not _is_state(content.get(entry)):
-            raise ArgumentError(f"entry={entry!r}: the checkpoint has no state dict there. It has {_shown(content)}.")
+            raise ArgumentError(
+                f"entry={entry!r}: the checkpoint has no state dict there. It has {_shown(content)}.", path="entry"
+            )
         return dict(content[entry])
     if _is_state(content):
         return dict(content)
@@ -105,7 +106,7 @@ def tensors(checkpoint: Source, entry: str | None) -> dict[str, Tensor]:
             if held
             else f"no state dict that dpfix recognises: {_shown(content)}"
         )
-        raise ArgumentError(f"checkpoint holds {what}. Name the one to load with entry=...")
+        raise ArgumentError(f"checkpoint holds {what}.", help="Name the one to load with entry=...", path="checkpoint")
     return dict(content[held[0]])
 
 

@@ -1,14 +1,14 @@
 """Checkpoints of ``monai-generative`` 0.2.x in the networks that MONAI has taken over since 1.4.
 
-Each kind of block of the new network says where its weights stood in the old one. What was read out of the source of
-monai-generative 0.2.3, and what the tests compare with its outputs:
+For each kind of block of the new network, a function here says which keys its weights had in the old one. This was read in
+the source of monai-generative 0.2.3, and the tests compare with its outputs:
 
 * ``AttentionBlock`` defines ``proj_attn`` and never calls it; the new block has ``out_proj`` there, and calls it. The
   identity stands for what 0.2.3 computed, ``proj_attn`` for what code that repaired the call computed.
 * ``CrossAttention.to_out.0`` is now ``out_proj``; ``Upsample.conv`` is now ``postconv``.
 * A transformer block's ``norm2`` was the cross-attention's, and ``norm3`` the MLP's; now they are ``norm_cross_attn``
   and ``norm2``.
-* The normalisation inside ``SPADE`` stood below ``param_free_norm.N`` and, in ``SPADEAutoencoderKL``, had torch's own epsilon.
+* The normalisation inside ``SPADE`` was ``param_free_norm.N`` and, in ``SPADEAutoencoderKL``, had torch's own epsilon.
 
 Nothing here imports MONAI: blocks are recognised by the names of their classes.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfix.weights.conversion import Conversion
+from dpfix.weights.conversion import Adjustment, Conversion
 
 SOURCE = "monai-generative"
 PROJECTIONS = ("identity", "proj_attn")
@@ -51,25 +51,18 @@ _ASSUMED_UPSAMPLING = (
 
 
 def networks_in(model: nn.Module) -> list[str]:
-    """Paths of the networks in a model that monai-generative had too.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Module paths; empty if there is none.
-    """
+    """Module paths of the networks in a model that monai-generative had too."""
     return [path for path, module in model.named_modules() if _kind(module) in NETWORKS]
 
 
 def convert(model: nn.Module, old: Mapping[str, Tensor], wanted: Mapping[str, Tensor], projection: str) -> Conversion:
-    """The weights of an old network in the keys of a new one.
+    """The weights of an old network under the keys of a new one.
 
     Args:
         model: the new network, or a module that holds one.
-        old: the old network's tensors by key; only read.
+        old: the old network's tensors by key.
         wanted: the new one's tensors by key.
-        projection: what stands in for ``proj_attn``: ``"identity"`` or ``"proj_attn"``.
+        projection: see ``legacy_projection`` of :func:`dpfix.load_pretrained`.
 
     Returns:
         The conversion, with whatever does not fit.
@@ -85,7 +78,7 @@ def convert(model: nn.Module, old: Mapping[str, Tensor], wanted: Mapping[str, Te
 
 
 def _kind(module: nn.Module) -> str:
-    """Name of the class of MONAI that a module is an instance of, its own or a base's."""
+    """Name of the class of MONAI that a module is an instance of; empty if there is none."""
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("monai.")), "")
 
 
@@ -103,7 +96,7 @@ def _blocks(projection: str) -> dict[str, Callable[[Conversion, str, Any], None]
 
 
 def _attention(conversion: Conversion, at: str, block: Any, projection: str) -> None:
-    """Attention over space: the projections stood in the block itself, and the last one was not applied."""
+    """Attention over space: the block itself had the projections, and the last one was not applied."""
     _queries(conversion, at, f"{at}attn.")
     applied = f"{at}attn.out_proj."
     if projection == "proj_attn":
@@ -125,7 +118,7 @@ def _attention(conversion: Conversion, at: str, block: Any, projection: str) -> 
 
 
 def _queries(conversion: Conversion, old: str, new: str) -> None:
-    """Queries, keys and values: three layers, or one with the three below each other."""
+    """Queries, keys and values: three layers, or one with the three concatenated."""
     for name in ("weight", "bias"):
         parts = [f"{old}to_{letter}.{name}" for letter in "qkv"]
         conversion.take(f"{new}qkv.{name}", *parts)
@@ -192,7 +185,8 @@ def _spade_residual(conversion: Conversion, at: str, block: Any) -> None:
         norm = getattr(block, name).param_free_norm
         if norm.eps != _TORCH_EPS:
             why = "monai-generative 0.2.3 built this normalisation with torch's own epsilon"
-            conversion.adjusted.append((norm, f"{at}{name}.param_free_norm", "eps", _TORCH_EPS, why))
+            adjustment = Adjustment(norm, f"{at}{name}.param_free_norm", "eps", _TORCH_EPS, why)
+            conversion.adjusted.append(adjustment)
 
 
 _TORCH_EPS = 1e-5

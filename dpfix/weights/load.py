@@ -1,4 +1,4 @@
-"""Loading weights from elsewhere: every key is used, renamed by a stated mapping, or named in an error."""
+"""Loading weights of other packages: every key is used, renamed by a stated mapping, or named in an error."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def load_pretrained(
     old, stripped = strip_prefixes(files.tensors(checkpoint, entry), wanted)
     conversion, source = _conversion(module, old, wanted, source, legacy_projection)
     _refuse(module, conversion, source, strict)
-    adjusted = tuple(f"{p}.{n} = {v:g} (was {getattr(m, n):g}): {why}" for m, p, n, v, why in conversion.adjusted)
+    adjusted = tuple(map(str, conversion.adjusted))
     _apply(module, conversion)
     renamed = conversion.renamed
     return LoadReport(
@@ -131,7 +131,7 @@ def load_pretrained(
 
 
 def strip_prefixes(old: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take off what wrappers put before the keys of the model inside them.
+    """Remove the prefixes that wrappers put before the keys of the model inside them.
 
     Args:
         old: the checkpoint's tensors by key.
@@ -155,9 +155,12 @@ def strip_prefixes(old: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> tupl
 
 def _check(source: str | None, projection: str) -> None:
     if source is not None and source not in SOURCES:
-        raise ArgumentError(f"source={source!r} is none of {', '.join(map(repr, SOURCES))}.")
+        raise ArgumentError(f"source={source!r} is none of {', '.join(map(repr, SOURCES))}.", path="source")
     if projection not in legacy.PROJECTIONS:
-        raise ArgumentError(f"legacy_projection={projection!r} is none of {', '.join(map(repr, legacy.PROJECTIONS))}.")
+        raise ArgumentError(
+            f"legacy_projection={projection!r} is none of {', '.join(map(repr, legacy.PROJECTIONS))}.",
+            path="legacy_projection",
+        )
 
 
 def _conversion(
@@ -171,7 +174,9 @@ def _conversion(
     if not legacy.networks_in(module):
         raise NotConvertibleError(
             f"source='monai-generative': {type(module).__name__} holds none of the networks that monai-generative had "
-            f"({', '.join(legacy.NETWORKS)}). Build the network from monai.networks.nets, and load into that."
+            f"({', '.join(legacy.NETWORKS)}).",
+            help="Build the network from monai.networks.nets, and load into that.",
+            path="source",
         )
     converted = legacy.convert(module, old, wanted, projection)
     _drop_repaired(module, converted)
@@ -181,14 +186,7 @@ def _conversion(
 
 
 def keyed_as_original(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a repaired model; where an exact repair replaced a layer, under the keys of the original one.
-
-    Args:
-        module: a model without wrappers.
-
-    Returns:
-        Tensors by key, most of them the model's own.
-    """
+    """The weights of a model without wrappers; where an exact repair replaced a layer, under the original's keys."""
     wanted = dict(module.state_dict())
     for path, layer, names in _replaced(module):
         wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{path}.")}
@@ -206,37 +204,46 @@ def _replaced(module: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
 
 
 def _drop_repaired(module: nn.Module, conversion: Conversion) -> None:
-    """What only the original of a repaired layer has (running statistics) has no place any more."""
+    """Leave out what only the original of a repaired layer has (running statistics)."""
     for path, origin in origins_in(module):
         if origin.shell is not None and not origin.exact:
             gone = origin.shell.state_dict().keys() - module.get_submodule(path).state_dict().keys()
         else:
             gone = {name for name, value in origin.attributes.items() if isinstance(value, Tensor)}
         for name in sorted(gone):
-            conversion.drop(f"{path}.{name}", f"repaired: {origin.told}")
+            conversion.drop(f"{path}.{name}", f"repaired: {origin.change}")
 
 
 def _refuse(module: nn.Module, conversion: Conversion, source: str, strict: bool) -> None:
     name = type(module).__name__
     if conversion.refusals:
         reasons = "\n".join(conversion.refusals)
-        raise NotConvertibleError(f"{name} cannot compute what the checkpoint's model did:\n{reasons}")
+        raise NotConvertibleError(
+            f"{name} cannot compute what the checkpoint's model did:\n{reasons}", path="checkpoint"
+        )
     if conversion.misshapen:
         shapes = conversion.misshapen.items()
         rows = [f"{key}: {has} in the checkpoint, {wants} in the model" for key, (has, wants) in shapes]
         way_out = "Build the model with the arguments it was trained with."
-        raise ShapeMismatchError(_told(f"{name} has weights of other shapes", rows, way_out))
+        raise ShapeMismatchError(
+            _told(f"{name} has weights of other shapes", rows, way_out), path=next(iter(conversion.misshapen))
+        )
     unused = f"{len(conversion.unused)} keys of the checkpoint have no place: {_few(conversion.unused)}."
     if conversion.missing and strict:
         wanted = conversion.missing.items()
         rows = [key if old == (key,) else f"{key} (from {', '.join(old)})" for key, old in wanted]
         more = [unused] if conversion.unused else []
         way_out = f"Read {source!r}. Load into the model of the checkpoint; strict=False keeps the values they have."
-        raise MissingKeysError(_told(f"{name} has weights that the checkpoint does not have", rows, *more, way_out))
+        raise MissingKeysError(
+            _told(f"{name} has weights that the checkpoint does not have", rows, *more, way_out),
+            path=next(iter(conversion.missing)),
+        )
     if conversion.unused and strict:
         raise UnusedKeysError(
-            f"{name}: {unused} Read {source!r}. Weights that are not loaded are lost without a trace: load into the model "
-            "of the checkpoint, or pass strict=False to leave them out."
+            f"{name}: {unused} Read {source!r}.",
+            "Weights that are not loaded are lost without a trace: load into the model of the checkpoint, or pass strict=False "
+            "to leave them out.",
+            path=conversion.unused[0],
         )
 
 
@@ -259,14 +266,16 @@ def _apply(module: nn.Module, conversion: Conversion) -> None:
         part = {key.removeprefix(f"{path}."): values.pop(key) for key in list(values) if key.startswith(f"{path}.")}
         values |= {f"{path}.{name}": value for name, value in replacement_state(layer, part).items()}
     module.load_state_dict(values, strict=False)
-    for block, _, name, value, _ in conversion.adjusted:
-        setattr(block, name, value)
+    for adjustment in conversion.adjusted:
+        adjustment.apply()
     written = keyed_as_original(module)
     for key, value in conversion.values.items():
         if not _same(written[key], value):
             raise CheckpointError(
                 f"{key} of {type(module).__name__} does not have the checkpoint's value after loading: the module changes its "
-                "weights when they are loaded, and now holds what it made of them. Use its own load_state_dict."
+                "weights when they are loaded, and now holds what it made of them.",
+                help="Use its own load_state_dict.",
+                path=key,
             )
 
 

@@ -16,19 +16,10 @@ _LETTERS = ("q", "k", "v")
 
 
 def original_state(layer: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The weights of a replacement under the original's keys.
-
-    Args:
-        layer: Opacus's layer.
-        keys: the original's keys.
-
-    Returns:
-        Tensors by key.
-    """
+    """The weights of Opacus's layer under the keys of the original."""
     if not isinstance(layer, DPMultiheadAttention):
-        return {
-            key: getattr(layer, key).detach() for key in keys
-        }  # recurrent layers keep torch's names besides their own
+        # recurrent layers keep torch's names besides their own
+        return {key: getattr(layer, key).detach() for key in keys}
     return {key: _attention_weight(layer, key).detach() for key in keys}
 
 
@@ -44,15 +35,7 @@ def _attention_weight(layer: DPMultiheadAttention, key: str) -> Tensor:
 
 
 def replacement_state(layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's weights under the keys that torch looks for when it loads a model with a replacement.
-
-    Args:
-        layer: Opacus's layer.
-        state: tensors by the original's keys.
-
-    Returns:
-        Tensors by key.
-    """
+    """Weights by the original's keys, under those that torch looks for when it loads a model with Opacus's layer."""
     if not isinstance(layer, DPMultiheadAttention):
         return dict(state)
     out: dict[str, Tensor] = {}

@@ -16,16 +16,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True)
 class Origin:
-    """What a layer was.
+    """What a repaired layer was before.
 
     Attributes:
-        told: the change in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
+        change: in words, for example ``BatchNorm2d -> GroupNorm(4, 8)``.
         exact: whether the repaired layer computes the same.
         shell: the original layer on the meta device, without values; ``None`` if only attributes were set.
         attributes: the attributes that were set, with their original values.
     """
 
-    told: str
+    change: str
     exact: bool
     shell: nn.Module | None
     attributes: Mapping[str, Any]
@@ -35,66 +35,40 @@ _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 _FROZEN: Any = WeakIdKeyDictionary()
 
 
-def remember_replaced(old: nn.Module, new: nn.Module, told: str, exact: bool) -> Callable[[], None]:
-    """Note what a new layer stands for.
-
-    Args:
-        old: the original layer.
-        new: the layer in its place.
-        told: the change in words.
-        exact: whether both compute the same.
+def remember_replaced(old: nn.Module, new: nn.Module, change: str, exact: bool) -> Callable[[], None]:
+    """Remember which layer a new one replaces; ``change`` and ``exact`` as in :class:`Origin`.
 
     Returns:
         A function that forgets it.
     """
-    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {told}", exact, _shell(old), {})
+    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {change}", exact, _shell(old), {})
     return lambda: forget(new)
 
 
-def remember_attributes(module: nn.Module, before: Mapping[str, Any], told: str, exact: bool) -> Callable[[], None]:
-    """Note what attributes of a layer were.
-
-    Args:
-        module: the layer.
-        before: the attributes' values before they are set.
-        told: the change in words.
-        exact: whether it computes the same.
+def remember_attributes(module: nn.Module, before: Mapping[str, Any], change: str, exact: bool) -> Callable[[], None]:
+    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`.
 
     Returns:
         A function that forgets it.
     """
     earlier = _ORIGINS.get(module)
     kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
-    _ORIGINS[module] = Origin(f"{type(module).__name__}: {told}", exact, None, kept)
+    _ORIGINS[module] = Origin(f"{type(module).__name__}: {change}", exact, None, kept)
     return lambda: forget(module)
 
 
 def remember_frozen(parameter: nn.Parameter) -> None:
-    """Note that a parameter was trainable before private training froze it.
-
-    Args:
-        parameter: the parameter.
-    """
+    """Remember that a parameter was trainable before private training froze it."""
     _FROZEN[parameter] = True
 
 
 def was_trainable(parameter: nn.Parameter) -> bool:
-    """Whether private training froze a parameter.
-
-    Args:
-        parameter: a parameter of a model.
-
-    Returns:
-        True if it was trainable before.
-    """
+    """Whether a parameter was trainable before private training froze it."""
     return parameter in _FROZEN
 
 
 def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
     """The repaired layers of a model, under every path that leads to them.
-
-    Args:
-        model: a model.
 
     Yields:
         ``(module path, origin)`` pairs.
@@ -106,11 +80,7 @@ def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
 
 
 def forget(module: nn.Module) -> None:
-    """Forget what a layer was.
-
-    Args:
-        module: the layer.
-    """
+    """Forget what a layer was."""
     _ORIGINS.pop(module, None)
 
 

@@ -15,8 +15,8 @@ from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.weights import files, legacy
 from dpfix.weights.copies import plain_copy, unwrap
-from dpfix.weights.equivalence import compare_outputs
 from dpfix.weights.load import LoadReport, load_pretrained
+from dpfix.weights.outputs import compare_outputs
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def verify_legacy(
     """
     recordings = _recordings(recorded_outputs)
     if not recordings:
-        raise ArgumentError("recorded_outputs holds no recording: nothing could be compared.")
+        raise ArgumentError("recorded_outputs holds no recording: nothing could be compared.", path="recorded_outputs")
     differences, loaded = _differences(model, checkpoint, recordings, legacy_projection, entry)
     equal = max(differences) <= atol
     other = None
@@ -132,14 +132,16 @@ def _recordings(given: Any) -> list[Recording]:
         if unknown or absent:
             raise ArgumentError(
                 f"recorded_outputs has the fields {', '.join(map(str, given))}; a recording has inputs and output, and may have "
-                "method and seed."
+                "method and seed.",
+                path="recorded_outputs",
             )
         inputs = given["inputs"]
         return [Recording(**{**given, "inputs": tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)})]
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [recording for one in given for recording in _recordings(one)]
     raise ArgumentError(
-        f"recorded_outputs is a {type(given).__name__}; pass a dpfix.Recording, a mapping, or a sequence of them."
+        f"recorded_outputs is a {type(given).__name__}; pass a dpfix.Recording, a mapping, or a sequence of them.",
+        path="recorded_outputs",
     )
 
 

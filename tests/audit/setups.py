@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -21,13 +20,8 @@ from dpfix.observe.run import observe
 from dpfix.observe.training_step import TrainingStep
 from dpfix.plan import Plan
 from dpfix.report.report import EngineEvidence
-
-Step = Callable[[nn.Module, Any], Tensor]
-
-
-def classify(model: nn.Module, batch: Any) -> Tensor:
-    """The usual loop."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+from tests.cases import classify
+from tests.reference import Step
 
 
 @dataclass(frozen=True)

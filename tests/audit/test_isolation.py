@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, default_collate
 
 import dpfix
-
-Step = Callable[[nn.Module, Any], Tensor]
+from tests.reference import Step
 
 
 def vectors(count: int = 12) -> list[tuple[Tensor, int]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dpfix.engines import ENGINES
 from dpfix.engines.per_sample.microbatch import Microbatch, MicrobatchHandle
 from tests.audit.models import Example, models
-from tests.audit.setups import Looked, classify, labelled, look
+from tests.audit.setups import Looked, labelled, look
+from tests.cases import classify
 from tests.reference import gradients_one_by_one, relative_error
 
 OPACUS = {"hooks", "functorch"}

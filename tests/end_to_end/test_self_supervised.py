@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from tests.helpers import sgd
-from tests.reference import clipped_sum, gradients_one_by_one, relative_error
+from tests.reference import Step, clipped_sum, gradients_one_by_one, relative_error
 
-Step = Callable[[nn.Module, Any], Tensor]
 SAMPLES = 6
 
 

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 
 import dpfix
 from dpfix.engines.functional.workarounds import Helped
-from tests.cases import Case, labelled, words
+from tests.cases import Case, classify, labelled, words
 from tests.helpers import private, released
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error
 
 mapping_engines = pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
-
-
-def classify(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 class Model(nn.Module):

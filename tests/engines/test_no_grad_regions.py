@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpfix
 from dpfix.engines import ENGINES
 from tests.helpers import sgd
-from tests.reference import clipped_sum, gradients_one_by_one, relative_error
+from tests.reference import Step, clipped_sum, gradients_one_by_one, relative_error
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
-Step = Callable[[nn.Module, Any], Tensor]
 
 
 class StopGradient(torch.autograd.Function):

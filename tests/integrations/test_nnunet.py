@@ -20,6 +20,7 @@ from dpfix.integrations.nnunet.doctor import TRAINERS
 from dpfix.integrations.nnunet.patients import stock_loader
 from dpfix.integrations.nnunet.plot import append_epsilon
 from dpfix.integrations.nnunet.settings import read_settings
+from tests.reference import clipped_sum, gradients_one_by_one
 
 CASES = ("a_1", "a_2", "b_1", "c_1", "c_2", "c_3")
 
@@ -150,16 +151,12 @@ def released(model: nn.Module, optimizer: Any, batch: dict[str, Any], patients: 
 
 def clipped(model: nn.Module, batch: dict[str, Any], clip_norm: float) -> Tensor:
     """Patient after patient, by plain autograd."""
-    total = torch.zeros(())
-    for i in range(len(batch["data"])):
-        model.zero_grad()
-        one = {"data": batch["data"][i : i + 1], "target": [t[i : i + 1] for t in batch["target"]]}
-        step(model, one).backward()
-        gradient = torch.cat([
-            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()
-        ])
-        total = total + gradient * min(1.0, clip_norm / float(gradient.norm()))
-    return total
+    patients = [
+        {"data": batch["data"][i : i + 1], "target": [t[i : i + 1] for t in batch["target"]]}
+        for i in range(len(batch["data"]))
+    ]
+    total = clipped_sum(gradients_one_by_one(model, step, patients), clip_norm)
+    return torch.cat([g.flatten() for g in total.values()]).float()
 
 
 @pytest.mark.parametrize("patches", [1, 3])

@@ -21,13 +21,9 @@ from dpfix.observe import probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.run import observe
 from dpfix.observe.training_step import TrainingStep
+from tests.cases import classify
 from tests.helpers import generators_unchanged
-
-Step = Callable[[nn.Module, Any], Tensor]
-
-
-def classify(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+from tests.reference import Step
 
 
 def items(*shape: int, samples: int = 4) -> list[tuple[Tensor, int]]:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, def
 
 import dpfix
 from dpfix.sampling.ledger import DrawLedger
+from tests.cases import classify
 from tests.helpers import points, setting, sgd, train
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
 
@@ -213,13 +214,18 @@ def memory_managed(training: dpfix.PrivateTraining, physical: int) -> BatchMemor
     return BatchMemoryManager(data_loader=private, max_physical_batch_size=physical, optimizer=optimizer)
 
 
+def one_step(training: dpfix.PrivateTraining, x: Tensor, y: Tensor) -> None:
+    private, optimizer, _ = training
+    optimizer.zero_grad()
+    F.cross_entropy(private(x), y).backward()
+    optimizer.step()
+
+
 def test_split_batch_releases_the_clipped_sum_of_the_whole() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = points(24)
     data.tensors = (data.tensors[0].double(), data.tensors[1])
-    samples = gradients_one_by_one(
-        model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [(x[None], y[None]) for x, y in data]
-    )
+    samples = gradients_one_by_one(model, classify, [(x[None], y[None]) for x, y in data])
     training = dpfix.make_private_safe(
         **setting(model, optimizer=sgd(model), data_loader=DataLoader(data, batch_size=8), noise_multiplier=0.0)
         | {"max_grad_norm": 0.3}
@@ -229,9 +235,7 @@ def test_split_batch_releases_the_clipped_sum_of_the_whole() -> None:
     sizes = []
     with memory_managed(training, 4) as split:
         for x, y in split:
-            training[1].zero_grad()
-            F.cross_entropy(training[0](x), y).backward()
-            training[1].step()
+            one_step(training, x, y)
             sizes.append(len(x))
             if len(sizes) == 3:
                 moved = {n: (before[n] - p.detach()) * 8 for n, p in model.named_parameters()}
@@ -245,9 +249,7 @@ def test_split_training_accounts_logical_batches() -> None:
     for _ in range(3):
         with memory_managed(training, 3) as split:
             for x, y in split:
-                training[1].zero_grad()
-                F.cross_entropy(training[0](x), y).backward()
-                training[1].step()
+                one_step(training, x, y)
     assert training.statement(1e-3).steps == 15
 
 
@@ -259,9 +261,7 @@ def test_split_loop_left_early_warns_and_discards() -> None:
     before = {n: p.detach().clone() for n, p in given["module"].named_parameters()}
     with memory_managed(training, 4) as split:
         for x, y in split:
-            training[1].zero_grad()
-            F.cross_entropy(training[0](x), y).backward()
-            training[1].step()
+            one_step(training, x, y)
             break
         assert all(torch.equal(p, before[n]) for n, p in given["module"].named_parameters())
     drawing(training, [0, 1])
@@ -286,9 +286,7 @@ def test_loop_after_one_that_was_left_early_makes_whole_steps(done: int, workers
     def work(batches: int) -> None:
         with memory_managed(training, 8) as split:  # three physical batches for every draw
             for x, y in islice(split, batches):
-                training[1].zero_grad()
-                F.cross_entropy(training[0](x), y).backward()
-                training[1].step()
+                one_step(training, x, y)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dpfix.DPFixWarning)
@@ -298,7 +296,7 @@ def test_loop_after_one_that_was_left_early_makes_whole_steps(done: int, workers
         work(3)
     assert steps == (done == 3) and released() == steps + 1
     singles = [(x[None], y[None]) for x, y in points(24)]
-    per_sample = gradients_one_by_one(before, lambda m, b: F.cross_entropy(m(b[0]), b[1]), singles)
+    per_sample = gradients_one_by_one(before, classify, singles)
     moved = {n: 8 * (p.detach() - model.get_parameter(n).detach()) for n, p in before.named_parameters()}
     assert relative_error(moved, clipped_sum(per_sample, 0.1)) < 1e-4
 

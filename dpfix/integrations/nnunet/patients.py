@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from dpfix.errors import LoaderError
 from dpfix.instrument import pytree
@@ -32,7 +33,9 @@ def stock_loader(augmenter: Any) -> Any:
     if not all(hasattr(loader, name) for name in ("generate_train_batch", "get_indices", "batch_size", "indices")):
         raise LoaderError(
             f"nnU-Net: the training loader is a {type(augmenter).__name__} around {type(loader).__name__}, and not nnU-Net's "
-            "nnUNetDataLoader; how it draws cases is not known. Derive from a trainer with nnU-Net's own loader."
+            "nnUNetDataLoader; how it draws cases is not known.",
+            help="Derive from a trainer with nnU-Net's own loader.",
+            path="data_loader",
         )
     return loader
 
@@ -59,6 +62,7 @@ class PatientPatches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.patients)
 
+    @override
     def __getitem__(self, index: int) -> dict[str, Any]:
         cases = self.cases[self.patients[index]]
         drawn = [cases[np.random.randint(len(cases))] for _ in range(self.patches)] if len(cases) > 1 else cases

@@ -13,7 +13,7 @@ def append_epsilon(path: Path, epsilons: Sequence[float]) -> None:
 
     Args:
         path: nnU-Net's ``progress.png``; nothing is done if it does not exist.
-        epsilons: privacy loss after every epoch.
+        epsilons: of every epoch.
     """
     if not path.is_file() or not epsilons:
         return

@@ -54,7 +54,9 @@ class Settings:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ArgumentError(
                 f"nnU-Net: target_epsilon={self.target_epsilon} and noise_multiplier={self.noise_multiplier}; exactly one of "
-                f"them has to be set. Set {PREFIX}TARGET_EPSILON=8 for a budget, or {PREFIX}NOISE_MULTIPLIER."
+                "them has to be set.",
+                help=f"Set {PREFIX}TARGET_EPSILON=8 for a budget, or {PREFIX}NOISE_MULTIPLIER.",
+                path="target_epsilon",
             )
 
     def patient_of(self, case: str) -> str:
@@ -74,8 +76,9 @@ class Settings:
         found = re.search(self.patient_pattern, case)
         if found is None or not found.groups():
             raise ArgumentError(
-                f"nnU-Net: patient_pattern={self.patient_pattern!r} finds no patient in the case {case!r}. It needs one "
-                "group that matches the patient's name, for example '^(.*)_visit'."
+                f"nnU-Net: patient_pattern={self.patient_pattern!r} finds no patient in the case {case!r}.",
+                help="It needs one group that matches the patient's name, for example '^(.*)_visit'.",
+                path="patient_pattern",
             )
         return found[1]
 
@@ -102,8 +105,11 @@ def read_settings(environment: Mapping[str, str], *plans: Mapping[str, Any]) -> 
     for name, value in given.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise UnknownArgumentError(f"nnU-Net: there is no setting {name!r}; there are {', '.join(known)}.{hint}")
+            raise UnknownArgumentError(
+                f"nnU-Net: there is no setting {name!r}; there are {', '.join(known)}.",
+                help=f"Did you mean {nearest[0]!r}?" if nearest else "",
+                path=name,
+            )
         given[name] = _value(name, value)
     return Settings(**given)
 
@@ -113,7 +119,7 @@ def _value(name: str, value: Any) -> Any:
         return value
     if name == "accountant":
         if value not in ("prv", "rdp"):
-            raise ArgumentError(f"nnU-Net: accountant={value!r} is neither 'prv' nor 'rdp'.")
+            raise ArgumentError(f"nnU-Net: accountant={value!r} is neither 'prv' nor 'rdp'.", path="accountant")
         return value
     try:
         number = int(value) if name in _WHOLE else float(value)
@@ -122,5 +128,5 @@ def _value(name: str, value: Any) -> Any:
     zero_is_legal = name == "noise_multiplier"
     if not (number > 0 or (zero_is_legal and number == 0)) or number == float("inf"):
         kind = "whole number" if name in _WHOLE else "number"
-        raise ArgumentError(f"nnU-Net: {name}={value!r} is no positive {kind}.")
+        raise ArgumentError(f"nnU-Net: {name}={value!r} is no positive {kind}.", path=name)
     return number

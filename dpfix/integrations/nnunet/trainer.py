@@ -74,13 +74,16 @@ class PrivateTrainer:
         if this.is_ddp:
             raise ArgumentError(
                 "nnU-Net: -num_gpus above 1 (DistributedDataParallel) is not supported by the private trainer: every process "
-                "would draw its own patients. Train on one GPU."
+                "would draw its own patients.",
+                help="Train on one GPU.",
+                path="num_gpus",
             )
         if this.is_cascaded:
             raise ArgumentError(
-                f"nnU-Net: configuration {this.configuration_name!r} is the second stage of a cascade. Its input holds "
-                "predictions of the first stage about the training patients, which has its own budget. Train 3d_fullres "
-                "or 3d_lowres."
+                f"nnU-Net: configuration {this.configuration_name!r} is the second stage of a cascade.",
+                "Its input holds predictions of the first stage about the training patients, which has its own budget.",
+                "Train 3d_fullres or 3d_lowres.",
+                path="configuration",
             )
         configuration = self.configuration_manager.configuration
         self.settings = read_settings(os.environ, self.plans_manager.plans, configuration)
@@ -154,8 +157,9 @@ class PrivateTrainer:
         except ValueError as error:
             raise ArgumentError(
                 f"nnU-Net: target_epsilon={self.settings.target_epsilon} at delta={self._delta:.3g} cannot be reached in "
-                f"{this.num_epochs} epochs of {this.num_iterations_per_epoch} steps: {error}. Train fewer steps, draw fewer "
-                "patients per step, or raise the budget."
+                f"{this.num_epochs} epochs of {this.num_iterations_per_epoch} steps: {error}.",
+                help="Train fewer steps, draw fewer patients per step, or raise the budget.",
+                path="target_epsilon",
             ) from error
 
     # ------------------------------------------------------------------ training
@@ -172,7 +176,7 @@ class PrivateTrainer:
         """One private step: no scaler, no clipping of the summed gradient, no autocast.
 
         Args:
-            batch: drawn patients, or the stand-in for an empty draw.
+            batch: drawn patients, or the placeholder for an empty draw.
 
         Returns:
             The loss, for the log.
@@ -184,11 +188,7 @@ class PrivateTrainer:
         return {"loss": loss.detach().cpu().numpy()}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Log the privacy loss beside the training loss.
-
-        Args:
-            train_outputs: see nnU-Net.
-        """
+        """Log the privacy loss beside the training loss."""
         super().on_train_epoch_end(train_outputs)  # type: ignore[misc]
         statement = self.statement()
         self._epsilons.append(statement.epsilon)
@@ -218,7 +218,7 @@ class PrivateTrainer:
             ArgumentError: no private training has begun.
         """
         if self.private is None:
-            raise ArgumentError("nnU-Net: no private training has begun, so there is nothing to state.")
+            raise ArgumentError("nnU-Net: no private training has begun, so there is nothing to state.", path="private")
         unit = f"one patient: {self.settings.patches} patch(es) per step, averaged before clipping"
         if self.settings.patient_pattern is None:
             unit += " (every case counts as a patient of its own; see patient_pattern)"
@@ -230,9 +230,6 @@ class PrivateTrainer:
         """Save nnU-Net's checkpoint with the accountant in it, and the privacy statement beside it.
 
         The trainer's name in it is nnU-Net's own, so that a stock predictor loads it without dpfix.
-
-        Args:
-            filename: see nnU-Net.
         """
         super().save_checkpoint(filename)  # type: ignore[misc]
         this: Any = self
@@ -253,9 +250,6 @@ class PrivateTrainer:
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """Load a checkpoint; a training that is continued goes on counting where it was.
 
-        Args:
-            filename_or_checkpoint: see nnU-Net.
-
         Raises:
             ArgumentError: the checkpoint was not made by private training.
         """
@@ -266,7 +260,9 @@ class PrivateTrainer:
         if KEY not in checkpoint:
             raise ArgumentError(
                 "nnU-Net: the checkpoint was not made by private training: it has no accountant, so its steps cannot be "
-                "counted. Start anew; -pretrained_weights takes weights that were trained on other, public data."
+                "counted.",
+                help="Start anew; -pretrained_weights takes weights that were trained on other, public data.",
+                path="checkpoint",
             )
         self._accounted = checkpoint[KEY]
 

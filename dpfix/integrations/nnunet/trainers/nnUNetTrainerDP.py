@@ -7,15 +7,7 @@ from dpfix.integrations.nnunet.trainer import PrivateTrainer
 
 
 class nnUNetTrainerDP(PrivateTrainer, nnUNetTrainer):
-    """nnU-Net's trainer under differential privacy per patient.
-
-    Args:
-        plans: see nnU-Net, which reads the arguments back by these very names.
-        configuration: see nnU-Net.
-        fold: see nnU-Net.
-        dataset_json: see nnU-Net.
-        device: see nnU-Net.
-    """
+    """nnU-Net's trainer under differential privacy per patient; nnU-Net reads the arguments back by these very names."""
 
     def __init__(
         self,

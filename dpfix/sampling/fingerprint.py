@@ -1,4 +1,4 @@
-"""Who is in the data of a loader, so that ranks can compare it."""
+"""The fingerprint of a loader's data, so that ranks can compare it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ READS = 6
 """How often a sample is read to tell what is always the same in it; by chance alone a transform is so once in thousands."""
 
 
-def identity(loader: DataLoader[Any]) -> dict[str, str | bytes]:
-    """Who is in the data of a loader, so that ranks can compare it: they share a batch by the places of its samples.
-
-    Args:
-        loader: the user's loader.
+def data_fingerprint(loader: DataLoader[Any]) -> dict[str, str | bytes]:
+    """Index set and samples of a loader, so that ranks can compare them: they share out a batch by its indices.
 
     Returns:
         Digests by name: of the indices that are drawn from, also inside ``Subset`` and ``DistributedSampler``, and of what
-        does not change from one reading to the next in two of the samples.
+        does not change from one reading to the next in two of the samples. For :meth:`dpfix.distributed.Ranks.check_same`.
     """
     indices = index_set(loader)
     found: dict[str, str | bytes] = {"the list of indices to draw from": digest(torch.as_tensor(indices))}
@@ -36,11 +33,11 @@ def identity(loader: DataLoader[Any]) -> dict[str, str | bytes]:
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         found["the DistributedSampler"] = f"seed {sampler.seed}, epoch {sampler.epoch}, shuffle {sampler.shuffle}"
-    for place in (len(indices) // 3, len(indices) - 1):
+    for position in (len(indices) // 3, len(indices) - 1):
         with rng_untouched():
-            readings = [_constant(loader.dataset[indices[place]]) for _ in range(READS)]
+            readings = [_constant(loader.dataset[indices[position]]) for _ in range(READS)]
         same = {path: value for path, value in readings[0].items() if all(r.get(path) == value for r in readings)}
-        found |= {f"sample {place} of the data, entry {path}": value for path, value in same.items()}
+        found |= {f"sample {position} of the data, entry {path}": value for path, value in same.items()}
     return found
 
 
