@@ -21,7 +21,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-demo  ## train MONAI's VNet with and without differential privacy (a few minutes)
-	$(BIN)/python benchmarks/demo_vnet.py --out demo_output $(ARGS)
+	$(BIN)/python examples/vnet.py --out demo_output $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -39,19 +39,19 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the audit, speed of the engines
-	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_comparison.py --write $(ARGS)
-	$(ONE_THREAD) $(BIN)/python benchmarks/coupled.py --write docs/coupled.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/legacy_weights.py --write docs/weights.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/audit_cost.py --write docs/checks.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/simsiam_digits.py --write docs/detach.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/augmentation_digits.py --write docs/augmentation.md
-	$(ONE_THREAD) $(BIN)/python benchmarks/engine_speed.py --write
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.opacus_comparison --write $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.coupled --write docs/coupled.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.legacy_weights --write docs/weights.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.audit_cost --write docs/checks.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.simsiam_digits --write docs/detach.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.augmentation_digits --write docs/augmentation.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.engine_speed --write
 
 zoo: $(VENV)/.installed-dev  ## train every network of MONAI with Opacus and with dpfix (about half an hour)
-	$(ONE_THREAD) $(BIN)/python benchmarks/zoo.py --write $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.zoo --write $(ARGS)
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
-	$(ONE_THREAD) $(BIN)/python benchmarks/opacus_suite.py --backend dpfix $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m tests.end_to_end.opacus_suite --backend dpfix $(ARGS)
 
 rules: $(VENV)/.installed-dev  ## write the pages of the rules from their files
 	$(BIN)/python docs/generate_rules.py

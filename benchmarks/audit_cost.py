@@ -1,6 +1,6 @@
 """What the proofs before training and the guards while training cost.
 
-``python benchmarks/audit_cost.py [--only TEXT] [--rounds 7] [--write docs/checks.md]``
+``python -m benchmarks.audit_cost [--only TEXT] [--rounds 7] [--write docs/checks.md]``
 
 For a few models, everything in CPU time of the process:
 
@@ -19,28 +19,30 @@ import argparse
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss
-from monai.networks.nets import UNet, VNet
+from monai.networks.nets import VNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
+from benchmarks.common import tables
+from benchmarks.common.models import CharLSTM, TorchTransformer, classify, cnn, mlp, unet
+from benchmarks.common.process import cpu_seconds, quiet
 from dpfix.audit import clipped_sum, isolation, persistent_state
 from dpfix.choose import select, timing
 from dpfix.observe import run as observe_run
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
-BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,6 @@ class Setup:
 
 
 # ------------------------------------------------------------------ the set-ups
-
-
-class Transformer(nn.Module):
-    """A small language model."""
-
-    def __init__(self, width: int = 128, layers: int = 2, words: int = 1000, length: int = 64) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, words)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(self.words(x) + self.places(torch.arange(x.shape[1])[None])))
-
-
-class Reader(nn.Module):
-    """An LSTM that classifies a text by its characters."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.letters, self.rnn = nn.Embedding(60, 32), nn.LSTM(32, width, batch_first=True)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(self.letters(x))[0][:, -1])
 
 
 def images(*shape: int, classes: int = 10) -> Callable[[int], list[Any]]:
@@ -98,10 +74,6 @@ def volumes(count: int) -> list[Any]:
     return [(torch.randn(1, 32, 32, 32), (torch.rand(1, 32, 32, 32) < 0.1).float()) for _ in range(count)]
 
 
-def classify(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 def next_word(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0])[:, :-1].flatten(0, 1), batch[0][:, 1:].flatten())
 
@@ -113,29 +85,12 @@ def segment(model: nn.Module, batch: Any) -> Tensor:
     return SEGMENTATION(model(batch[0]), batch[1])
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-    )
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(16, 32, 4, 2), nn.ReLU(),
-        nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10),
-    )  # fmt: skip
-
-
-def unet() -> nn.Module:
-    return UNet(3, 1, 1, (16, 32, 64, 128), (2, 2, 2), num_res_units=2, norm="instance")
-
-
 SETUPS = (
-    Setup("MLP 784-512-512-10, B=256", mlp, images(1, 28, 28), 256, classify),
+    Setup("MLP 784-512-512-10, B=256", partial(mlp, 512), images(784), 256, classify),
     Setup("CNN 28x28, B=256", cnn, images(1, 28, 28), 256, classify),
-    Setup("transformer d=128 x2, T=64, B=16", Transformer, texts(64, 1000), 16, next_word),
-    Setup("char LSTM, T=64, B=64", Reader, texts(64, 60, 10), 64, classify),
-    Setup("MONAI UNet 32^3, B=4", unet, volumes, 4, segment),
+    Setup("transformer d=128 x2, T=64, B=16", TorchTransformer, texts(64, 1000), 16, next_word),
+    Setup("char LSTM, T=64, B=64", partial(CharLSTM, 60, 32, 64, classes=10), texts(64, 60, 10), 64, classify),
+    Setup("MONAI UNet 32^3, B=4", partial(unet, 1, (16, 32, 64, 128)), volumes, 4, segment),
     Setup("MONAI VNet 32^3, B=2", VNet, volumes, 2, segment),
 )
 
@@ -194,12 +149,6 @@ class Clock:
         return timed
 
 
-def cpu(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def ordinary_step(setup: Setup, rounds: int) -> float:
     """Median CPU seconds of a non-private training step."""
     model = setup.model().train()
@@ -212,7 +161,7 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
         optimizer.step()
 
     step()
-    return statistics.median(cpu(step) for _ in range(rounds))
+    return statistics.median(cpu_seconds(step) for _ in range(rounds))
 
 
 PROVING = (
@@ -269,7 +218,7 @@ def call(setup: Setup, **options: Any) -> tuple[float, dict[str, float], dpfix.P
         )
 
     with _confirmed_at_once(), clock.watching(*PROVING):
-        seconds = cpu(work)
+        seconds = cpu_seconds(work)
     return seconds, clock.seconds, made[0]
 
 
@@ -306,7 +255,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
                 setup.loss(model, batch).backward()
                 optimizer.step()
 
-            seconds = cpu(step)
+            seconds = cpu_seconds(step)
         nothing = clock.timed(lambda: None, "nothing")
         nothing()  # what a look at the clock takes, with the caches as the step has left them
         if number:
@@ -335,13 +284,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="steps of which the median is taken")
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    lines = [
-        "| model | step, ms | whole call, steps | observe | isolate | audit | observe + isolate + audit, steps | engine | "
-        "private step / step | guards, us | guards / private step |",
-        "|---" * 11 + "|",
-    ]
+    quiet()
+    lines = tables.head(
+        "model", "step, ms", "whole call, steps", "observe", "isolate", "audit", "observe + isolate + audit, steps",
+        "engine", "private step / step", "guards, us", "guards / private step",
+    )  # fmt: skip
     print("\n".join(lines))
     worst, largest = 0.0, 0.0
     for setup in SETUPS:
@@ -349,9 +296,19 @@ def main() -> int:
             continue
         c = measure(setup, arguments.rounds)
         lines.append(
-            f"| {setup.name} | {1e3 * c.step:.1f} | {c.call / c.step:.1f} ({c.engines} engines) | {c.observe / c.step:.1f} | "
-            f"{c.isolate / c.step:.1f} | {c.audit / c.step:.1f} | {c.proofs:.1f} | {c.engine} | {c.private / c.step:.2f} | "
-            f"{1e6 * c.guards:.0f} | {c.guards / c.private:.2%} |"
+            tables.row(
+                setup.name,
+                f"{1e3 * c.step:.1f}",
+                f"{c.call / c.step:.1f} ({c.engines} engines)",
+                f"{c.observe / c.step:.1f}",
+                f"{c.isolate / c.step:.1f}",
+                f"{c.audit / c.step:.1f}",
+                f"{c.proofs:.1f}",
+                c.engine,
+                f"{c.private / c.step:.2f}",
+                f"{1e6 * c.guards:.0f}",
+                f"{c.guards / c.private:.2%}",
+            )
         )
         print(lines[-1], flush=True)
         worst, largest = max(worst, c.proofs), max(largest, c.guards / c.private)
@@ -361,8 +318,7 @@ def main() -> int:
     )
     print(lines[-1])
     if arguments.write is not None:
-        before, _, rest = arguments.write.read_text().partition(BEGIN)
-        arguments.write.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + rest.partition(END)[2])
+        tables.write(arguments.write, lines)
     return int(worst > MOST_STEPS or largest > LARGEST_SHARE)
 
 

@@ -1,6 +1,6 @@
 """Augmentation multiplicity: what it brings on scikit-learn's digits, and what it costs.
 
-``python benchmarks/augmentation_digits.py [--views 1 4 16] [--seeds 3] [--write docs/augmentation.md]``
+``python -m benchmarks.augmentation_digits [--views 1 4 16] [--seeds 3] [--write docs/augmentation.md]``
 
 *Accuracy*: a small convolutional network trained to the same epsilon with 1, 4 and 16 random views of every sample, and
 without augmentation. *Cost*: a step on ``n`` samples of 8 views, beside a private step on ``8 n`` samples of one row and the
@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
-
-sys.path.insert(0, str(Path(__file__).parent))
-import engine_speed as speed
+from benchmarks import engine_speed as speed
+from benchmarks.common import tables
+from benchmarks.common.digits import digits
+from benchmarks.common.process import cpu_seconds, in_a_fresh_process, quiet
 
 TRAINED, BATCH, EPSILON, DELTA, CLIP = 1300, 256, 3.0, 1e-4, 0.1
 VIEWS = 8
@@ -36,13 +34,8 @@ COST = {
     "CNN, 256 rows": "CNN",
     "transformer, 16 rows": "transformer",
     "ResNet18-GN, 32 rows": "ResNet18-GN",
-    "UNet 3D, 16 rows": "UNet 3D, batch 16",
+    "UNet 3D, 16 rows": speed.LARGER,
 }
-speed.CONTESTS["UNet 3D, batch 16"] = speed.Contest(
-    speed.unet,
-    lambda: (torch.randn(16, 1, 32, 32, 32), speed.labels(2, 16, 32, 32, 32)),
-    speed.classes,
-)
 
 
 # ------------------------------------------------------------------ accuracy
@@ -65,15 +58,6 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def digits(seed: int) -> tuple[TensorDataset, Tensor, Tensor]:
-    """The training set, and images and labels of the test set; split by the seed."""
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))
-    x = torch.as_tensor(found.images, dtype=torch.float32)[order, None] / 16
-    y = torch.as_tensor(found.target)[order]
-    return TensorDataset(x[:TRAINED], y[:TRAINED]), x[TRAINED:], y[TRAINED:]
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What one run ended with."""
@@ -87,7 +71,8 @@ class Outcome:
 def train(seed: int, epochs: int, views: int, lr: float) -> Outcome:
     """One private run to the budget; 0 views: the images as they are."""
     torch.manual_seed(seed)
-    data, test, wanted = digits(seed)
+    x, y = digits(seed)  # another split every time
+    data, test, wanted = TensorDataset(x[:TRAINED], y[:TRAINED]), x[TRAINED:], y[TRAINED:]
     model = network()
     start = time.perf_counter()
     training = dpfix.make_private_safe_with_epsilon(
@@ -109,24 +94,21 @@ def train(seed: int, epochs: int, views: int, lr: float) -> Outcome:
 
 
 def accuracy_table(outcomes: dict[int, list[Outcome]]) -> list[str]:
-    lines = ["| views | accuracy, mean | lowest | highest | epsilon | seconds |", "|---|---|---|---|---|---|"]
+    lines = tables.head("views", "accuracy, mean", "lowest", "highest", "epsilon", "seconds")
     for views, runs in outcomes.items():
         accuracies = [r.accuracy for r in runs]
         name = str(views) if views else "none (images as they are)"
-        lines.append(
-            f"| {name} | {statistics.mean(accuracies):.3f} | {min(accuracies):.3f} | {max(accuracies):.3f} "
-            f"| {runs[0].epsilon:.2f} | {statistics.median(r.seconds for r in runs):.0f} |"
-        )
+        spread = (f"{a:.3f}" for a in (statistics.mean(accuracies), min(accuracies), max(accuracies)))
+        seconds = statistics.median(r.seconds for r in runs)
+        lines.append(tables.row(name, *spread, f"{runs[0].epsilon:.2f}", f"{seconds:.0f}"))
     return lines
 
 
 def plot(outcomes: dict[int, list[Outcome]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5, 3), constrained_layout=True)
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
     names = [str(v) if v else "none" for v in outcomes]
     for place, runs in enumerate(outcomes.values()):
         axis.plot([place] * len(runs), [r.accuracy for r in runs], "o", color="tab:blue", alpha=0.4)
@@ -151,35 +133,31 @@ def step_times(contest: str, rounds: int) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            found[name].append(speed.seconds(step))
+            found[name].append(cpu_seconds(step))
     return {name: statistics.median(times) for name, times in found.items()}
 
 
 def cost_table(rounds: int) -> list[str]:
-    lines = [
-        "| batch | ordinary step | private, one row a sample | private, 8 rows a sample | against one row | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = tables.head(
+        "batch",
+        "ordinary step",
+        "private, one row a sample",
+        "private, 8 rows a sample",
+        "against one row",
+        "peak memory",
+    )
     for name, contest in COST.items():
-        times = speed.in_a_fresh_process(step_times, contest, rounds)
-        peak = partial(speed.in_a_fresh_process, peak_bytes, contest)
+        times = in_a_fresh_process(step_times, contest, rounds)
+        peak = partial(in_a_fresh_process, speed.peak, contest)
         memory = peak("auto", VIEWS) / peak(speed.ORDINARY, 1)
         one, views = times["one"] / times["ordinary"], times["views"] / times["ordinary"]
-        lines.append(
-            f"| {name} | {times['ordinary'] * 1e3:.0f} ms | {one:.2f} | {views:.2f} | {views / one:.2f} | {memory:.2f} |"
-        )
+        ratios = (f"{value:.2f}" for value in (one, views, views / one, memory))
+        lines.append(tables.row(name, f"{times['ordinary'] * 1e3:.0f} ms", *ratios))
         print(lines[-1], flush=True)
     return lines
 
 
-def peak_bytes(contest: str, engine: str, views: int) -> int:
-    return speed.peak_bytes(contest, engine, views)
-
-
 # ------------------------------------------------------------------ the page
-
-
-START, END = "<!-- printed by benchmarks/augmentation_digits.py -->", "<!-- end -->"
 
 
 def main() -> None:
@@ -192,8 +170,7 @@ def main() -> None:
     parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--write", type=Path, help="page whose tables are replaced; the plot goes beside it")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    quiet()
     outcomes = {}
     for views in given.views:
         outcomes[views] = [train(seed, given.epochs, views, given.lr) for seed in range(given.seeds)]
@@ -208,8 +185,7 @@ def main() -> None:
     costs = [] if given.no_cost else ["", "Cost:", "", *cost_table(given.rounds)]
     print("\n".join(lines + costs))
     if given.write:
-        before, rest = given.write.read_text().split(START)
-        given.write.write_text(before + START + "\n" + "\n".join(lines + costs) + "\n" + END + rest.split(END)[1])
+        tables.write(given.write, lines + costs)
         plot(outcomes, given.write.parent / "images" / "augmentation_digits.png")
 
 

@@ -1,6 +1,6 @@
 """Losses and layers in which one sample feels another: what plain Opacus lets through, and what dpfix does.
 
-``python benchmarks/coupled.py [--only TEXT] [--write docs/coupled.md]``
+``python -m benchmarks.coupled [--only TEXT] [--write docs/coupled.md]``
 
 Sensitivity: how far leaving one sample out moves the sum that is released before noise, as a multiple of the clip norm C;
 the worst over every sample, that sample as it is and 50 times as large, and seven C from 0.01 to 10. DP-SGD needs at most 1.
@@ -12,9 +12,7 @@ The exit status is 1 if dpfix trains a set-up with a sensitivity above 1, or let
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,28 +21,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
-from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, default_collate
 
 import dpfix
+from benchmarks.common import tables
+from benchmarks.common.libraries import FAILURES, Made, Step, with_dpfix, with_opacus
+from benchmarks.common.models import classify
+from benchmarks.common.process import quiet
+from benchmarks.common.released import Gradients, distance, released
+from benchmarks.common.tables import short
 
 CLIP_NORMS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SCALES = (1.0, 50.0)
-FAILURES = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-Step = Callable[[nn.Module, Any], Tensor]
 Collate = Callable[[list[Any]], Any]
 
 
@@ -78,70 +69,52 @@ class Setup:
 # ------------------------------------------------------------------ both libraries
 
 
-def plain_opacus(setup: Setup) -> tuple[nn.Module, Any]:
+def plain_opacus(setup: Setup) -> Made:
     model = setup.model().train()
     model = ModuleValidator.fix(model) if ModuleValidator.validate(model, strict=False) else model
-    private, optimizer, _ = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(setup.items(), batch_size=4, collate_fn=setup.collate),  # type: ignore[arg-type]
-        noise_multiplier=0.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-    )
-    return private, optimizer
+    return with_opacus(model, loader(setup), 0.1, noise_multiplier=0.0, poisson_sampling=False)
 
 
-def with_dpfix(setup: Setup) -> tuple[nn.Module, Any]:
+def through_dpfix(setup: Setup) -> Made:
     model = setup.model().train()
-    private, optimizer, _ = dpfix.make_private_safe(
-        module=model,
-        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(setup.items(), batch_size=4, collate_fn=setup.collate),  # type: ignore[arg-type]
-        noise_multiplier=0.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-        training_step=setup.loss,
-    )
-    return private, optimizer
+    return with_dpfix(model, loader(setup), 0.1, setup.loss, noise_multiplier=0.0, poisson_sampling=False)
+
+
+def loader(setup: Setup) -> DataLoader[Any]:
+    return DataLoader(setup.items(), batch_size=4, collate_fn=setup.collate)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ measuring
 
 
-def released(setup: Setup, made: tuple[nn.Module, Any], items: list[Any], clip_norm: float) -> list[Tensor]:
+def released_sum(setup: Setup, made: Made, items: list[Any], clip_norm: float) -> Gradients:
     """The sum that would be released for a batch of these samples."""
-    model, optimizer = made
-    optimizer.max_grad_norm = clip_norm
-    optimizer.zero_grad()
     torch.manual_seed(0)
-    setup.loss(model, setup.collate(items)).backward()
-    optimizer.pre_step()
-    return [p.grad.detach().double() * optimizer.expected_batch_size for p in optimizer.params]
+    return released(made.model, made.optimizer, setup.loss, setup.collate(items), clip_norm)
 
 
-def sensitivity(setup: Setup, made: tuple[nn.Module, Any]) -> float:
+def sensitivity(setup: Setup, made: Made) -> float:
     """The largest movement of the released sum, as a multiple of the clip norm."""
     items = setup.items()
     worst = 0.0
     for i, scale, clip_norm in ((i, s, c) for i in range(len(items)) for s in SCALES for c in CLIP_NORMS):
         changed = [setup.scaled(item, scale) if j == i else item for j, item in enumerate(items)]
-        whole = released(setup, made, changed, clip_norm)
-        rest = released(setup, made, changed[:i] + changed[i + 1 :], clip_norm)
-        moved = sum(float((a - b).square().sum()) for a, b in zip(whole, rest, strict=True)) ** 0.5 / clip_norm
+        whole = released_sum(setup, made, changed, clip_norm)
+        rest = released_sum(setup, made, changed[:i] + changed[i + 1 :], clip_norm)
+        moved = distance(whole, rest) / clip_norm
         worst = max(worst, moved) if moved == moved else float("nan")
         if worst != worst:
             return worst
     return worst
 
 
-def leaks(setup: Setup, make: Callable[[Setup], tuple[nn.Module, Any]]) -> bool:
+def leaks(setup: Setup, make: Callable[[Setup], Made]) -> bool:
     """Whether parameters, buffers or attributes differ after a forward pass with and without a sample."""
     items = setup.items()
     states = []
     for batch in (items, items[1:]):
         torch.manual_seed(0)
-        model = make(setup)[0]
+        model = make(setup).model
         setup.loss(model, setup.collate(batch))
         states.append({
             (path, name): value.detach().clone()
@@ -160,18 +133,18 @@ def opacus_cell(setup: Setup) -> str:
             return "trains; what forward writes tells a sample" if leaking else "trains; nothing is written"
         return f"{sensitivity(setup, plain_opacus(setup)):.2f} C"
     except FAILURES as error:
-        return f"stops: {type(error).__name__}: {short(str(error), 70)}"
+        return f"stops: {type(error).__name__}: {short(str(error), 70, '...')}"
 
 
 def dpfix_cell(setup: Setup) -> tuple[str, bool]:
     torch.manual_seed(0)
     try:
-        made = with_dpfix(setup)
+        made = through_dpfix(setup)
     except dpfix.DPFixError as error:
-        text = f"refused: `{type(error).__name__}`: {short(str(error).splitlines()[0], 150)}"
+        text = f"refused: `{type(error).__name__}`: {short(str(error).splitlines()[0], 150, '...')}"
         return text + cured(setup), True
     if setup.state:
-        leak = leaks(setup, with_dpfix)
+        leak = leaks(setup, through_dpfix)
         return ("trains, and state leaks" if leak else "trains; nothing is written"), not leak
     found = sensitivity(setup, made)
     return f"trains: {found:.2f} C", found <= 1 + 1e-3
@@ -183,12 +156,7 @@ def cured(setup: Setup) -> str:
         return ""
     other = Setup(setup.group, setup.name, setup.model, setup.items, setup.cure, setup.collate, setup.scaled)
     torch.manual_seed(0)
-    return f"; with `dpfix.PerSampleLoss`: {sensitivity(other, with_dpfix(other)):.2f} C"
-
-
-def short(text: str, length: int) -> str:
-    text = " ".join(text.split()).replace("|", "/")
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return f"; with `dpfix.PerSampleLoss`: {sensitivity(other, through_dpfix(other)):.2f} C"
 
 
 # ------------------------------------------------------------------ samples
@@ -358,10 +326,6 @@ def linear() -> nn.Module:
 # ------------------------------------------------------------------ losses
 
 
-def classify(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 def with_loss(loss: Callable[..., Tensor]) -> Step:
     return lambda model, batch: loss(model(batch[0]), batch[1])
 
@@ -474,17 +438,17 @@ SETUPS = (
 
 def lines(only: str) -> Iterator[tuple[str, bool]]:
     """The table, line by line, and whether dpfix keeps the promise."""
-    yield "| | plain Opacus | dpfix |", True
-    yield "|---|---|---|", True
+    for text in tables.head("", "plain Opacus", "dpfix"):
+        yield text, True
     group = ""
     for setup in SETUPS:
         if only.lower() not in setup.name.lower():
             continue
         if setup.group != group:
             group = setup.group
-            yield f"| **{group}** | | |", True
+            yield tables.row(f"**{group}**", "", ""), True
         told, right = dpfix_cell(setup)
-        yield f"| {setup.name} | {opacus_cell(setup)} | {told} |", right
+        yield tables.row(setup.name, opacus_cell(setup), told), right
 
 
 def main() -> int:
@@ -492,9 +456,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="set-ups whose name contains this text")
     parser.add_argument("--write", type=Path, help="file for the table")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     table, wrong = [], 0
     for text, right in lines(arguments.only):
         print(text, flush=True)
@@ -507,7 +469,7 @@ def main() -> int:
 
 PAGE = """# One sample feels another
 
-Written by `python benchmarks/coupled.py --write docs/coupled.md`.
+Written by `python -m benchmarks.coupled --write docs/coupled.md`.
 
 *Sensitivity*: how far leaving one sample out moves the sum that is released before noise, as a multiple of the clip
 norm C: the worst over every sample, that sample as it is and 50 times as large, and seven C from 0.01 to 10. DP-SGD needs

@@ -1,6 +1,6 @@
 """Time and memory of a private training step, as multiples of an ordinary one.
 
-``python benchmarks/engine_speed.py [--models CNN ...] [--contestants auto bookkeeping "Opacus hooks" ...] [--write]``
+``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto bookkeeping "Opacus hooks" ...] [--write]``
 
 *step*: process CPU time on one thread of forward, backward and optimizer step, medians of rounds in which the ordinary
 step (SGD on the same repaired model) and all contestants take turns in one process. *memory*: largest number of bytes
@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
-import multiprocessing
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,10 +30,13 @@ import torch.nn.functional as F
 from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from benchmarks.common import tables
+from benchmarks.common.libraries import FAILURES
+from benchmarks.common.models import CharLSTM, ResNet18, Transformer, autoencoder, classify, cnn, mlp, unet, vnet
+from benchmarks.common.process import cpu_seconds, in_a_fresh_process, peak_bytes
 
 ORDINARY = "non-private"
 PEERS = ("Opacus hooks", "Opacus functorch", "Opacus ghost", "Opacus ew")
@@ -47,112 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 
 
-# ------------------------------------------------------------------ the models
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(n, t, d))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.a, self.n1, self.n2 = Attention(width, heads), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.m = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.a(self.n1(x))
-        return x + self.m(self.n2(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, vocabulary: int = 10_000, width: int = 256, layers: int = 4, length: int = 128) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, 8) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # positions with a batch dimension, which Opacus's engines need
-        x = self.tokens(x) + self.positions(torch.arange(x.shape[1]).repeat(len(x), 1))
-        return self.head(self.norm(self.blocks(x)))
-
-
-class Residual(nn.Module):
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
-        super().__init__()
-        self.c1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.c2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.n1, self.n2 = nn.GroupNorm(32, outside), nn.GroupNorm(32, outside)
-        same = inside == outside and stride == 1
-        down = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.GroupNorm(32, outside))
-        self.down = nn.Identity() if same else down
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.n2(self.c2(F.relu(self.n1(self.c1(x)))))
-        return F.relu(y + self.down(x))
-
-
-class ResNet18(nn.Sequential):
-    def __init__(self) -> None:
-        plan = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
-        super().__init__(
-            nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU(),
-            *(Residual(*p) for p in plan), Residual(512, 512, 1),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10),
-        )  # fmt: skip
-
-
-class CharLSTM(nn.Module):
-    def __init__(self, vocabulary: int = 80, width: int = 64, hidden: int = 256) -> None:
-        super().__init__()
-        self.e, self.l = nn.Embedding(vocabulary, width), nn.LSTM(width, hidden, batch_first=True)
-        self.h = nn.Linear(hidden, vocabulary)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.h(self.l(self.e(x))[0])
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 8, 2, 3), nn.ReLU(), nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1),
-        nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10),
-    )  # fmt: skip
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-
-
-def unet() -> nn.Module:
-    from monai.networks.nets import UNet
-
-    return UNet(3, 1, 2, (16, 32, 64), (2, 2), num_res_units=2)
-
-
-def vnet() -> nn.Module:
-    from monai.networks.nets import VNet
-
-    return VNet(3, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0))
-
-
-def autoencoder() -> nn.Module:
-    from monai.networks.nets import AutoencoderKL
-
-    return AutoencoderKL(
-        2, 1, 1, num_res_blocks=(1, 1), channels=(32, 64), attention_levels=(False, True), latent_channels=3,
-        norm_num_groups=16, with_encoder_nonlocal_attn=True, with_decoder_nonlocal_attn=True,
-    )  # fmt: skip
+# ------------------------------------------------------------------ the contests
 
 
 def reconstruction(model: nn.Module, batch: Any) -> Tensor:
@@ -161,10 +56,6 @@ def reconstruction(model: nn.Module, batch: Any) -> Tensor:
 
 def tokens(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-def classes(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 @dataclass(frozen=True)
@@ -181,12 +72,12 @@ def labels(classes: int, *shape: int) -> Tensor:
 
 
 CONTESTS: dict[str, Contest] = {
-    "MLP": Contest(mlp, lambda: (torch.randn(256, 784), labels(10, 256)), classes),
-    "CNN": Contest(cnn, lambda: (torch.randn(256, 1, 28, 28), labels(10, 256)), classes),
+    "MLP": Contest(mlp, lambda: (torch.randn(256, 784), labels(10, 256)), classify),
+    "CNN": Contest(cnn, lambda: (torch.randn(256, 1, 28, 28), labels(10, 256)), classify),
     "transformer": Contest(Transformer, lambda: (labels(10_000, 16, 128), labels(10_000, 16, 128)), tokens),
-    "ResNet18-GN": Contest(ResNet18, lambda: (torch.randn(32, 3, 32, 32), labels(10, 32)), classes),
-    "UNet 3D": Contest(unet, lambda: (torch.randn(4, 1, 32, 32, 32), labels(2, 4, 32, 32, 32)), classes),
-    "VNet": Contest(vnet, lambda: (torch.randn(2, 1, 32, 32, 32), labels(2, 2, 32, 32, 32)), classes),
+    "ResNet18-GN": Contest(ResNet18, lambda: (torch.randn(32, 3, 32, 32), labels(10, 32)), classify),
+    "UNet 3D": Contest(unet, lambda: (torch.randn(4, 1, 32, 32, 32), labels(2, 4, 32, 32, 32)), classify),
+    "VNet": Contest(vnet, lambda: (torch.randn(2, 1, 32, 32, 32), labels(2, 2, 32, 32, 32)), classify),
     "AutoencoderKL": Contest(autoencoder, lambda: (torch.randn(4, 1, 64, 64), labels(2, 4)), reconstruction),
     "char LSTM": Contest(CharLSTM, lambda: (labels(80, 64, 64), labels(80, 64, 64)), tokens),
 }
@@ -196,9 +87,12 @@ def pictures(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 1, 28, 28), labels(10, size)
 
 
+LARGER = "UNet 3D, batch 16"
+"""Measured by :mod:`benchmarks.augmentation_digits` only."""
+CONTESTS[LARGER] = Contest(unet, lambda: (torch.randn(16, 1, 32, 32, 32), labels(2, 16, 32, 32, 32)), classify)
 SCALING = tuple(f"CNN, batch {size}" for size in (8, 32, 128, 512))
 CONTESTS |= {
-    name: Contest(cnn, partial(pictures, size), classes) for name, size in zip(SCALING, (8, 32, 128, 512), strict=True)
+    name: Contest(cnn, partial(pictures, size), classify) for name, size in zip(SCALING, (8, 32, 128, 512), strict=True)
 }
 
 
@@ -281,18 +175,6 @@ def stepper(name: str, engine: str, views: int = 1) -> tuple[Callable[[], None],
     return step, used
 
 
-def seconds(step: Callable[[], None]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-FAILURES = (
-    dpfix.DPFixError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError,
-    AssertionError,
-)  # fmt: skip
-
-
 def step_times(name: str, contestants: Sequence[str], rounds: int) -> dict[str, Any]:
     """Median CPU seconds of a step, the contestants taking turns; the error's text for one that cannot run."""
     found: dict[str, Any] = {}
@@ -302,55 +184,22 @@ def step_times(name: str, contestants: Sequence[str], rounds: int) -> dict[str, 
         try:
             step, engine = stepper(name, contestant)
             step()
-            found[contestant] = [seconds(step)]
-        except FAILURES as error:
+            found[contestant] = [cpu_seconds(step)]
+        except (dpfix.DPFixError, *FAILURES) as error:
             found[contestant] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
         steps[contestant], used = step, engine if contestant == "auto" else used
     for _ in range(rounds):
         for contestant, step in steps.items():
             if found[contestant][0] < TOO_SLOW * found[ORDINARY][0]:
-                found[contestant].append(seconds(step))
+                found[contestant].append(cpu_seconds(step))
     times = {c: t if isinstance(t, str) else statistics.median(t[1:] or t) for c, t in found.items()}
     return times | {"auto took": used}
 
 
-def live_bytes() -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
-    return sum(storages.values())
-
-
-def is_tensor(thing: Any) -> bool:
-    return issubclass(type(thing), Tensor)
-
-
-def peak_bytes(name: str, engine: str, views: int = 1) -> int:
-    """Largest number of bytes that tensors hold during a warm step."""
-    step, _ = stepper(name, engine, views)
-    step()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()  # what the step before left behind is freed here, which the profiler does not see
-        with record_function("warm step"):
-            step()
-    gc.collect()
-    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    start = next(e.start_ns() for e in events if e.name() == "warm step")
-    present = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            present += event.nbytes()
-            peak = max(peak, present) if event.start_ns() >= start else present
-    return live_bytes() + peak - present
-
-
-def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1, one_thread) as pool:
-        return pool.apply(function, arguments)
-
-
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def peak(name: str, engine: str, views: int = 1) -> int:
+    """Largest number of bytes that tensors hold during a warm step of a contestant."""
+    return peak_bytes(stepper(name, engine, views)[0])
 
 
 def measured(name: str, contestants: Sequence[str], rounds: int, memory: bool) -> dict[str, Any]:
@@ -362,7 +211,7 @@ def measured(name: str, contestants: Sequence[str], rounds: int, memory: bool) -
             if contestant == rows["auto took"] and "auto" in rows["bytes"]:
                 rows["bytes"][contestant] = rows["bytes"]["auto"]
             elif not isinstance(value, str) and value < TOO_SLOW * times[ORDINARY]:
-                rows["bytes"][contestant] = in_a_fresh_process(peak_bytes, name, contestant)
+                rows["bytes"][contestant] = in_a_fresh_process(peak, name, contestant)
     return rows
 
 
@@ -379,21 +228,19 @@ def cell(rows: dict[str, Any], contestant: str) -> str:
 
 
 def table(results: dict[str, Any], contestants: Sequence[str]) -> str:
-    lines = ["| model | ordinary step | " + " | ".join(contestants) + " |", "|---|---|" + "---|" * len(contestants)]
+    lines = tables.head("model", "ordinary step", *contestants)
     for name, rows in results.items():
         first = f"{rows['seconds'][ORDINARY] * 1e3:.0f} ms"
-        lines.append(f"| {name} | {first} | " + " | ".join(cell(rows, c) for c in contestants) + " |")
+        lines.append(tables.row(name, first, *(cell(rows, c) for c in contestants)))
     return "\n".join(lines)
 
 
 def chart(results: dict[str, Any], contestants: Sequence[str], kind: str, path: Path) -> None:
     """Bars of one kind of ratio, model by model."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(contestants)
     for number, contestant in enumerate(contestants):
         heights = []
@@ -408,7 +255,6 @@ def chart(results: dict[str, Any], contestants: Sequence[str], kind: str, path: 
     axes.set_ylabel({"seconds": "step", "bytes": "peak memory"}[kind] + " / non-private")
     axes.legend(ncols=4, fontsize="small")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def failures(results: dict[str, Any]) -> str:
@@ -425,7 +271,7 @@ def failures(results: dict[str, Any]) -> str:
 def page(text: str, why: str, about: dict[str, Any]) -> str:
     return f"""# Speed and memory
 
-Written by `python benchmarks/engine_speed.py --write` (part of `make bench`).
+Written by `python -m benchmarks.engine_speed --write` (part of `make bench`).
 
 A private training step as a multiple of an ordinary one (SGD on the same repaired model): CPU time on one thread, and
 in brackets the largest number of bytes that tensors hold during a warm step. Lower is better. `auto` is what
@@ -484,7 +330,7 @@ def write(results: dict[str, Any], contestants: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contestants", nargs="+", default=[*OWN, *PEERS])
-    parser.add_argument("--models", nargs="+", default=list(CONTESTS), choices=list(CONTESTS))
+    parser.add_argument("--models", nargs="+", default=[n for n in CONTESTS if n != LARGER], choices=list(CONTESTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", action="store_true")

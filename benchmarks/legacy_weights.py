@@ -1,6 +1,6 @@
 """Who loads checkpoints of monai-generative 0.2.3 correctly: MONAI's own loader, and dpfix.
 
-``python benchmarks/legacy_weights.py [--only TEXT] [--write docs/weights.md]``
+``python -m benchmarks.legacy_weights [--only TEXT] [--write docs/weights.md]``
 
 Every row is a network with weights drawn from a seed, whose outputs were recorded from monai-generative 0.2.3 itself
 (``python -m tests.weights.record_legacy``). Both load these weights into the network of the installed MONAI; the figure is the
@@ -16,25 +16,21 @@ import argparse
 import contextlib
 import io
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import monai
-import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import dpfix  # noqa: E402
-from dpfix.weights import compare_outputs  # noqa: E402
-from tests.weights.legacy_zoo import REFUSED, ZOO, Legacy  # noqa: E402
-from tests.weights.record_legacy import load  # noqa: E402
+import dpfix
+from benchmarks.common import tables
+from benchmarks.common.process import quiet
+from dpfix.weights import compare_outputs
+from tests.weights.legacy_zoo import REFUSED, ZOO, Legacy
+from tests.weights.record_legacy import load
 
 MOST = 1e-6
-BEGINS, ENDS = "<!-- table begins -->", "<!-- table ends -->"
 Loader = Callable[[nn.Module, dict[str, Tensor]], object]
 
 
@@ -76,14 +72,14 @@ def told(case: Legacy, load_into: Loader) -> tuple[str, bool]:
 
 def rows(only: str) -> tuple[list[str], bool]:
     """The table, and whether dpfix is right everywhere."""
-    lines = [f"| network | MONAI {monai.__version__} | dpfix |", "|---|---|---|"]
+    lines = tables.head("network", f"MONAI {monai.__version__}", "dpfix")
     right = True
     for case in (*ZOO, *REFUSED):
         if only.lower() not in case.name.lower():
             continue
         theirs, (ours, good) = told(case, with_monai)[0], told(case, with_dpfix)
         right &= good
-        lines.append(f"| {case.name.strip()} | {theirs} | {ours} |")
+        lines.append(tables.row(case.name.strip(), theirs, ours))
     return lines, right
 
 
@@ -97,15 +93,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--write", type=Path, help="page in which the table stands")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    quiet()
     lines, right = rows(arguments.only)
     print("\n".join(lines))
     if arguments.write is not None:
-        page = arguments.write.read_text()
-        before, _, rest = page.partition(BEGINS)
-        after = rest.partition(ENDS)[2]
-        arguments.write.write_text(f"{before}{BEGINS}\n" + "\n".join(lines) + f"\n{ENDS}{after}")
+        tables.write(arguments.write, lines)
     return int(not right)
 
 

@@ -1,6 +1,6 @@
 """What nnunetv2 makes of some exports, beside dpfix: Dice per region, and whether every voxel is the same.
 
-``python benchmarks/nnunet_ensembling.py`` needs nnunetv2 (``pip install dpfix[nnunet]``). ``--nnunet DIR`` puts another
+``python -m benchmarks.nnunet_ensembling`` needs nnunetv2 (``pip install dpfix[nnunet]``). ``--nnunet DIR`` puts another
 installation first on the path (``pip install --no-deps --target DIR nnunetv2==2.6.4``); ``--write`` records exports and
 results of this version in ``tests/segmentation/nnunetv2.npz`` beside what is there.
 """
@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dpfix.segmentation import Regions, ensemble_probabilities, region_dice, segmentation_from_probabilities
+from tests.segmentation.exports import LABELS, ORDER, REGIONS, export, truth
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for the exports of the tests
-
-from dpfix.segmentation import Regions, ensemble_probabilities, region_dice, segmentation_from_probabilities  # noqa: E402
-from tests.segmentation.exports import LABELS, ORDER, REGIONS, export, truth  # noqa: E402
-
 RECORDED = ROOT / "tests/segmentation/nnunetv2.npz"
 MEMBERS = 3
 

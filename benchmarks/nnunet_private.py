@@ -1,6 +1,6 @@
 """nnU-Net from raw images to an ensemble, with and without differential privacy, on a small synthetic data set.
 
-``python benchmarks/nnunet_private.py [--write docs/nnunet.md]`` needs nnunetv2 (``pip install dpfix[nnunet]``) and takes
+``python -m benchmarks.nnunet_private [--write docs/nnunet.md]`` needs nnunetv2 (``pip install dpfix[nnunet]``) and takes
 some minutes on one core. Eight training cases in two folds, two test cases, nested regions; the table has Dice on the test
 cases of the ensemble of both folds, epsilon of one fold, seconds for training both folds, and the Dice that a second
 sigmoid leaves of the same predictions, as nnunetv2 up to 2.6.4 applies it.
@@ -9,10 +9,8 @@ sigmoid leaves of the same predictions, as nnunetv2 up to 2.6.4 applies it.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for the workflow of the tests
+from benchmarks.common import tables
+from benchmarks.common.process import quiet
+from dpfix.segmentation import Regions, ensemble_probabilities, region_dice, segmentation_from_probabilities
+from tests.integrations import nnunet_workflow as workflow
+from tests.segmentation.exports import ORDER, REGIONS, truth
 
-from dpfix.segmentation import (  # noqa: E402
-    Regions,
-    ensemble_probabilities,
-    region_dice,
-    segmentation_from_probabilities,
-)
-from tests.integrations import nnunet_workflow as workflow  # noqa: E402
-from tests.segmentation.exports import ORDER, REGIONS, truth  # noqa: E402
-
-BEGINS, ENDS = "<!-- table begins -->", "<!-- table ends -->"
 NOISE = (None, 0.0, 0.3, 1.0)
 TUMOUR = Regions.from_dataset_json({"labels": REGIONS, "regions_class_order": ORDER})
 
@@ -80,7 +71,7 @@ def row(folder: Path, plans: str, noise: float | None, epochs: int, steps: int) 
     again = dice([activated_again(m) for m in means])
     epsilon = "-" if noise is None else f"{trainers[0].statement().epsilon:.3g}"
     what = "nnUNetTrainer" if noise is None else f"nnUNetTrainerDP, noise multiplier {noise:g}"
-    return f"| {what} | {epsilon} | {ours} | {again} | {seconds:.0f} |"
+    return tables.row(what, epsilon, ours, again, f"{seconds:.0f}")
 
 
 def main() -> None:
@@ -89,12 +80,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps per epoch")
     parser.add_argument("--write", type=Path, help="page with the table")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    lines = [
-        "| trainer | epsilon | Dice (whole, core, enhancing) | Dice after a second sigmoid | seconds |",
-        "|---|---|---|---|---|",
-    ]
+    quiet()
+    lines = tables.head("trainer", "epsilon", "Dice (whole, core, enhancing)", "Dice after a second sigmoid", "seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workflow.make_raw(folder)
@@ -103,11 +90,9 @@ def main() -> None:
         for noise in NOISE:
             lines.append(row(folder, plans, noise, options.epochs, options.steps))
             print(lines[-1], flush=True)
-    table = "\n".join(lines)
-    print(table)
+    print("\n".join(lines))
     if options.write:
-        before, _, rest = options.write.read_text().partition(BEGINS)
-        options.write.write_text(f"{before}{BEGINS}\n{table}\n{ENDS}{rest.partition(ENDS)[2]}")
+        tables.write(options.write, lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What plain Opacus and dpfix do with the same small set-ups, measured side by side.
 
-``python benchmarks/opacus_comparison.py [--only TEXT] [--write]``
+``python -m benchmarks.opacus_comparison [--only TEXT] [--write]``
 
 Every set-up is a model, a few samples and a training step as a script would have them. Plain Opacus gets the
 model after ``ModuleValidator.fix``. Noise is 0, so that what is released can be compared:
@@ -21,7 +21,7 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,18 +33,18 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 from monai.networks.nets import UNet, VNet
-from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
 
 import dpfix
-
-sys.path.insert(0, str(Path(__file__).parent))
-import side_by_side
-from side_by_side import FAILURES, Gradients, clipped_sum, gradient, norm
+from benchmarks.common import tables
+from benchmarks.common.libraries import FAILURES, Made, with_dpfix, with_opacus
+from benchmarks.common.models import classify
+from benchmarks.common.released import Gradients, clipped_sum, distance, drawn_after, gradient, norm, released
 
 CLIP_NORMS = (0.01, 0.1, 1.0, 10.0)
+LR = 0.05
 LARGEST_ERROR = 2e-3
 """Relative error in float32 that is still rounding."""
 
@@ -80,29 +80,6 @@ class Setup:
         return with_criterion(self.model, self.items, dpfix.PerSampleLoss(self.criterion))
 
 
-@dataclass
-class Training:
-    """What one of the two libraries made of a set-up.
-
-    Attributes:
-        setup: the set-up.
-        model: the private model.
-        optimizer: the private optimizer.
-        loader: the private loader.
-        reference: returns the repaired model without anything private on it.
-        engine: how per-sample gradients are computed.
-        accountant: the accountant.
-    """
-
-    setup: Setup
-    model: Any
-    optimizer: Any
-    loader: Any
-    reference: Callable[[], nn.Module]
-    engine: str
-    accountant: Any
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What was measured.
@@ -118,46 +95,32 @@ class Outcome:
     refused: bool = False
 
 
-def plain_opacus(setup: Setup, **arguments: Any) -> Training:
+def plain_opacus(setup: Setup, **arguments: Any) -> Made:
     """Opacus as its documentation has it: fix the model, build the optimizer, call make_private."""
-    model = ModuleValidator.fix(setup.model)
-    plain = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    engine = PrivacyEngine()
-    made = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=DataLoader(setup.items, **setup.loader),  # type: ignore[arg-type]
-        max_grad_norm=1.0,
-        **{"noise_multiplier": 0.0, **setup.arguments, **arguments},
-    )
-    return Training(setup, *made, lambda: plain, "hooks", engine.accountant)
+    return with_opacus(ModuleValidator.fix(setup.model), *usual(setup), **options(setup, arguments))
 
 
-def with_dpfix(setup: Setup, **arguments: Any) -> Training:
+def through_dpfix(setup: Setup, **arguments: Any) -> Made:
     """The same objects through dpfix."""
-    optimizer = torch.optim.SGD([p for p in setup.model.parameters() if p.requires_grad], lr=0.05)
-    made = dpfix.make_private_safe(
-        module=setup.model,
-        optimizer=optimizer,
-        data_loader=DataLoader(setup.items, **setup.loader),  # type: ignore[arg-type]
-        max_grad_norm=1.0,
-        training_step=setup.loss,
-        **{"noise_multiplier": 0.0, **setup.arguments, **arguments},
-    )
-    plain = made[0].to_standard_module
-    return Training(setup, *made, plain, made.plan.engine, made.privacy_engine.accountant)
+    return with_dpfix(setup.model, *usual(setup), setup.loss, **options(setup, arguments))
+
+
+def usual(setup: Setup) -> tuple[DataLoader[Any], float]:
+    """Loader and learning rate."""
+    return DataLoader(setup.items, **setup.loader), LR  # type: ignore[arg-type]
+
+
+def options(setup: Setup, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"noise_multiplier": 0.0, **setup.arguments, **arguments}
 
 
 # ------------------------------------------------------------------ measuring
 
 
-def released(training: Training, items: list[Any], clip_norm: float) -> Gradients:
+def released_sum(setup: Setup, made: Made, items: list[Any], clip_norm: float) -> Gradients:
     """The sum that the private optimizer would release for a batch of these samples."""
-    setup = training.setup
     mean = setup.arguments.get("loss_reduction", "mean") == "mean"
-    batch = setup.collate(items)
-    return side_by_side.released(training.model, training.optimizer, setup.loss, batch, clip_norm, mean=mean)
+    return released(made.model, made.optimizer, setup.loss, setup.collate(items), clip_norm, mean=mean)
 
 
 def batch_of_one(model: nn.Module, setup: Setup, clip_norm: float) -> Gradients:
@@ -165,122 +128,116 @@ def batch_of_one(model: nn.Module, setup: Setup, clip_norm: float) -> Gradients:
     return clipped_sum((gradient(model, setup.loss, setup.collate([item])) for item in setup.items), clip_norm)
 
 
-def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Euclidean distance; a parameter that is missing counts as zero."""
-    zero = torch.zeros((), dtype=torch.float64)
-    return norm({n: a.get(n, zero).double() - b.get(n, zero).double() for n in a.keys() | b.keys()})
-
-
-def sensitivity(training: Training) -> float:
+def sensitivity(setup: Setup, made: Made) -> float:
     """How far leaving one sample out moves the released sum, as a multiple of the clip norm."""
-    items = training.setup.items
+    items = setup.items
     worst = 0.0
     for clip_norm in CLIP_NORMS:
-        whole = released(training, items, clip_norm)
+        whole = released_sum(setup, made, items, clip_norm)
         for i in range(len(items)):
-            rest = released(training, items[:i] + items[i + 1 :], clip_norm)
+            rest = released_sum(setup, made, items[:i] + items[i + 1 :], clip_norm)
             worst = max(worst, distance(whole, rest) / clip_norm)
     return worst
 
 
-def error(training: Training) -> float:
+def error(setup: Setup, made: Made) -> float:
     """Largest relative distance from the batch-of-one sum; ends the private training."""
-    sums = [released(training, training.setup.items, clip_norm) for clip_norm in CLIP_NORMS]
-    model = training.reference()
-    wanted = [batch_of_one(model, training.setup, clip_norm) for clip_norm in CLIP_NORMS]
+    sums = [released_sum(setup, made, setup.items, clip_norm) for clip_norm in CLIP_NORMS]
+    model = made.reference()
+    wanted = [batch_of_one(model, setup, clip_norm) for clip_norm in CLIP_NORMS]
     return max(distance(a, b) / norm(b) for a, b in zip(sums, wanted, strict=True))
 
 
-def released_sums(make: Callable[..., Training], setup: Setup) -> Outcome:
+def released_sums(make: Callable[..., Made], setup: Setup) -> Outcome:
     """Sensitivity and, where a sample alone has a gradient, the error."""
-    training = make(setup, poisson_sampling=False)
-    bound = sensitivity(training)
+    made = make(setup, poisson_sampling=False)
+    bound = sensitivity(setup, made)
     try:
-        wrong = error(training)
+        wrong = error(setup, made)
     except ValueError:  # BatchNorm of a single value: there is no gradient of one sample
         wrong = float("nan")
-    text = f"trains (`{training.engine}`): sensitivity {bound:.2f} C"
+    text = f"trains (`{made.engine}`): sensitivity {bound:.2f} C"
     text += "" if wrong != wrong else f", error {wrong:.0e}"
     return Outcome(text, right=bound <= 1 + 1e-3 and wrong <= LARGEST_ERROR)
 
 
-def three_steps(make: Callable[..., Training], setup: Setup) -> Outcome:
+def three_steps(make: Callable[..., Made], setup: Setup) -> Outcome:
     """Three Poisson steps with noise, then the released sums."""
-    training = make(copy.deepcopy(setup), noise_multiplier=1.0)
-    for _, batch in zip(range(3), training.loader, strict=False):
-        training.optimizer.zero_grad()
-        setup.loss(training.model, batch).backward()
-        training.optimizer.step()
+    made = make(copy.deepcopy(setup), noise_multiplier=1.0)
+    for _, batch in zip(range(3), made.loader, strict=False):
+        made.optimizer.zero_grad()
+        setup.loss(made.model, batch).backward()
+        made.optimizer.step()
     return released_sums(make, setup)
 
 
-def empty_draw(make: Callable[..., Training], setup: Setup) -> Outcome:
+def empty_draw(make: Callable[..., Made], setup: Setup) -> Outcome:
     """One step whose Poisson draw is empty."""
     generator = setup.loader["generator"]
-    training = make(setup, noise_multiplier=1.0)
-    seed = next(s for s in range(1000) if not side_by_side.draws(generator, training.loader.batch_sampler, s)[0])
+    made = make(setup, noise_multiplier=1.0)
+    seed = next(s for s in range(1000) if not drawn_after(generator, made.loader.batch_sampler, s)[0])
     generator.manual_seed(seed)
-    batch = next(iter(training.loader))
-    training.optimizer.zero_grad()
-    setup.loss(training.model, batch).backward()
-    training.optimizer.step()
-    steps = sum(entry[-1] for entry in training.accountant.history)
-    return Outcome(f"trains (`{training.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1)
+    batch = next(iter(made.loader))
+    made.optimizer.zero_grad()
+    setup.loss(made.model, batch).backward()
+    made.optimizer.step()
+    steps = sum(entry[-1] for entry in made.accountant.history)
+    return Outcome(f"trains (`{made.engine}`): a step of noise alone, {steps} step accounted", right=steps == 1)
 
 
-def draws(make: Callable[..., Training], setup: Setup) -> Outcome:
+def draws(make: Callable[..., Made], setup: Setup) -> Outcome:
     """The rate that is accounted, and which samples are drawn."""
-    training = make(setup, noise_multiplier=1.0)
+    made = make(setup, noise_multiplier=1.0)
     kept = getattr(setup.loader.get("sampler"), "indices", range(len(setup.items)))
-    drawn = [i for _ in range(50) for batch in training.loader.batch_sampler for i in batch]
+    drawn = [i for _ in range(50) for batch in made.loader.batch_sampler for i in batch]
     outside = len(set(drawn) - set(kept))
-    training.optimizer.zero_grad()
-    setup.loss(training.model, next(iter(training.loader))).backward()
-    training.optimizer.step()
-    rate = training.accountant.history[-1][1]
+    made.optimizer.zero_grad()
+    setup.loss(made.model, next(iter(made.loader))).backward()
+    made.optimizer.step()
+    rate = made.accountant.history[-1][1]
     right_rate = setup.loader["batch_size"] / len(kept)
     held_out = len(setup.items) - len(kept)
-    expected = training.optimizer.expected_batch_size
+    expected = made.optimizer.expected_batch_size
     text = f"rate {rate:.2f} (right: {right_rate:.2f}), expected batch size {expected:g}"
     text += f", draws {outside} of {held_out} held-out samples" if held_out else ""
     return Outcome(text, right=outside == 0 and abs(rate - right_rate) < 1e-9)
 
 
-def same_function(make: Callable[..., Training], setup: Setup) -> Outcome:
+def same_function(make: Callable[..., Made], setup: Setup) -> Outcome:
     """Whether the prepared model still computes the function of the original."""
     x = setup.collate(setup.items)[0]
     with torch.no_grad():
         before = setup.model(x)
-    training = make(setup, poisson_sampling=False)
+    made = make(setup, poisson_sampling=False)
     with torch.no_grad():
-        after = training.model(x)
+        after = made.model(x)
     gap = float((after - before).norm() / before.norm())
-    wrong = error(training)
-    text = f"trains (`{training.engine}`): the output changes by {gap:.0%}, error {wrong:.0e}"
+    wrong = error(setup, made)
+    text = f"trains (`{made.engine}`): the output changes by {gap:.0%}, error {wrong:.0e}"
     return Outcome(text, right=gap < 1e-5 and wrong <= LARGEST_ERROR)
 
 
-def scaled(make: Callable[..., Training], setup: Setup) -> Outcome:
+def scaled(make: Callable[..., Made], setup: Setup) -> Outcome:
     """One step through a GradScaler, compared with the same step without it."""
-    training = make(setup, poisson_sampling=False)
-    training.optimizer.max_grad_norm = 1e6
+    made = make(setup, poisson_sampling=False)
+    made.optimizer.max_grad_norm = 1e6
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
-    training.optimizer.zero_grad()
-    scaler.scale(setup.loss(training.model, setup.collate(setup.items))).backward()
-    scaler.step(training.optimizer)
-    moved = norm({n: p.detach() - before[n] for n, p in training.model.named_parameters()})
-    unscaled = norm(batch_of_one(training.reference(), setup, 1e6)) * 0.05 / training.optimizer.expected_batch_size
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    made.optimizer.zero_grad()
+    scaler.scale(setup.loss(made.model, setup.collate(setup.items))).backward()
+    scaler.step(made.optimizer)
+    moved = norm({n: p.detach() - before[n] for n, p in made.model.named_parameters()})
+    unscaled = norm(batch_of_one(made.reference(), setup, 1e6)) * LR / made.optimizer.expected_batch_size
     return Outcome(
-        f"trains (`{training.engine}`): the step is {moved / unscaled:.0f} times as long",
+        f"trains (`{made.engine}`): the step is {moved / unscaled:.0f} times as long",
         right=moved < 1.01 * unscaled,
     )
 
 
-def keyword(make: Callable[..., Training], setup: Setup) -> Outcome:
+def keyword(make: Callable[..., Made], setup: Setup) -> Outcome:
     """Whether a misspelt keyword is noticed."""
-    training = make(setup, posson_sampling=False)
-    poisson = hasattr(training.loader.batch_sampler, "sample_rate")
+    made = make(setup, posson_sampling=False)
+    poisson = hasattr(made.loader.batch_sampler, "sample_rate")
     return Outcome(f"accepted, and Poisson sampling is {'on' if poisson else 'off'}", right=False)
 
 
@@ -290,11 +247,6 @@ def keyword(make: Callable[..., Training], setup: Setup) -> Outcome:
 def pairs(*shape: int, count: int = 8, classes: int = 3) -> list[tuple[Tensor, int]]:
     """Samples ``(x, y)`` of very different size, so that some are clipped and some are not."""
     return [(torch.randn(*shape) * (0.3 + i), i % classes) for i in range(count)]
-
-
-def cross_entropy(model: nn.Module, batch: Any, **options: Any) -> Tensor:
-    """The usual step."""
-    return F.cross_entropy(model(batch[0]), batch[1], **options)
 
 
 class TwoLayers(nn.Module):
@@ -399,11 +351,11 @@ def mlp(*middle: nn.Module) -> nn.Sequential:
 
 
 def batch_norm() -> Setup:
-    return Setup(mlp(nn.BatchNorm1d(8, affine=False)), pairs(6), cross_entropy)
+    return Setup(mlp(nn.BatchNorm1d(8, affine=False)), pairs(6), classify)
 
 
 def batch_mean() -> Setup:
-    return Setup(Centred(), pairs(6), cross_entropy)
+    return Setup(Centred(), pairs(6), classify)
 
 
 def words(length: int = 7) -> list[tuple[Tensor, int]]:
@@ -432,7 +384,7 @@ def batch_dice() -> Setup:
 
 
 def announced_mean() -> Setup:
-    return Setup(mlp(), pairs(6), partial(cross_entropy, reduction="sum"))
+    return Setup(mlp(), pairs(6), partial(classify, reduction="sum"))
 
 
 def crops() -> Setup:
@@ -440,12 +392,12 @@ def crops() -> Setup:
         return default_collate([crop for item in items for crop in item])
 
     items = [[(torch.randn(6) * (0.3 + i), i % 3) for _ in range(4)] for i in range(6)]
-    return Setup(mlp(), items, cross_entropy, {"batch_size": 3, "collate_fn": collate})
+    return Setup(mlp(), items, classify, {"batch_size": 3, "collate_fn": collate})
 
 
 def circular() -> Setup:
     conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
-    return Setup(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)), pairs(2, 5, 5), cross_entropy)
+    return Setup(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)), pairs(2, 5, 5), classify)
 
 
 def padding_row() -> Setup:
@@ -453,7 +405,7 @@ def padding_row() -> Setup:
         (torch.cat([torch.randint(1, 11, (7 - i % 5,)), torch.zeros(i % 5, dtype=torch.long)]), i % 3) for i in range(8)
     ]
     model = nn.Sequential(nn.Embedding(11, 8, padding_idx=0), nn.Flatten(), nn.Linear(56, 3))
-    return Setup(model, items, cross_entropy)
+    return Setup(model, items, classify)
 
 
 def channels_last() -> Setup:
@@ -468,30 +420,30 @@ def channels_last() -> Setup:
 
 
 def two_names() -> Setup:
-    return Setup(TwoNames(), pairs(6), cross_entropy)
+    return Setup(TwoNames(), pairs(6), classify)
 
 
 def tied() -> Setup:
-    return Setup(Tied(), words(), cross_entropy)
+    return Setup(Tied(), words(), classify)
 
 
 def penalty() -> Setup:
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) + sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+        return classify(model, batch) + sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
 
     return Setup(mlp(), pairs(6), loss)
 
 
 def in_place() -> Setup:
-    return Setup(Residual(), pairs(6), cross_entropy)
+    return Setup(Residual(), pairs(6), classify)
 
 
 def unused() -> Setup:
-    return Setup(Spare(), pairs(6), cross_entropy)
+    return Setup(Spare(), pairs(6), classify)
 
 
 def positions() -> Setup:
-    return Setup(Positions(), words(), cross_entropy)
+    return Setup(Positions(), words(), classify)
 
 
 def detached() -> Setup:
@@ -510,16 +462,16 @@ def vnet() -> Setup:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0  # so that the sums of different batches can be compared
-    return Setup(model, items, cross_entropy, {"batch_size": 2})
+    return Setup(model, items, classify, {"batch_size": 2})
 
 
 def subset() -> Setup:
     options = {"batch_size": 4, "sampler": SubsetRandomSampler(list(range(16)))}
-    return Setup(mlp(), pairs(6, count=32), cross_entropy, options)
+    return Setup(mlp(), pairs(6, count=32), classify, options)
 
 
 def dropped_last() -> Setup:
-    return Setup(mlp(), pairs(6, count=30), cross_entropy, {"batch_size": 16, "drop_last": True})
+    return Setup(mlp(), pairs(6, count=30), classify, {"batch_size": 16, "drop_last": True})
 
 
 def empty_mapping() -> Setup:
@@ -531,18 +483,18 @@ def empty_mapping() -> Setup:
 def empty_unet() -> Setup:
     items = [(torch.randn(1, 8, 8, 8), torch.randint(0, 2, (8, 8, 8))) for _ in range(24)]
     options = {"batch_size": 2, "generator": torch.Generator()}
-    return Setup(UNet(3, 1, 2, (4, 8), (2,)), items, cross_entropy, options)
+    return Setup(UNet(3, 1, 2, (4, 8), (2,)), items, classify, options)
 
 
 def attention() -> Setup:
-    return Setup(Attention(), pairs(5, 8), cross_entropy)
+    return Setup(Attention(), pairs(5, 8), classify)
 
 
 def ordinary() -> Setup:
-    return Setup(mlp(), pairs(6, count=24), cross_entropy)
+    return Setup(mlp(), pairs(6, count=24), classify)
 
 
-Measure = Callable[[Callable[..., Training], Setup], Outcome]
+Measure = Callable[[Callable[..., Made], Setup], Outcome]
 
 TRAINS, REFUSED = False, True
 SETUPS: tuple[tuple[str, Callable[[], Setup], Measure, bool], ...] = (
@@ -591,7 +543,7 @@ def quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def outcome(make: Callable[..., Training], build: Callable[[], Setup], measure: Measure) -> Outcome:
+def outcome(make: Callable[..., Made], build: Callable[[], Setup], measure: Measure) -> Outcome:
     """Measure one set-up with one library; a failure is an outcome too."""
     torch.manual_seed(0)
     setup = build()
@@ -621,26 +573,25 @@ def run(only: str = "") -> tuple[list[str], bool]:
     Returns:
         The lines of the table, and whether dpfix was right everywhere.
     """
-    lines = [f"| set-up | plain Opacus {metadata.version('opacus')} | dpfix |", "|---|---|---|"]
+    lines = tables.head("set-up", f"plain Opacus {metadata.version('opacus')}", "dpfix")
     right = True
     for name, build, measure, refused in SETUPS:
         if only not in name:
             continue
         opacus = outcome(plain_opacus, build, measure)
-        ours = outcome(with_dpfix, build, measure)
+        ours = outcome(through_dpfix, build, measure)
         as_wanted = ours.right and ours.refused == refused
         right &= as_wanted
         silent = "" if opacus.right or opacus.text.startswith("stops") else "**silent** "
-        lines.append(f"| {name} | {silent}{opacus.text} | {'' if as_wanted else '**wrong** '}{ours.text} |")
+        lines.append(tables.row(name, silent + opacus.text, ("" if as_wanted else "**wrong** ") + ours.text))
         print(lines[-1], file=sys.stderr)
     return lines, right
 
 
-TABLE_BEGINS, TABLE_ENDS = "<!-- table begins -->", "<!-- table ends -->"
 PAGE = """\
 # Plain Opacus and dpfix, side by side
 
-This page is written by `make bench` (`python benchmarks/opacus_comparison.py --write`).
+This page is written by `make bench` (`python -m benchmarks.opacus_comparison --write`).
 It was made with torch {torch} and opacus {opacus}, in float32 on a CPU.
 
 Every row is one small script. Plain Opacus gets the model after `ModuleValidator.fix`.
@@ -660,15 +611,13 @@ Every row is one small script. Plain Opacus gets the model after `ModuleValidato
 """
 
 
-def write(table: str) -> None:
+def write(lines: list[str]) -> None:
     """Put the table into the documentation and the README."""
     root = Path(__file__).parents[1]
     versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "opacus")}
     norms = ", ".join(f"{c:g}" for c in CLIP_NORMS)
-    (root / "docs/comparison.md").write_text(PAGE.format(table=table, norms=norms, **versions))
-    readme = root / "README.md"
-    before, _, rest = readme.read_text().partition(TABLE_BEGINS)
-    readme.write_text(f"{before}{TABLE_BEGINS}\n{table}\n{TABLE_ENDS}{rest.partition(TABLE_ENDS)[2]}")
+    (root / "docs/comparison.md").write_text(PAGE.format(table="\n".join(lines), norms=norms, **versions))
+    tables.write(root / "README.md", lines)
 
 
 def main() -> int:
@@ -680,12 +629,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="only the set-ups whose name contains this text")
     parser.add_argument("--write", action="store_true", help="put the table into docs/comparison.md and README.md")
-    options = parser.parse_args()
-    lines, right = run(options.only)
-    table = "\n".join(lines)
-    print(table)
-    if options.write:
-        write(table)
+    given = parser.parse_args()
+    lines, right = run(given.only)
+    print("\n".join(lines))
+    if given.write:
+        write(lines)
     return 0 if right else 1
 
 

@@ -1,6 +1,6 @@
 """SimSiam on scikit-learn's digits, privately and not: does it collapse?
 
-``python benchmarks/simsiam_digits.py [--epochs 30] [--seeds 3] [--write docs/detach.md]``
+``python -m benchmarks.simsiam_digits [--epochs 30] [--seeds 3] [--write docs/detach.md]``
 
 1797 images of 8 x 8 pixels, 1297 to train on, 500 to test. Two views of an image (shifted by up to a pixel, brightness
 changed, pixels dropped) go through the same encoder; the prediction from one view is drawn to the features of the other,
@@ -16,8 +16,6 @@ The private run makes the very loop of the other one, after one call of ``dpfix.
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -27,13 +25,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import resnet10
-from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dpfix
+from benchmarks.common import tables
+from benchmarks.common.digits import digits
+from benchmarks.common.process import most_allocated
 
 TEST, BATCH, DELTA, LR = 500, 128, 5e-4, 1e-4
 MEAN, STD = 0.3, 0.38  # rough constants; the exact ones would be a statistic of the data
@@ -98,11 +97,9 @@ class Curve:
     region: str = ""
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    x = (torch.tensor(data.images, dtype=torch.float32)[:, None] / 16)[order]
-    y = torch.tensor(data.target)[order]
+def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and classes to train on, and those of the test."""
+    x, y = digits(0)
     return x[TEST:], y[TEST:], x[:TEST], y[:TEST]
 
 
@@ -122,7 +119,7 @@ def look(model: Any, data: tuple[Tensor, ...]) -> tuple[float, float]:
 
 def train(seed: int, epochs: int, every: int, noise: float | None) -> Curve:
     torch.manual_seed(seed)
-    data = digits()
+    data = split()
     model: Any = SimSiam()
     groups = [{"params": model.encoder.parameters()}, {"params": model.predictor.parameters(), "lr": 100 * LR}]
     optimizer: Any = torch.optim.Adam(groups, lr=LR)
@@ -157,17 +154,15 @@ def told(curves: list[Curve], name: str) -> list[str]:
         spread = statistics.median(c.spread[k] for c in curves)
         accuracy = statistics.median(c.accuracy[k] for c in curves)
         lowest = min(c.accuracy[k] for c in curves)
-        rows.append(f"| {name} | {epoch} | {spread:.2f} | {accuracy:.3f} ({lowest:.3f}) |")
+        rows.append(tables.row(name, epoch, f"{spread:.2f}", f"{accuracy:.3f} ({lowest:.3f})"))
     return rows
 
 
 def plot(private: list[Curve], plain: list[Curve], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), constrained_layout=True)
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
     for curves, name in ((plain, "without privacy"), (private, f"epsilon {private[0].epsilon:.1f}")):
         for axis, values in zip(axes, ([c.spread for c in curves], [c.accuracy for c in curves]), strict=True):
             axis.plot(
@@ -204,15 +199,7 @@ def peak_of_forward(regions: bool) -> float:
     batch = next(iter(loader))
     loss_of(training[0], batch).backward()
     training[1].zero_grad()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss = loss_of(training[0], batch)
-    loss.backward()
-    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
-    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 1e6
-
-
-START, END = "<!-- printed by benchmarks/simsiam_digits.py -->", "<!-- end -->"
+    return most_allocated(lambda: loss_of(training[0], batch)) / 1e6
 
 
 def main() -> None:
@@ -226,7 +213,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plain = [train(seed, given.epochs, given.every, None) for seed in range(given.seeds)]
     private = [train(seed, given.epochs, given.every, given.noise) for seed in range(given.seeds)]
-    x, y, test, wanted = digits()
+    x, y, test, wanted = split()
     seconds = [statistics.median(c.seconds for c in curves) for curves in (plain, private)]
     lines = [
         f"Medians over {given.seeds} seeds (lowest in brackets); noise multiplier {given.noise:g}, clip norm 1, batch {BATCH}, "
@@ -234,8 +221,7 @@ def main() -> None:
         f"{seconds[0]:.0f} s without privacy, {seconds[1]:.0f} s with it. 5-NN on raw pixels "
         f"{neighbours(x, y, test, wanted):.3f}, by chance 0.1.",
         "",
-        "| | epoch | std of a feature x sqrt(d) | 5-NN accuracy |",
-        "|---|---|---|---|",
+        *tables.head("", "epoch", "std of a feature x sqrt(d)", "5-NN accuracy"),
         *told(plain, "without privacy"),
         *told(private, "private"),
         "",
@@ -251,8 +237,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if given.write:
-        before, rest = given.write.read_text().split(START)
-        given.write.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+        tables.write(given.write, lines)
         plot(private, plain, given.write.parent / "images" / "simsiam_digits.png")
 
 

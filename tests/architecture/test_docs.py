@@ -11,7 +11,10 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import opacus_comparison
+from benchmarks.common import tables
 from dpfix.rules import RULES
+from tests.weights.legacy_zoo import REFUSED, ZOO
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -72,36 +75,30 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_readme_shows_the_measured_table() -> None:
     """The table of the README is the one of the comparison page, and every set-up is in it."""
-    comparison = load("benchmarks/opacus_comparison.py")
-    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/comparison.md").read_text()
-    table = readme.partition(comparison.TABLE_BEGINS)[2].partition(comparison.TABLE_ENDS)[0].strip()
-    assert table and table in page
-    assert [row for row, *_ in comparison.SETUPS if f"| {row} |" not in table] == []
+    table = tables.written(ROOT / "README.md")
+    assert table and table in (ROOT / "docs/comparison.md").read_text()
+    assert [row for row, *_ in opacus_comparison.SETUPS if f"| {row} |" not in table] == []
     assert "**wrong**" not in table
 
 
 @pytest.mark.parametrize("name", ["tokens", "crops", "detached", "dropped_last"])
 def test_comparison_is_right(name: str) -> None:
     """A few rows of the comparison, measured: dpfix is right, and Opacus is not."""
-    comparison = load("benchmarks/opacus_comparison.py")
-    _, build, measure, _ = next(row for row in comparison.SETUPS if row[1].__name__ == name)
-    assert comparison.outcome(comparison.with_dpfix, build, measure).right
-    assert not comparison.outcome(comparison.plain_opacus, build, measure).right
+    _, build, measure, _ = next(row for row in opacus_comparison.SETUPS if row[1].__name__ == name)
+    assert opacus_comparison.outcome(opacus_comparison.through_dpfix, build, measure).right
+    assert not opacus_comparison.outcome(opacus_comparison.plain_opacus, build, measure).right
 
 
 @pytest.mark.slow
 def test_whole_comparison() -> None:
     """The script's exit status says that dpfix was right in every row."""
-    script = ROOT / "benchmarks/opacus_comparison.py"
-    subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=1200)
+    command = [sys.executable, "-m", "benchmarks.opacus_comparison"]
+    subprocess.run(command, check=True, capture_output=True, timeout=1200, cwd=ROOT)
 
 
 def test_weights_page_has_every_network() -> None:
     """The table says of every network that dpfix loads it rightly or refuses it."""
-    from tests.weights.legacy_zoo import REFUSED, ZOO
-
-    script, page = load("benchmarks/legacy_weights.py"), (ROOT / "docs/weights.md").read_text()
-    table = page.partition(script.BEGINS)[2].partition(script.ENDS)[0]
+    table = tables.written(ROOT / "docs/weights.md")
     cells = {
         line.split("|")[1].strip(): line.split("|")[3].strip() for line in table.splitlines() if line.startswith("|")
     }

@@ -1,25 +1,21 @@
-"""What the comparisons of plain Opacus with dpfix share: the sum that is released, and the one that it should be."""
+"""The sum that a private optimizer releases, and the one that it should be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FAILURES = (
-    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError
-)  # fmt: skip
-"""What ends a training with plain Opacus."""
+from benchmarks.common.libraries import Step
 
 Gradients = dict[str, Tensor]
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def released(
-    model: nn.Module, optimizer: Any, loss: Loss, batch: Any, clip_norm: float, *, mean: bool = True
+    model: nn.Module, optimizer: Any, loss: Step, batch: Any, clip_norm: float, *, mean: bool = True
 ) -> Gradients:
     """The sum that the private optimizer would release for a batch, by name of the parameter.
 
@@ -45,7 +41,7 @@ def released(
     }
 
 
-def gradient(model: nn.Module, loss: Loss, batch: Any) -> Gradients:
+def gradient(model: nn.Module, loss: Step, batch: Any) -> Gradients:
     """The gradient of the loss by ordinary autograd.
 
     Args:
@@ -91,7 +87,13 @@ def norm(gradients: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
-def draws(generator: torch.Generator, sampler: Any, seed: int) -> Sequence[Sequence[int]]:
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Euclidean distance; a parameter that is missing counts as zero."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return norm({n: a.get(n, zero).double() - b.get(n, zero).double() for n in a.keys() | b.keys()})
+
+
+def drawn_after(generator: torch.Generator, sampler: Any, seed: int) -> Sequence[Sequence[int]]:
     """The batches that a loader draws after a seed.
 
     Args:

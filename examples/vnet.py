@@ -3,7 +3,7 @@
 All data ships inside the ``nilearn`` package: the MNI152 T1 volume and its grey- and white-matter probability
 maps. The same training loop runs twice; the private run differs by one call.
 
-Run it with ``make demo`` or ``python benchmarks/demo_vnet.py --help``.
+Run it with ``make demo`` or ``python examples/vnet.py --help``.
 """
 
 from __future__ import annotations
@@ -133,10 +133,8 @@ def train(
     name: str,
     epsilon: Callable[[], float],
 ) -> Run:
-    """Train and record; nothing in here knows about privacy, and both runs come through here.
-
-    An epoch is a fixed number of steps, as in nnU-Net: a pass over all patches would outlast a demo.
-    """
+    """Train and record; nothing in here knows about privacy, and both runs come through here."""
+    # An epoch is a fixed number of steps, as in nnU-Net: a pass over all patches would outlast a demo.
     run, start = Run(name), time.perf_counter()
     model.train()
     print(f"\n{name}\nepoch    loss    Dice   epsilon")

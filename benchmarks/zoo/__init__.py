@@ -1,0 +1,1 @@
+"""Every trainable network of ``monai.networks.nets``: run as ``python -m benchmarks.zoo``."""
