@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpfix.api import options_of
 from dpfix.report.finding import Finding
 from dpfix.rules import RULES
-from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan
 
 PAGES = Path(__file__).parent / "rules"
@@ -122,7 +122,7 @@ def scan_of(case: dict[str, Any]) -> Scan:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     if loader is None:
         loader = DataLoader(TensorDataset(torch.zeros(8, 6)), batch_size=4)
-    return Scan(module, optimizer, loader, Options(**case))
+    return Scan(module, optimizer, loader, *options_of(case))
 
 
 def findings(rule: ModuleType) -> Iterator[Finding]:

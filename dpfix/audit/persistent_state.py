@@ -16,16 +16,12 @@ from dpfix.instrument.module_state import Key, put_back, same, state_of, tracele
 from dpfix.instrument.source import describe_module
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.report.finding import Finding
 
 
 def check_state(module: nn.Module, record: StepRecord) -> None:
     """Refuse a model whose forward pass keeps something of the samples.
-
-    Args:
-        module: the model.
-        record: what the probe showed.
 
     Raises:
         StateWrittenError: state that depends on the samples was written.
@@ -49,6 +45,7 @@ def check_state(module: nn.Module, record: StepRecord) -> None:
 
 _SAME = 1e-6
 """Relative change of a loss that is rounding."""
+
 States = list[tuple[nn.Module, dict[Key, Any]]]
 
 
@@ -95,15 +92,14 @@ def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
         _put_back(before)
 
 
-def check_outside(module: nn.Module, step: TrainingStep, probe: Probe, modules: Sequence[nn.Module]) -> None:
+def check_outside(subject: Subject, probe: Probe, modules: Sequence[nn.Module]) -> None:
     """Refuse a training step that keeps something of the samples for later steps.
 
     A buffer that depends on the samples is kept by intention. An attribute may be a note of what was computed; it counts
     if another sample's note changes the loss.
 
     Args:
-        module: the repaired model.
-        step: from batch to loss.
+        subject: the model and its training step.
         probe: the samples.
         modules: modules outside of the model.
 
@@ -112,27 +108,27 @@ def check_outside(module: nn.Module, step: TrainingStep, probe: Probe, modules: 
     """
     before = [(m, state_of(m)) for m in modules]
     first, other = probe.singles[0], probe.singles[-1]
-    with traceless(module), FixedRandomness():
-        alone = _loss(module, step, first)
+    with traceless(subject.module), FixedRandomness():
+        alone = _loss(subject, first)
         ones = [written(m, state) for m, state in before]
         if not any(ones):
             return
         _put_back(before)
-        _loss(module, step, other)
+        _loss(subject, other)
         others = [written(m, state) for m, state in before]
-        moved = not abs(_loss(module, step, first) - alone) <= _SAME * max(abs(alone), _SAME)
+        moved = not abs(_loss(subject, first) - alone) <= _SAME * max(abs(alone), _SAME)
         _put_back(before)
     for m, one, another in zip(modules, ones, others, strict=True):
         for path, name in one.keys() | another.keys():
             dependent = not same(one.get((path, name)), another.get((path, name)))
             owner = m.get_submodule(path)
             if dependent and (moved or name in owner._buffers):
-                raise StateWrittenError(_text(owner, name))
+                raise StateWrittenError(_written_outside(owner, name))
 
 
-def _loss(module: nn.Module, step: TrainingStep, batch: Any) -> float:
+def _loss(subject: Subject, batch: Any) -> float:
     with torch.enable_grad():
-        return float(step.loss(module, batch).detach())
+        return float(subject.loss(batch).detach())
 
 
 def _put_back(states: States) -> None:
@@ -140,12 +136,13 @@ def _put_back(states: States) -> None:
         put_back(module, state)
 
 
-def _text(owner: nn.Module, name: str) -> str:
-    return (
-        f"DPF012 [breaks-guarantee] the training step writes `{name}` of {type(owner).__name__}, which is no part of the "
-        "model, and what is written depends on the samples.\n"
-        "  why:  a centre, a queue or a running average of the batch changes later steps, and leaves the training without "
-        "noise.\n"
-        "  help: keep it fixed (computed from public data), or use a loss without it; what is only a log can be kept outside "
-        "of the module."
+def _written_outside(owner: nn.Module, name: str) -> Finding:
+    return Finding.refusal(
+        "DPF012",
+        f"the training step writes `{name}` of {type(owner).__name__}, which is no part of the model, and what is written "
+        "depends on the samples.",
+        "a centre, a queue or a running average of the batch changes later steps, and leaves the training without noise.",
+        "keep it fixed (computed from public data), or use a loss without it; what is only a log can be kept outside of "
+        "the module.",
+        path=name,
     )

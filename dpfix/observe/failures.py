@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpfix.errors import DPFixError, TrainingStepError
+from dpfix.errors import USER_CODE_ERRORS, DPFixError, TrainingStepError
 from dpfix.observe.training_step import TrainingStep
 
 
@@ -27,15 +27,7 @@ def described_failures(step: TrainingStep) -> Iterator[None]:
         yield
     except DPFixError:
         raise
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except USER_CODE_ERRORS as error:
         raise TrainingStepError(
             f"the training step ({step.origin}) fails on a probe of a few samples, or on a single one: "
             f"{type(error).__name__}: {error} ({_last_place(error)}). Check training_step= and criterion=, and that the "

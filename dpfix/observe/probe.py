@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dpfix.errors import LoaderError
+from dpfix.errors import USER_CODE_ERRORS, LoaderError
 from dpfix.instrument import pytree
 from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -24,9 +24,6 @@ from dpfix.sampling.rate import index_set
 
 SAMPLES = 4
 """Number of samples in a probe, at most; as many as the script's batches have if those are smaller."""
-
-COLLATE_FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError)
-"""What a dataset or a collate function raises for samples it cannot take."""
 
 _SEED = 20160623
 
@@ -246,7 +243,7 @@ def take(
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
         return _collated([_redraw(item, generator) for item in items], collate.collated)
-    except COLLATE_FAILURES as error:
+    except USER_CODE_ERRORS as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed: "
             f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "

@@ -11,6 +11,7 @@ from torch import nn
 
 from dpfix.errors import TrainingStepError
 from dpfix.instrument import pytree
+from dpfix.report.finding import Finding
 
 StepFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -55,6 +56,43 @@ class TrainingStep:
                 "There is nothing to train; check requires_grad of the parameters and any no_grad block."
             )
         return loss.reshape(())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is observed and audited.
+
+    Attributes:
+        module: the repaired model, in training mode.
+        step: from batch to loss.
+    """
+
+    module: nn.Module
+    step: TrainingStep
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch on the plain model; see :meth:`TrainingStep.loss`."""
+        return self.step.loss(self.module, batch)
+
+
+def unknown_loss(step: TrainingStep) -> list[Finding]:
+    """Advice about a loss that is checked on the first real steps only, if it is such a one."""
+    if step.loss_known:
+        return []
+    return [
+        Finding.advice(
+            "DPF020",
+            f"the loop's loss is not known ({step.origin}).",
+            "whether it couples the samples (batch Dice, class weights with mean, ignore_index) is checked on the first "
+            "real steps, in backward().",
+            help="pass criterion= or training_step= to have it checked before training, on harder samples too.",
+            path="training_step",
+        )
+    ]
 
 
 def infer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -78,7 +79,7 @@ class Surgery:
                 before = {name: getattr(module, name) for name in result}
                 self.set_attributes(module, result)
                 self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
-        after = Scan(self.scan.module, self.scan.optimizer, self.scan.data_loader, self.scan.options)
+        after = replace(self.scan)
         for rule in dict.fromkeys(rule for rule, _ in fixed):
             left = [f for f in rule.find(after) if f.fixability in changes]
             if left:

@@ -81,7 +81,7 @@ def find(scan: Scan) -> Iterator[Finding]:
         yield Finding(
             **common,
             fixability=Fixability.CHANGES_MODEL,
-            fix=f"{_describe(module, scan.options.norm)}; weight, bias, eps, dtype and requires_grad kept, "
+            fix=f"{_describe(module, scan.privacy.norm)}; weight, bias, eps, dtype and requires_grad kept, "
             "running statistics dropped",
             help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
             "module.eval() and requires_grad_(False) on this layer.",
@@ -110,13 +110,13 @@ def fix(module: nn.Module, scan: Scan) -> nn.Module:
 
     Args:
         module: a BatchNorm.
-        scan: the objects of the call; ``scan.options.norm`` chooses the replacement.
+        scan: the objects of the call; ``scan.privacy.norm`` chooses the replacement.
 
     Returns:
         A GroupNorm or an InstanceNorm.
     """
     assert isinstance(module, _BatchNorm)
-    return _replacement(module, scan.options.norm)
+    return _replacement(module, scan.privacy.norm)
 
 
 def group_count(channels: int, smallest: int) -> int:

@@ -52,7 +52,7 @@ def find(scan: Scan) -> Iterator[Finding]:
         if not any(p.requires_grad for p in module.parameters()):
             continue
         common = {"code": CODE, "path": path, "why": "its weights are used inside fused kernels."}
-        if not scan.options.opacus_only:
+        if not scan.performance.opacus_only:
             yield Finding(
                 **common,
                 severity=Severity.ADVICE,
@@ -68,7 +68,7 @@ def find(scan: Scan) -> Iterator[Finding]:
             **common,
             severity=Severity.BLOCKS_TRAINING,
             fixability=Fixability.EXACT if equal else Fixability.REFUSED,
-            fact=f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.options.grad_sample_mode}'.",
+            fact=f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.performance.grad_sample_mode}'.",
             fix=f"Opacus's replacement; largest difference on a probe {difference:.1e}" if equal else "",
             help="" if equal else f"Opacus's replacement {told}; leave grad_sample_mode at 'auto'.",
         )

@@ -15,7 +15,7 @@ from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.scan.options import NORMS, Options
+from dpfix.scan.options import NORMS, PerformanceOptions, PrivacyOptions
 
 MODES = ("auto", *BY_NAME)
 """Legal values of ``grad_sample_mode``."""
@@ -47,28 +47,30 @@ def check_objects(module: Any, optimizer: Any, data_loader: Any) -> None:
             )
 
 
-def check_values(options: Options, module: nn.Module, loss_reduction: str, noise_multiplier: Any) -> None:
+def check_values(
+    privacy: PrivacyOptions, performance: PerformanceOptions, module: nn.Module, noise_multiplier: Any
+) -> None:
     """Every value has to be legal.
 
     Args:
-        options: modes, schemes and clip norm.
+        privacy: scheme, reduction and clip norm.
+        performance: the mode.
         module: the model, for the number of its parameters.
-        loss_reduction: ``"mean"`` or ``"sum"``.
         noise_multiplier: the noise.
 
     Raises:
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
-    _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-    _check_choice("grad_sample_mode", options.grad_sample_mode, MODES)
-    _check_choice("norm", options.norm, NORMS)
-    _check_choice("clipping", options.clipping, CLIPPING)
+    _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
+    _check_choice("grad_sample_mode", performance.grad_sample_mode, MODES)
+    _check_choice("norm", privacy.norm, NORMS)
+    _check_choice("clipping", privacy.clipping, CLIPPING)
     if not (isinstance(noise_multiplier, (int, float)) and 0 <= noise_multiplier < math.inf):
         raise ArgumentError(
             f"noise_multiplier={noise_multiplier!r} must be a finite number >= 0: the noise's standard deviation as a "
             "multiple of max_grad_norm. Typical values are 0.5 to 2."
         )
-    _check_clip_norm(options, module)
+    _check_clip_norm(privacy, module)
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -81,8 +83,8 @@ def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
     )
 
 
-def _check_clip_norm(options: Options, module: nn.Module) -> None:
-    value = options.max_grad_norm
+def _check_clip_norm(privacy: PrivacyOptions, module: nn.Module) -> None:
+    value = privacy.max_grad_norm
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or not all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values):
         raise ArgumentError(
@@ -90,31 +92,26 @@ def _check_clip_norm(options: Options, module: nn.Module) -> None:
             "largest Euclidean norm a sample's gradient keeps."
         )
     trainable = sum(p.requires_grad for p in module.parameters())
-    per_layer = options.clipping == "per_layer"
+    per_layer = privacy.clipping == "per_layer"
     if per_layer != isinstance(value, (list, tuple)) or (per_layer and len(values) != trainable):
         raise ArgumentError(
-            f"max_grad_norm has {len(values)} value(s) for clipping='{options.clipping}' and {trainable} trainable "
+            f"max_grad_norm has {len(values)} value(s) for clipping='{privacy.clipping}' and {trainable} trainable "
             "parameters. Pass one number for flat or adaptive clipping, and one number per trainable parameter, in the "
             "order of module.parameters(), for clipping='per_layer'."
         )
 
 
-def check_ranks(ranks: Ranks, options: Options, secure_mode: bool) -> None:
+def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> None:
     """What cannot be done on several processes yet.
-
-    Args:
-        ranks: the processes.
-        options: the scheme of clipping.
-        secure_mode: whether the draws are to come from a cryptographic generator.
 
     Raises:
         ArgumentError: something of that was asked for.
     """
     if ranks.size == 1:
         return
-    if options.clipping != "flat":
+    if privacy.clipping != "flat":
         raise ArgumentError(
-            f"clipping={options.clipping!r} with {ranks.size} ranks: dpfix adds up the ranks for flat clipping only. Pass "
+            f"clipping={privacy.clipping!r} with {ranks.size} ranks: dpfix adds up the ranks for flat clipping only. Pass "
             "clipping='flat'."
         )
     if secure_mode:
@@ -178,23 +175,20 @@ def check_budget(target_epsilon: Any, epochs: Any) -> None:
         )
 
 
-def check_augmentation(augmentation: Any, options: Options) -> None:
+def check_augmentation(privacy: PrivacyOptions) -> None:
     """Views of samples are made by the private loader.
 
-    Args:
-        augmentation: what the call was given.
-        options: whether there is one.
-
     Raises:
-        ArgumentError: it is of another kind, or there is no private loader.
+        ArgumentError: ``augmentation`` is of another kind, or there is no private loader.
     """
+    augmentation = privacy.augmentation
     if augmentation is None:
         return
     if not isinstance(augmentation, AugmentationMultiplicity):
         raise ArgumentError(
             f"augmentation is {type(augmentation).__name__}. Pass dpfix.AugmentationMultiplicity(transform, k=8)."
         )
-    if not options.poisson_sampling:
+    if not privacy.poisson_sampling:
         raise ArgumentError(
             "augmentation needs poisson_sampling=True: the views are made by the private loader, and poisson_sampling=False "
             "leaves the loader alone. For batches of your own, collate the views of a sample next to each other."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.instrument.source import describe_module
 from dpfix.report.finding import Finding
-from dpfix.scan.options import Options
+from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Scan:
         module: the user's model.
         optimizer: the user's optimizer.
         data_loader: the user's loader.
-        options: what was asked for.
+        privacy: what was asked for that decides what is released.
+        performance: what was asked for that decides how it is computed.
     """
 
     module: nn.Module
     optimizer: Optimizer
     data_loader: DataLoader[Any]
-    options: Options = field(default_factory=Options)
+    privacy: PrivacyOptions
+    performance: PerformanceOptions
 
     @cached_property
     def aliases(self) -> Mapping[nn.Module, tuple[str, ...]]:

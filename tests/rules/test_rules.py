@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import dpfix
+from dpfix.api import options_of
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules import RULES
-from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan
 from tests.rules.examples import Example, example
 
@@ -32,8 +32,8 @@ def examples(kind: str) -> Any:
 
 
 def found(rule: ModuleType, given: Example) -> list[Finding]:
-    options = Options(grad_sample_mode=given.mode)
-    return list(rule.find(Scan(given.module, given.optimizer, given.data_loader, options)))
+    options = options_of({"grad_sample_mode": given.mode})
+    return list(rule.find(Scan(given.module, given.optimizer, given.data_loader, *options)))
 
 
 @examples("VALID")
