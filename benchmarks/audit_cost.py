@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.audit import clipped_sum, isolation, persistent_state
+from dpfix import pipeline
 from dpfix.choose import select, timing
-from dpfix.observe import run as observe_run
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -216,10 +215,10 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
 
 
 PROVING = (
-    (observe_run, "observe", "observe"),
-    (persistent_state, "check_state", "isolate"),
-    (isolation, "check_isolation", "isolate"),
-    (clipped_sum, "reference", "isolate"),
+    (pipeline, "observe", "observe"),
+    (pipeline, "check_inside", "isolate"),
+    (pipeline, "check_isolation", "isolate"),
+    (pipeline, "reference", "isolate"),
     (select, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpfix.audit.isolation import check_isolation, weighted_by_rows
-from dpfix.audit.persistent_state import check_outside, check_state, kept, modules_outside
+from dpfix.audit.persistent_state import check_inside, check_outside, kept, modules_outside
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
@@ -133,10 +133,6 @@ def versions() -> Mapping[str, str]:
 def prepare(request: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
 
-    Args:
-        request: the request.
-        surgery: the transaction that repairs go through.
-
     Returns:
         The plan and the evidence for it.
     """
@@ -159,7 +155,7 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     _check_validator(request, findings)
 
     record = observe(subject, samples)
-    check_state(subject.module, record)
+    check_inside(subject.module, record)
     check_outside(subject, samples, outside)
     if record.unused and record.together.used:
         for name in record.unused:
@@ -204,11 +200,7 @@ def _materialised(subject: Subject, samples: probe.Probe) -> bool:
 
 
 def refuse(found: Sequence[tuple[Any, Finding]]) -> None:
-    """Stop the call if a rule refuses.
-
-    Args:
-        found: ``(rule, finding)`` pairs.
-    """
+    """Stop the call if a rule refuses."""
     refused = [(rule, finding) for rule, finding in found if finding.refused]
     if refused:
         raise refused[0][0].ERROR([finding for _, finding in refused])
@@ -364,7 +356,7 @@ def _attempt(
         return None  # no legal sample for this model: an index out of range, a division by zero
     if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):
         return None
-    check_state(subject.module, record)
+    check_inside(subject.module, record)
     try:
         check_isolation(subject, trial, plan, request.criterion)
     except (CoupledModelError, LossError):
@@ -375,11 +367,7 @@ def _attempt(
 
 
 def warn_blocked(report: Report) -> None:
-    """Warn about what blocks training and was neither repaired nor refused: nobody has to print a report.
-
-    Args:
-        report: the report of a call that went through.
-    """
+    """Warn about what blocks training and was neither repaired nor refused: nobody has to print a report."""
     for finding in report.findings:
         if finding.severity is Severity.BLOCKS_TRAINING and finding.fixability is Fixability.NOTHING:
             warn_user(str(finding))

@@ -39,9 +39,6 @@ def check_engine(
     """Compare what an engine releases for a probe with the reference.
 
     Args:
-        engine: the engine.
-        subject: the model and its training step.
-        trial: the samples and the reference.
         plan: how the model is to be trained; with this engine, whatever it says about that.
         clip_norms: the clip norms at which they are compared; those of the reference if not given.
         left_out: number of a sample; if given, leaving it out may move the sum by at most C.
@@ -112,9 +109,7 @@ def movement(every: Gradients, fewer: Gradients, clip_norm: float) -> float:
     """How far leaving a sample out moves the clipped sum.
 
     Args:
-        every: the clipped sum of all samples.
         fewer: the clipped sum without one of them.
-        clip_norm: C.
 
     Returns:
         The Euclidean distance as a multiple of C.

@@ -33,7 +33,6 @@ def check_isolation(
     """Sample i must not feel sample j: first in the model's outputs, then in the loss.
 
     Args:
-        subject: the model and its training step.
         trial: the samples, what they showed, and the reference.
         plan: for the loss reduction.
         criterion: the criterion of the call, to name the cause of a coupling.

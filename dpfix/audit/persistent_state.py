@@ -19,8 +19,13 @@ from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.report.finding import Finding
 
+_SAME = 1e-6
+"""Relative change of a loss that is rounding."""
 
-def check_state(module: nn.Module, record: StepRecord) -> None:
+States = list[tuple[nn.Module, dict[Key, Any]]]
+
+
+def check_inside(module: nn.Module, record: StepRecord) -> None:
     """Refuse a model whose forward pass keeps something of the samples.
 
     Raises:
@@ -43,19 +48,8 @@ def check_state(module: nn.Module, record: StepRecord) -> None:
     )
 
 
-_SAME = 1e-6
-"""Relative change of a loss that is rounding."""
-
-States = list[tuple[nn.Module, dict[Key, Any]]]
-
-
 def modules_outside(model: nn.Module, criterion: Any, training_step: Any) -> list[nn.Module]:
     """Modules that the loss consists of, and others that the training step refers to: all but the model's.
-
-    Args:
-        model: the model.
-        criterion: the criterion of the call, if any.
-        training_step: the training step of the call, if any.
 
     Returns:
         Each once.
@@ -79,9 +73,6 @@ def _apart(root: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
 def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What a few probe steps write into these modules is undone.
 
-    Args:
-        modules: modules outside of the model.
-
     Yields:
         Nothing.
     """
@@ -97,11 +88,6 @@ def check_outside(subject: Subject, probe: Probe, modules: Sequence[nn.Module]) 
 
     A buffer that depends on the samples is kept by intention. An attribute may be a note of what was computed; it counts
     if another sample's note changes the loss.
-
-    Args:
-        subject: the model and its training step.
-        probe: the samples.
-        modules: modules outside of the model.
 
     Raises:
         StateWrittenError: state that depends on the samples was written.

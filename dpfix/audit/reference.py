@@ -94,7 +94,6 @@ def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> 
     """The batch-of-one reference of a recorded step.
 
     Args:
-        record: what the probe showed.
         unused: parameters that are not trained.
         share: what the gradient of a sample's loss is multiplied with: a sum over views is to be their mean.
 

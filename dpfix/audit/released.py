@@ -28,11 +28,6 @@ def released_sums(
     """The clipped sums that the optimizer would release for a probe, one per clip norm.
 
     Args:
-        engine: the engine.
-        subject: the model and its training step.
-        probe: the samples.
-        plan: how the model is to be trained.
-        clip_norms: the clip norms.
         drew: whether the plain step draws anything random, which then has to be fixed by a look at every operation; if it
             does not, this is done only where the engine draws nevertheless.
 
@@ -95,12 +90,6 @@ def clipped_sums(
     handle: Handle, parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
 ) -> list[Gradients]:
     """Let the engine clip, or Opacus's optimizer where per-sample gradients were collected, once per clip norm.
-
-    Args:
-        handle: the engine, after the backward pass.
-        parameters: the trained parameters by name.
-        clip_norms: the clip norms.
-        plan: how the model is to be trained.
 
     Returns:
         The clipped sums by parameter name.

@@ -47,12 +47,9 @@ def choose(
     """Audit the candidates, time those that pass, keep the fastest that also passes on the harder probes.
 
     Args:
-        subject: the model and its training step.
-        trials: the probes.
         plan: everything about the training but the engine.
         options: ``grad_sample_mode`` of the call; whether to remember the order of the engines, and to use what is
             remembered.
-        batch_size: the script's batch size.
         chosen_by_rank_0: the only candidate, on the other ranks.
 
     Returns:

@@ -41,10 +41,8 @@ def in_order(
 
     Args:
         engines: those that passed the audit.
-        subject: the model and its training step.
         probe: the samples of which batches are made.
         plan: everything about the training but the engine.
-        batch_size: the script's batch size.
 
     Returns:
         Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.

@@ -90,10 +90,6 @@ class Calls:
     def run(self, call: Callable[[], Any], activation: Activation) -> Any:
         """Run a call and remember which nodes it made.
 
-        Args:
-            call: what is to be run.
-            activation: what it does.
-
         Returns:
             What the call returns.
         """
@@ -105,9 +101,6 @@ class Calls:
     def of(self, node: Any) -> Activation:
         """The call that made a node.
 
-        Args:
-            node: a node of the graph.
-
         Returns:
             The call, or the name of the node if no call is known to have made it.
         """
@@ -118,10 +111,6 @@ class Calls:
 
 def repeated(loss: torch.Tensor, calls: Calls) -> tuple[Repeated, ...]:
     """Find every activation that is applied to what has already gone through one.
-
-    Args:
-        loss: a loss before ``backward()``.
-        calls: the calls that were seen while it was computed.
 
     Returns:
         One entry per pair of lines.

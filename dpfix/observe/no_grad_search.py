@@ -28,8 +28,6 @@ def find(subject: Subject, probe: Probe, record: StepRecord, unused: Sequence[st
 
     Args:
         subject: the model and its training step; parameters that no gradient reaches are already frozen.
-        probe: the samples.
-        record: what the probe showed.
         unused: parameters that no gradient reaches, frozen by now.
 
     Returns:

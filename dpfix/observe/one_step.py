@@ -25,8 +25,6 @@ def run_step(
     """One forward and backward pass on the plain model with fixed randomness.
 
     Args:
-        subject: the model and its training step.
-        batch: a collated batch.
         before: snapshot of the model's state, to tell what was written.
         log: where it is written down, if that is wanted.
         watched: whether to fix randomness, by a look at every operation; if not, the step must draw nothing.
@@ -70,13 +68,6 @@ def _dense(p: nn.Parameter) -> torch.Tensor:
 def run_like(earlier: Run | None, subject: Subject, batch: Any, before: dict[Key, Any], log: StepLog) -> Run:
     """The step on other samples; where an earlier run drew nothing, no operation is watched unless this one draws.
 
-    Args:
-        earlier: an earlier run of the same step, if there is one.
-        subject: the model and its training step.
-        batch: a collated batch.
-        before: snapshot of the model's state.
-        log: where it is written down.
-
     Returns:
         What happened.
     """
@@ -109,11 +100,6 @@ def decided_by_rounding(subject: Subject, probe: Probe, tolerance: float) -> boo
 
     A constant sample behind several normalisations is such a case: each divides by nearly nothing. Its gradient in a
     batch and alone may then differ without any coupling.
-
-    Args:
-        subject: the model and its training step.
-        probe: the samples.
-        tolerance: relative change that counts.
 
     Returns:
         True if that is so for any of the samples.

@@ -30,8 +30,6 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None) -> 
     """Run the step on every sample alone and on all together.
 
     Args:
-        subject: the model and its training step.
-        probe: the samples.
         known: what the ordinary probe showed, if this one was made from it: samples that are the same are not run again,
             and functions and layers are not written down again.
 

@@ -33,13 +33,6 @@ def overwritten_by_every_step(
 ) -> tuple[Key, ...]:
     """Attributes that hold nothing of an earlier step: after another sample, the step ends as it does from the start.
 
-    Args:
-        subject: the model and its training step.
-        probe: the samples.
-        before: snapshot of the model's state.
-        first: the run on the first sample alone.
-        dependent: what depends on the samples.
-
     Returns:
         Those of ``dependent`` for which that is so.
     """

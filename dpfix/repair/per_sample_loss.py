@@ -134,8 +134,10 @@ def _samples(tree: Any) -> int:
     sizes = {t.shape[0] for t in pytree.tensors(tree) if t.dim()}
     if len(sizes) != 1 or 0 in sizes:
         raise LossError(
-            f"PerSampleLoss got tensors with {sorted(sizes)} rows in dimension 0; every output and target has to hold the "
-            "same samples, at least one. Pass per-sample outputs and targets, [samples, ...] each."
+            f"PerSampleLoss got tensors with {sorted(sizes)} rows in dimension 0;",
+            "every output and target has to hold the same samples, at least one.",
+            "Pass per-sample outputs and targets, [samples, ...] each.",
+            path="criterion",
         )
     return sizes.pop()
 

@@ -63,9 +63,6 @@ class Scan:
     def place(self, path: str) -> str:
         """Where a module stands, for messages.
 
-        Args:
-            path: module path; empty for the root.
-
         Returns:
             For example ``BatchNorm3d at `down.0.norm` (in Encoder, unet.py:214)``.
         """
@@ -74,10 +71,6 @@ class Scan:
 
 def run_rules(scan: Scan, rules: tuple[Any, ...]) -> tuple[tuple[Any, Finding], ...]:
     """Ask every rule what it finds.
-
-    Args:
-        scan: the objects of the call.
-        rules: rule modules, in order.
 
     Returns:
         ``(rule, finding)`` pairs in the order of the rules.
