@@ -105,7 +105,7 @@ def make_private_safe(
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
         RankError: another of the processes that make this call together cannot, or makes another call.
     """
-    request = _out_of_earlier(_request(locals()))
+    request = _out_of_earlier(_request(locals()))  # all arguments by name
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
@@ -192,7 +192,7 @@ def make_private_safe_with_epsilon(
     with request.ranks.all_or_none():
         check_delta(target_delta)
         check_budget(target_epsilon, epochs)
-        _check(request, 0.0, arguments.keys() - _ARGUMENTS.keys())
+        _check(request, 0.0, [name for name in arguments if name not in _ARGUMENTS])
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         try:
             noise = get_noise_multiplier(

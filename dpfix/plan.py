@@ -89,7 +89,6 @@ class Plan:
         """How much of a sample's own loss is in the loss of the batch.
 
         Args:
-            samples: number of samples in the batch.
             counts: rows of every sample, where these are not the same for all.
 
         Returns:
@@ -112,7 +111,6 @@ class Plan:
         That undoes the mean over the samples, and makes a sum over views their mean.
 
         Args:
-            samples: number of samples in the batch.
             counts: rows of every sample, where these are not the same for all.
 
         Returns:
@@ -126,10 +124,6 @@ class Plan:
 
 def switched_on(module: nn.Module, path: str) -> str:
     """What is said about a normalisation that was audited in evaluation mode and is in training mode now.
-
-    Args:
-        module: the model.
-        path: path of the normalisation.
 
     Returns:
         The text of the refusal.

@@ -38,9 +38,6 @@ class CallCounter:
     def site(self, path: str) -> CallSite:
         """A module is being called now.
 
-        Args:
-            path: its path.
-
         Returns:
             Which call it is.
         """
