@@ -20,10 +20,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfix import errors
+from dpfix.api import options_of
 from dpfix.report.codes import CODES, RETIRED
 from dpfix.report.finding import Finding, Fixability
 from dpfix.rules import RULES, Rule
-from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan, run_rules
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def scan_of(case: dict[str, Any]) -> Scan:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     if loader is None:
         loader = DataLoader(TensorDataset(torch.zeros(8, 6)), batch_size=4)
-    return Scan(module, optimizer, loader, Options(**case))
+    return Scan(module, optimizer, loader, *options_of(case))
 
 
 def findings(rule: Rule) -> Iterator[Finding]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,21 +14,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.choose.settings import versions
-from dpfix.distributed import Ranks, fingerprint
+from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import Request, prepare, refuse, warn_blocked
-from dpfix.plan import Plan
+from dpfix.pipeline import prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
 from dpfix.rules import RULES, compiled
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.loader import augmentation_of
-from dpfix.sampling.rate import batch_size, index_set, sample_rate
+from dpfix.sampling.rate import sample_rate
 from dpfix.scan.arguments import (
     check_augmentation,
     check_budget,
@@ -37,10 +35,11 @@ from dpfix.scan.arguments import (
     check_ranks,
     check_values,
 )
-from dpfix.scan.options import Options
+from dpfix.scan.options import PerformanceOptions, PrivacyOptions
+from dpfix.scan.request import Request
 from dpfix.scan.scan import run_rules
-from dpfix.training import checkpoint
 from dpfix.training.handoff import end_earlier, hand_off, option_names
+from dpfix.training.privacy_engine import CheckpointingEngine
 from dpfix.training.result import PrivateTraining
 
 
@@ -106,63 +105,53 @@ def make_private_safe(
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
         RankError: another of the processes that make this call together cannot, or makes another call.
     """
-    call = _call(
-        module,
-        optimizer,
-        data_loader,
-        criterion=criterion,
-        training_step=training_step,
-        batch_first=batch_first,
-        loss_reduction=loss_reduction,
-        grad_sample_mode=grad_sample_mode,
-        augmentation=augmentation,
-        norm=norm,
-        clipping=clipping,
-        max_grad_norm=max_grad_norm,
-        poisson_sampling=poisson_sampling,
-        no_grad_regions=no_grad_regions,
-        cache=cache,
-    )
+    request = _out_of_earlier(_request(locals()))  # all arguments by name
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
-    with call.ranks.all_or_none():
-        _check(call, noise_multiplier, options)
-        check_ranks(call.ranks, call.options, engine.secure_mode)
+    with request.ranks.all_or_none():
+        _check(request, noise_multiplier, options)
+        check_ranks(request.ranks, request.privacy, engine.secure_mode)
         if not wrap_model and grad_sample_mode != "auto" and BY_NAME[grad_sample_mode].needs_wrapper:
             raise ArgumentError(
-                f"grad_sample_mode={grad_sample_mode!r} needs wrap_model=True: Opacus's expanded weights work through its "
-                "wrapper. Pass wrap_model=True, or leave grad_sample_mode at 'auto'."
+                f"grad_sample_mode={grad_sample_mode!r} needs wrap_model=True:",
+                "Opacus's expanded weights work through its wrapper.",
+                "Pass wrap_model=True, or leave grad_sample_mode at 'auto'.",
+                path="wrap_model",
             )
-        with rng_untouched(only_on_error=True), Surgery(call.scan) as surgery:
-            prepared = prepare(call, surgery)
-            call.ranks.check_same(_what_is_trained(call, prepared.plan, noise_multiplier))
+        with rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
+            prepared = prepare(request, surgery)
+            request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
-                module=call.module,
-                optimizer=call.optimizer,
+                module=request.module,
+                optimizer=request.optimizer,
                 data_loader=data_loader,
                 plan=prepared.plan,
                 placeholder=prepared.placeholder,
                 known_rows=prepared.known_rows,
-                augmentation=call.augmentation,
+                augmentation=request.privacy.augmentation,
                 poisson_sampling=poisson_sampling,
                 wrap_model=wrap_model,
-                ranks=call.ranks,
+                ranks=request.ranks,
                 noise_multiplier=noise_multiplier,
-                max_grad_norm=_clip_norms(call, prepared.plan.frozen_parameters),
+                max_grad_norm=request.clip_norms(prepared.plan.frozen_parameters),
                 clipping=clipping,
                 noise_generator=noise_generator,
                 **options,
             )
             try:
-                call.ranks.exchange("handed off")
+                request.ranks.exchange("handed off")
             except RankError:
-                end_earlier(call.module)
+                end_earlier(request.module)
                 raise
             surgery.commit()
-    report = prepared.report(call, noise_multiplier)
+    report = prepared.report(request, noise_multiplier)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
+
+
+_ARGUMENTS = inspect.signature(make_private_safe).parameters
+"""The arguments of the call; nowhere else are their defaults written."""
 
 
 def make_private_safe_with_epsilon(
@@ -197,15 +186,14 @@ def make_private_safe_with_epsilon(
         ArgumentError: the budget cannot be reached, or an argument is out of range.
     """
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
-    given = {k: v for k, v in arguments.items() if k in inspect.signature(_call).parameters}
-    call = _call(module, optimizer, data_loader, max_grad_norm=max_grad_norm, **given)
+    objects = {"module": module, "optimizer": optimizer, "data_loader": data_loader}
+    request = _out_of_earlier(_request(objects | {"max_grad_norm": max_grad_norm} | arguments))
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
-    with call.ranks.all_or_none():
+    with request.ranks.all_or_none():
         check_delta(target_delta)
         check_budget(target_epsilon, epochs)
-        options = {k: v for k, v in arguments.items() if k not in inspect.signature(make_private_safe).parameters}
-        _check(call, 0.0, options)
-        refuse(run_rules(call.scan, RULES))  # what can be refused at once is, before the search for the noise
+        _check(request, 0.0, [name for name in arguments if name not in _ARGUMENTS])
+        refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         try:
             noise = get_noise_multiplier(
                 target_epsilon=target_epsilon,
@@ -217,8 +205,10 @@ def make_private_safe_with_epsilon(
             )
         except ValueError as error:
             raise ArgumentError(
-                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be reached in {epochs} epochs: {error} "
-                "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate)."
+                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be reached in {epochs} epochs:",
+                str(error),
+                "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate).",
+                path="target_epsilon",
             ) from error
     return make_private_safe(
         module=module,
@@ -263,28 +253,17 @@ def diagnose(
     Returns:
         The report; what would be refused is among its findings.
     """
-    options = Options(grad_sample_mode, norm, "flat", 1.0, poisson_sampling)
-    call = Request(
-        compiled.unwrap(module),
-        optimizer,
-        data_loader,
-        criterion,
-        training_step,
-        batch_first,
-        loss_reduction,
-        options,
-        _views(augmentation, data_loader),
-    )
-    _check(call, 0.0, {})
-    with rng_untouched(), Surgery(call.scan) as surgery:
+    request = _request(locals() | {"max_grad_norm": 1.0})
+    _check(request, 0.0, ())
+    with rng_untouched(), Surgery(request.scan) as surgery:
         try:
-            prepared = prepare(call, surgery)
+            prepared = prepare(request, surgery)
         except DPFixError as error:
-            return Report(type(call.module).__name__, error.findings, versions=versions())
-    return prepared.report(call, None)
+            return Report(type(request.module).__name__, error.findings, versions=versions())
+    return prepared.report(request, None)
 
 
-class SafePrivacyEngine(PrivacyEngine):
+class SafePrivacyEngine(CheckpointingEngine):
     """Opacus's privacy engine with the safe calls, for scripts that change one import only."""
 
     def make_private(self, **arguments: Any) -> PrivateTraining:  # type: ignore[override]
@@ -309,133 +288,44 @@ class SafePrivacyEngine(PrivacyEngine):
         """
         return make_private_safe_with_epsilon(privacy_engine=self, **arguments)
 
-    def save_checkpoint(  # type: ignore[override]
-        self,
-        *,
-        path: Any,
-        module: nn.Module,
-        optimizer: Any = None,
-        data_loader: Any = None,
-        noise_scheduler: Any = None,
-        grad_clip_scheduler: Any = None,
-        checkpoint_dict: dict[str, Any] | None = None,
-        torch_save_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
 
-        Args:
-            path: file name or binary file.
-            module: the model, wrapped or not.
-            optimizer: the private optimizer.
-            data_loader: the private loader; needed if it has a generator of its own.
-            noise_scheduler: a scheduler of Opacus.
-            grad_clip_scheduler: a scheduler of Opacus.
-            checkpoint_dict: further entries of tensors and plain values.
-            torch_save_kwargs: further arguments of ``torch.save``.
-        """
-        schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
-        more, saving = checkpoint_dict or {}, torch_save_kwargs or {}
-        checkpoint.save(self, path, module, optimizer, data_loader, schedulers, more, saving)
+def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOptions]:
+    """What a call asks for.
 
-    def load_checkpoint(  # type: ignore[override]
-        self,
-        *,
-        path: Any,
-        module: nn.Module,
-        optimizer: Any = None,
-        data_loader: Any = None,
-        noise_scheduler: Any = None,
-        grad_clip_scheduler: Any = None,
-        module_load_dict_kwargs: dict[str, Any] | None = None,
-        torch_load_kwargs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Go on with a private training that was saved; make the same call of ``make_private`` first.
+    Args:
+        asked: arguments of :func:`make_private_safe` by name, others are left out; one that is not given has its default.
 
-        Args:
-            path: file name or binary file.
-            module: the model, wrapped or not.
-            optimizer: the private optimizer.
-            data_loader: the private loader.
-            noise_scheduler: a scheduler of Opacus.
-            grad_clip_scheduler: a scheduler of Opacus.
-            module_load_dict_kwargs: ``{"strict": False}`` tolerates weights that do not fit.
-            torch_load_kwargs: further arguments of ``torch.load``; ``weights_only`` is on unless it is turned off here.
-
-        Returns:
-            What the file holds.
-        """
-        schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
-        strict = bool((module_load_dict_kwargs or {}).get("strict", True))
-        loading = torch_load_kwargs or {}
-        return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
-
-
-def _what_is_trained(call: Request, plan: Plan, noise_multiplier: float) -> dict[str, Any]:
-    """What must be the same on all ranks, so that their clipped sums are those of one training."""
-    if call.ranks.size == 1:
-        return {}
-    names = {id(p): name for name, p in call.module.named_parameters()}
-    groups = call.optimizer.param_groups
-    return (
-        {
-            "noise_multiplier": noise_multiplier,
-            "the options of the call": str(call.options),
-            "the number of samples": len(index_set(call.data_loader)),
-            "the batch size": batch_size(call.data_loader),
-            "the engine": plan.engine,
-            "the loss reduction": plan.loss_reduction,
-            "the weight of a sample": (plan.weighted_by_rows, plan.views),
-            "what no gradient reaches": plan.frozen_parameters,
-            "the optimizer": type(call.optimizer).__name__,
-            "the order of the optimizer's parameters": [[names[id(p)] for p in g["params"]] for g in groups],
-            "the options of the optimizer": [{k: str(v) for k, v in g.items() if k != "params"} for g in groups],
-        }
-        | data_fingerprint(call.data_loader)
-        | fingerprint(call.module)
+    Returns:
+        What decides what is released, and how it is computed.
+    """
+    values = {name: argument.default for name, argument in _ARGUMENTS.items()} | dict(asked)
+    privacy, performance = (
+        {f.name: values[f.name] for f in fields(kind)} for kind in (PrivacyOptions, PerformanceOptions)
     )
+    return PrivacyOptions(**privacy), PerformanceOptions(**performance)
 
 
-def _call(
-    module: Any,
-    optimizer: Any,
-    data_loader: Any,
-    *,
-    max_grad_norm: Any,
-    criterion: Callable[..., Any] | None = None,
-    training_step: StepFunction | None = None,
-    batch_first: bool = True,
-    loss_reduction: str = "mean",
-    grad_sample_mode: str = "auto",
-    augmentation: AugmentationMultiplicity | None = None,
-    norm: str = "group",
-    no_grad_regions: bool = True,
-    clipping: str = "flat",
-    poisson_sampling: bool = True,
-    cache: bool = True,
-) -> Request:
-    plain = _plain(module)
+def _request(asked: Mapping[str, Any]) -> Request:
+    """The arguments of a call as one object."""
+    loader = asked["data_loader"]
+    views = {}
+    if asked.get("augmentation") is None and isinstance(loader, DataLoader):
+        views["augmentation"] = augmentation_of(loader)  # the loader of an earlier call goes on delivering views
     return Request(
-        plain,
-        getattr(optimizer, "original_optimizer", optimizer),
-        data_loader,
-        criterion,
-        training_step,
-        batch_first,
-        loss_reduction,
-        Options(grad_sample_mode, norm, clipping, max_grad_norm, poisson_sampling, no_grad_regions, cache),
-        _views(augmentation, data_loader),
-        Ranks.of(plain),
+        compiled.unwrap(asked["module"]),
+        asked["optimizer"],
+        loader,
+        asked.get("criterion"),
+        asked.get("training_step"),
+        *options_of({**asked, **views}),
     )
 
 
-def _views(asked_for: Any, data_loader: Any) -> Any:
-    """The loader of an earlier call goes on delivering views."""
-    return augmentation_of(data_loader) if asked_for is None and isinstance(data_loader, DataLoader) else asked_for
-
-
-def _plain(module: Any) -> Any:
-    """The user's own module: without ``torch.compile``, and out of a private training it is already in."""
-    return end_earlier(compiled.unwrap(module)) if isinstance(module, nn.Module) else module
+def _out_of_earlier(request: Request) -> Request:
+    """The user's own objects, out of a private training that they are already in."""
+    module = end_earlier(request.module) if isinstance(request.module, nn.Module) else request.module
+    optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
+    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
 
 
 def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
@@ -444,21 +334,12 @@ def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
     return engine.make_private
 
 
-def _check(call: Request, noise_multiplier: float, options: dict[str, Any]) -> None:
-    check_objects(call.module, call.optimizer, call.data_loader)
-    check_values(call.options, call.module, call.loss_reduction, noise_multiplier)
-    check_augmentation(call.augmentation, call.options)
-    known = [name for name in inspect.signature(make_private_safe).parameters if name != "options"]
-    check_names(options, option_names(call.options.clipping, "hooks"), known)
-
-
-def _clip_norms(call: Request, frozen: tuple[str, ...]) -> Any:
-    """The clip norms of the parameters that are still trained."""
-    value = call.options.max_grad_norm
-    if not isinstance(value, (list, tuple)):
-        return value
-    names = [n for n, p in call.module.named_parameters() if p.requires_grad or n in frozen]
-    return [v for n, v in zip(names, value, strict=True) if n not in frozen]
+def _check(request: Request, noise_multiplier: float, further: Iterable[str]) -> None:
+    check_objects(request.module, request.optimizer, request.data_loader)
+    check_values(request.privacy, request.performance, request.module, noise_multiplier)
+    check_augmentation(request.privacy)
+    known = [name for name in _ARGUMENTS if name != "options"]
+    check_names(further, option_names(request.privacy.clipping, "hooks"), known)
 
 
 def _noise_search_options() -> frozenset[str]:

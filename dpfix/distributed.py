@@ -46,9 +46,6 @@ class Ranks:
     def of(cls, module: nn.Module) -> Ranks:
         """The ranks that train a model.
 
-        Args:
-            module: the model of the call.
-
         Returns:
             Those of the default process group for Opacus's distributed wrapper, this process alone otherwise.
         """
@@ -75,7 +72,8 @@ class Ranks:
         failed = {r: v.text for r, v in enumerate(everyone) if isinstance(v, _Failure)}
         if failed and not isinstance(value, _Failure):
             rank, text = next(iter(failed.items()))
-            raise RankError(f"rank {rank} of {self.size} cannot train privately, so no rank does. It says:\n{text}")
+            fact = f"rank {rank} of {self.size} cannot train privately, so no rank does. It says:\n{text}"
+            raise RankError(fact, path=f"rank {rank}")
         return everyone
 
     def exchange_numbers(self, values: Sequence[float], device: torch.device) -> list[list[float]]:
@@ -94,14 +92,7 @@ class Ranks:
         return [one.tolist() for one in everyone]
 
     def first(self, value: T) -> T:
-        """The value of rank 0.
-
-        Args:
-            value: this rank's value.
-
-        Returns:
-            What rank 0 called this with.
-        """
+        """What rank 0 called this with; every rank has to call it."""
         return self.exchange(value)[0]
 
     @contextmanager
@@ -146,9 +137,11 @@ class Ranks:
                 if here != there:
                     what = "differs" if isinstance(here, bytes) else f"is {here} on rank 0 and {there}"
                     raise RankError(
-                        f"the ranks do not train the same thing: {name} {what} on rank {rank}. Every rank has to make the same "
-                        "call, with the same model, the whole dataset and the same arguments; load weights before "
-                        "DifferentiallyPrivateDistributedDataParallel(model), which sends those of rank 0 to the others."
+                        f"the ranks do not train the same thing: {name} {what} on rank {rank}.",
+                        "Every rank has to make the same call, with the same model, the whole dataset and the same arguments;",
+                        "load weights before DifferentiallyPrivateDistributedDataParallel(model), which sends those of rank 0 "
+                        "to the others.",
+                        path=name,
                     )
 
 
@@ -171,9 +164,6 @@ def new_seed(generator: torch.Generator | None) -> int:
 def fingerprint(module: nn.Module) -> dict[str, str | bytes]:
     """Parameters and buffers of a model, so that ranks can compare them.
 
-    Args:
-        module: the repaired model.
-
     Returns:
         Shape, type and a digest of the values by name, for :meth:`Ranks.check_same`.
     """
@@ -187,13 +177,6 @@ def fingerprint(module: nn.Module) -> dict[str, str | bytes]:
 
 
 def digest(tensor: torch.Tensor) -> bytes:
-    """A few bytes that tell the values of tensors apart, bit by bit.
-
-    Args:
-        tensor: any tensor.
-
-    Returns:
-        A part of a SHA-256.
-    """
+    """A few bytes (a part of a SHA-256) that tell the values of tensors apart, bit by bit."""
     flat = tensor.detach().as_subclass(torch.Tensor).cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).digest()[:12]

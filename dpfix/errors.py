@@ -208,5 +208,17 @@ class PlanBrokenError(MisuseError):
     code = "DPF124"
 
 
+USER_CODE_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
+"""What the user's code (model, loss, dataset) raises for data that it cannot take."""
+
+
 class DPFixWarning(UserWarning):
     """Base class of every warning that dpfix gives."""

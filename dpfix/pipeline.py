@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from dpfix.audit.clipped_sum import reference
 from dpfix.audit.isolation import check_isolation, weighted_by_rows
-from dpfix.audit.persistent_state import check_outside, check_state, kept, modules_outside
+from dpfix.audit.persistent_state import check_inside, check_outside, kept, modules_outside
+from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
-from dpfix.choose.select import Trial
-from dpfix.choose.settings import settings, versions
-from dpfix.distributed import ALONE, Ranks
+from dpfix.distributed import fingerprint
 from dpfix.errors import (
+    USER_CODE_ERRORS,
     CoupledModelError,
     LoaderError,
     LossError,
@@ -31,58 +29,25 @@ from dpfix.errors import (
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
 from dpfix.layout.row_count import RowCounter, find_row_counters
-from dpfix.observe import loss_trace, no_grad_search, probe
+from dpfix.observe import double_activation, loss_trace, no_grad_search, probe
 from dpfix.observe.failures import described_failures
-from dpfix.observe.notes import frozen, observed, regions, replaced_sampler, scratch
-from dpfix.observe.probe import COLLATE_FAILURES
-from dpfix.observe.record import StepRecord
-from dpfix.observe.run import decided_by_rounding, observe
-from dpfix.observe.training_step import StepFunction, TrainingStep, infer
+from dpfix.observe.one_step import decided_by_rounding
+from dpfix.observe.record import StepRecord, several_rows
+from dpfix.observe.recorder import overwritten
+from dpfix.observe.run import frozen, observe
+from dpfix.observe.training_step import Subject, TrainingStep, infer, unknown_loss
+from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
 from dpfix.repair.lazy import materialise, remembered_lazy
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES, Rule
-from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import KnownRows, Placeholder
-from dpfix.sampling.rate import batch_size
-from dpfix.scan.options import Options
-from dpfix.scan.scan import Scan, run_rules
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call: the user's objects and what is asked for.
-
-    Attributes:
-        module: the model.
-        optimizer: the optimizer.
-        data_loader: the loader.
-        criterion: the loop's loss function, if given.
-        training_step: from batch to loss, if given.
-        batch_first: whether Opacus's engines find the samples in dimension 0.
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        options: everything else.
-        augmentation: makes several views of every sample, if that is asked for.
-        ranks: the processes that make this call together.
-    """
-
-    module: nn.Module
-    optimizer: Optimizer
-    data_loader: DataLoader[Any]
-    criterion: Callable[..., Any] | None
-    training_step: StepFunction | None
-    batch_first: bool
-    loss_reduction: str
-    options: Options
-    augmentation: AugmentationMultiplicity | None = None
-    ranks: Ranks = ALONE
-
-    @property
-    def scan(self) -> Scan:
-        """The objects as the rules see them."""
-        return Scan(self.module, self.optimizer, self.data_loader, self.options)
+from dpfix.sampling.fingerprint import data_fingerprint
+from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
+from dpfix.scan.request import Request
+from dpfix.scan.scan import run_rules
 
 
 @dataclass(frozen=True)
@@ -105,158 +70,216 @@ class Prepared:
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
 
-    def report(self, call: Request, noise_multiplier: float | None) -> Report:
-        """The report of the call.
-
-        Args:
-            call: the call.
-            noise_multiplier: the noise; ``None`` in a diagnosis.
-
-        Returns:
-            The report.
-        """
+    def report(self, request: Request, noise_multiplier: float | None) -> Report:
+        """The report of a call; the noise is ``None`` in a diagnosis."""
         return Report(
-            type(call.module).__name__,
+            type(request.module).__name__,
             self.findings,
             self.plan.engine,
             self.evidence,
             self.proofs,
-            settings(
-                call.data_loader, call.options, call.loss_reduction, noise_multiplier, self.plan.views, call.ranks.size
-            ),
+            _settings(request, noise_multiplier),
             versions(),
         )
 
+    def what_is_trained(self, request: Request, noise_multiplier: float) -> dict[str, Any]:
+        """What must be the same on all ranks, so that their clipped sums are those of one training."""
+        if request.ranks.size == 1:
+            return {}
+        names = {id(p): name for name, p in request.module.named_parameters()}
+        groups, plan = request.optimizer.param_groups, self.plan
+        return (
+            {
+                "noise_multiplier": noise_multiplier,
+                "the loss reduction": plan.loss_reduction,
+                "the options of the call": f"{request.privacy}, {request.performance}",
+                "the number of samples": len(index_set(request.data_loader)),
+                "the batch size": batch_size(request.data_loader),
+                "the engine": plan.engine,
+                "the weight of a sample": (plan.weighted_by_rows, plan.views),
+                "what no gradient reaches": plan.frozen_parameters,
+                "the optimizer": type(request.optimizer).__name__,
+                "the order of the optimizer's parameters": [[names[id(p)] for p in g["params"]] for g in groups],
+                "the options of the optimizer": [{k: str(v) for k, v in g.items() if k != "params"} for g in groups],
+            }
+            | data_fingerprint(request.data_loader)
+            | fingerprint(request.module)
+        )
 
-def prepare(call: Request, surgery: Surgery) -> Prepared:
+
+def _settings(request: Request, noise_multiplier: float | None) -> Mapping[str, str]:
+    """The privacy settings in force, for the report."""
+    loader, privacy = request.data_loader, request.privacy
+    poisson = f"Poisson, rate {sample_rate(loader):.6g}"
+    several = {} if request.views == 1 else {"views per sample": str(request.views)}
+    if request.ranks.size > 1:
+        several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
+    return {
+        "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
+        "clip norm": str(privacy.max_grad_norm),
+        "clipping": privacy.clipping,
+        "samples": str(len(index_set(loader))),
+        "sampling": poisson if privacy.poisson_sampling else "the loader's own",
+        "expected batch size": f"{batch_size(loader):g}",
+        "loss reduction": privacy.loss_reduction,
+    } | several
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of the packages that a report depends on, by name."""
+    return {name: metadata.version(name) for name in ("torch", "opacus")}
+
+
+def prepare(request: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
-
-    Args:
-        call: the call.
-        surgery: the transaction that repairs go through.
 
     Returns:
         The plan and the evidence for it.
     """
     loss_trace.switch_off_all()
-    apart = modules_outside(call.module, call.criterion, call.training_step)
-    with kept(apart):
-        return _prepare(call, surgery, apart)
+    outside = modules_outside(request.module, request.criterion, request.training_step)
+    with kept(outside):
+        return _prepare(request, surgery, outside)
 
 
-def _prepare(call: Request, surgery: Surgery, apart: list[nn.Module]) -> Prepared:
-    findings = _repair(call, surgery)
+def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Prepared:
+    findings = _repair(request, surgery)
     with rng_untouched():
-        size = math.ceil(batch_size(call.data_loader))
-        samples = probe.take(call.data_loader, min(probe.SAMPLES, size), call.augmentation)
-    step = infer(samples.batch, call.criterion, call.training_step, call.loss_reduction)
-    surgery.undo_with(remembered_lazy(call.module))
-    if _materialised(call.module, step, samples):
-        findings += [f for f in _repair(call, surgery) if f not in findings]
-    _check_validator(call, findings)
+        size = math.ceil(batch_size(request.data_loader))
+        samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
+    step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
+    subject = Subject(request.module, step)
+    surgery.undo_with(remembered_lazy(subject.module))
+    if _materialised(subject, samples):
+        findings += [f for f in _repair(request, surgery) if f not in findings]
+    _check_validator(request, findings)
 
-    record = observe(call.module, step, samples)
-    check_state(call.module, record)
-    check_outside(call.module, step, samples, apart)
+    record = observe(subject, samples)
+    check_inside(subject.module, record)
+    check_outside(subject, samples, outside)
     if record.unused and record.together.used:
         for name in record.unused:
-            surgery.freeze(call.module.get_parameter(name))
-        findings.append(frozen(call.module, record))
-    findings += scratch(record)
-    plan = _plan(call, samples, record, step)
+            surgery.freeze(subject.module.get_parameter(name))
+        findings.append(frozen(subject.module, record))
+    findings += kept_until_next_call(record)
+    plan = _plan(request, samples, record, step)
 
     ordinary = Trial(samples, record, reference(record, record.unused, plan.share))
-    plan = replace(plan, weighted_by_rows=weighted_by_rows(record, plan, ordinary.wanted.tolerance))
-    if call.options.no_grad_regions:
-        plan = replace(
-            plan, no_grad_regions=no_grad_search.find(call.module, step, samples, record, plan.frozen_parameters)
-        )
-        findings += regions(plan, len(samples))
-    proofs = _isolated(call, step, ordinary, plan)
-    harder = _provoke(call, step, ordinary, plan)
-    empty = _attempt(call, step, partial(probe.emptied, samples), ordinary, plan)
-    plan, evidence = _choose(call, step, ordinary, harder, plan)
-    proofs += select.proofs(plan, evidence, ordinary, harder)
-    findings += observed(call.module, step, record) + replaced_sampler(call.data_loader, call.options)
+    plan = replace(plan, weighted_by_rows=weighted_by_rows(ordinary, plan))
+    if request.performance.no_grad_regions:
+        regions = no_grad_search.find(subject, samples, record, plan.frozen_parameters)
+        plan = replace(plan, no_grad_regions=regions)
+        findings += [no_grad_search.finding(region, len(samples)) for region in regions]
+    proofs = check_isolation(subject, ordinary, plan, request.criterion)
+    trials = Trials(ordinary, _provoke(request, subject, ordinary, plan))
+    empty = _attempt(request, subject, partial(probe.emptied, samples), ordinary, plan)
+    plan, evidence = _choose(request, subject, trials, plan)
+    proofs += select.proofs(plan, evidence, trials)
+    findings += _advice(request, subject, record)
     placeholder, known_rows = _placeholder(empty or ordinary, plan), _known_rows(samples, record)
     return Prepared(plan, placeholder, known_rows, tuple(findings), evidence, tuple(proofs))
 
 
-def _materialised(module: nn.Module, step: TrainingStep, samples: probe.Probe) -> bool:
+def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:
+    """What the probe and the loader showed and nothing has to be done about."""
+    name = type(subject.module).__name__
+    return [
+        *(double_activation.finding(name, pair) for pair in record.together.repeated),
+        *unknown_loss(subject.step),
+        *constant_writes(record),
+        *overwritten(record.in_place),
+        *several_rows(name, record),
+        *(replaced_sampler(request.data_loader) if request.privacy.poisson_sampling else ()),
+    ]
+
+
+def _materialised(subject: Subject, samples: probe.Probe) -> bool:
+    module, step = subject.module, subject.step
     with described_failures(step):
         return materialise(module, lambda: step.run(module, samples.batch))
 
 
 def refuse(found: Sequence[tuple[Rule, Finding]]) -> None:
-    """Stop the call if a rule refuses.
-
-    Args:
-        found: ``(rule, finding)`` pairs.
-    """
+    """Stop the call if a rule refuses."""
     refused = [(rule, finding) for rule, finding in found if finding.refused]
     if refused:
         raise refused[0][0].error([finding for _, finding in refused])
 
 
-def _repair(call: Request, surgery: Surgery) -> list[Finding]:
-    found = run_rules(call.scan, RULES)
+def _repair(request: Request, surgery: Surgery) -> list[Finding]:
+    found = run_rules(request.scan, RULES)
     refuse(found)
     surgery.repair(found)
     return [finding for _, finding in found]
 
 
-def _check_validator(call: Request, findings: list[Finding]) -> None:
+def _check_validator(request: Request, findings: list[Finding]) -> None:
     """Whatever Opacus's own validator still flags must have been answered by a finding; nothing slips through."""
     answered = {f.path for f in findings}
-    for path, child in call.module.named_modules():
+    for path, child in request.module.named_modules():
         validator = ModuleValidator.VALIDATORS.get(type(child))
         if validator is None or path in answered or not any(p.requires_grad for p in child.parameters()):
             continue
         for error in validator(child):
             raise ModelError(
-                f"DPF018 [blocks-training] {call.scan.place(path)} is refused by Opacus's ModuleValidator: {error}\n"
-                "  help: replace the layer as the message says, or freeze it with requires_grad_(False)."
+                Finding.refusal(
+                    "DPF018",
+                    f"{request.scan.place(path)} is refused by Opacus's ModuleValidator: {error}",
+                    "",
+                    "replace the layer as the message says, or freeze it with requires_grad_(False).",
+                    path=path,
+                    severity=Severity.BLOCKS_TRAINING,
+                )
             )
 
 
-def _plan(call: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
+def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         calls=record.calls,
         layers=record.layers,
         elsewhere=record.elsewhere,
-        loss_reduction=call.loss_reduction,
+        loss_reduction=request.privacy.loss_reduction,
         loss_known=step.loss_known,
-        batch_first=call.batch_first,
+        batch_first=request.performance.batch_first,
         frozen_parameters=record.unused if record.together.used else (),
-        fixed_norms=tuple(path for path, _ in call.scan.modules(_BatchNorm)),
+        fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
         scratch=record.scratch,
-        views=1 if call.augmentation is None else call.augmentation.k,
-        row_counter=_row_counter(call, samples, record.counts, step),
-        help_vmap=record.to_help,
+        views=request.views,
+        row_counter=_row_counter(request, samples, record.counts, step),
+        needs_workarounds=record.needs_workarounds,
     )
 
 
-def _row_counter(call: Request, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep) -> RowCounter | None:
+def _row_counter(
+    request: Request, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep
+) -> RowCounter | None:
     """How the loader tells the rows of every sample, where these are not the same for all."""
     if not counts:
         return None
     counter = next(iter(find_row_counters(samples.items, counts)), None)
-    rows = f"the probe's samples enter {type(call.module).__name__} as {', '.join(map(str, counts))} rows"
+    rows = f"the probe's samples enter {type(request.module).__name__} as {', '.join(map(str, counts))} rows"
     if counter is None:
         raise LoaderError(
-            f"data_loader: {rows}, and nothing in what the dataset returns has that many entries, so it cannot be told which "
-            "rows belong to which sample. Return a list with one entry per row from dataset[i] (and flatten it in the "
-            "collate_fn), or give every sample the same number of rows."
+            f"data_loader: {rows},",
+            "and nothing in what the dataset returns has that many entries, so it cannot be told which rows belong to which "
+            "sample.",
+            "Return a list with one entry per row from dataset[i] (and flatten it in the collate_fn), or give every sample "
+            "the same number of rows.",
+            path="data_loader",
         )
     if not step.loss_known:
         raise TrainingStepError(
-            f"training_step: {rows}, and neither criterion= nor training_step= was given. Whether the loss gives every row the "
-            "same weight, or every sample, decides what is clipped. Pass the loop's criterion or training_step."
+            f"training_step: {rows}, and neither criterion= nor training_step= was given.",
+            "Whether the loss gives every row the same weight, or every sample, decides what is clipped.",
+            "Pass the loop's criterion or training_step.",
+            path="training_step",
         )
-    if not call.options.poisson_sampling:
+    if not request.privacy.poisson_sampling:
         raise LoaderError(
-            f"data_loader: {rows}. Which rows belong to which sample is known for the batches of a private loader only. "
-            "Leave poisson_sampling at True, or give every sample the same number of rows."
+            f"data_loader: {rows}.",
+            "Which rows belong to which sample is known for the batches of a private loader only.",
+            "Leave poisson_sampling at True, or give every sample the same number of rows.",
+            path="data_loader",
         )
     return counter
 
@@ -270,15 +293,15 @@ def _known_rows(samples: probe.Probe, record: StepRecord) -> KnownRows | None:
     return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
-def _isolated(call: Request, step: TrainingStep, trial: Trial, plan: Plan) -> list[str]:
-    return check_isolation(call.module, step, trial.samples, trial.record, plan, trial.wanted, call.criterion)
-
-
 _LARGER = 1e6
 """A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
 
 
-def _provoke(call: Request, step: TrainingStep, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
+_SLACK = 5.0
+"""How many times more rounding is allowed on the harder probes."""
+
+
+def _provoke(request: Request, subject: Subject, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
     """Harder probes, as far as the step takes them: the model and the loss are checked on each.
 
     Returns:
@@ -289,7 +312,7 @@ def _provoke(call: Request, step: TrainingStep, ordinary: Trial, plan: Plan) -> 
     for number, make in enumerate(probe.provoked(ordinary.samples)):
         if number == 1 and trials:
             break  # the first one has every provocation in it
-        trial = _attempt(call, step, make, ordinary, plan)
+        trial = _attempt(request, subject, make, ordinary, plan)
         if trial is not None:
             trials.append(trial)
     return tuple(trials)
@@ -310,47 +333,41 @@ def _placeholder(trial: Trial, plan: Plan) -> Placeholder:
     return Placeholder(trial.samples.singles[chosen], trial.samples.counts(plan.row_counter)[chosen : chosen + 1])
 
 
-def _choose(
-    call: Request, step: TrainingStep, ordinary: Trial, harder: Sequence[Trial], plan: Plan
-) -> tuple[Plan, tuple[EngineEvidence, ...]]:
+def _choose(request: Request, subject: Subject, trials: Trials, plan: Plan) -> tuple[Plan, tuple[EngineEvidence, ...]]:
     """The engine and the evidence for it; rank 0 times the engines, the other ranks audit the one that it chose."""
-    size = batch_size(call.data_loader) / call.ranks.size
-    choose = partial(select.choose, call.module, step, ordinary, harder, plan, call.options, size)
-    chosen = choose() if call.ranks.rank == 0 else None
-    name = call.ranks.first(chosen[0].engine if chosen else "")
+    size = batch_size(request.data_loader) / request.ranks.size
+    choose = partial(select.choose, subject, trials, plan, request.performance, size)
+    chosen = choose() if request.ranks.rank == 0 else None
+    name = request.ranks.first(chosen[0].engine if chosen else "")
     return chosen or choose(chosen_by_rank_0=name)
 
 
 def _attempt(
-    call: Request, step: TrainingStep, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
+    request: Request, subject: Subject, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
 ) -> Trial | None:
     """Check model and loss on a harder probe; ``None`` if the step cannot take it, or if it is the ordinary one."""
     try:
         changed = make()
         if None not in changed.unchanged:
             return None
-        record = observe(call.module, step, changed, ordinary.record)
-        trial = Trial(changed, record, reference(record, plan.frozen_parameters, plan.share))
-    except (TrainingStepError, CoupledModelError, *COLLATE_FAILURES):
+        record = observe(subject, changed, ordinary.record)
+        trial = Trial(changed, record, reference(record, plan.frozen_parameters, plan.share), _SLACK)
+    except (TrainingStepError, CoupledModelError, *USER_CODE_ERRORS):
         return None  # no legal sample for this model: an index out of range, a division by zero
     if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):
         return None
-    check_state(call.module, record)
+    check_inside(subject.module, record)
     try:
-        _isolated(call, step, trial, plan)
+        check_isolation(subject, trial, plan, request.criterion)
     except (CoupledModelError, LossError):
-        if decided_by_rounding(call.module, step, changed, trial.wanted.tolerance):
+        if decided_by_rounding(subject, changed, trial.wanted.tolerance):
             return None
         raise
     return trial
 
 
 def warn_blocked(report: Report) -> None:
-    """Warn about what blocks training and was neither repaired nor refused: nobody has to print a report.
-
-    Args:
-        report: the report of a call that went through.
-    """
+    """Warn about what blocks training and was neither repaired nor refused: nobody has to print a report."""
     for finding in report.findings:
         if finding.severity is Severity.BLOCKS_TRAINING and finding.fixability is Fixability.NOTHING:
             warn_user(str(finding))

@@ -49,7 +49,7 @@ class Plan:
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
         scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
-        help_vmap: whether forward does what ``vmap`` has to be helped with.
+        needs_workarounds: whether forward does what ``vmap`` does wrong or refuses without the workarounds for it.
         views: views of every sample that are averaged (augmentation multiplicity).
         row_counter: how to tell the number of rows of a sample from what the dataset returns, where it is not the same
             for all samples.
@@ -69,7 +69,7 @@ class Plan:
     fixed_norms: tuple[str, ...] = ()
     scratch: tuple[tuple[str, str], ...] = ()
     no_grad_regions: tuple[Region, ...] = ()
-    help_vmap: bool = False
+    needs_workarounds: bool = False
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False
@@ -89,7 +89,6 @@ class Plan:
         """How much of a sample's own loss is in the loss of the batch.
 
         Args:
-            samples: number of samples in the batch.
             counts: rows of every sample, where these are not the same for all.
 
         Returns:
@@ -112,7 +111,6 @@ class Plan:
         That undoes the mean over the samples, and makes a sum over views their mean.
 
         Args:
-            samples: number of samples in the batch.
             counts: rows of every sample, where these are not the same for all.
 
         Returns:
@@ -126,10 +124,6 @@ class Plan:
 
 def switched_on(module: nn.Module, path: str) -> str:
     """What is said about a normalisation that was audited in evaluation mode and is in training mode now.
-
-    Args:
-        module: the model.
-        path: path of the normalisation.
 
     Returns:
         The text of the refusal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from opacus import PrivacyEngine
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import Tensor, nn
@@ -213,6 +215,45 @@ def test_diagnose_reports_refusals() -> None:
     given = setting(mlp().eval())
     report = dpfix.diagnose(**{k: given[k] for k in ("module", "optimizer", "data_loader")})
     assert [f.code for f in report.refusals] == ["DPF004"] and not report.engine
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_diagnose_tells_a_refusal_in_its_parts() -> None:
+    given = setting(nn.Sequential(nn.Linear(6, 3), Centred()))
+    report = dpfix.diagnose(**{k: given[k] for k in ("module", "optimizer", "data_loader", "criterion")})
+    (finding,) = report.refusals
+    assert (finding.code, finding.path) == ("DPF013", "1")
+    assert finding.fact.startswith("Centred at `1`") and finding.why.startswith("sample i's output")
+    assert str(report).count("DPF013") == 1 and json.loads(report.to_json())["findings"][0]["path"] == "1"
+    with pytest.raises(dpfix.CoupledModelError) as raised:
+        dpfix.make_private_safe(**given)
+    assert raised.value.findings == (finding,) and str(raised.value) == str(finding)
+
+
+def test_every_engine_that_failed_is_told_on_a_line_of_its_own() -> None:
+    weight = nn.Parameter(torch.ones(6))
+    model = mlp()
+    model.register_parameter("penalised", weight)
+    given = setting(model, criterion=None, training_step=lambda m, b: F.cross_entropy(m(b[0]), b[1]) + weight.sum())
+    with pytest.raises(dpfix.NoEngineError) as raised:
+        dpfix.make_private_safe(**given)
+    (finding,) = raised.value.findings
+    lines = str(raised.value).splitlines()
+    assert lines[0] == f"DPF016 [breaks-guarantee] {finding.fact}" and lines[1] == "  why:"
+    assert [line.split(":")[0] for line in lines[2:-1]] == [f"        {name}" for name in ENGINES]
+    assert lines[-1] == f"  help: {finding.help}"
+
+
+def test_a_diagnosis_has_the_defaults_of_the_call() -> None:
+    call, diagnosis = (inspect.signature(f).parameters for f in (dpfix.make_private_safe, dpfix.diagnose))
+    assert diagnosis.keys() < call.keys()
+    assert {n: p.default for n, p in diagnosis.items()} == {n: call[n].default for n in diagnosis}
 
 
 # ------------------------------------------------------------------ the model afterwards

@@ -5,14 +5,15 @@ What is compared are outputs and gradients, not loss values: gradients can diffe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpfix.audit.clipped_sum import Reference
 from dpfix.audit.loss_causes import coupling_causes
+from dpfix.audit.reference import Trial
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, TrainingStepError
 from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import FixedRandomness
@@ -20,30 +21,20 @@ from dpfix.instrument.gradients import gap, norm_of, weighted_sum
 from dpfix.instrument.module_state import traceless
 from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import sample_dim
-from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
+from dpfix.report.finding import Finding
 
 
 def check_isolation(
-    module: nn.Module,
-    step: TrainingStep,
-    probe: Probe,
-    record: StepRecord,
-    plan: Plan,
-    wanted: Reference,
-    criterion: Any = None,
+    subject: Subject, trial: Trial, plan: Plan, criterion: Callable[..., Any] | None = None
 ) -> list[str]:
     """Sample i must not feel sample j: first in the model's outputs, then in the loss.
 
     Args:
-        module: the repaired model.
-        step: from batch to loss.
-        probe: the samples.
-        record: what the probe showed.
+        trial: the samples, what they showed, and the reference.
         plan: for the loss reduction.
-        wanted: the batch-of-one reference of this record.
         criterion: the criterion of the call, to name the cause of a coupling.
 
     Returns:
@@ -52,35 +43,36 @@ def check_isolation(
     Raises:
         CoupledModelError: an output of the model mixes samples.
     """
-    coupled = _coupled_output(record, wanted.tolerance)
+    coupled = _coupled_output(trial)
     if coupled:
-        culprit = _first_coupled_module(module, step, probe, wanted.tolerance, record.counts)
+        culprit = _first_coupled_module(subject, trial)
         raise CoupledModelError(
-            f"DPF013 [breaks-guarantee] {culprit or describe_module(module, '')} mixes the samples of a batch: {coupled}.\n"
-            "  why:  sample i's output depends on sample j, so clipping per sample bounds nothing.\n"
-            "  help: replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
-            "something per sample. training_step was run on the whole probe batch and on single samples."
+            Finding.refusal(
+                "DPF013",
+                f"{describe_module(subject.module, culprit)} mixes the samples of a batch: {coupled}.",
+                "sample i's output depends on sample j, so clipping per sample bounds nothing.",
+                "replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
+                "something per sample. training_step was run on the whole probe batch and on single samples.",
+                path=culprit,
+            )
         )
-    _check_loss(module, record, plan, step, wanted, lambda: coupling_causes(criterion, step.run, probe.batch))
+    step = subject.step
+    _check_loss(subject, trial, plan, lambda: coupling_causes(criterion, step.run, trial.samples.batch))
     kind = "loss" if step.loss_known else "stand-in loss"
     return [
-        f"isolated: outputs of the model in a batch of {len(probe)} equal those of single samples",
+        f"isolated: outputs of the model in a batch of {len(trial.samples)} equal those of single samples",
         f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
         f"{step.origin})",
     ]
 
 
-def weighted_by_rows(record: StepRecord, plan: Plan, tolerance: float) -> bool:
+def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
     """Whether a sample weighs as much in the loss as it has rows, where samples have different numbers of them.
-
-    Args:
-        record: what the probe showed.
-        plan: for the loss reduction.
-        tolerance: relative error that is allowed.
 
     Returns:
         True if the gradient of the batch shows that (a mean over all rows), and not the same weight for all samples.
     """
+    record, tolerance = trial.record, trial.wanted.tolerance
     if not record.counts or plan.loss_reduction == "sum":
         return False
     plans = [replace(plan, weighted_by_rows=by_rows) for by_rows in (False, True)]
@@ -88,7 +80,8 @@ def weighted_by_rows(record: StepRecord, plan: Plan, tolerance: float) -> bool:
     return equal > 5 * tolerance >= by_rows
 
 
-def _coupled_output(record: StepRecord, tolerance: float) -> str:
+def _coupled_output(trial: Trial) -> str:
+    record, tolerance = trial.record, trial.wanted.tolerance
     for number, call in enumerate(record.together.calls[""]):
         parts = [pytree.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
         for k, tensor in enumerate(pytree.tensors(call.output)):
@@ -116,23 +109,22 @@ def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float, c
     return ""
 
 
-def _first_coupled_module(
-    module: nn.Module, step: TrainingStep, probe: Probe, tolerance: float, counts: tuple[int, ...]
-) -> str:
-    """The first module, in the order of execution, whose output mixes samples."""
-    whole = _outputs(module, step, probe.batch)
-    singles = [_outputs(module, step, batch) for batch in probe.singles]
+def _first_coupled_module(subject: Subject, trial: Trial) -> str:
+    """Path of the first module, in the order of execution, whose output mixes samples; the root's if it cannot be told."""
+    tolerance, counts = trial.wanted.tolerance, trial.record.counts
+    whole = _outputs(subject, trial.samples.batch)
+    singles = [_outputs(subject, batch) for batch in trial.samples.singles]
     for number, (path, tensors) in enumerate(whole):
         if any(number >= len(s) or s[number][0] != path for s in singles):
             return ""
         for k, tensor in enumerate(tensors):
             parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
             if len(parts) == len(singles) and _differs(tensor, parts, tolerance, counts):
-                return describe_module(module, path)
+                return path
     return ""
 
 
-def _outputs(module: nn.Module, step: TrainingStep, batch: Any) -> list[tuple[str, list[torch.Tensor]]]:
+def _outputs(subject: Subject, batch: Any) -> list[tuple[str, list[torch.Tensor]]]:
     """Path and output tensors of every module call of one forward pass."""
     seen: list[tuple[str, list[torch.Tensor]]] = []
 
@@ -142,39 +134,40 @@ def _outputs(module: nn.Module, step: TrainingStep, batch: Any) -> list[tuple[st
 
         return note
 
-    handles = [m.register_forward_hook(hook(path)) for path, m in module.named_modules()]
+    handles = [m.register_forward_hook(hook(path)) for path, m in subject.module.named_modules()]
     try:
-        with traceless(module), FixedRandomness():
-            step.run(module, batch)
+        with traceless(subject.module), FixedRandomness():
+            subject.step.run(subject.module, batch)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _check_loss(
-    module: nn.Module, record: StepRecord, plan: Plan, step: TrainingStep, wanted: Reference, causes: Any
-) -> None:
+def _check_loss(subject: Subject, trial: Trial, plan: Plan, causes: Callable[[], list[str]]) -> None:
     """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
+    record, allowed, origin = trial.record, 5 * trial.wanted.tolerance, subject.step.origin
     samples = len(record.alone)
     error, name, size = _batch_error(record, plan.weight(samples, record.counts))
-    if error <= 5 * wanted.tolerance:
+    if error <= allowed:
         if size == 0:
             raise TrainingStepError(
-                f"no parameter of {type(module).__name__} gets a gradient from training_step ({step.origin}). Check "
-                "the loss, requires_grad of the parameters, and detach or no_grad in forward."
+                f"no parameter of {type(subject.module).__name__} gets a gradient from training_step ({origin}).",
+                help="Check the loss, requires_grad of the parameters, and detach or no_grad in forward.",
+                path="training_step",
             )
         return
     other = "sum" if plan.loss_reduction == "mean" else "mean"
-    if (
-        _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts))[0]
-        <= 5 * wanted.tolerance
-    ):
+    if _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts))[0] <= allowed:
         raise LossError(
-            f"DPF015 [breaks-guarantee] the loss in training_step is a {other} over the samples, but loss_reduction="
-            f"'{plan.loss_reduction}' was announced.\n"
-            f"  why:  per-sample gradients would be scaled by the batch size before clipping.\n"
-            f"  help: pass loss_reduction='{other}', or use reduction='{plan.loss_reduction}' in the criterion."
+            Finding.refusal(
+                "DPF015",
+                f"the loss in training_step is a {other} over the samples, but loss_reduction='{plan.loss_reduction}' was "
+                "announced.",
+                "per-sample gradients would be scaled by the batch size before clipping.",
+                f"pass loss_reduction='{other}', or use reduction='{plan.loss_reduction}' in the criterion.",
+                path="loss_reduction",
+            )
         )
     told = causes()
     known = (
@@ -184,12 +177,16 @@ def _check_loss(
         "a Dice loss, a contrastive or rank loss"
     )
     raise CoupledLossError(
-        f"DPF014 [breaks-guarantee] the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: "
-        f"the gradient of `{name}` differs {_by(error)} ({step.origin}).\n"
-        "  why:  one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
-        f"{'Cause' if told else 'Known causes'}: {known}.\n"
-        "  help: criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages;"
-        " use it in the loop and in training_step."
+        Finding.refusal(
+            "DPF014",
+            f"the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: the gradient of `{name}` "
+            f"differs {_by(error)} ({origin}).",
+            "one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
+            f"{'Cause' if told else 'Known causes'}: {known}.",
+            "criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages; use it "
+            "in the loop and in training_step.",
+            path=name,
+        )
     )
 
 

@@ -24,9 +24,7 @@ def coupling_causes(
     """Why a loss may couple the samples, as far as its objects and the data show.
 
     Args:
-        criterion: the criterion of the call, if any.
         training_step: the user's training step, if any; losses it refers to are looked at too.
-        batch: a probe batch.
 
     Returns:
         Sentences naming the object and the setting, most telling first.
@@ -48,7 +46,6 @@ def referenced(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
     """The modules that a criterion and a training step are made of, as far as names and closures show.
 
     Args:
-        criterion: the criterion of the call, if any.
         training_step: the training step of the call, if any: a function, a method, or a ``functools.partial``.
 
     Yields:

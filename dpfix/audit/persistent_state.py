@@ -16,16 +16,17 @@ from dpfix.instrument.module_state import Key, put_back, same, state_of, tracele
 from dpfix.instrument.source import describe_module
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.report.finding import Finding
 
+_SAME = 1e-6
+"""Relative change of a loss that is rounding."""
 
-def check_state(module: nn.Module, record: StepRecord) -> None:
+States = list[tuple[nn.Module, dict[Key, Any]]]
+
+
+def check_inside(module: nn.Module, record: StepRecord) -> None:
     """Refuse a model whose forward pass keeps something of the samples.
-
-    Args:
-        module: the model.
-        record: what the probe showed.
 
     Raises:
         StateWrittenError: state that depends on the samples was written.
@@ -47,18 +48,8 @@ def check_state(module: nn.Module, record: StepRecord) -> None:
     )
 
 
-_SAME = 1e-6
-"""Relative change of a loss that is rounding."""
-States = list[tuple[nn.Module, dict[Key, Any]]]
-
-
 def modules_outside(model: nn.Module, criterion: Any, training_step: Any) -> list[nn.Module]:
     """Modules that the loss consists of, and others that the training step refers to: all but the model's.
-
-    Args:
-        model: the model.
-        criterion: the criterion of the call, if any.
-        training_step: the training step of the call, if any.
 
     Returns:
         Each once.
@@ -82,9 +73,6 @@ def _apart(root: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
 def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What a few probe steps write into these modules is undone.
 
-    Args:
-        modules: modules outside of the model.
-
     Yields:
         Nothing.
     """
@@ -95,44 +83,38 @@ def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
         _put_back(before)
 
 
-def check_outside(module: nn.Module, step: TrainingStep, probe: Probe, modules: Sequence[nn.Module]) -> None:
+def check_outside(subject: Subject, probe: Probe, modules: Sequence[nn.Module]) -> None:
     """Refuse a training step that keeps something of the samples for later steps.
 
     A buffer that depends on the samples is kept by intention. An attribute may be a note of what was computed; it counts
     if another sample's note changes the loss.
-
-    Args:
-        module: the repaired model.
-        step: from batch to loss.
-        probe: the samples.
-        modules: modules outside of the model.
 
     Raises:
         StateWrittenError: state that depends on the samples was written.
     """
     before = [(m, state_of(m)) for m in modules]
     first, other = probe.singles[0], probe.singles[-1]
-    with traceless(module), FixedRandomness():
-        alone = _loss(module, step, first)
+    with traceless(subject.module), FixedRandomness():
+        alone = _loss(subject, first)
         ones = [written(m, state) for m, state in before]
         if not any(ones):
             return
         _put_back(before)
-        _loss(module, step, other)
+        _loss(subject, other)
         others = [written(m, state) for m, state in before]
-        moved = not abs(_loss(module, step, first) - alone) <= _SAME * max(abs(alone), _SAME)
+        moved = not abs(_loss(subject, first) - alone) <= _SAME * max(abs(alone), _SAME)
         _put_back(before)
     for m, one, another in zip(modules, ones, others, strict=True):
         for path, name in one.keys() | another.keys():
             dependent = not same(one.get((path, name)), another.get((path, name)))
             owner = m.get_submodule(path)
             if dependent and (moved or name in owner._buffers):
-                raise StateWrittenError(_text(owner, name))
+                raise StateWrittenError(_written_outside(owner, name))
 
 
-def _loss(module: nn.Module, step: TrainingStep, batch: Any) -> float:
+def _loss(subject: Subject, batch: Any) -> float:
     with torch.enable_grad():
-        return float(step.loss(module, batch).detach())
+        return float(subject.loss(batch).detach())
 
 
 def _put_back(states: States) -> None:
@@ -140,12 +122,13 @@ def _put_back(states: States) -> None:
         put_back(module, state)
 
 
-def _text(owner: nn.Module, name: str) -> str:
-    return (
-        f"DPF012 [breaks-guarantee] the training step writes `{name}` of {type(owner).__name__}, which is no part of the "
-        "model, and what is written depends on the samples.\n"
-        "  why:  a centre, a queue or a running average of the batch changes later steps, and leaves the training without "
-        "noise.\n"
-        "  help: keep it fixed (computed from public data), or use a loss without it; what is only a log can be kept outside "
-        "of the module."
+def _written_outside(owner: nn.Module, name: str) -> Finding:
+    return Finding.refusal(
+        "DPF012",
+        f"the training step writes `{name}` of {type(owner).__name__}, which is no part of the model, and what is written "
+        "depends on the samples.",
+        "a centre, a queue or a running average of the batch changes later steps, and leaves the training without noise.",
+        "keep it fixed (computed from public data), or use a loss without it; what is only a log can be kept outside of "
+        "the module.",
+        path=name,
     )

@@ -14,35 +14,20 @@ from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.grad_watch import GradWatch
-from dpfix.instrument.gradients import (
-    Gradients,
-)
+from dpfix.instrument.gradients import Gradients
 from dpfix.instrument.module_state import traceless
 from dpfix.instrument.rng import generator_states
 from dpfix.observe.probe import Probe
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 
 
 def released_sums(
-    engine: Engine,
-    module: nn.Module,
-    step: TrainingStep,
-    probe: Probe,
-    plan: Plan,
-    clip_norms: tuple[float, ...],
-    *,
-    drew: bool = True,
+    engine: Engine, subject: Subject, probe: Probe, plan: Plan, clip_norms: tuple[float, ...], *, drew: bool = True
 ) -> list[Gradients]:
     """The clipped sums that the optimizer would release for a probe, one per clip norm.
 
     Args:
-        engine: the engine.
-        module: the repaired model.
-        step: from batch to loss.
-        probe: the samples.
-        plan: how the model is to be trained.
-        clip_norms: the clip norms.
         drew: whether the plain step draws anything random, which then has to be fixed by a look at every operation; if it
             does not, this is done only where the engine draws nevertheless.
 
@@ -54,8 +39,8 @@ def released_sums(
     """
     if not drew:
         with suppress(_DrewError):
-            return _released(engine, module, step, probe, plan, clip_norms, fixed=False)
-    return _released(engine, module, step, probe, plan, clip_norms, fixed=True)
+            return _released(engine, subject, probe, plan, clip_norms, fixed=False)
+    return _released(engine, subject, probe, plan, clip_norms, fixed=True)
 
 
 class _DrewError(Exception):
@@ -63,16 +48,9 @@ class _DrewError(Exception):
 
 
 def _released(
-    engine: Engine,
-    module: nn.Module,
-    step: TrainingStep,
-    probe: Probe,
-    plan: Plan,
-    clip_norms: tuple[float, ...],
-    *,
-    fixed: bool,
+    engine: Engine, subject: Subject, probe: Probe, plan: Plan, clip_norms: tuple[float, ...], *, fixed: bool
 ) -> list[Gradients]:
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    module, parameters = subject.module, subject.trained()
     with traceless(module):
         handle = engine.attach(module, plan)
         handle.counts = lambda: probe.counts(plan.row_counter)
@@ -81,17 +59,19 @@ def _released(
         try:
             generators = generator_states()
             with FixedRandomness() if fixed else nullcontext():
-                step.loss(handle.model, probe.batch).backward()
+                subject.step.loss(handle.model, probe.batch).backward()
             if not fixed and not all(map(torch.equal, generators, generator_states())):
                 raise _DrewError
             if regions.tripped:
-                raise ModelError(f"gradient reached `{regions.tripped[0].site.path}`, which runs without a graph")
+                path = regions.tripped[0].site.path
+                raise ModelError(f"gradient reached `{path}`, which runs without a graph", path=path)
             counts = (handle.announce if handle.clips else handle.collect)(list(parameters.values()))
             if engine.owns_gradients and watch.arrived:
                 raise ModelError(
-                    f"gradient reached parameter `{watch.arrived[0]}` past the model's forward: a penalty on weights in the "
-                    "loss, or a part of the model called directly in training_step. Use the optimizer's "
-                    "weight_decay for penalties, and call the model as a whole"
+                    f"gradient reached parameter `{watch.arrived[0]}` past the model's forward:",
+                    "a penalty on weights in the loss, or a part of the model called directly in training_step.",
+                    "Use the optimizer's weight_decay for penalties, and call the model as a whole",
+                    path=watch.arrived[0],
                 )
             if counts != [len(probe)]:
                 raise ModelError(f"per-sample gradients for {counts} rows instead of {len(probe)} samples")
@@ -110,12 +90,6 @@ def clipped_sums(
     handle: Handle, parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
 ) -> list[Gradients]:
     """Let the engine clip, or Opacus's optimizer where per-sample gradients were collected, once per clip norm.
-
-    Args:
-        handle: the engine, after the backward pass.
-        parameters: the trained parameters by name.
-        clip_norms: the clip norms.
-        plan: how the model is to be trained.
 
     Returns:
         The clipped sums by parameter name.

@@ -43,7 +43,6 @@ def key(module: nn.Module, batch: Any, **settings: Any) -> str:
     """What the choice of an engine depends on, as a hash.
 
     Args:
-        module: the repaired model.
         batch: the batch that engines are timed on; only its shapes and dtypes count.
         **settings: what else matters (candidates, batch size, version).
 
@@ -69,9 +68,6 @@ def key(module: nn.Module, batch: Any, **settings: Any) -> str:
 def remembered(name: str) -> dict[str, float | None] | None:
     """What was remembered under a key.
 
-    Args:
-        name: the key.
-
     Returns:
         Seconds by engine, best first; ``None`` if there is nothing that can be read.
     """
@@ -87,7 +83,6 @@ def remember(name: str, seconds: Mapping[str, float | None]) -> None:
     """Remember the order of the engines; a folder that cannot be written to is no reason to stop.
 
     Args:
-        name: the key.
         seconds: seconds by engine, best first.
     """
     try:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from torch import nn
-
 from dpfix.audit.released import clipped_sums
 from dpfix.engines import Engine
 from dpfix.engines.no_grad_regions import applied
 from dpfix.instrument.clock import clock_for
 from dpfix.instrument.module_state import state_of, traceless
 from dpfix.observe.probe import Probe
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 
+TIMED_SAMPLES = 32
+"""Batch size at which engines are timed, at most; smaller if the script's batches are."""
 ROUNDS = 20
 IN_A_ROW = 2
 """Steps of an engine in its turn: the first one finds memory as another engine has left it."""
@@ -29,45 +29,38 @@ MATERIALISED_BYTES = 2**30
 """Per-sample gradients of a whole batch may take this much memory, where an engine passed that needs none."""
 
 
+def timed_size(batch_size: float) -> int:
+    """The number of samples in the batches that engines are timed on, for a script's batch size."""
+    return max(2, min(TIMED_SAMPLES, int(batch_size)))
+
+
 def in_order(
-    engines: Sequence[Engine],
-    module: nn.Module,
-    step: TrainingStep,
-    probe: Probe,
-    samples: int,
-    plan: Plan,
-    batch_size: float,
+    engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, batch_size: float
 ) -> dict[str, float | None]:
     """The engines from best to worst, by the fastest of several steps: what is slower was disturbed by something else.
 
     Args:
         engines: those that passed the audit.
-        module: the repaired model.
-        step: from batch to loss.
         probe: the samples of which batches are made.
-        samples: number of samples in these batches.
         plan: everything about the training but the engine.
-        batch_size: the script's batch size.
 
     Returns:
         Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
     """
-    numbers = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    numbers = sum(p.numel() * p.element_size() for p in subject.trained().values())
     lean = {e.name for e in engines if not e.materialises}
     large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
     timed = [e for e in engines if e.name in lean or not large]
-    seconds = _time(timed, module, step, probe, samples, plan) if len(timed) > 1 else {}
+    seconds = _time(timed, subject, probe, plan, timed_size(batch_size)) if len(timed) > 1 else {}
     found: dict[str, float | None] = {e.name: seconds.get(e.name) for e in timed}
     order = sorted(found, key=lambda n: (found[n] or 0.0) * (1 if n in lean else NOTICEABLE))
     return {n: found[n] for n in order} | {e.name: None for e in engines if e.name not in found}
 
 
-def _time(
-    engines: Sequence[Engine], module: nn.Module, step: TrainingStep, probe: Probe, samples: int, plan: Plan
-) -> dict[str, float]:
+def _time(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, samples: int) -> dict[str, float]:
     seen: dict[str, list[float]] = {engine.name: [] for engine in engines}
     batch, counts = probe.of_size(samples), probe.counts(plan.row_counter, samples)
-    before = state_of(module)
+    before = state_of(subject.module)
     begin = time.perf_counter()
     for turn in range(ROUNDS):
         if turn and time.perf_counter() - begin > ENOUGH_SECONDS:
@@ -76,23 +69,21 @@ def _time(
         for engine in engines:
             times = seen[engine.name]
             if turn < 2 or min(times) < CLOSE * best:
-                with traceless(module, before):
-                    times += [_seconds(engine, module, step, batch, counts, plan) for _ in range(IN_A_ROW)]
+                with traceless(subject.module, before):
+                    times += [_seconds(engine, subject, batch, counts, plan) for _ in range(IN_A_ROW)]
     return {name: min(times) for name, times in seen.items()}
 
 
-def _seconds(
-    engine: Engine, module: nn.Module, step: TrainingStep, batch: object, counts: tuple[int, ...], plan: Plan
-) -> float:
+def _seconds(engine: Engine, subject: Subject, batch: object, counts: tuple[int, ...], plan: Plan) -> float:
     """One step up to the clipped sum."""
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    module, parameters = subject.module, subject.trained()
     handle = engine.attach(module, plan.with_engine(engine))
     handle.counts = lambda: counts
     clock = clock_for(next(iter(parameters.values())).device)
     try:
         with applied(module, plan.no_grad_regions):
             start = clock()
-            step.loss(handle.model, batch).backward()
+            subject.step.loss(handle.model, batch).backward()
         if not handle.clips:
             handle.collect(list(parameters.values()))
         clipped_sums(handle, parameters, (1.0,), plan)

@@ -30,7 +30,7 @@ def line_of(site: CallSite | None) -> Any:
     Returns:
         Module, call of the model and line; ``None`` for a call that is none.
     """
-    return None if site is None else (site.path, site.root, site.place)
+    return None if site is None else (site.path, site.root, site.line)
 
 
 @contextmanager

@@ -14,13 +14,13 @@ class CallSite:
     Attributes:
         path: path of the module.
         root: how many calls of the model came before in the step; -1 outside the model.
-        place: ``file:line`` that makes the call; empty for the model itself, which the loop calls.
+        line: ``file:line`` that makes the call; empty for the model itself, which the loop calls.
         number: how many calls of this module from this line came before in that call of the model.
     """
 
     path: str
     root: int
-    place: str
+    line: str
     number: int
 
 
@@ -38,9 +38,6 @@ class CallCounter:
     def site(self, path: str) -> CallSite:
         """A module is being called now.
 
-        Args:
-            path: its path.
-
         Returns:
             Which call it is.
         """
@@ -48,7 +45,7 @@ class CallCounter:
             self._root += 1
             self._counts.clear()
             return CallSite("", self._root, "", 0)
-        place = calling_line()
-        number = self._counts.get((path, place), 0)
-        self._counts[path, place] = number + 1
-        return CallSite(path, self._root, place, number)
+        line = calling_line()
+        number = self._counts.get((path, line), 0)
+        self._counts[path, line] = number + 1
+        return CallSite(path, self._root, line, number)

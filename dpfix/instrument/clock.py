@@ -11,9 +11,6 @@ import torch
 def clock_for(device: torch.device) -> Callable[[], float]:
     """A clock that other work on the machine disturbs least.
 
-    Args:
-        device: where something is to be timed.
-
     Returns:
         Seconds: of this thread's own work where torch computes in it, of a clock on the wall otherwise.
     """

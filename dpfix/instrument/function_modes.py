@@ -22,11 +22,6 @@ class FollowingMode(TorchFunctionMode):
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function and write it down as one step, whatever it calls in turn.
 
-        Args:
-            func: the function.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-
         Returns:
             What it returns.
         """
@@ -34,10 +29,6 @@ class FollowingMode(TorchFunctionMode):
 
 def as_one(func: Callable[..., Any], *args: Any) -> Any:
     """Call a function that is to be followed as one step: what happens inside it (vmap) cannot be repeated piece by piece.
-
-    Args:
-        func: a function of tensors.
-        *args: its arguments.
 
     Returns:
         What it returns.

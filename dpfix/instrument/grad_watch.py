@@ -11,9 +11,6 @@ from torch import nn
 class GradWatch:
     """Knows what autograd itself accumulated into ``p.grad``, so that everything else can be told apart.
 
-    Args:
-        parameters: the trainable parameters by name.
-
     Attributes:
         arrived: names of parameters that autograd accumulated into since the last :meth:`reset`.
     """

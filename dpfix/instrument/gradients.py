@@ -14,10 +14,6 @@ _CHUNK = 2**18  # numbers that are taken to double precision at a time: fresh me
 def weighted_sum(gradients: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
     """``sum_i w_i g_i``, in single precision at least.
 
-    Args:
-        gradients: one mapping per sample.
-        weights: one number per sample.
-
     Returns:
         The sum by parameter name.
     """
@@ -34,11 +30,6 @@ def weighted_sum(gradients: Sequence[Gradients], weights: Sequence[float]) -> Gr
 def gap(a: torch.Tensor, b: torch.Tensor, factor: float = 1.0) -> float:
     """Euclidean norm of ``factor a - b``, added up in double precision.
 
-    Args:
-        a: a tensor.
-        b: another of its shape.
-        factor: what the first is multiplied with.
-
     Returns:
         The norm.
     """
@@ -54,9 +45,6 @@ def _squares(t: torch.Tensor) -> float:
 def squared_norm(t: torch.Tensor) -> float:
     """Square of the Euclidean norm.
 
-    Args:
-        t: any tensor.
-
     Returns:
         The square, in double precision.
     """
@@ -66,9 +54,6 @@ def squared_norm(t: torch.Tensor) -> float:
 def norm_of(gradient: Mapping[str, torch.Tensor]) -> float:
     """Euclidean norm over all parameters.
 
-    Args:
-        gradient: tensors by parameter name.
-
     Returns:
         The norm, in double precision.
     """
@@ -77,10 +62,6 @@ def norm_of(gradient: Mapping[str, torch.Tensor]) -> float:
 
 def relative_error(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[float, str]:
     """The largest error of one parameter, relative to its own norm or 5 % of the whole.
-
-    Args:
-        found: what an engine released.
-        wanted: the reference.
 
     Returns:
         The error, infinite if a parameter is missing or not finite, and the name of the parameter.

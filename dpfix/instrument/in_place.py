@@ -13,10 +13,6 @@ _IN_PLACE_OPERATORS = frozenset(
 def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a torch function overwrites its first argument.
 
-    Args:
-        name: name of the function.
-        kwargs: keyword arguments of the call.
-
     Returns:
         Whether it does.
     """

@@ -22,9 +22,6 @@ _NOT_STATE = frozenset({"training", "forward"})
 def state_of(root: nn.Module) -> dict[Key, Any]:
     """Copies of everything a forward pass can write: parameters, buffers and plain attributes.
 
-    Args:
-        root: a model.
-
     Returns:
         Values by ``(module path, name)``; containers of tensors are copied one level deep.
     """
@@ -60,10 +57,6 @@ def _copy(value: Any) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Whether two pieces of state are equal.
 
-    Args:
-        a: a value of :func:`state_of`.
-        b: another.
-
     Returns:
         Equality; NaN equals NaN.
     """
@@ -98,10 +91,6 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def written(root: nn.Module, before: Mapping[Key, Any]) -> dict[Key, Any]:
     """What has changed since a snapshot.
 
-    Args:
-        root: the model.
-        before: its snapshot.
-
     Returns:
         Present values (copies) of every piece of state that differs or is new.
     """
@@ -114,12 +103,7 @@ def written(root: nn.Module, before: Mapping[Key, Any]) -> dict[Key, Any]:
 
 
 def put_back(root: nn.Module, before: Mapping[Key, Any]) -> None:
-    """Restore a snapshot in place: the same tensor objects with the old values.
-
-    Args:
-        root: the model.
-        before: its snapshot.
-    """
+    """Restore a snapshot in place: the same tensor objects with the old values."""
     modules = dict(root.named_modules())
     for (path, name), value in before.items():
         _restore(modules[path], name, value)
@@ -176,7 +160,6 @@ class Scratch:
     """Attributes that every forward pass overwrites, put back when asked: nothing of a batch outlives its step.
 
     Args:
-        root: the model.
         keys: the attributes; each is put back to what it is now.
     """
 
@@ -205,7 +188,6 @@ def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator
     Parameters, buffers, attributes, ``.grad`` and the training flags are put back, also when the body raises.
 
     Args:
-        root: the model.
         before: a snapshot of its present state, if there already is one.
 
     Yields:

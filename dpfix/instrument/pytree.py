@@ -20,9 +20,6 @@ Path = tuple[object, ...]
 def children(tree: Any) -> list[tuple[object, Any]] | None:
     """The direct parts of a container.
 
-    Args:
-        tree: any object.
-
     Returns:
         ``(key, part)`` pairs, or ``None`` if the object is a leaf.
     """
@@ -39,10 +36,6 @@ def children(tree: Any) -> list[tuple[object, Any]] | None:
 
 def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     """All leaves with the keys that lead to them.
-
-    Args:
-        tree: any object.
-        path: keys that led here.
 
     Returns:
         ``(path, leaf)`` pairs in a stable order.
@@ -118,9 +111,6 @@ def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:
 def tensors(tree: Any) -> list[torch.Tensor]:
     """All tensors of a tree.
 
-    Args:
-        tree: any object.
-
     Returns:
         The tensor leaves in order.
     """
@@ -132,9 +122,6 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 def gradient_tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors of a tree through which a backward pass can come.
 
-    Args:
-        tree: any object.
-
     Returns:
         Tensor leaves that require gradient.
     """
@@ -145,9 +132,6 @@ def plain(tree: Any) -> Any:
     """The same tree with tensor subclasses (MONAI's ``MetaTensor``) turned into plain tensors.
 
     Per-sample transforms work on data, not on the meta information a subclass carries along.
-
-    Args:
-        tree: any object.
 
     Returns:
         A tree without tensor subclasses; parameters stay as they are.

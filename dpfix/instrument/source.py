@@ -54,10 +54,6 @@ def _users_file(file: str) -> str:
 def describe_module(root: nn.Module, path: str) -> str:
     """Where a module stands, for messages.
 
-    Args:
-        root: the model.
-        path: module path; empty for the root.
-
     Returns:
         Class, path, and class and source line of the module that holds it.
     """

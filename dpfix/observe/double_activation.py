@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dpfix.report.finding import Finding, Fixability, Severity
+
 FUNCTIONS = frozenset(
     {"sigmoid", "sigmoid_", "hardsigmoid", "softmax", "softmin", "gumbel_softmax", "log_softmax", "log_sigmoid"}
     | {"special_expit", "special_softmax", "special_log_softmax", "cross_entropy"}
@@ -53,17 +55,17 @@ class Activation:
 
     Attributes:
         what: the function.
-        place: ``file:line`` of the code that called it.
+        line: ``file:line`` of the code that called it.
         module: path of the module that was being called; ``None`` outside the model, in the loss.
     """
 
     what: str
-    place: str
+    line: str
     module: str | None
 
     def __str__(self) -> str:
         where = "outside the model" if self.module is None else f"in `{self.module}`" if self.module else "in the model"
-        return f"{self.what} {where} ({self.place})"
+        return f"{self.what} {where} ({self.line})"
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,6 @@ class Calls:
     def run(self, call: Callable[[], Any], activation: Activation) -> Any:
         """Run a call and remember which nodes it made.
 
-        Args:
-            call: what is to be run.
-            activation: what it does.
-
         Returns:
             What the call returns.
         """
@@ -102,9 +100,6 @@ class Calls:
 
     def of(self, node: Any) -> Activation:
         """The call that made a node.
-
-        Args:
-            node: a node of the graph.
 
         Returns:
             The call, or the name of the node if no call is known to have made it.
@@ -117,12 +112,8 @@ class Calls:
 def repeated(loss: torch.Tensor, calls: Calls) -> tuple[Repeated, ...]:
     """Find every activation that is applied to what has already gone through one.
 
-    Args:
-        loss: a loss before ``backward()``.
-        calls: the calls that were seen while it was computed.
-
     Returns:
-        One entry per pair of places.
+        One entry per pair of lines.
     """
     found: dict[Repeated, None] = {}
     known: dict[Any, Any] = {}
@@ -179,3 +170,26 @@ def _is_number(node: Any, constant: str) -> bool:
     """Whether a product's constant factor is one number, or one per channel: no mask, no image."""
     value = getattr(node, constant, None)
     return value is not None and (not torch.is_tensor(value) or sum(size > 1 for size in value.shape) < 2)
+
+
+def finding(model: str, pair: Repeated) -> Finding:
+    """The finding about an activation of probabilities.
+
+    Returns:
+        It blocks training if the second one is in the loss; inside the model it may be meant and is advice.
+    """
+    in_loss = pair.second.module is None
+    fact = f"{pair.second} is applied to the probabilities that {pair.first} has made ({model})."
+    return Finding(
+        "DPF030",
+        Severity.BLOCKS_TRAINING if in_loss else Severity.ADVICE,
+        Fixability.NOTHING,
+        fact[0].upper() + fact[1:],
+        "an activation of probabilities is nearly flat (a sigmoid of them lies in [0.5, 0.7311]): gradients shrink, and "
+        "noise of the same size drowns them.",
+        help="apply one of the two: let the model return logits, or take a loss that expects probabilities (BCELoss, "
+        "NLLLoss of a log, sigmoid=False and softmax=False in MONAI's losses)."
+        if in_loss
+        else "if it is not meant, take one of the two out.",
+        path=(pair.first.module or "") if in_loss else (pair.second.module or ""),
+    )

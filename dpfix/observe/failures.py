@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpfix.errors import DPFixError, TrainingStepError
+from dpfix.errors import USER_CODE_ERRORS, DPFixError, TrainingStepError
 from dpfix.observe.training_step import TrainingStep
 
 
 @contextmanager
 def described_failures(step: TrainingStep) -> Iterator[None]:
     """Turn an error of the user's step into one that says what was being tried.
-
-    Args:
-        step: the training step.
 
     Yields:
         Nothing.
@@ -27,23 +24,17 @@ def described_failures(step: TrainingStep) -> Iterator[None]:
         yield
     except DPFixError:
         raise
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except USER_CODE_ERRORS as error:
         raise TrainingStepError(
-            f"the training step ({step.origin}) fails on a probe of a few samples, or on a single one: "
-            f"{type(error).__name__}: {error} ({_last_place(error)}). Check training_step= and criterion=, and that the "
-            "model runs on one batch and on a single sample before it is made private."
+            f"the training step ({step.origin}) fails on a probe of a few samples, or on a single one:",
+            f"{type(error).__name__}: {error} ({_last_line(error)}).",
+            "Check training_step= and criterion=, and that the model runs on one batch and on a single sample before it is "
+            "made private.",
+            path="training_step",
         ) from error
 
 
-def _last_place(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -12,31 +12,28 @@ from dpfix.engines.no_grad_regions import NoGradRegions, applied, line_of
 from dpfix.errors import DPFixError
 from dpfix.instrument.gradients import Gradients, relative_error
 from dpfix.instrument.module_state import put_back, traceless
+from dpfix.observe.one_step import run_step
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import ModuleCall, Run, StepRecord
-from dpfix.observe.run import run_step
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject
 from dpfix.plan import Region
+from dpfix.report.finding import Finding, Fixability, Severity
 
 EXACT = 1e-6
 """Relative difference of the gradients with and without a region that is rounding."""
 
 
-def find(
-    module: nn.Module, step: TrainingStep, probe: Probe, record: StepRecord, unused: Sequence[str]
-) -> tuple[Region, ...]:
+def find(subject: Subject, probe: Probe, record: StepRecord, unused: Sequence[str]) -> tuple[Region, ...]:
     """The outermost module calls that no gradient comes back to, as far as a step without their graph is the same step.
 
     Args:
-        module: the repaired model; parameters that no gradient reaches are already frozen.
-        step: from batch to loss.
-        probe: the samples.
-        record: what the probe showed.
+        subject: the model and its training step; parameters that no gradient reaches are already frozen.
         unused: parameters that no gradient reaches, frozen by now.
 
     Returns:
         The regions, with what each of them saves on the probe.
     """
+    module = subject.module
     kept: tuple[Region, ...] = ()
     candidates = _candidates(module, record)
     if not candidates:
@@ -46,7 +43,7 @@ def find(
 
         def run(cutting: bool, regions: Iterable[Region]) -> tuple[Run, NoGradRegions]:
             with applied(module, regions, cutting=cutting) as at_work:
-                out = run_step(module, step, probe.batch, before)
+                out = run_step(subject, probe.batch, before)
             put_back(module, before)
             return out, at_work
 
@@ -90,3 +87,21 @@ def _cut_by(call: ModuleCall, record: StepRecord) -> str:
 
 def _same_step(run: Run, loss: float, gradients: Gradients) -> bool:
     return abs(run.loss - loss) <= EXACT * abs(loss) and relative_error(run.gradients, gradients)[0] <= EXACT
+
+
+def finding(region: Region, samples: int) -> Finding:
+    """The finding about a module call that runs without a graph, measured on a probe of some samples."""
+    site = region.site
+    return Finding(
+        "DPF026",
+        Severity.ADVICE,
+        Fixability.EXACT,
+        f"no gradient comes back to the call of `{site.path or 'the model'}`"
+        + (f" at {site.line}" if site.line else f" (call {site.root + 1} of the step)")
+        + (f": {region.cut}." if region.cut else "."),
+        "its graph would be built and never walked; Opacus's hooks lose the pairing of activations and gradients.",
+        f"runs without a graph: saves {region.saved_bytes / 1e6:.3g} MB and {region.saved_seconds * 1e3:.2g} ms on "
+        f"{samples} samples",
+        "the same by hand: `with torch.no_grad():` around that call. no_grad_regions=False leaves it alone.",
+        site.path,
+    )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dpfix.errors import LoaderError
+from dpfix.errors import USER_CODE_ERRORS, LoaderError
 from dpfix.instrument import pytree
 from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -24,9 +24,6 @@ from dpfix.sampling.rate import index_set
 
 SAMPLES = 4
 """Number of samples in a probe, at most; as many as the script's batches have if those are smaller."""
-
-COLLATE_FAILURES = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError)
-"""What a dataset or a collate function raises for samples it cannot take."""
 
 _SEED = 20160623
 
@@ -53,14 +50,7 @@ class Probe:
         return len(self.singles)
 
     def of_size(self, samples: int) -> Any:
-        """A batch of any size, made by repeating the samples.
-
-        Args:
-            samples: number of samples.
-
-        Returns:
-            The collated batch.
-        """
+        """A collated batch of so many samples, made by repeating those of the probe."""
         return self.collate(self._repeated(samples))
 
     def _repeated(self, samples: int) -> list[Any]:
@@ -104,14 +94,7 @@ class Probe:
         return replace(_collated(items, self.collate), unchanged=tuple(unchanged))
 
     def without(self, sample: int) -> Probe:
-        """The probe with one sample left out.
-
-        Args:
-            sample: number of the sample.
-
-        Returns:
-            The smaller probe.
-        """
+        """The probe with the sample of that number left out."""
         return _collated([item for i, item in enumerate(self.items) if i != sample], self.collate)
 
 
@@ -130,9 +113,6 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
     """Probes that bring out what depends on the data: an empty mask, a rare label, an outlier.
 
     The first has them all; the others one each, for steps that cannot take some of them.
-
-    Args:
-        probe: the ordinary probe.
 
     Returns:
         Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
@@ -166,9 +146,6 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
 
 def emptied(probe: Probe) -> Probe:
     """A sample of nothing but zeros (padding, background) and empty strings beside an ordinary one.
-
-    Args:
-        probe: the ordinary probe.
 
     Returns:
         Two samples; whole numbers of the first are the smallest that the probe holds at the same place.
@@ -227,9 +204,7 @@ def take(
     """Read a probe from a loader's dataset, without touching its sampler.
 
     Args:
-        loader: the user's loader.
         samples: number of samples; fewer if the dataset has fewer (at least two, by repetition).
-        augmentation: makes the views of every sample.
 
     Returns:
         The probe.
@@ -246,13 +221,14 @@ def take(
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
         return _collated([_redraw(item, generator) for item in items], collate.collated)
-    except COLLATE_FAILURES as error:
+    except USER_CODE_ERRORS as error:
         raise LoaderError(
-            f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed: "
-            f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step; make sure that "
-            "dataset[i], the collate_fn"
+            f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed:",
+            f"{type(error).__name__}: {error}. dpfix needs one batch to check the training step;",
+            "make sure that dataset[i], the collate_fn"
             + (" and the transform of the augmentation work" if augmentation else " work")
-            + " for any list of samples, also for a single one."
+            + " for any list of samples, also for a single one.",
+            path="data_loader",
         ) from error
 
 

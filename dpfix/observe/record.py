@@ -12,6 +12,7 @@ from dpfix.instrument.module_state import Key
 from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.observe import double_activation
 from dpfix.observe.recorder import RecordedCall, Site
+from dpfix.report.finding import Finding
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class StepRecord:
         layers: how each call of a module that owns trainable parameters carries its samples.
         modules: every module call, in order.
         unused: trainable parameters that no gradient reached in any run.
-        functional: trainable parameters used outside their own module, with the first place.
+        functional: trainable parameters used outside their own module, with the first line.
         elsewhere: paths of the modules that use them there, by name.
         several: trainable parameters whose module is called more than once, or that have several names.
         cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
-        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`StepLog`.
+        needs_workarounds: whether forward does what ``vmap`` does wrong or refuses; see :class:`StepLog`.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
         scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.
@@ -102,7 +103,7 @@ class StepRecord:
     several: tuple[str, ...]
     cuts: Mapping[Site, frozenset[int]]
     in_place: tuple[Site, ...]
-    to_help: bool
+    needs_workarounds: bool
     constant_writes: tuple[str, ...]
     sample_writes: tuple[str, ...]
     scratch: tuple[Key, ...] = ()
@@ -128,3 +129,15 @@ class StepRecord:
         """Largest number of rows that one sample has in an input of the model."""
         rows = [dim.rows for call in self.calls for _, dim in call.inputs if dim is not None]
         return max(rows, default=1)
+
+
+def several_rows(model: str, record: StepRecord) -> list[Finding]:
+    """Advice about samples that enter a model as several rows, or as different numbers of them."""
+    if record.counts:
+        fact = f"samples enter {model} as different numbers of rows ({min(record.counts)} to {max(record.counts)} in the probe)."
+    elif record.rows_per_sample > 1:
+        fact = f"every sample enters {model} as {record.rows_per_sample} rows."
+    else:
+        return []
+    why = "the rows of a sample are clipped together, and counted once: the privacy unit is the sample."
+    return [Finding.advice("DPF024", fact, why, path="data_loader")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
 from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
+from dpfix.report.finding import Finding
 
 _CUTS = frozenset({"detach", "detach_"})
 
@@ -39,20 +40,20 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the user's code.
+    """A line of the user's code.
 
     Attributes:
         module: path of the module that was being called; empty outside the model (the loss function).
-        place: ``file:line``.
+        line: ``file:line``.
         what: the operation.
     """
 
     module: str
-    place: str
+    line: str
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what} at {self.place}" + (f" in `{self.module}`" if self.module else "")
+        return f"{self.what} at {self.line}" + (f" in `{self.module}`" if self.module else "")
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,24 @@ class StepLog:
     """What a recorder has written down so far.
 
     Attributes:
+        details: whether functions (detach, in-place, uses of parameters) are watched, and which outputs gradient reaches.
+        layers: whether the calls of the modules inside are written down; if not, those of the model alone.
         calls: calls of the kept modules, by path.
         order: every module call, in the order in which they returned.
         reached: numbers (in ``order``) of the calls whose output a gradient reached.
         detached: where a graph was cut, and the numbers of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
-        functional: parameters used while their own module was not being called, with the first place.
+        functional: parameters used while their own module was not being called, with the first line.
         elsewhere: the modules that were being called then, by parameter.
-        to_help: whether forward does what ``vmap`` has to be helped with: it writes into a tensor without a graph, or
-            looks up a padding token.
+        needs_workarounds: whether forward does what ``vmap`` does wrong or refuses: it writes into a tensor without a
+            graph, or looks up a padding token.
         activations: calls of activations.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised.
     """
 
+    details: bool = False
+    layers: bool = False
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     order: list[Returned] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
@@ -102,7 +107,7 @@ class StepLog:
     in_place: dict[Site, None] = field(default_factory=dict)
     functional: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, dict[str, None]] = field(default_factory=dict)
-    to_help: bool = False
+    needs_workarounds: bool = False
     activations: double_activation.Calls = field(default_factory=double_activation.Calls)
     stack: list[str] = field(default_factory=list)
     failed: str = ""
@@ -112,23 +117,15 @@ class StepLog:
 
     def forget(self) -> None:
         """Begin anew."""
-        vars(self).update(vars(StepLog()))
+        vars(self).update(vars(StepLog(self.details, self.layers)))
 
     def entered(self, path: str) -> None:
-        """A module is being called.
-
-        Args:
-            path: its path.
-        """
+        """The module at a path is being called."""
         self._clock += 1
         self._open.append((self._clock, self._counter.site(path) if torch.is_grad_enabled() else None))
 
     def returned(self, path: str, output: Any) -> int:
-        """It has returned.
-
-        Args:
-            path: its path.
-            output: what it returned.
+        """The module at a path has returned.
 
         Returns:
             The number of the call.
@@ -143,9 +140,9 @@ class StepLog:
 class _Watch(TorchFunctionMode):
     """Sees every torch function that Python calls."""
 
-    def __init__(self, recording: StepLog, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
+    def __init__(self, log: StepLog, owners: dict[int, tuple[str, frozenset[str]]]) -> None:
         super().__init__()
-        self.recording = recording
+        self.log = log
         self.owners = owners
         self.outputs: dict[int, torch.Tensor] = {}
         self.nodes: dict[Any, int] = {}
@@ -161,7 +158,7 @@ class _Watch(TorchFunctionMode):
         elif func is F.embedding:
             self._looked_up(*args, **kwargs)
         elif func is torch.embedding:
-            self.recording.to_help = True
+            self.log.needs_workarounds = True
         output = self._run(name, lambda: func(*args, **kwargs))
         if pytree.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
             for value in (*args, *kwargs.values()):
@@ -173,17 +170,16 @@ class _Watch(TorchFunctionMode):
     def _run(self, name: str, call: Callable[[], Any]) -> Any:
         if name not in double_activation.FUNCTIONS:
             return call()
-        inside = self.recording.stack[-1] if self.recording.stack else None
-        place = calling_line() or "place unknown"
-        return self.recording.activations.run(call, double_activation.Activation(name.rstrip("_"), place, inside))
+        inside = self.log.stack[-1] if self.log.stack else None
+        line = calling_line() or "place unknown"
+        return self.log.activations.run(call, double_activation.Activation(name.rstrip("_"), line, inside))
 
     def _cut(self, args: Any, what: str) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].requires_grad and not args[0].is_leaf:
-            place = calling_line()
-            if place:
-                self.recording.detached.setdefault(Site(self._module(), place, what), set()).update(
-                    self._calls_behind(args[0])
-                )
+            line = calling_line()
+            if line:
+                site = Site(self._module(), line, what)
+                self.log.detached.setdefault(site, set()).update(self._calls_behind(args[0]))
 
     def _calls_behind(self, t: torch.Tensor) -> set[int]:
         """Numbers of the nearest module calls that a tensor was computed from."""
@@ -203,51 +199,41 @@ class _Watch(TorchFunctionMode):
     def _overwritten(self, target: Any, name: str) -> None:
         base = target if getattr(target, "_base", None) is None else target._base
         if id(target) in self.outputs or id(base) in self.outputs:
-            place = calling_line()
-            if place:
-                self.recording.in_place[Site(self._module(), place, name)] = None
+            line = calling_line()
+            if line:
+                self.log.in_place[Site(self._module(), line, name)] = None
 
     def _written_into(self, target: Any, args: Any, kwargs: Any) -> None:
         constant = isinstance(target, torch.Tensor) and not target.requires_grad
-        if constant and self.recording.stack and pytree.tensors((args, kwargs)):
-            self.recording.to_help = True
+        if constant and self.log.stack and pytree.tensors((args, kwargs)):
+            self.log.needs_workarounds = True
 
     def _looked_up(self, input: Any, weight: Any, padding_idx: int | None = None, *_: Any, **__: Any) -> None:
         if padding_idx is not None:
-            self.recording.to_help = True
+            self.log.needs_workarounds = True
 
     def _used(self, parameter: nn.Parameter) -> None:
         owner = self.owners.get(id(parameter))
         recomputed = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
         if owner is None or self._module() in owner[1] or recomputed:
             return
-        if self.recording.stack:
-            self.recording.elsewhere.setdefault(owner[0], {})[self._module()] = None
-        if owner[0] not in self.recording.functional:
-            self.recording.functional[owner[0]] = calling_line() or "place unknown"
+        if self.log.stack:
+            self.log.elsewhere.setdefault(owner[0], {})[self._module()] = None
+        if owner[0] not in self.log.functional:
+            self.log.functional[owner[0]] = calling_line() or "place unknown"
 
     def _module(self) -> str:
-        return self.recording.stack[-1] if self.recording.stack else ""
+        return self.log.stack[-1] if self.log.stack else ""
 
 
 @contextmanager
-def recorder(module: nn.Module, recording: StepLog, *, details: bool, layers: bool = True) -> Iterator[None]:
-    """Record one training step.
-
-    Args:
-        module: the model.
-        recording: where it is written down.
-        details: also watch functions (detach, in-place, uses of parameters) and which outputs gradient reaches.
-        layers: also write down the calls of the modules inside; if not, those of the model alone.
-
-    Yields:
-        Nothing.
-    """
+def recorder(module: nn.Module, log: StepLog) -> Iterator[None]:
+    """Write one training step down, as far as the log wants it."""
     keep = {path for path, m in module.named_modules() if not path or _holds_parameters(m)}
-    watch = _Watch(recording, _owners(module)) if details else None
+    watch = _Watch(log, _owners(module)) if log.details else None
     with ExitStack() as stack:
-        for path, child in module.named_modules() if layers else [("", module)]:
-            for handle in _hooks(path, child, recording, path in keep, watch):
+        for path, child in module.named_modules() if log.layers else [("", module)]:
+            for handle in _hooks(path, child, log, path in keep, watch):
                 stack.callback(handle.remove)
         if watch is not None:
             stack.enter_context(watch)
@@ -282,30 +268,30 @@ def _parametrised(module: nn.Module, name: str) -> Iterator[str]:
     yield from (path for path, _ in module.named_modules() if path.startswith(prefix))
 
 
-def _hooks(path: str, child: nn.Module, recording: StepLog, keep: bool, watch: _Watch | None) -> list[Any]:
+def _hooks(path: str, child: nn.Module, log: StepLog, keep: bool, watch: _Watch | None) -> list[Any]:
     def enter(m: nn.Module, args: Any) -> None:
-        recording.stack.append(path)
+        log.stack.append(path)
         if watch is not None:
-            recording.entered(path)
+            log.entered(path)
 
     def leave(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if recording.stack:
-            recording.stack.pop()
+        if log.stack:
+            log.stack.pop()
         if sys.exc_info()[1] is not None:  # called because forward raised
-            recording.failed = recording.failed or path
+            log.failed = log.failed or path
             return
         if keep:
-            recording.calls.setdefault(path, []).append(
+            log.calls.setdefault(path, []).append(
                 RecordedCall(*(pytree.map_leaves(_detached, part) for part in (args, kwargs, output)))
             )
         if watch is not None:
-            number = recording.returned(path, output)
+            number = log.returned(path, output)
             for t in pytree.gradient_tensors(output):
                 watch.outputs[id(t)] = t
                 if t.grad_fn is not None:
                     watch.nodes.setdefault(t.grad_fn, number)
                     # On the node: a second tensor hook on a view that was modified in place crashes torch 2.13.
-                    t.grad_fn.register_prehook(lambda g, number=number: recording.reached.add(number))
+                    t.grad_fn.register_prehook(lambda g, number=number: log.reached.add(number))
 
     return [
         child.register_forward_pre_hook(enter, prepend=True),
@@ -318,3 +304,18 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
         return leaf
     with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
         return leaf.detach().as_subclass(torch.Tensor)
+
+
+def overwritten(sites: Sequence[Site]) -> list[Finding]:
+    """Advice about lines that overwrite the output of a layer, if there are any."""
+    if not sites:
+        return []
+    return [
+        Finding.advice(
+            "DPF023",
+            f"forward overwrites the output of a layer: {sites[0]} ({len(sites)} such place(s)).",
+            "Opacus's hooks cannot follow it; an engine of dpfix can.",
+            help="write x = x + y instead of x += y if you want Opacus's hooks to be considered.",
+            path=sites[0].module,
+        )
+    ]

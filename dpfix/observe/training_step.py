@@ -11,6 +11,7 @@ from torch import nn
 
 from dpfix.errors import TrainingStepError
 from dpfix.instrument import pytree
+from dpfix.report.finding import Finding
 
 StepFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -30,11 +31,7 @@ class TrainingStep:
     loss_known: bool
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Run the step on one batch.
-
-        Args:
-            model: the model.
-            batch: what the loader delivers.
+        """Run the step on one batch of the loader.
 
         Returns:
             The scalar loss.
@@ -46,15 +43,56 @@ class TrainingStep:
         if not torch.is_tensor(loss) or loss.numel() != 1:
             kind = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
             raise TrainingStepError(
-                f"training_step returned {kind}, not a scalar loss ({self.origin}). Per-sample clipping "
-                "needs the loss the script calls backward() on. Return that loss from training_step."
+                f"training_step returned {kind}, not a scalar loss ({self.origin}).",
+                "Per-sample clipping needs the loss the script calls backward() on.",
+                "Return that loss from training_step.",
+                path="training_step",
             )
         if not loss.requires_grad:
             raise TrainingStepError(
-                f"the loss of training_step depends on no trainable parameter ({self.origin}). "
-                "There is nothing to train; check requires_grad of the parameters and any no_grad block."
+                f"the loss of training_step depends on no trainable parameter ({self.origin}).",
+                "There is nothing to train;",
+                "check requires_grad of the parameters and any no_grad block.",
+                path="training_step",
             )
         return loss.reshape(())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is observed and audited.
+
+    Attributes:
+        module: the repaired model, in training mode.
+        step: from batch to loss.
+    """
+
+    module: nn.Module
+    step: TrainingStep
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch on the plain model; see :meth:`TrainingStep.loss`."""
+        return self.step.loss(self.module, batch)
+
+
+def unknown_loss(step: TrainingStep) -> list[Finding]:
+    """Advice about a loss that is checked on the first real steps only, if it is such a one."""
+    if step.loss_known:
+        return []
+    return [
+        Finding.advice(
+            "DPF020",
+            f"the loop's loss is not known ({step.origin}).",
+            "whether it couples the samples (batch Dice, class weights with mean, ignore_index) is checked on the first "
+            "real steps, in backward().",
+            help="pass criterion= or training_step= to have it checked before training, on harder samples too.",
+            path="training_step",
+        )
+    ]
 
 
 def infer(
@@ -67,7 +105,6 @@ def infer(
     a criterion the model is called the same way and a stand-in loss over its outputs is used.
 
     Args:
-        batch: one batch as the loader delivers it.
         criterion: the script's loss function, if the call named one.
         given: the user's own ``training_step``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples; a stand-in loss follows it.
@@ -91,8 +128,10 @@ def infer(
     if torch.is_tensor(batch):
         return _step(lambda b: (b,), None, criterion, "model(batch)", loss_reduction)
     raise TrainingStepError(
-        f"data_loader delivers {type(batch).__name__}; dpfix cannot tell how a batch becomes a loss. "
-        "Pass training_step=lambda model, batch: <the loss your loop computes>."
+        f"data_loader delivers {type(batch).__name__};",
+        "dpfix cannot tell how a batch becomes a loss.",
+        "Pass training_step=lambda model, batch: <the loss your loop computes>.",
+        path="training_step",
     )
 
 
@@ -107,8 +146,10 @@ def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
         if loss is None:
             raise TrainingStepError(
-                f"data_loader delivers a mapping with keys {sorted(map(str, b))}; model(**batch) gives no "
-                "`loss`, so dpfix cannot tell the loss. Pass training_step=lambda model, batch: <your loss>."
+                f"data_loader delivers a mapping with keys {sorted(map(str, b))};",
+                "model(**batch) gives no `loss`, so dpfix cannot tell the loss.",
+                "Pass training_step=lambda model, batch: <your loss>.",
+                path="training_step",
             )
         return loss
 
@@ -141,10 +182,6 @@ def surrogate_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
     Every floating output enters with a fixed weight along its last dimension and a small square, so
     that no output is without gradient and no two rows can be exchanged unnoticed.
 
-    Args:
-        output: the model's output, any structure.
-        loss_reduction: ``"mean"`` or ``"sum"``.
-
     Returns:
         The mean (or sum) over all elements, summed over the outputs: a scalar.
 
@@ -154,8 +191,10 @@ def surrogate_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
     outputs = [t for t in pytree.gradient_tensors(output) if t.is_floating_point()]
     if not outputs:
         raise TrainingStepError(
-            "no output of the model carries gradient, so no parameter can be trained. "
-            "Check requires_grad of the parameters and any no_grad block in forward."
+            "no output of the model carries gradient,",
+            "so no parameter can be trained.",
+            "Check requires_grad of the parameters and any no_grad block in forward.",
+            path="module",
         )
     total = outputs[0].new_zeros(())
     for t in outputs:

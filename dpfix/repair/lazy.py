@@ -16,10 +16,6 @@ def materialise(module: nn.Module, first_forward: Callable[[], object]) -> bool:
 
     The initialisers draw from the script's generators as its own first forward pass would have.
 
-    Args:
-        module: the model.
-        first_forward: one forward pass of the training step.
-
     Returns:
         Whether there was anything to create.
 
@@ -33,17 +29,15 @@ def materialise(module: nn.Module, first_forward: Callable[[], object]) -> bool:
     left = _lazy(module)
     if left:
         raise ModelError(
-            f"module: lazy parameter `{left[0]}` of {type(module).__name__} was not created by one training step. "
-            "Run one forward pass that uses it before make_private_safe, or remove the layer."
+            f"module: lazy parameter `{left[0]}` of {type(module).__name__} was not created by one training step.",
+            help="Run one forward pass that uses it before make_private_safe, or remove the layer.",
+            path=left[0],
         )
     return True
 
 
 def remembered_lazy(module: nn.Module) -> Callable[[], None]:
-    """What gives lazy modules back their state before they created their parameters.
-
-    Args:
-        module: the model.
+    """What gives the lazy modules of a model back their state before they created their parameters.
 
     Returns:
         A function that makes every lazy module, and every parameter without shape, again what it is now.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.errors import LossError
+from dpfix.errors import USER_CODE_ERRORS, LossError
 from dpfix.instrument import pytree
 from dpfix.instrument.function_modes import as_one
 
@@ -110,7 +110,7 @@ def _agree(fast: Callable[[Any], torch.Tensor], slow: Callable[[Any], torch.Tens
     try:
         wanted = _value_and_gradients(slow, other)
         found = _value_and_gradients(fast, mine)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, UserWarning):
+    except (*USER_CODE_ERRORS, UserWarning):
         return False  # vmap does not follow it, or the criterion fails: then the loop says how
     tolerance = 1e-6 if wanted[0].dtype == torch.float64 else 1e-4
     return all(
@@ -134,8 +134,10 @@ def _samples(tree: Any) -> int:
     sizes = {t.shape[0] for t in pytree.tensors(tree) if t.dim()}
     if len(sizes) != 1 or 0 in sizes:
         raise LossError(
-            f"PerSampleLoss got tensors with {sorted(sizes)} rows in dimension 0; every output and target has to hold the "
-            "same samples, at least one. Pass per-sample outputs and targets, [samples, ...] each."
+            f"PerSampleLoss got tensors with {sorted(sizes)} rows in dimension 0;",
+            "every output and target has to hold the same samples, at least one.",
+            "Pass per-sample outputs and targets, [samples, ...] each.",
+            path="criterion",
         )
     return sizes.pop()
 

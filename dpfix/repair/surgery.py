@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -22,9 +23,6 @@ class Surgery:
 
     Used as a context manager: leaving it by an exception, or without :meth:`commit`, undoes every change in
     reverse order.
-
-    Args:
-        scan: the objects of the call.
     """
 
     def __init__(self, scan: Scan) -> None:
@@ -46,11 +44,7 @@ class Surgery:
         self._committed = True
 
     def undo_with(self, undo: Callable[[], None]) -> None:
-        """Register how to undo a change that was made elsewhere.
-
-        Args:
-            undo: called on a roll-back.
-        """
+        """Register how to undo a change that was made elsewhere."""
         self._undo.append(undo)
 
     def roll_back(self) -> None:
@@ -60,9 +54,6 @@ class Surgery:
 
     def repair(self, found: tuple[tuple[Rule, Finding], ...]) -> None:
         """Apply the fix of every finding that has one, then count.
-
-        Args:
-            found: ``(rule, finding)`` pairs of a scan.
 
         Raises:
             ModelError: a rule still finds what it claims to have fixed.
@@ -81,12 +72,11 @@ class Surgery:
                 before = {name: getattr(module, name) for name in result}
                 self.set_attributes(module, result)
                 self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
-        after = Scan(self.scan.module, self.scan.optimizer, self.scan.data_loader, self.scan.options)
-        for rule, left in run_rules(after, dict.fromkeys(rule for rule, _ in fixed)):
+        for rule, left in run_rules(replace(self.scan), dict.fromkeys(rule for rule, _ in fixed)):
             if left.fixability in changes:
                 raise ModelError(
-                    f"{left.fact} The repair of {rule.code} did not take hold; the model was left as it "
-                    "was. This is a defect of dpfix: please report it with the model's class.",
+                    f"{left.fact} The repair of {rule.code} did not take hold; the model was left as it was.",
+                    help="This is a defect of dpfix: please report it with the model's class.",
                     path=left.path,
                 )
 
@@ -103,9 +93,10 @@ class Surgery:
         """
         if old is self.scan.module:
             raise ModelError(
-                f"{self.scan.place('')} is itself what has to be replaced, and dpfix cannot put another object "
-                "into your variable. Wrap it: module = torch.nn.Sequential(module), and build the optimizer "
-                "from it."
+                f"{self.scan.place('')} is itself what has to be replaced,",
+                "and dpfix cannot put another object into your variable.",
+                "Wrap it: module = torch.nn.Sequential(module), and build the optimizer from it.",
+                path="module",
             )
         new.train(old.training)
         for owner in list(self.scan.aliases):
@@ -122,9 +113,11 @@ class Surgery:
         optimizer: Optimizer = self.scan.optimizer
         if any(p in optimizer.state for p in gone):
             raise OptimizerError(
-                f"optimizer already holds state for the parameters of a {name} whose replacement has other "
-                "parameters, and that state cannot be carried over. Call make_private_safe before the first "
-                "step, or leave grad_sample_mode at 'auto' (dpfix's engines keep the layer as it is)."
+                f"optimizer already holds state for the parameters of a {name} whose replacement has other parameters,",
+                "and that state cannot be carried over.",
+                "Call make_private_safe before the first step, or leave grad_sample_mode at 'auto' (dpfix's engines keep the "
+                "layer as it is).",
+                path="optimizer",
             )
         groups = [g for g in optimizer.param_groups if any(p is q for p in gone for q in g["params"])]
         if not groups:
@@ -141,23 +134,14 @@ class Surgery:
         self._undo.append(restore)
 
     def set_attributes(self, module: nn.Module, values: Mapping[str, Any]) -> None:
-        """Set plain attributes of a module.
-
-        Args:
-            module: a module of the model.
-            values: attribute names and values.
-        """
+        """Set plain attributes of a module of the model, by name."""
         for name, value in values.items():
             old = getattr(module, name)
             setattr(module, name, value)
             self._undo.append(lambda n=name, o=old: setattr(module, n, o))
 
     def freeze(self, parameter: nn.Parameter) -> None:
-        """Stop training a parameter that no gradient reaches.
-
-        Args:
-            parameter: a trainable parameter of the model.
-        """
+        """Stop training a parameter of the model that no gradient reaches."""
         parameter.requires_grad_(False)
         origins.remember_frozen(parameter)
         self._undo.append(lambda: _thaw(parameter))

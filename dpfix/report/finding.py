@@ -36,7 +36,7 @@ class Finding:
         severity: effect on the guarantee.
         fixability: what can be done.
         fact: one sentence with the value and the place.
-        why: the reason it matters.
+        why: the reason it matters; several reasons stand on lines of their own, the first after a line break.
         fix: what was changed (or would be).
         help: the way out for the user.
         path: module path, parameter name or argument the finding is about.
@@ -76,7 +76,9 @@ class Finding:
         return self.fixability is Fixability.REFUSED
 
     def __str__(self) -> str:
-        lines = [f"{self.code} [{self.severity.value}] {self.fact}", f"  why:  {self.why}"]
+        lines = [f"{self.code} [{self.severity.value}] {self.fact}"]
+        if self.why:
+            lines.append("  why:" + (self.why if self.why.startswith("\n") else f"  {self.why}"))
         if self.fix:
             lines.append(f"  fix:  {self.fix}  [{self.fixability.value}]")
         if self.help:

@@ -65,7 +65,7 @@ class BatchNorm(Rule):
                 Fixability.CHANGES_MODEL,
                 fact,
                 why,
-                fix=f"{_describe(module, scan.options.norm)}; weight, bias, eps, dtype and requires_grad kept, "
+                fix=f"{_describe(module, scan.privacy.norm)}; weight, bias, eps, dtype and requires_grad kept, "
                 "running statistics dropped",
                 help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
                 "module.eval() and requires_grad_(False) on this layer.",
@@ -75,7 +75,7 @@ class BatchNorm(Rule):
     @override
     def fix(self, module: nn.Module, scan: Scan) -> nn.Module:
         assert isinstance(module, _BatchNorm)
-        return _replacement(module, scan.options.norm)
+        return _replacement(module, scan.privacy.norm)
 
     VALID = (
         lambda: _model(nn.GroupNorm(4, 8)),

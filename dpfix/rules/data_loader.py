@@ -94,7 +94,7 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
             "the sampling rate is batch size over the number of samples.",
             "give the dataset a __len__ that counts its samples.",
         )
-    elif scan.options.poisson_sampling:
+    elif scan.privacy.poisson_sampling:
         yield from _sampler(loader, Ranks.of(scan.module))
     elif Ranks.of(scan.module).size > 1:
         yield from _order_on_ranks(loader, Ranks.of(scan.module))

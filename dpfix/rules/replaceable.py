@@ -47,7 +47,7 @@ class Replaceable(Rule):
         for path, module in scan.modules(*_KINDS):
             if not any(p.requires_grad for p in module.parameters()):
                 continue
-            if not scan.options.opacus_only:
+            if not scan.performance.opacus_only:
                 yield self.finding(
                     Fixability.NOTHING,
                     f"{scan.place(path)} cannot be trained by Opacus's hooks.",
@@ -61,7 +61,7 @@ class Replaceable(Rule):
             told = "cannot be built" if difference is None else f"differs by {difference:.1e}"
             yield self.finding(
                 Fixability.EXACT if equal else Fixability.REFUSED,
-                f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.options.grad_sample_mode}'.",
+                f"{scan.place(path)} has to be replaced for grad_sample_mode='{scan.performance.grad_sample_mode}'.",
                 why,
                 fix=f"Opacus's replacement; largest difference on a probe {difference:.1e}" if equal else "",
                 help="" if equal else f"Opacus's replacement {told}; leave grad_sample_mode at 'auto'.",

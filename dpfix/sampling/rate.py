@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
+from dpfix.report.finding import Finding
+
 
 def index_set(loader: DataLoader[Any]) -> list[int]:
     """The indices that a loader draws from, if the data-loader rule accepts its sampler.
@@ -55,3 +57,17 @@ def draws_with_replacement(loader: DataLoader[Any]) -> bool:
     """Whether the user's own sampler draws with replacement, which Poisson sampling does not."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     return isinstance(sampler, RandomSampler) and sampler.replacement
+
+
+def replaced_sampler(loader: DataLoader[Any]) -> list[Finding]:
+    """Advice where Poisson sampling changes how the user's loader draws: it draws with replacement."""
+    if not draws_with_replacement(loader):
+        return []
+    return [
+        Finding.advice(
+            "DPF022",
+            "data_loader draws with replacement; the private loader draws Poisson batches instead.",
+            "the accountant assumes that every sample enters a batch independently, at most once.",
+            path="data_loader",
+        )
+    ]

@@ -15,7 +15,7 @@ from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.scan.options import NORMS, Options
+from dpfix.scan.options import NORMS, PerformanceOptions, PrivacyOptions
 
 MODES = ("auto", *BY_NAME)
 """Legal values of ``grad_sample_mode``."""
@@ -27,11 +27,6 @@ CLIPPING = ("flat", "per_layer", "adaptive")
 def check_objects(module: Any, optimizer: Any, data_loader: Any) -> None:
     """The three objects have to be what the training loop uses.
 
-    Args:
-        module: the model.
-        optimizer: the optimizer.
-        data_loader: the loader.
-
     Raises:
         ArgumentError: one has another type.
     """
@@ -42,33 +37,35 @@ def check_objects(module: Any, optimizer: Any, data_loader: Any) -> None:
     ):
         if not isinstance(value, kind):
             raise ArgumentError(
-                f"{name} is {type(value).__name__}, not a {kind.__module__}.{kind.__qualname__}. "
-                f"Pass the {name} that the training loop uses."
+                f"{name} is {type(value).__name__}, not a {kind.__module__}.{kind.__qualname__}.",
+                help=f"Pass the {name} that the training loop uses.",
+                path=name,
             )
 
 
-def check_values(options: Options, module: nn.Module, loss_reduction: str, noise_multiplier: Any) -> None:
+def check_values(
+    privacy: PrivacyOptions, performance: PerformanceOptions, module: nn.Module, noise_multiplier: Any
+) -> None:
     """Every value has to be legal.
 
     Args:
-        options: modes, schemes and clip norm.
         module: the model, for the number of its parameters.
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        noise_multiplier: the noise.
 
     Raises:
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
-    _check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-    _check_choice("grad_sample_mode", options.grad_sample_mode, MODES)
-    _check_choice("norm", options.norm, NORMS)
-    _check_choice("clipping", options.clipping, CLIPPING)
+    _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
+    _check_choice("grad_sample_mode", performance.grad_sample_mode, MODES)
+    _check_choice("norm", privacy.norm, NORMS)
+    _check_choice("clipping", privacy.clipping, CLIPPING)
     if not (isinstance(noise_multiplier, (int, float)) and 0 <= noise_multiplier < math.inf):
         raise ArgumentError(
-            f"noise_multiplier={noise_multiplier!r} must be a finite number >= 0: the noise's standard deviation as a "
-            "multiple of max_grad_norm. Typical values are 0.5 to 2."
+            f"noise_multiplier={noise_multiplier!r} must be a finite number >= 0:",
+            "the noise's standard deviation as a multiple of max_grad_norm.",
+            "Typical values are 0.5 to 2.",
+            path="noise_multiplier",
         )
-    _check_clip_norm(options, module)
+    _check_clip_norm(privacy, module)
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -76,51 +73,54 @@ def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
         return
     near = difflib.get_close_matches(str(value), legal, n=1)
     raise ArgumentError(
-        f"{name}={value!r} is not one of {', '.join(map(repr, legal))}."
-        + (f" Did you mean {near[0]!r}?" if near else "")
+        f"{name}={value!r} is not one of {', '.join(map(repr, legal))}.",
+        help=f"Did you mean {near[0]!r}?" if near else "",
+        path=name,
     )
 
 
-def _check_clip_norm(options: Options, module: nn.Module) -> None:
-    value = options.max_grad_norm
+def _check_clip_norm(privacy: PrivacyOptions, module: nn.Module) -> None:
+    value = privacy.max_grad_norm
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or not all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values):
         raise ArgumentError(
-            f"max_grad_norm={value!r} must be a positive finite number (or a list of them for clipping='per_layer'): the "
-            "largest Euclidean norm a sample's gradient keeps."
+            f"max_grad_norm={value!r} must be a positive finite number (or a list of them for clipping='per_layer'):",
+            "the largest Euclidean norm a sample's gradient keeps.",
+            path="max_grad_norm",
         )
     trainable = sum(p.requires_grad for p in module.parameters())
-    per_layer = options.clipping == "per_layer"
+    per_layer = privacy.clipping == "per_layer"
     if per_layer != isinstance(value, (list, tuple)) or (per_layer and len(values) != trainable):
         raise ArgumentError(
-            f"max_grad_norm has {len(values)} value(s) for clipping='{options.clipping}' and {trainable} trainable "
-            "parameters. Pass one number for flat or adaptive clipping, and one number per trainable parameter, in the "
-            "order of module.parameters(), for clipping='per_layer'."
+            f"max_grad_norm has {len(values)} value(s) for clipping='{privacy.clipping}' and {trainable} trainable "
+            "parameters.",
+            help="Pass one number for flat or adaptive clipping, and one number per trainable parameter, in the order of "
+            "module.parameters(), for clipping='per_layer'.",
+            path="max_grad_norm",
         )
 
 
-def check_ranks(ranks: Ranks, options: Options, secure_mode: bool) -> None:
+def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> None:
     """What cannot be done on several processes yet.
-
-    Args:
-        ranks: the processes.
-        options: the scheme of clipping.
-        secure_mode: whether the draws are to come from a cryptographic generator.
 
     Raises:
         ArgumentError: something of that was asked for.
     """
     if ranks.size == 1:
         return
-    if options.clipping != "flat":
+    if privacy.clipping != "flat":
         raise ArgumentError(
-            f"clipping={options.clipping!r} with {ranks.size} ranks: dpfix adds up the ranks for flat clipping only. Pass "
-            "clipping='flat'."
+            f"clipping={privacy.clipping!r} with {ranks.size} ranks:",
+            "dpfix adds up the ranks for flat clipping only.",
+            "Pass clipping='flat'.",
+            path="clipping",
         )
     if secure_mode:
         raise ArgumentError(
-            f"secure_mode=True with {ranks.size} ranks: the ranks agree on their draws by a seed, which is not "
-            "cryptographic. Train on one process, or without secure_mode."
+            f"secure_mode=True with {ranks.size} ranks:",
+            "the ranks agree on their draws by a seed, which is not cryptographic.",
+            "Train on one process, or without secure_mode.",
+            path="privacy_engine",
         )
 
 
@@ -141,61 +141,61 @@ def check_names(given: Iterable[str], legal: Iterable[str], known: Iterable[str]
             near = difflib.get_close_matches(name, [*known, *legal], n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
             raise UnknownArgumentError(
-                f"make_private_safe() has no argument `{name}`.{hint} Opacus ignores unknown names silently; dpfix does not."
+                f"make_private_safe() has no argument `{name}`.{hint}",
+                "Opacus ignores unknown names silently; dpfix does not.",
+                path=name,
             )
 
 
 def check_delta(delta: Any) -> None:
     """Delta has to be a probability.
 
-    Args:
-        delta: the value.
-
     Raises:
         ArgumentError: it does not lie between 0 and 1.
     """
     if not (isinstance(delta, (int, float)) and 0 < delta < 1):
         raise ArgumentError(
-            f"delta={delta!r} must lie between 0 and 1, and should be smaller than 1 / number of samples. It is the "
-            "probability with which the bound may fail. Pass for example delta=1e-5."
+            f"delta={delta!r} must lie between 0 and 1, and should be smaller than 1 / number of samples.",
+            "It is the probability with which the bound may fail.",
+            "Pass for example delta=1e-5.",
+            path="delta",
         )
 
 
 def check_budget(target_epsilon: Any, epochs: Any) -> None:
     """A budget and its duration have to be positive.
 
-    Args:
-        target_epsilon: the budget.
-        epochs: the number of epochs.
-
     Raises:
         ArgumentError: one is not.
     """
     if not (target_epsilon > 0 and epochs > 0):
         raise ArgumentError(
-            f"target_epsilon={target_epsilon} and epochs={epochs} must be positive: they are the budget and the number of "
-            "passes over data_loader it is to last for. Pass for example target_epsilon=8.0, epochs=20."
+            f"target_epsilon={target_epsilon} and epochs={epochs} must be positive:",
+            "they are the budget and the number of passes over data_loader it is to last for.",
+            "Pass for example target_epsilon=8.0, epochs=20.",
+            path="target_epsilon",
         )
 
 
-def check_augmentation(augmentation: Any, options: Options) -> None:
+def check_augmentation(privacy: PrivacyOptions) -> None:
     """Views of samples are made by the private loader.
 
-    Args:
-        augmentation: what the call was given.
-        options: whether there is one.
-
     Raises:
-        ArgumentError: it is of another kind, or there is no private loader.
+        ArgumentError: ``augmentation`` is of another kind, or there is no private loader.
     """
+    augmentation = privacy.augmentation
     if augmentation is None:
         return
     if not isinstance(augmentation, AugmentationMultiplicity):
         raise ArgumentError(
-            f"augmentation is {type(augmentation).__name__}. Pass dpfix.AugmentationMultiplicity(transform, k=8)."
+            f"augmentation is {type(augmentation).__name__}.",
+            help="Pass dpfix.AugmentationMultiplicity(transform, k=8).",
+            path="augmentation",
         )
-    if not options.poisson_sampling:
+    if not privacy.poisson_sampling:
         raise ArgumentError(
-            "augmentation needs poisson_sampling=True: the views are made by the private loader, and poisson_sampling=False "
-            "leaves the loader alone. For batches of your own, collate the views of a sample next to each other."
+            "augmentation needs poisson_sampling=True:",
+            "the views are made by the private loader, and poisson_sampling=False leaves the loader alone.",
+            "For batches of your own, collate the views of a sample next to each other.",
+            path="augmentation",
         )

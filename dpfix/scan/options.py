@@ -1,9 +1,14 @@
-"""What the call asks for, apart from the objects it works on."""
+"""What a call asks for, apart from the objects it works on.
+
+The fields have the names of the arguments of :func:`dpfix.make_private_safe`, whose signature alone holds the defaults.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from dpfix.sampling.augmentation import AugmentationMultiplicity
 
 OPACUS_MODES = ("hooks", "functorch", "ew")
 """Modes of ``grad_sample_mode`` in which Opacus computes per-sample gradients."""
@@ -13,26 +18,42 @@ NORMS = ("group", "instance", "layer")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the call asks for, apart from the objects it works on.
+class PrivacyOptions:
+    """What decides what is released, and with which guarantee.
 
     Attributes:
-        grad_sample_mode: the mode asked for by name, or ``"auto"``.
-        norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
         clipping: Opacus's clipping scheme.
         max_grad_norm: the clip norm, or one per parameter for per-layer clipping.
         poisson_sampling: whether the loader is to draw Poisson batches.
+        loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
+        augmentation: makes several views of every sample, if that is asked for.
+        norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"`` or ``"layer"``; the released model is
+            another one for each.
+    """
+
+    clipping: str
+    max_grad_norm: Any
+    poisson_sampling: bool
+    loss_reduction: str
+    augmentation: AugmentationMultiplicity | None = field(repr=False)  # it shows an address, which no two ranks share
+    norm: str
+
+
+@dataclass(frozen=True)
+class PerformanceOptions:
+    """How the clipped sum is computed; whatever is asked for here is audited, and releases the same.
+
+    Attributes:
+        grad_sample_mode: the engine asked for by name, or ``"auto"``.
+        batch_first: whether Opacus's engines find the samples in dimension 0; wrongly said, they fail the audit.
         no_grad_regions: whether module calls that no gradient comes back to run without a graph.
         cache: whether the order of the engines is remembered for the next run.
     """
 
-    grad_sample_mode: str = "auto"
-    norm: str = "group"
-    clipping: str = "flat"
-    max_grad_norm: Any = 1.0
-    poisson_sampling: bool = True
-    no_grad_regions: bool = True
-    cache: bool = True
+    grad_sample_mode: str
+    batch_first: bool
+    no_grad_regions: bool
+    cache: bool
 
     @property
     def opacus_only(self) -> bool:

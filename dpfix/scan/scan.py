@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import describe_module
 from dpfix.report.finding import Finding
-from dpfix.scan.options import Options
+from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
 if TYPE_CHECKING:
     from dpfix.rules.rule import Rule
@@ -28,13 +28,15 @@ class Scan:
         module: the user's model.
         optimizer: the user's optimizer.
         data_loader: the user's loader.
-        options: what was asked for.
+        privacy: what was asked for that decides what is released.
+        performance: what was asked for that decides how it is computed.
     """
 
     module: nn.Module
     optimizer: Optimizer
     data_loader: DataLoader[Any]
-    options: Options = field(default_factory=Options)
+    privacy: PrivacyOptions
+    performance: PerformanceOptions
 
     @cached_property
     def aliases(self) -> Mapping[nn.Module, tuple[str, ...]]:
@@ -64,9 +66,6 @@ class Scan:
 
     def place(self, path: str) -> str:
         """Where a module stands, for messages.
-
-        Args:
-            path: module path; empty for the root.
 
         Returns:
             For example ``BatchNorm3d at `down.0.norm` (in Encoder, unet.py:214)``.

@@ -175,7 +175,7 @@ def _value(part: Any) -> Any:
 
 
 def _named(region: Region) -> list[Any]:
-    return [region.site.path, region.site.root, region.site.place, region.site.number, region.of]
+    return [region.site.path, region.site.root, region.site.line, region.site.number, region.of]
 
 
 def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
@@ -205,7 +205,7 @@ def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
         _LOG.warning(
             "checkpoint: the call of %r (%s) ran with its graph when it was saved, and does so again; this call had made it a "
             "no-grad region.",
-            *(region.site.path or "the model", region.site.place),
+            *(region.site.path or "the model", region.site.line),
         )
 
 

@@ -249,7 +249,7 @@ class StepGuard:
         self._counted = False
         if self.ranks.size > 1:
             raise PlanBrokenError(
-                f"gradient reached the output of `{name}` ({tripped[0].site.place or 'called by the loop'}), a call that ran "
+                f"gradient reached the output of `{name}` ({tripped[0].site.line or 'called by the loop'}), a call that ran "
                 "without a graph because no gradient came back to it when it was checked. One rank cannot leave out a step "
                 "that the others make. Pass the training_step that the loop makes, or no_grad_regions=False, to "
                 "make_private_safe."
@@ -259,7 +259,7 @@ class StepGuard:
             p.grad = p.summed_grad = None  # type: ignore[attr-defined]
             p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
         fact = (
-            f"gradient reached the output of `{name}` ({tripped[0].site.place or 'called by the loop'}), a call that ran "
+            f"gradient reached the output of `{name}` ({tripped[0].site.line or 'called by the loop'}), a call that ran "
             "without a graph because no gradient came back to it when it was checked."
         )
         self._partial = 0

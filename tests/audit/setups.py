@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from dpfix.audit.clipped_sum import Reference, check_engine, movement, reference
+from dpfix.audit.clipped_sum import check_engine, movement
+from dpfix.audit.reference import Reference, Trial, reference
 from dpfix.audit.released import released_sums
 from dpfix.engines import Engine
 from dpfix.observe import probe
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject, TrainingStep
 from dpfix.plan import Plan
 from dpfix.report.report import EngineEvidence
 from tests.cases import classify
@@ -35,27 +36,32 @@ class Looked:
     plan: Plan
     wanted: Reference
 
+    @property
+    def subject(self) -> Subject:
+        """The model with its step."""
+        return Subject(self.model, self.step)
+
+    @property
+    def trial(self) -> Trial:
+        """The probe with what it showed."""
+        return Trial(self.samples, self.record, self.wanted)
+
     def check(self, engine: Engine) -> EngineEvidence:
         """What the audit says about an engine."""
-        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return check_engine(engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms)
+        return check_engine(engine, self.subject, self.trial, self.plan)
 
     def movement(self, engine: Engine, sample: int) -> float:
         """How far leaving one sample out moves what an engine releases, at most, in units of the clip norm."""
-        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        norms = self.wanted.clip_norms
+        plan, norms = self.plan.with_engine(engine), self.wanted.clip_norms
         sums = [
-            released_sums(engine, self.model, self.step, samples, plan, norms)
+            released_sums(engine, self.subject, samples, plan, norms)
             for samples in (self.samples, self.samples.without(sample))
         ]
         return max(movement(every, fewer, norm) for every, fewer, norm in zip(*sums, norms, strict=True))
 
     def check_bounded(self, engine: Engine, sample: int) -> EngineEvidence:
         """What the audit says about an engine when leaving one sample out is tried too."""
-        plan = replace(self.plan, engine=engine.name, opacus_mode=engine.opacus_mode)
-        return check_engine(
-            engine, self.model, self.step, self.samples, plan, self.wanted, self.wanted.clip_norms, sample
-        )
+        return check_engine(engine, self.subject, self.trial, self.plan, left_out=sample)
 
 
 def look(
@@ -69,9 +75,15 @@ def look(
     loader: DataLoader[Any] = DataLoader(items, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
     samples = probe.take(loader)
     training_step = TrainingStep(step, "test", loss_known=True)
-    record = observe(model, training_step, samples)
+    record = observe(Subject(model, training_step), samples)
     plan = Plan(
-        "", "", record.calls, record.layers, record.elsewhere, loss_reduction=loss_reduction, help_vmap=record.to_help
+        "",
+        "",
+        record.calls,
+        record.layers,
+        record.elsewhere,
+        loss_reduction=loss_reduction,
+        needs_workarounds=record.needs_workarounds,
     )
     return Looked(model, training_step, samples, record, plan, reference(record, record.unused))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.observe.probe import Probe
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep, surrogate_loss
+from dpfix.observe.training_step import Subject, TrainingStep, surrogate_loss
 from dpfix.plan import Plan
 
 SAMPLES = 4
@@ -41,9 +41,16 @@ def probe_of(make: Callable[[int], Any]) -> Probe:
 
 
 def plan_for(model: nn.Module, probe: Probe, step: TrainingStep = STEP) -> tuple[Plan, Any]:
-    record = observe(model, step, probe)
+    record = observe(Subject(model, step), probe)
     assert not Bookkeeping().supports(model, record).reason
-    return Plan("bookkeeping", "no_op", record.calls, record.layers, record.elsewhere, help_vmap=record.to_help), record
+    return Plan(
+        "bookkeeping",
+        "no_op",
+        record.calls,
+        record.layers,
+        record.elsewhere,
+        needs_workarounds=record.needs_workarounds,
+    ), record
 
 
 def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STEP, bound: float = 1e-9) -> None:

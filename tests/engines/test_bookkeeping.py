@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dpfix
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep, surrogate_loss
+from dpfix.observe.training_step import Subject, TrainingStep, surrogate_loss
 from dpfix.plan import Plan
 from tests.engines.comparing import SAMPLES, Case, check, close, floats, ids, loss_of, plan_for, probe_of
 from tests.helpers import setting
@@ -347,7 +347,7 @@ def test_sum_reduction() -> None:
     model, make = nn.Linear(6, 3).double(), floats(6)
     probe = probe_of(make)
     step = TrainingStep(lambda m, b: m(*b).square().sum(), "test", loss_known=True)
-    record = observe(model, step, probe)
+    record = observe(Subject(model, step), probe)
     handle = Bookkeeping().attach(model, Plan("", "", calls=record.calls, layers=record.layers, loss_reduction="sum"))
     step.loss(model, probe.batch).backward()
     assert handle.collect([model.weight]) == [SAMPLES]

@@ -115,7 +115,7 @@ def test_call_behind_a_cut_is_a_region(name: str) -> None:
     model = Pair(cut)
     training = start(model)
     (region,) = training.plan.no_grad_regions
-    assert region.site.path == "encoder" and region.site.place.startswith("test_no_grad_regions.py:")
+    assert region.site.path == "encoder" and region.site.line.startswith("test_no_grad_regions.py:")
     assert region.saved_bytes > 0
     (finding,) = [f for f in training.report.findings if f.code == "DPF026"]
     text = str(finding)

@@ -20,7 +20,7 @@ from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe import probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.run import observe
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import Subject, TrainingStep
 from tests.cases import classify
 from tests.helpers import generators_unchanged
 from tests.reference import Step
@@ -43,7 +43,7 @@ def record(
     loader: Any = DataLoader(items(6) if data is None else data, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
     samples = probe.take(loader)
     with generators_unchanged():
-        return observe(model.train(), TrainingStep(step, "test", loss_known=True), samples)
+        return observe(Subject(model.train(), TrainingStep(step, "test", loss_known=True)), samples)
 
 
 def line(thing: Any, text: str) -> str:
@@ -118,8 +118,8 @@ class DataOfModule(Plain):
 )
 def test_places_where_the_graph_is_cut(model: type[nn.Module], text: str, what: str) -> None:
     (site,) = record(model()).detached
-    assert (site.module, site.place, site.what) == ("", line(model, text), what)
-    assert str(site) == f"{what} at {site.place}"
+    assert (site.module, site.line, site.what) == ("", line(model, text), what)
+    assert str(site) == f"{what} at {site.line}"
 
 
 def test_cut_in_the_step_and_inside_a_module() -> None:
@@ -132,7 +132,7 @@ def test_cut_in_the_step_and_inside_a_module() -> None:
         return F.cross_entropy(out, batch[1]) + (out - out.detach()).square().mean()
 
     found = record(nn.Sequential(nn.Linear(6, 3), Inner()), step=step).detached
-    assert [(s.module, s.place) for s in found] == [
+    assert [(s.module, s.line) for s in found] == [
         ("1", line(Inner, "x * 2")),
         ("", line(test_cut_in_the_step_and_inside_a_module, "out - out.detach")),
     ]
@@ -186,7 +186,7 @@ class ThroughAView(Plain):
 )
 def test_places_where_the_output_of_a_layer_is_overwritten(model: type[nn.Module], text: str) -> None:
     found = record(model())
-    assert {(s.module, s.place) for s in found.in_place} == {("", line(model, text))}
+    assert {(s.module, s.line) for s in found.in_place} == {("", line(model, text))}
 
 
 def test_activation_modules_that_overwrite_are_seen() -> None:
@@ -699,12 +699,12 @@ def test_no_trace_is_left(fails: bool) -> None:
     buffers = {n: id(b) for n, b in model.named_buffers()}
     samples = probe.take(loader)
     with generators_unchanged():
-        step = TrainingStep(classify, "test", loss_known=True)
+        subject = Subject(model, TrainingStep(classify, "test", loss_known=True))
         if fails:
             with pytest.raises(dpfix.TrainingStepError, match="half-way"):
-                observe(model, step, samples)
+                observe(subject, samples)
         else:
-            observe(model, step, samples)
+            observe(subject, samples)
     after = everything(model, optimizer)
     for key, value in before.items():
         assert same(value, after[key]), key
@@ -742,7 +742,7 @@ def test_the_order_of_the_loader_is_left_alone() -> None:
         torch.manual_seed(4)
         if look:
             samples = probe.take(loader)
-            observe(Plain(), TrainingStep(classify, "test", loss_known=True), samples)
+            observe(Subject(Plain(), TrainingStep(classify, "test", loss_known=True)), samples)
         return [y.tolist() for _ in range(2) for _, y in loader]
 
     torch.manual_seed(0)

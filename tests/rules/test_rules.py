@@ -15,10 +15,10 @@ from torch import nn
 from typing_extensions import override
 
 import dpfix
+from dpfix.api import options_of
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules import RULES, Rule
-from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan, run_rules
 from tests.helpers import generators_unchanged
 from tests.rules.examples import Example, example
@@ -37,8 +37,8 @@ def examples(kind: str) -> Any:
 
 
 def found(rule: Rule, given: Example) -> list[Finding]:
-    options = Options(grad_sample_mode=given.mode)
-    return list(rule.find(Scan(given.module, given.optimizer, given.data_loader, options)))
+    options = options_of({"grad_sample_mode": given.mode})
+    return list(rule.find(Scan(given.module, given.optimizer, given.data_loader, *options)))
 
 
 @examples("VALID")
@@ -146,7 +146,7 @@ def draw() -> bool:
 
 def test_rules_never_move_the_generators_of_the_script() -> None:
     given = example(lambda: {"module": nn.Sequential(nn.Linear(6, 3))})
-    scan = Scan(given.module, given.optimizer, given.data_loader)
+    scan = Scan(given.module, given.optimizer, given.data_loader, *options_of({}))
     with generators_unchanged():
         pairs = run_rules(scan, [Draws("DPF999")])
     assert [finding.path for _, finding in pairs] == ["0"]

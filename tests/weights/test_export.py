@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from dpfix.api import options_of
 from dpfix.repair.surgery import Surgery
 from dpfix.rules.replaceable import Replaceable
-from dpfix.scan.options import Options
 from dpfix.scan.scan import Scan, run_rules
 from tests.cases import Attention, Recurrent
 from tests.helpers import setting, sgd, train
@@ -161,7 +161,7 @@ def test_layers_registered_twice_stay_one() -> None:
     model: Any = nn.ModuleDict({"rnn": rnn, "also": nn.ModuleList([rnn])})
     original = copy.deepcopy(model)
     optimizer, loader = sgd(model), DataLoader(TensorDataset(torch.zeros(8, 5, 4)), batch_size=4)
-    scan = Scan(model, optimizer, loader, Options(grad_sample_mode="hooks"))
+    scan = Scan(model, optimizer, loader, *options_of({"grad_sample_mode": "hooks"}))
     with Surgery(scan) as surgery:
         surgery.repair(run_rules(scan, [Replaceable("DPF007")]))
         assert type(model["rnn"]) is DPGRU and model["rnn"] is model["also"][0]
@@ -224,7 +224,9 @@ def test_weights_load_into_replaced_attention_of_every_layout(options: dict[str,
 
     source, model = Attending(), Attending()
     x = torch.randn(3, 5, 4)
-    scan = Scan(model, sgd(model), DataLoader(TensorDataset(x), batch_size=3), Options(grad_sample_mode="hooks"))
+    scan = Scan(
+        model, sgd(model), DataLoader(TensorDataset(x), batch_size=3), *options_of({"grad_sample_mode": "hooks"})
+    )
     with Surgery(scan) as surgery:
         surgery.repair(run_rules(scan, [Replaceable("DPF007")]))
         assert type(model.inner["attention"]) is DPMultiheadAttention

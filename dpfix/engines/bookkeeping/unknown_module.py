@@ -88,5 +88,5 @@ class UnknownModuleForward(ReplacedForward):
         with call.mapping():
             return call_mapped(
                 self.original, self.slots, expanded, layout.inputs, layout.output, samples,
-                self.handle.plan.weight(samples, self.handle.counts()), args, kwargs, helped=self.handle.plan.help_vmap,
+                self.handle.plan.weight(samples, self.handle.counts()), args, kwargs, helped=self.handle.plan.needs_workarounds,
             )  # fmt: skip

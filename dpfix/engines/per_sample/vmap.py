@@ -89,7 +89,7 @@ class VmapHandle(AliasHandle):
                 raise PlanBrokenError(switched_on(self.model, path))
         return call_mapped(
             self.original, self.slots, aliases[0], layout.inputs, layout.output, samples,
-            self.weight(samples), args, kwargs, helped=self.plan.help_vmap,
+            self.weight(samples), args, kwargs, helped=self.plan.needs_workarounds,
         )  # fmt: skip
 
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:

@@ -1,0 +1,137 @@
+"""What every engine is compared with: gradients of batches of one, independent of all engines.
+
+The plain model, the user's training step, one sample at a time, ordinary autograd (:mod:`dpfix.observe.one_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from dpfix.errors import CoupledModelError
+from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
+from dpfix.observe.probe import Probe
+from dpfix.observe.record import Run, StepRecord
+from dpfix.observe.training_step import Subject
+
+_EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Per-sample gradients from batches of one.
+
+    Attributes:
+        gradients: one mapping per sample, for the parameters that are trained.
+        norms: their Euclidean norms, shape ``[samples]``.
+        tolerance: relative error that is allowed for this precision.
+        drew: whether something random was drawn in the model or in the loss.
+        in_double: the same on a copy of the model in double precision, once an engine has needed it.
+    """
+
+    gradients: tuple[Gradients, ...]
+    norms: torch.Tensor
+    tolerance: float
+    drew: bool = True
+    in_double: list[InDouble] = field(default_factory=list, compare=False)
+
+    @cached_property
+    def clip_norms(self) -> tuple[float, float, float]:
+        """A clip norm that clips everything, one that clips half, one that clips nothing."""
+        middle, largest = float(self.norms.median()), float(self.norms.max())
+        middle = middle or largest
+        return 0.05 * middle, middle, 2 * largest
+
+    def clipped_sum(self, clip_norm: float) -> Gradients:
+        """``sum_i min(1, C / |g_i|) g_i`` for the clip norm C, in single precision at least, by parameter name."""
+        factors = [min(1.0, clip_norm / (float(norm) + _EPS)) for norm in self.norms]
+        return weighted_sum(self.gradients, factors)
+
+
+@dataclass(frozen=True)
+class InDouble:
+    """A model, its probe and its reference in double precision."""
+
+    subject: Subject
+    samples: Probe
+    wanted: Reference
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A probe, what one step on it showed, and its batch-of-one reference.
+
+    Attributes:
+        samples: the probe.
+        record: what the step showed.
+        wanted: the reference.
+        slack: how many times the reference's tolerance an error may be.
+    """
+
+    samples: Probe
+    record: StepRecord
+    wanted: Reference
+    slack: float = 1.0
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Everything that an engine is tried on.
+
+    Attributes:
+        ordinary: the probe.
+        harder: probes with an empty sample, a rare label, an outlier, as far as the step takes them.
+    """
+
+    ordinary: Trial
+    harder: tuple[Trial, ...]
+
+
+def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> Reference:
+    """The batch-of-one reference of a recorded step.
+
+    Args:
+        unused: parameters that are not trained.
+        share: what the gradient of a sample's loss is multiplied with: a sum over views is to be their mean.
+
+    Returns:
+        The reference over the parameters that are trained.
+
+    Raises:
+        CoupledModelError: the gradient of a sample alone is not finite.
+    """
+    return reference_of(record.alone, unused, share, together=record.together)
+
+
+def reference_of(
+    alone: Sequence[Run], unused: Sequence[str], share: float, *, together: Run | None = None
+) -> Reference:
+    """As :func:`reference`, from the step on every sample alone and, if it was run, on all of them together.
+
+    Returns:
+        The reference.
+
+    Raises:
+        CoupledModelError: the gradient of a sample alone is not finite.
+    """
+    runs = alone if together is None else (together, *alone)
+    low_precision, drew = any(run.low_precision for run in runs), any(run.drew for run in runs)
+    gone = set(unused)
+    gradients = tuple(
+        {n: g if share == 1 else g * share for n, g in run.gradients.items() if n not in gone} for run in alone
+    )
+    norms = torch.tensor([norm_of(g) for g in gradients], dtype=torch.float64)
+    if not bool(torch.isfinite(norms).all()):
+        raise CoupledModelError(
+            "the gradient of one sample alone is not finite, while DP-SGD needs it for every sample:",
+            "the model or the loss in training_step divides by a statistic of the batch (a standard deviation over samples) "
+            "or of a constant input.",
+            "Make it per sample, or add an epsilon to the denominator.",
+            path="training_step",
+        )
+    dtypes = {g.dtype for run in alone for g in run.gradients.values()}
+    tolerance = 5e-2 if low_precision else 1e-6 if dtypes == {torch.float64} else 2e-3
+    return Reference(gradients, norms, tolerance, drew)

@@ -1,0 +1,59 @@
+"""One call: the user's objects and what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dpfix.distributed import ALONE, Ranks
+from dpfix.scan.options import PerformanceOptions, PrivacyOptions
+from dpfix.scan.scan import Scan
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: the user's objects and what is asked for.
+
+    Attributes:
+        module: the model.
+        optimizer: the optimizer.
+        data_loader: the loader.
+        criterion: the loop's loss function, if given.
+        training_step: from batch to loss, if given.
+        privacy: what decides what is released.
+        performance: how that is computed.
+        ranks: the processes that make this call together.
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    data_loader: DataLoader[Any]
+    criterion: Callable[..., Any] | None
+    training_step: Callable[[nn.Module, Any], torch.Tensor] | None
+    privacy: PrivacyOptions
+    performance: PerformanceOptions
+    ranks: Ranks = ALONE
+
+    @property
+    def scan(self) -> Scan:
+        """The objects as the rules see them."""
+        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance)
+
+    @property
+    def views(self) -> int:
+        """Views of every sample."""
+        return 1 if self.privacy.augmentation is None else self.privacy.augmentation.k
+
+    def clip_norms(self, frozen: tuple[str, ...]) -> Any:
+        """The clip norm, or one for each of the parameters that are still trained when some are frozen."""
+        value = self.privacy.max_grad_norm
+        if not isinstance(value, (list, tuple)):
+            return value
+        names = [n for n, p in self.module.named_parameters() if p.requires_grad or n in frozen]
+        return [v for n, v in zip(names, value, strict=True) if n not in frozen]

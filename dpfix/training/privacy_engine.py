@@ -1,0 +1,74 @@
+"""Opacus's privacy engine, whose checkpoints let a private training go on exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opacus import PrivacyEngine
+from torch import nn
+
+from dpfix.training import checkpoint
+
+
+class CheckpointingEngine(PrivacyEngine):
+    """Opacus's privacy engine with checkpoints that hold everything a private training consists of."""
+
+    def save_checkpoint(  # type: ignore[override]
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: Any = None,
+        data_loader: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
+
+        Args:
+            path: file name or binary file.
+            module: the model, wrapped or not.
+            optimizer: the private optimizer.
+            data_loader: the private loader; needed if it has a generator of its own.
+            noise_scheduler: a scheduler of Opacus.
+            grad_clip_scheduler: a scheduler of Opacus.
+            checkpoint_dict: further entries of tensors and plain values.
+            torch_save_kwargs: further arguments of ``torch.save``.
+        """
+        schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
+        more, saving = checkpoint_dict or {}, torch_save_kwargs or {}
+        checkpoint.save(self, path, module, optimizer, data_loader, schedulers, more, saving)
+
+    def load_checkpoint(  # type: ignore[override]
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: Any = None,
+        data_loader: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Go on with a private training that was saved; make the same call of ``make_private`` first.
+
+        Args:
+            path: file name or binary file.
+            module: the model, wrapped or not.
+            optimizer: the private optimizer.
+            data_loader: the private loader.
+            noise_scheduler: a scheduler of Opacus.
+            grad_clip_scheduler: a scheduler of Opacus.
+            module_load_dict_kwargs: ``{"strict": False}`` tolerates weights that do not fit.
+            torch_load_kwargs: further arguments of ``torch.load``; ``weights_only`` is on unless it is turned off here.
+
+        Returns:
+            What the file holds.
+        """
+        schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
+        strict = bool((module_load_dict_kwargs or {}).get("strict", True))
+        loading = torch_load_kwargs or {}
+        return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
