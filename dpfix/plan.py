@@ -20,7 +20,7 @@ class Region:
     Attributes:
         site: the call.
         of: how many calls of the module that line makes in one call of the model.
-        cut: what cuts the graph behind it, with its place; empty if that was not seen.
+        cut: what cuts the graph behind it, with its line; empty if that was not seen.
         saved_bytes: size of what autograd would have kept for the probe batch.
         saved_seconds: time that building the graph took for the probe batch.
     """

@@ -117,7 +117,7 @@ def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
     Returns:
         Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
         labels and empty masks, sample 1 with the largest labels and floating values 50 times as large. Labels
-        come from the values that the probe holds at the same place; where it holds a single one, the next is tried too.
+        come from the values that the probe holds at the same path; where it holds a single one, the next is tried too.
         Sample 2 stays as it is; further ones would show nothing new and are left out.
     """
     low, high = _extremes(probe.items)
@@ -148,7 +148,7 @@ def emptied(probe: Probe) -> Probe:
     """A sample of nothing but zeros (padding, background) and empty strings beside an ordinary one.
 
     Returns:
-        Two samples; whole numbers of the first are the smallest that the probe holds at the same place.
+        Two samples; whole numbers of the first are the smallest that the probe holds at the same path.
     """
     low, _ = _extremes(probe.items)
 
