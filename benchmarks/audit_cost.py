@@ -37,9 +37,8 @@ import dpfix
 from benchmarks.common import tables
 from benchmarks.common.models import CharLSTM, TorchTransformer, classify, cnn, mlp, unet
 from benchmarks.common.process import cpu_seconds, quiet
-from dpfix.audit import clipped_sum, isolation, persistent_state
+from dpfix import pipeline
 from dpfix.choose import select, timing
-from dpfix.observe import run as observe_run
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -165,10 +164,10 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
 
 
 PROVING = (
-    (observe_run, "observe", "observe"),
-    (persistent_state, "check_state", "isolate"),
-    (isolation, "check_isolation", "isolate"),
-    (clipped_sum, "reference", "isolate"),
+    (pipeline, "observe", "observe"),
+    (pipeline, "check_state", "isolate"),
+    (pipeline, "check_isolation", "isolate"),
+    (pipeline, "reference", "isolate"),
     (select, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),
