@@ -88,7 +88,7 @@ def _joined(
             return leaf
         tensor, dim = tensors.pop(0), dims.get(path)
         if dim is not None:
-            return Rows(samples, dim.dim, dim.interleaved, tuple(n * dim.rows for n in dim.counts)).merge(tensor)
+            return Rows.of(dim, samples).merge(tensor)
         if tensor.dim() == 1:
             return (tensor * per_sample(weight, tensor)).sum()
         return tensor.flatten(0, 1) if tensor.shape[1] == 1 else tensor

@@ -18,6 +18,7 @@ from dpfix.engines.functional.parameter_swap import Aliases, swapped
 from dpfix.engines.per_sample.handle import AliasHandle
 from dpfix.instrument import pytree
 from dpfix.layout.calls import CallLayout
+from dpfix.layout.rows import Rows, rows_of
 from dpfix.plan import Plan
 
 
@@ -81,19 +82,18 @@ class MicrobatchHandle(AliasHandle):
         Returns:
             The model's output for the whole batch.
         """
-        outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
+        found = dict(pytree.leaves(layout.one(args, kwargs)))
+        rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
+        outputs = []
+        for i, own in enumerate(aliases):
+
+            def take(path: pytree.Path, leaf: Any, i: int = i) -> Any:
+                return rows[path].take(leaf, i) if path in rows else leaf
+
+            one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
+            with swapped(self.slots, own):
+                outputs.append(self.original(*one_args, **one_kwargs))
         return join_outputs(layout, outputs, self.weight(samples))
-
-    def _one(self, layout: CallLayout, args: Any, kwargs: Any, i: int, samples: int, aliases: Aliases) -> Any:
-        dims = dict(layout.inputs)
-
-        def take(path: pytree.Path, leaf: Any) -> Any:
-            dim = dims.get(path)
-            return leaf if dim is None else dim.take(leaf, i, samples)
-
-        one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
-        with swapped(self.slots, aliases):
-            return self.original(*one_args, **one_kwargs)
 
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
         """See :class:`AliasHandle`.
@@ -131,7 +131,7 @@ def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.T
         dim = dims.get(path)
         tensors = [p[path] for p in parts]
         if dim is not None:
-            return dim.join(tensors)
+            return Rows.of(dim, len(outputs)).join(tensors)
         if leaf.requires_grad and leaf.dim() == 0:
             stacked = torch.stack(tensors)
             return (stacked * per_sample(weight, stacked)).sum()
