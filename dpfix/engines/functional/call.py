@@ -6,8 +6,12 @@ parameters that were given, nothing is computed twice, and random masks are thos
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +23,20 @@ from dpfix.instrument import pytree
 from dpfix.layout.rows import Rows, rows_of
 from dpfix.layout.sample_dim import Layout
 
+_GETTER = "_ZN2at9functorch28isVmapFallbackWarningEnabledEv"  # at::functorch::isVmapFallbackWarningEnabled()
+
+
+@cache
+def _fallback_warnings_asked() -> Callable[[], bool]:
+    """What tells whether they are on. Torch has a setter for Python only; the getter is in its library."""
+    name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        getter = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))[_GETTER]
+    except (OSError, AttributeError):  # another compiler's name for it: they are on unless somebody turned them off
+        return lambda: True
+    getter.restype = ctypes.c_bool
+    return getter
+
 
 @contextmanager
 def without_fallback_warnings() -> Iterator[None]:
@@ -27,11 +45,13 @@ def without_fallback_warnings() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    before = _fallback_warnings_asked()()
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+        functorch._set_vmap_fallback_warning_enabled(before)
 
 
 def call_mapped(
