@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,11 @@ from torch import nn
 from torch.nn.modules import activation
 
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import Apply, ReplacedForward, sources
+from dpfix.engines.bookkeeping.forward import Apply, ReplacedForward
+from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import plainly
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.layout.rows import Rows, rows_of
-
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.iteration import RootCall
 
 _LINEAR, _EMBEDDING = Linear(), Embedding()
 
@@ -39,7 +37,7 @@ class ComposedForward(ReplacedForward):
         Returns:
             The layer's output.
         """
-        return self.compute(Apply(call, self.handle.anchor), self.place(call, number, args, kwargs), args, kwargs)
+        return self.compute(self.rules_in(call), self.place(call, number, args, kwargs), args, kwargs)
 
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer under ``vmap``.
@@ -52,7 +50,7 @@ class ComposedForward(ReplacedForward):
         Returns:
             The layer's output.
         """
-        return self.compute(Apply(call, self.handle.anchor), None, args, kwargs)
+        return self.compute(self.rules_in(call), None, args, kwargs)
 
     def place(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Where the samples are in the first input.
@@ -121,7 +119,7 @@ class BilinearForward(ComposedForward):
         module: Any = self.module
         left, right = _pair(*args, **kwargs)
         products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-        return apply(_LINEAR, module, products, where, weight=module.weight, bias=module.bias, sources=sources(module))
+        return apply(_LINEAR, module, products, where, weight=module.weight, bias=module.bias)
 
 
 def _pair(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +184,7 @@ class EmbeddingBagForward(ComposedForward):
         if module.padding_idx is not None:
             real = real & (ids != module.padding_idx)
         plain = types.SimpleNamespace(padding_idx=None)
-        found = apply(_EMBEDDING, plain, ids, where, weight=module.weight, sources=sources(module))
+        found = apply(_EMBEDDING, plain, ids, where, weight=module.weight)
         if module.mode == "max":
             lowest = found.masked_fill(~real.unsqueeze(-1), -torch.inf).max(-2).values
             return lowest.masked_fill(~real.any(-1, keepdim=True), 0)
@@ -274,7 +272,7 @@ class AttentionForward(ComposedForward):
         def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             # [time * batch, features] before the last projection
             grid = x if where is None or x.dim() == 3 else x.unflatten(0, (-1, rows))
-            out = apply(_LINEAR, module, grid, where, weight=weight, bias=bias, sources=sources(module))
+            out = apply(_LINEAR, module, grid, where, weight=weight, bias=bias)
             return out if grid is x else out.flatten(0, 1)
 
         return _with_linear(linear)(module, *args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,12 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix.engines.bookkeeping import recurrent_backward
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, ReplacedForward, sources
+from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, ReplacedForward
+from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.functional.workarounds import mapped
 from dpfix.layout.rows import Rows, rows_of
-
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.iteration import RootCall
 
 _BACKWARD: dict[str, Callable[..., recurrent_backward.Found]] = {
     "LSTM": recurrent_backward.lstm,
@@ -218,7 +216,7 @@ class RecurrentForward(ReplacedForward):
         self, call: RootCall, where: Rows, x: torch.Tensor, states: Any, lengths: torch.Tensor | None = None
     ) -> Any:
         module: Any = self.module
-        report, several = call.iteration.reporter(call.samples), module.mode == "LSTM"
+        report, several = call.reporter(call.samples), module.mode == "LSTM"
         ways = ("", "_reverse") if module.bidirectional else ("",)
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
         if states is None:
@@ -295,7 +293,7 @@ class CellForward(ReplacedForward):
         layout = self.input_dim(number)
         if x.dim() != 2 or layout is None or layout.dim != 0:
             raise NotImplementedError("a recurrent cell was called without a batch of samples")
-        return self._step(Apply(call, self.handle.anchor), x, state, rows_of(x, layout, call.samples))
+        return self._step(self.rules_in(call), x, state, rows_of(x, layout, call.samples))
 
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step under ``vmap``.
@@ -309,7 +307,7 @@ class CellForward(ReplacedForward):
             The next state.
         """
         x, state = _bound(*args, **kwargs)
-        return self._step(Apply(call, self.handle.anchor), x, state, None)
+        return self._step(self.rules_in(call), x, state, None)
 
     def _step(self, apply: Apply, x: torch.Tensor, state: Any, where: Rows | None) -> Any:
         module: Any = self.module
@@ -320,7 +318,6 @@ class CellForward(ReplacedForward):
         hidden = state[0] if kind == "LSTM" else state
         own = {n: (getattr(module, f"weight_{n}"), getattr(module, f"bias_{n}")) for n in ("ih", "hh")}
         ih, hh = (
-            apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1], sources=sources(module))
-            for t, n in ((x, "ih"), (hidden, "hh"))
+            apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1]) for t, n in ((x, "ih"), (hidden, "hh"))
         )
         return recurrent_backward.cell_step(kind, ih, hh, state)

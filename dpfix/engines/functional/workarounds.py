@@ -46,8 +46,8 @@ def mapped(tensor: torch.Tensor, *, copied: bool = False) -> torch.Tensor:
     return _functorch._add_batch_dim(every.clone() if copied else every, 0, interpreter.level())
 
 
-class Helped(TorchFunctionMode):
-    """To be entered inside ``vmap``, around the forward of a module.
+class Workarounds(TorchFunctionMode):
+    """Makes ``vmap`` do what it refuses or gets wrong; to be entered inside it, around the forward of a module.
 
     * A tensor that was made in this forward (``torch.zeros(...)``) and into which values of single samples are written
       becomes one per sample first; ``vmap`` refuses that, since the tensor was made as one for all of them.

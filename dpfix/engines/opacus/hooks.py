@@ -19,6 +19,8 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
+from dpfix.engines.iterations import check_one_size
+from dpfix.engines.replaced import in_training, transformed
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.instrument import pytree
 from dpfix.layout.rows import Rows
@@ -173,9 +175,9 @@ class HooksHandle(Handle):
         return (m for m in self.model.modules() if "activations" in vars(m))
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not in_training(module):
             return
-        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        if transformed():
             raise MisuseError(no_transforms(module, self.mode))
         self._check_hooked(module)
         self._put_aside()
@@ -195,7 +197,7 @@ class HooksHandle(Handle):
                 )
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not (module.training and torch.is_grad_enabled()):
+        if not in_training(module):
             return output
         # The output of a hooked layer is a view that autograd forbids to overwrite; the script's loss may do so.
         output = pytree.map_leaves(
@@ -279,11 +281,7 @@ class HooksHandle(Handle):
         if several:
             return _as_lists(gathered, len(iterations))
         samples = sorted({g.shape[0] for parts in gathered.values() for g in parts})
-        if len(samples) > 1:
-            raise AccumulationError(
-                f"one backward pass left per-sample gradients for different numbers of samples: {samples}. Make the calls "
-                f"of {type(self.model).__name__} with the same samples, or make one step for each."
-            )
+        check_one_size(samples, self.model, AccumulationError)
         for p, parts in gathered.items():
             if not samples:
                 p.grad_sample = None  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Verdict, per_sample
 from dpfix.engines.functional.parameter_swap import Aliases, swapped
@@ -58,30 +59,12 @@ class Microbatch(Engine):
 class MicrobatchHandle(AliasHandle):
     """The engine at work on one model."""
 
+    @override
     def aliases_for(self, samples: int) -> list[Aliases]:
-        """See :class:`AliasHandle`.
-
-        Args:
-            samples: number of samples.
-
-        Returns:
-            One set per sample.
-        """
         return [{name: p.detach().requires_grad_() for name, p in self._parameters.items()} for _ in range(samples)]
 
+    @override
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
-        """See :class:`AliasHandle`: one sample after another.
-
-        Args:
-            layout: how the call carries its samples.
-            args: positional arguments.
-            kwargs: keyword arguments.
-            samples: number of samples.
-            aliases: the aliases.
-
-        Returns:
-            The model's output for the whole batch.
-        """
         found = dict(pytree.leaves(layout.one(args, kwargs)))
         rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
         outputs = []
@@ -95,15 +78,8 @@ class MicrobatchHandle(AliasHandle):
                 outputs.append(self.original(*one_args, **one_kwargs))
         return join_outputs(layout, outputs, self.weight(samples))
 
+    @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
-        """See :class:`AliasHandle`.
-
-        Args:
-            out: zeros, shape ``[samples, *parameter]``.
-            aliases: the aliases.
-            name: name of the parameter.
-            scale: what gradients are multiplied with.
-        """
         for i, one in enumerate(aliases):
             grad = one[name].grad
             if grad is not None:
