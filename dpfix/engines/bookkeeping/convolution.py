@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from dpfix.engines.bookkeeping.autotune import Autotune
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.convolution_norms import Geometry, correlation
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
@@ -19,6 +20,9 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 class Convolution(LayerRule):
     """``nn.Conv1d`` to ``nn.Conv3d`` with every padding, and ``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``."""
+
+    def __init__(self) -> None:
+        self._autotune = Autotune()
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether it is a convolution with PyTorch's own forward.
@@ -92,7 +96,7 @@ class Convolution(LayerRule):
             pair = (call.rows.adjacent(x), by_sample)
             source, target = pair[::-1] if transposed else pair
             geometry = Geometry(stride, padding, dilation, groups)
-            call.report("weight", correlation(source, target, weight.shape, geometry, rows))
+            call.report("weight", correlation(source, target, weight.shape, geometry, rows, self._autotune))
         if not wanted:
             return None
         return torch.ops.aten.convolution_backward(g, x, weight, None, *settings(call.module), [True, False, False])[0]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dpfix.engines.bookkeeping.autotune import fastest, rounded
+from dpfix.engines.bookkeeping.autotune import Autotune, rounded
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
 
@@ -62,11 +62,21 @@ class Correlation:
         shape: shape of the weight, ``[filters, channels / groups, *kernel]``.
         geometry: stride, padding, dilation, groups.
         rows: rows per sample, next to each other; their gradients are never had one by one.
+        autotune: remembers the fastest way.
     """
 
-    def __init__(self, x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int = 1) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        g: torch.Tensor,
+        shape: torch.Size,
+        geometry: Geometry,
+        rows: int = 1,
+        autotune: Autotune | None = None,
+    ) -> None:
         self.x, self.g, self.shape, self.geometry = full_precision(x), full_precision(g), shape, geometry
         self.rows, self.samples = rows, len(x) // rows
+        self._autotune = Autotune() if autotune is None else autotune
 
     # ---------------------------------------------------------------- norms
 
@@ -175,13 +185,8 @@ class Correlation:
             return lambda: (getattr(few, name)(), few.weighted_sum(factors))
 
         shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
-        key = (
-            "convolution",
-            shapes,
-            self.geometry,
-            self.rows,
-        )  # without the precision: the audit may look again in double
-        return fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
+        key = (shapes, self.geometry, self.rows)  # without the precision: the audit may look again in double
+        return self._autotune.fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
 
     def _costs(self) -> dict[str, float]:
         """Multiply-adds per sample that take as long as each way, roughly."""
@@ -292,7 +297,9 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometr
     )[1]  # fmt: skip
 
 
-def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int) -> Contribution:
+def correlation(
+    x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int, autotune: Autotune
+) -> Contribution:
     """The cheapest form of a convolution's per-sample weight gradients.
 
     Args:
@@ -301,6 +308,7 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
         shape: shape of the weight.
         geometry: stride, padding, dilation, groups.
         rows: rows per sample.
+        autotune: remembers the fastest way.
 
     Returns:
         The contribution.
@@ -310,7 +318,7 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
         x = x[(slice(None), slice(None), *window)]
         x = x[(slice(None), slice(None), *(slice(o) for o in g.shape[2:]))]
         return outer(_positions_last(x, rows).mT, _positions_last(g, rows).mT, shape)
-    return Correlation(x, g, shape, geometry, rows).chosen()
+    return Correlation(x, g, shape, geometry, rows, autotune).chosen()
 
 
 def _positions_last(t: torch.Tensor, rows: int) -> torch.Tensor:

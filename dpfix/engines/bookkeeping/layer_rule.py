@@ -44,25 +44,18 @@ class LayerCall:
     sources: tuple[nn.Parameter, ...] = ()
 
     def trains(self, name: str) -> bool:
-        """Whether a per-sample gradient is wanted.
-
-        Args:
-            name: ``weight`` or ``bias``.
-
-        Returns:
-            Whether it is.
-        """
-        value = getattr(self, name)
+        """Whether the per-sample gradient of a parameter is wanted."""
+        value = self._value(name)
         return value is not None and value.requires_grad
 
     def report(self, name: str, contribution: Contribution) -> None:
-        """What this call adds to the per-sample gradient of a tensor.
+        """Say what this call adds to the per-sample gradient of a parameter.
 
         Args:
-            name: ``weight`` or ``bias``.
-            contribution: the contribution.
+            name: ``weight``, ``bias`` or another one of :attr:`LayerRule.parameters`.
+            contribution: the contribution; :class:`Kept` takes the per-sample gradients themselves.
         """
-        value = getattr(self, name)
+        value: Any = self._value(name)
         if isinstance(value, nn.Parameter):
             self.reporter(value, contribution)
             return
@@ -73,6 +66,9 @@ class LayerCall:
             return
         for parameter, gradients in pulled_back(value, self.sources, contribution.per_sample()):
             self.reporter(parameter, Kept(gradients))
+
+    def _value(self, name: str) -> torch.Tensor | None:
+        return getattr(self, name) if name in ("weight", "bias") else getattr(self.module, name)
 
 
 def pulled_back(
@@ -96,14 +92,17 @@ def pulled_back(
 
 
 class LayerRule(ABC):
-    """How one family of layers is computed and accounted for.
+    """How one family of layers with one input and one output is computed and accounted for.
 
     Attributes:
         features: how many trailing dimensions of the input are features; the samples may be in any other one.
-            ``None``: rows in dimension 0, channels in dimension 1.
+                ``None``: rows in dimension 0, channels in dimension 1.
+        parameters: names of the parameters that :meth:`backward` reports. A module that trains others is not computed by
+            the rule.
     """
 
     features: int | None = None
+    parameters: tuple[str, ...] = ("weight", "bias")
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
