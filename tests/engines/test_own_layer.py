@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 import dpfix
 from dpfix.engines.bookkeeping import Kept, LayerCall, LayerRule, register
 from tests.cases import Case, labelled
-from tests.helpers import private, released
+from tests.helpers import private, released, setting
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error
 
 
@@ -151,3 +153,19 @@ def test_a_module_with_parameters_that_the_rule_does_not_name_is_not_its() -> No
     with register(rule):
         assert_releases_clipped_sums("bookkeeping")
     assert not rule.calls
+
+
+def test_the_example_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```$", page.split("## A layer of your own")[1].split("\n## ")[0], re.M | re.S
+    )
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(block, "how-it-works.md", "exec"), names)
+    try:
+        model = nn.Sequential(nn.Linear(6, 4), names["Scale"](4), nn.Tanh(), nn.Linear(4, 3))
+        training = dpfix.make_private_safe(**setting(model, grad_sample_mode="bookkeeping"))
+        assert training.plan.engine == "bookkeeping"
+        assert type(vars(model[1])["forward"].rule).__name__ == "ScaleRule"
+    finally:
+        names["handle"].remove()
