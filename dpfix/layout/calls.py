@@ -148,8 +148,9 @@ def known_layout(
         shapes = [tuple(t.shape) for t in pytree.tensors((args, kwargs))]
         raise PlanBrokenError(
             f"{type(module).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
-            "training step did not show when it was checked. Pass the training_step your loop really makes to "
-            "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
+            "training step did not show when it was checked.",
+            help="Pass the training_step your loop really makes to make_private_safe, or call the model under "
+            "torch.no_grad() where no gradient is needed.",
         )
     return layout.having(counts)
 
@@ -175,12 +176,13 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
     if -1 in counts:
         raise PlanBrokenError(
             f"the rows of the inputs of {type(module).__name__} are not those of the batch that the data_loader delivered last, "
-            "whose samples have different numbers of rows. Train on the batches of the returned data_loader as they are, "
-            "without a BatchMemoryManager, or give every sample the same number of rows."
+            "whose samples have different numbers of rows.",
+            help="Train on the batches of the returned data_loader as they are, without a BatchMemoryManager, or give every "
+            "sample the same number of rows.",
         )
     if len(counts) != 1:
         raise PlanBrokenError(
-            f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}. "
-            "Every tensor that carries samples has to carry the same ones."
+            f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}.",
+            help="Every tensor that carries samples has to carry the same ones.",
         )
     return counts.pop()

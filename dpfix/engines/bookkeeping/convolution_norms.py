@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune, rounded
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
@@ -53,7 +54,7 @@ class Geometry:
     groups: int
 
 
-class Correlation:
+class Correlation(Contribution):
     """The gradient of a convolution's weight by its factors.
 
     Args:
@@ -80,12 +81,9 @@ class Correlation:
 
     # ---------------------------------------------------------------- norms
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """Squared norms in the way that was found to be fastest; kept, since some take as long as the gradients.
-
-        Returns:
-            Shape ``[samples]``.
-        """
+        """In the way that was found to be fastest; kept, since some take as long as the gradients."""
         return self._squared_norms
 
     @cached_property
@@ -237,12 +235,8 @@ class Correlation:
             place += len(part)
         return found.view(samples, self.shape[0], self.shape[1], *kernel)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, *weight]``.
-        """
         return self.keep_by_groups()
 
     def keep_by_groups(self) -> torch.Tensor:
@@ -257,15 +251,9 @@ class Correlation:
         shape = torch.Size((samples * self.shape[0], *self.shape[1:]))
         return weight_gradient(x, g, shape, grouped).view(samples, *self.shape)
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """One ordinary weight gradient, with the factors on the smaller operand.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the weight.
-        """
+        """One ordinary weight gradient, with the factors on the smaller operand."""
         x, g = self.x, self.g
         factors = factors.to(x.dtype)
         by_row = factors if self.rows == 1 else factors.repeat_interleave(self.rows)

@@ -18,7 +18,7 @@ from dpfix.engines.base import Engine, Verdict
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import LayerForward
+from dpfix.engines.bookkeeping.forward import CompositeForward, LayerForward
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle
 from dpfix.engines.bookkeeping.layer_rule import LayerRule
 from dpfix.engines.bookkeeping.linear import Linear
@@ -29,7 +29,7 @@ from dpfix.engines.bookkeeping.root import RootForward
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.plan import Plan
 
-COMPOSITE: tuple[Any, ...] = (RecurrentForward, CellForward, *COMPOSED)
+COMPOSITE: tuple[type[CompositeForward], ...] = (RecurrentForward, CellForward, *COMPOSED)
 """The layers that are made of several; everything else goes through ``vmap``."""
 
 
@@ -135,7 +135,7 @@ def assign(
 
 def composites(
     modules: dict[str, nn.Module], called: set[str], expanded: Mapping[str, Mapping[str, nn.Parameter]]
-) -> dict[str, Any]:
+) -> dict[str, type[CompositeForward]]:
     """Which of the modules that no single rule computes are known to be made of several.
 
     Args:

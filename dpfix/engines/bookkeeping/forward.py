@@ -86,6 +86,19 @@ class ReplacedForward(Replaced, ABC):
         return Apply(call, self.handle.anchor, sources(self.module))
 
 
+class CompositeForward(ReplacedForward):
+    """For a layer that is made of several."""
+
+    @staticmethod
+    @abstractmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether this computes exactly what a module does.
+
+        Returns:
+            Whether it does.
+        """
+
+
 class Apply:
     """Applies rules within one call of a module: on the whole batch, or out of ``vmap``.
 

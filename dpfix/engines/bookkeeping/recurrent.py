@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping import recurrent_backward
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, ReplacedForward
+from dpfix.engines.bookkeeping.forward import Apply, CompositeForward, OutOfMap
 from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
@@ -128,37 +129,18 @@ class Direction(torch.autograd.Function):
         return found.ih @ p.weights["weight_ih"], found.first, found.cell, None, None
 
 
-class RecurrentForward(ReplacedForward):
+class RecurrentForward(CompositeForward):
     """For ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with any number of layers, in one or both directions."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it can be taken apart into layers and directions.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it can.
-        """
+        """Whether it can be taken apart into layers and directions."""
         plain = plainly(module, nn.LSTM, nn.GRU, nn.RNN) and not parametrize.is_parametrized(module)
         return plain and all(isinstance(getattr(module, n), nn.Parameter) for n in module._flat_weights_names)  # type: ignore
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module, layer by layer.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this module came before in the step.
-            args: the input, and perhaps the first states.
-            kwargs: the same by keyword.
-
-        Returns:
-            Output, and the last states.
-
-        Raises:
-            NotImplementedError: there is no batch, or the rows of a packed sequence are not the samples.
-        """
         module: Any = self.module
         x, states = _bound(*args, **kwargs)
         if isinstance(x, PackedSequence):
@@ -173,20 +155,8 @@ class RecurrentForward(ReplacedForward):
         out, last = self._layers(call, replace(where, dim=1), x.transpose(0, 1) if module.batch_first else x, states)
         return out.transpose(0, 1) if module.batch_first else out, last
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module under ``vmap``.
-
-        Args:
-            call: the model's call.
-            args: the input, and perhaps the first states.
-            kwargs: the same by keyword.
-
-        Returns:
-            Output, and the last states.
-
-        Raises:
-            NotImplementedError: there is no batch, or the input is a packed sequence.
-        """
         module: Any = self.module
         x, states = _bound(*args, **kwargs)
         if isinstance(x, PackedSequence) or x.dim() != 3:
@@ -259,53 +229,24 @@ def _bound(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
 
 
-class CellForward(ReplacedForward):
+class CellForward(CompositeForward):
     """For ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: two linear layers, and PyTorch's autograd for the rest."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it is one of the cells.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
         return plainly(module, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this cell came before in the step.
-            args: the input, and perhaps the state.
-            kwargs: the same by keyword.
-
-        Returns:
-            The next state.
-
-        Raises:
-            NotImplementedError: there is no batch.
-        """
         x, state = _bound(*args, **kwargs)
         layout = self.input_dim(number)
         if x.dim() != 2 or layout is None or layout.dim != 0:
             raise NotImplementedError("a recurrent cell was called without a batch of samples")
         return self._step(self.rules_in(call), x, state, rows_of(x, layout, call.samples))
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step under ``vmap``.
-
-        Args:
-            call: the model's call.
-            args: the input, and perhaps the state.
-            kwargs: the same by keyword.
-
-        Returns:
-            The next state.
-        """
         x, state = _bound(*args, **kwargs)
         return self._step(self.rules_in(call), x, state, None)
 

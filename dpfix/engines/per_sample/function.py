@@ -11,9 +11,9 @@ from torch import nn
 from dpfix.engines.functional.call import without_fallback_warnings
 from dpfix.engines.functional.parameter_swap import Aliases, attributes_kept, parameter_slots, swapped
 from dpfix.engines.functional.workarounds import Workarounds
-from dpfix.engines.opacus.hooks import hooks_of, no_transforms
+from dpfix.engines.opacus.hooks import hooks_of, refuse_transforms
 from dpfix.engines.saved_bytes import saved_bytes
-from dpfix.errors import ArgumentError, MisuseError, ModelError
+from dpfix.errors import ArgumentError, ModelError
 from dpfix.instrument import pytree
 from dpfix.instrument.module_state import put_back, state_of, traceless
 
@@ -58,11 +58,13 @@ def per_sample_gradients(
     """
     hooks = hooks_of(model)
     if hooks is not None:
-        raise MisuseError(no_transforms(hooks.model, hooks.mode))
+        refuse_transforms(hooks.model, hooks.mode)
     found = {path: leaf for path, leaf in pytree.leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()}
     size = len(next(iter(found.values()))) if found else 0
     if rows < 1 or not size or size % rows:
-        raise ArgumentError(f"per_sample_gradients: the batch has {size} rows, which are not rows={rows} per sample.")
+        raise ArgumentError(
+            f"per_sample_gradients: the batch has {size} rows, which are not rows={rows} per sample.", path="batch"
+        )
     split = {p: t.as_subclass(torch.Tensor).unflatten(0, (-1, rows)) for p, t in found.items() if len(t) == size}
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     slots = parameter_slots(model, parameters)

@@ -30,29 +30,12 @@ class Microbatch(Engine):
     opacus_mode = "no_op"
     last_resort = True
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works wherever the probe showed which rows belong to which sample.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            The verdict.
-        """
         return Verdict(record.layout_problem)
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> MicrobatchHandle:
-        """Put a per-sample forward in the place of the module's own.
-
-        Args:
-            module: the repaired model.
-            plan: how the calls carry their samples.
-            prepared: not used; Opacus prepares nothing for this engine.
-
-        Returns:
-            The handle.
-        """
         return MicrobatchHandle(module, plan)
 
 

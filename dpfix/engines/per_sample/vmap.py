@@ -28,30 +28,13 @@ class Vmap(Engine):
     name = "vmap"
     opacus_mode = "no_op"
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works wherever the probe showed which rows belong to which sample, and ``vmap`` can follow.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            The verdict.
-        """
         lists = any(call.lists for call in record.calls)
         return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> VmapHandle:
-        """Put a forward under ``vmap`` in the place of the module's own.
-
-        Args:
-            module: the repaired model.
-            plan: how the calls carry their samples.
-            prepared: not used; Opacus prepares nothing for this engine.
-
-        Returns:
-            The handle.
-        """
         return VmapHandle(module, plan)
 
 
