@@ -49,7 +49,7 @@ class Plan:
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
         scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
-        help_vmap: whether forward does what ``vmap`` has to be helped with.
+        help_vmap: whether ``vmap`` needs workarounds to follow forward.
         views: views of every sample that are averaged (augmentation multiplicity).
         row_counter: how to tell the number of rows of a sample from what the dataset returns, where it is not the same
             for all samples.

@@ -30,7 +30,6 @@ class Iterations(Generic[Kind]):
     """The iterations since the last step, in order; further calls belong to the last one until a gradient comes back.
 
     Args:
-        model: the model, for messages.
         start: makes a new iteration.
     """
 
@@ -82,8 +81,6 @@ def check_one_size(samples: Collection[int], model: nn.Module, error: type[Misus
 
     Args:
         samples: the numbers of samples that it reached.
-        model: the model.
-        error: what is raised.
 
     Raises:
         MisuseError: there are several.

@@ -25,9 +25,6 @@ from dpfix.plan import Region
 def line_of(site: CallSite | None) -> Any:
     """What calls from one line of code have in common.
 
-    Args:
-        site: a call.
-
     Returns:
         Module, call of the model and line; ``None`` for a call that is none.
     """
@@ -39,8 +36,6 @@ def applied(module: nn.Module, regions: Iterable[Region], *, cutting: bool = Tru
     """Put regions on a model while a block runs.
 
     Args:
-        module: the model.
-        regions: the regions.
         cutting: whether the calls run without a graph; if not, they are only measured.
 
     Yields:
@@ -57,8 +52,6 @@ class NoGradRegions:
     """Regions at work on a model.
 
     Args:
-        module: the model.
-        regions: the regions.
         cutting: whether the calls run without a graph; if not, they are only measured.
 
     Attributes:
@@ -95,11 +88,7 @@ class NoGradRegions:
             self.tripped.clear()
 
     def drop(self, region: Region) -> None:
-        """From now on this call is an ordinary one.
-
-        Args:
-            region: the region.
-        """
+        """From now on this call is an ordinary one."""
         self._by_line[line_of(region.site)].remove(region)
 
     def detach(self) -> None:
@@ -112,10 +101,7 @@ class NoGradRegions:
         """A module of a region, or the model, is called.
 
         Args:
-            path: its path.
             original: what the call does.
-            args: positional arguments.
-            kwargs: keyword arguments.
 
         Returns:
             What the call returns.

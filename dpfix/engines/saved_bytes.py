@@ -12,9 +12,6 @@ import torch
 def saved_bytes(parameters: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
     """Note what autograd saves while a block runs, parameters apart.
 
-    Args:
-        parameters: the parameters.
-
     Yields:
         Bytes of every piece of memory.
     """

@@ -32,22 +32,13 @@ class CallLayout:
     lists: tuple[pytree.Path, ...] = ()
 
     def having(self, counts: tuple[int, ...]) -> CallLayout:
-        """The layout of a call whose samples have other numbers of rows.
-
-        Args:
-            counts: the numbers.
-
-        Returns:
-            The layout.
-        """
+        """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
     def one(self, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0) -> Any:
         """The arguments with a single entry in every list of samples.
 
         Args:
-            args: positional arguments.
-            kwargs: keyword arguments.
             sample: which entry.
 
         Returns:
@@ -79,23 +70,12 @@ class LayerLayout:
     problem: str = ""
 
     def having(self, counts: tuple[int, ...]) -> LayerLayout:
-        """The layout of a call whose samples have other numbers of rows.
-
-        Args:
-            counts: the numbers.
-
-        Returns:
-            The layout.
-        """
+        """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[pytree.Path, int], ...]:
     """What tells calls of different form apart.
-
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         Path and number of dimensions of every tensor.
@@ -105,11 +85,6 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[pytr
 
 def find_layout(layouts: Iterable[CallLayout], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallLayout | None:
     """How a call of the model carries its samples.
-
-    Args:
-        layouts: the plan's layouts.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The layout; ``None`` if the probe has not shown such a call.
@@ -131,10 +106,6 @@ def known_layout(
     """How a call of the model carries its samples, if the probe has shown such a call.
 
     Args:
-        layouts: the plan's layouts.
-        module: the model, for the message.
-        args: positional arguments.
-        kwargs: keyword arguments.
         counts: rows of every sample of the batch, where these are not the same for all.
 
     Returns:
@@ -157,12 +128,6 @@ def known_layout(
 
 def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Number of samples in a call of the model.
-
-    Args:
-        layout: how the call carries them.
-        module: the model, for the message.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The number.

@@ -125,9 +125,7 @@ def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
     """The rows of a tensor in this call, which may have another number of samples and of rows than the probe.
 
     Args:
-        tensor: the tensor.
         layout: how the probe's tensor carried its samples.
-        samples: number of samples in this call.
 
     Returns:
         Where the samples are.

@@ -46,9 +46,6 @@ class SampleDim:
     def having(self, counts: tuple[int, ...]) -> SampleDim:
         """The layout in a batch whose samples have other numbers of rows.
 
-        Args:
-            counts: the numbers.
-
         Returns:
             The layout; itself if every sample has the same number.
         """
@@ -60,13 +57,5 @@ Layout = tuple[tuple[pytree.Path, SampleDim | None], ...]
 
 
 def having(layout: Layout, counts: tuple[int, ...]) -> Layout:
-    """The layout of tensors in a batch whose samples have other numbers of rows.
-
-    Args:
-        layout: the layout.
-        counts: the numbers.
-
-    Returns:
-        The layout.
-    """
+    """The layout of tensors in a batch whose samples have other numbers of rows."""
     return tuple((path, dim and dim.having(counts)) for path, dim in layout)

@@ -83,7 +83,7 @@ class StepRecord:
         several: trainable parameters whose module is called more than once, or that have several names.
         cuts: where a graph was cut, and the numbers (in ``modules``) of the calls that the cut tensor comes from.
         in_place: where the output of a module was overwritten.
-        to_help: whether forward does what ``vmap`` has to be helped with; see :class:`StepLog`.
+        to_help: whether ``vmap`` needs workarounds to follow forward; see :class:`StepLog`.
         constant_writes: state changed by the step in a way that depends on no sample.
         sample_writes: state changed by the step in a way that depends on the samples.
         scratch: attributes of that kind which every step overwrites before it reads them; not in ``sample_writes``.

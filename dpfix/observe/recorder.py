@@ -88,7 +88,7 @@ class StepLog:
         in_place: where the output of a module was overwritten.
         functional: parameters used while their own module was not being called, with the first place.
         elsewhere: the modules that were being called then, by parameter.
-        to_help: whether forward does what ``vmap`` has to be helped with: it writes into a tensor without a graph, or
+        to_help: whether ``vmap`` needs workarounds to follow forward: it writes into a tensor without a graph, or
             looks up a padding token.
         activations: calls of activations.
         stack: paths of the modules being called.

@@ -45,7 +45,6 @@ class LossProof:
     """Follows the loop's loss on the first real steps.
 
     Args:
-        module: the plain model.
         plan: how it is being trained.
         paused: the engine's hooks do nothing while it is entered.
     """

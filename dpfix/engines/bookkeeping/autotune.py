@@ -19,14 +19,7 @@ LONG_SECONDS = 0.1
 
 
 def rounded(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Sizes up to a power of two.
-
-    Args:
-        sizes: numbers of elements.
-
-    Returns:
-        Their bit lengths.
-    """
+    """Bit lengths of sizes, which rounds them up to a power of two."""
     return tuple((size - 1).bit_length() if size > 8 else size for size in sizes)
 
 
@@ -41,7 +34,6 @@ class Autotune:
 
         Args:
             key: what the choice depends on.
-            ways: the ways by name.
             device: where they compute.
 
         Returns:

@@ -39,10 +39,7 @@ class ComposedForward(CompositeForward):
         """Where the samples are in the first input.
 
         Args:
-            call: the model's call.
             number: how many calls of this layer came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The rows.
@@ -62,10 +59,7 @@ class ComposedForward(CompositeForward):
         """The layer's output.
 
         Args:
-            apply: applies a rule.
             where: where the samples are; ``None`` under ``vmap``.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The output.

@@ -101,11 +101,7 @@ class Part(Contribution):
 
 
 class Apart(Contribution):
-    """Parts of a parameter that do not overlap, so that their squared norms add up.
-
-    Args:
-        parts: the parts.
-    """
+    """Parts of a parameter that do not overlap, so that their squared norms add up."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -137,9 +133,6 @@ def squared(rows: torch.Tensor) -> torch.Tensor:
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision is good enough for activations, not for the sum over samples that is released.
-
-    Args:
-        tensor: any floating tensor.
 
     Returns:
         The same in float32, unless it already was at least that.

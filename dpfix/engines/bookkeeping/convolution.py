@@ -72,9 +72,6 @@ class Convolution(LayerRule):
 def symmetric(module: Any) -> tuple[int, ...] | None:
     """Zero padding that is the same on both sides.
 
-    Args:
-        module: a convolution.
-
     Returns:
         The padding, or ``None`` if the input has to be padded first.
     """
@@ -90,9 +87,6 @@ def symmetric(module: Any) -> tuple[int, ...] | None:
 
 def settings(module: _ConvNd) -> tuple[Any, ...]:
     """The arguments of the convolution after the padding that was already done.
-
-    Args:
-        module: a convolution.
 
     Returns:
         Stride, padding, dilation, transposed, output padding, groups.

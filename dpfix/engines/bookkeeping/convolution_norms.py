@@ -271,7 +271,6 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometr
     Args:
         x: shape ``[batch, channels, *in]``.
         g: shape ``[batch, filters, *out]``.
-        shape: shape of the weight.
         geometry: stride, padding, dilation, groups.
 
     Returns:
@@ -293,9 +292,7 @@ def correlation(
     Args:
         x: shape ``[samples * rows, channels, *in]``.
         g: shape ``[samples * rows, filters, *out]``.
-        shape: shape of the weight.
         geometry: stride, padding, dilation, groups.
-        rows: rows per sample.
         autotune: remembers the fastest way.
 
     Returns:

@@ -104,7 +104,6 @@ def assign(
 
     Args:
         known: the layers that are one rule.
-        modules: the modules by path.
         called: paths of modules whose calls the probe has shown.
         elsewhere: paths of the modules that use a parameter which is not theirs, by parameter name.
 
@@ -139,7 +138,6 @@ def composites(
     """Which of the modules that no single rule computes are known to be made of several.
 
     Args:
-        modules: the modules by path.
         called: paths of modules whose calls the probe has shown.
         expanded: parameters by path of the module that uses them.
 

@@ -24,8 +24,6 @@ class ReplacedForward(Replaced, ABC):
     """Stands in for a module's ``forward`` within the model.
 
     Args:
-        handle: the engine at work.
-        module: the module.
         path: its path in the model.
     """
 
@@ -56,10 +54,7 @@ class ReplacedForward(Replaced, ABC):
         """A call on the whole batch.
 
         Args:
-            call: the model's call.
             number: how many calls of this module came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The module's output.
@@ -92,18 +87,13 @@ class CompositeForward(ReplacedForward):
     @staticmethod
     @abstractmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether this computes exactly what a module does.
-
-        Returns:
-            Whether it does.
-        """
+        """Whether this computes exactly what a module does."""
 
 
 class Apply:
     """Applies rules within one call of a module: on the whole batch, or out of ``vmap``.
 
     Args:
-        call: the model's call.
         anchor: makes outputs require gradient.
         sources: parameters that a computed weight may be made of.
     """
@@ -126,10 +116,7 @@ class Apply:
         Args:
             rule: how it is computed and accounted for.
             module: its settings.
-            x: its input.
             where: where the input's samples are; ``None`` under ``vmap``.
-            weight: its weight.
-            bias: its bias.
 
         Returns:
             Its output.
@@ -145,10 +132,6 @@ class Apply:
 
 def mapped_layer(rule: LayerRule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:
     """A layer on a batch whose samples come first, from a layer on rows.
-
-    Args:
-        rule: the layer's rule.
-        run: the layer.
 
     Returns:
         A function for :class:`OutOfMap`.
@@ -188,9 +171,6 @@ class LayerForward(ReplacedForward):
     """For a layer that a rule knows.
 
     Args:
-        handle: the engine at work.
-        module: the layer.
-        path: its path.
         rule: how it is computed and accounted for.
     """
 
@@ -227,9 +207,6 @@ class LayerForward(ReplacedForward):
 def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """Parameters that a module's weight or bias may be computed from, by a parametrisation or a hook.
 
-    Args:
-        module: a layer.
-
     Returns:
         Its trained parameters except those that are called weight and bias.
     """
@@ -239,11 +216,6 @@ def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:
 
 def only_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The one tensor that a layer was called with.
-
-    Args:
-        module: the layer.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The tensor.

@@ -26,7 +26,6 @@ class BookkeepingHandle(Handle):
     """The engine at work on one model.
 
     Args:
-        module: the repaired model.
         plan: how its calls carry their samples.
     """
 
@@ -104,7 +103,6 @@ class BookkeepingHandle(Handle):
         """How a call of a layer carries its samples.
 
         Args:
-            path: the layer's path.
             number: how many calls of it came before in this step.
 
         Returns:

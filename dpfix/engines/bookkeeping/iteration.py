@@ -38,7 +38,6 @@ class RootCall:
     """One call of the model.
 
     Args:
-        samples: number of samples.
         iteration: where it reports.
         late: told before it reports, since the iteration may be thought to be over by then.
     """

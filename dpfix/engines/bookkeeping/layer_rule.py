@@ -96,7 +96,7 @@ class LayerRule(ABC):
 
     Attributes:
         features: how many trailing dimensions of the input are features; the samples may be in any other one.
-                ``None``: rows in dimension 0, channels in dimension 1.
+            ``None``: rows in dimension 0, channels in dimension 1.
         parameters: names of the parameters that :meth:`backward` reports. A module that trains others is not computed by
             the rule.
     """
@@ -116,27 +116,11 @@ class LayerRule(ABC):
         """
 
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """What happens to the input before anything with a parameter does (padding); under autograd.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The prepared input.
-        """
+        """What happens to the input before anything with a parameter does (padding); under autograd."""
         return x
 
     def finish(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """What happens to the output at the end; under autograd.
-
-        Args:
-            x: the layer's input.
-            output: what :meth:`forward` returned.
-
-        Returns:
-            The layer's output.
-        """
+        """What happens to the output of :meth:`forward` at the end; under autograd."""
         return output
 
     @abstractmethod
@@ -144,7 +128,6 @@ class LayerRule(ABC):
         """The layer's output, without a graph. It must be no view.
 
         Args:
-            call: the call.
             x: the prepared input.
 
         Returns:
@@ -158,7 +141,6 @@ class LayerRule(ABC):
         """Report the parameters' contributions and return the gradient of the input.
 
         Args:
-            call: the call.
             saved: what :meth:`forward` kept.
             g: gradient of the output.
             wanted: whether the input's gradient is needed.
@@ -188,15 +170,7 @@ class Recorded(torch.autograd.Function):
 
 
 def plainly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of some kind and computes what that kind does: a subclass may have another forward.
-
-    Args:
-        module: a module.
-        *kinds: classes.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a module is of some kind and computes what that kind does: a subclass may have another forward."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
@@ -204,7 +178,6 @@ def autocast(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ..
     """What autocast would make of the operands of a matrix product.
 
     Args:
-        x: the input.
         *parameters: weight and bias.
 
     Returns:

@@ -94,7 +94,6 @@ def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
     Args:
         a: shape ``[samples, positions, in]``.
         g: shape ``[samples, positions, out]``.
-        shape: shape of the parameter.
 
     Returns:
         The contribution.

@@ -68,7 +68,6 @@ class Norm(LayerRule):
         """All gradients of one call.
 
         Args:
-            call: the call.
             saved: what :meth:`forward` kept.
             g: gradient of the output.
             wanted: whether the input's gradient is needed.
@@ -82,7 +81,6 @@ def per_sample(call: LayerCall, by_row: torch.Tensor) -> torch.Tensor:
     """Add up the rows of every sample.
 
     Args:
-        call: the call.
         by_row: shape ``[rows, channels]``, in the order of the layer's input.
 
     Returns:

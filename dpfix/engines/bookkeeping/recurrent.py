@@ -38,7 +38,6 @@ class Sequence:
     """One layer of a recurrent module in one direction.
 
     Args:
-        module: the module.
         suffix: layer and direction, as in the parameters' names.
         rows: where the samples are in tensors of shape ``[steps, batch, features]``.
         report: takes a parameter and a contribution.

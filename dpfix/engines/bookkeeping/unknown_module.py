@@ -44,9 +44,6 @@ class UnknownModuleForward(ReplacedForward):
     """For a module that no rule knows.
 
     Args:
-        handle: the engine at work.
-        module: the module.
-        path: its path.
         parameters: the parameters to expand: its own, and those inside that no call of their own accounts for.
     """
 

@@ -83,10 +83,7 @@ class MappedCall:
         Args:
             values: what is put into the slots, shape ``[samples, *parameter]``.
             layout: how arguments and output carry the samples.
-            samples: number of samples.
             weight: what a scalar per sample (a loss that the module computes) is multiplied with before they are added up.
-            args: positional arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The output for the whole batch.

@@ -16,14 +16,7 @@ _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a value per sample in the innermost ``vmap`` that is going on.
-
-    Args:
-        tensor: a tensor.
-
-    Returns:
-        Whether it has.
-    """
+    """Whether a tensor has a value per sample in the innermost ``vmap`` that is going on."""
     level = _functorch.peek_interpreter_stack().level()
     return _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level
 

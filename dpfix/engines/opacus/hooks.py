@@ -79,7 +79,6 @@ class HooksHandle(Handle):
     """Opacus's hooks at work on one model.
 
     Args:
-        module: the hooked model.
         prepared: Opacus's hooks object or wrapper.
         plan: how the calls carry their samples.
         mode: name of the engine, for messages.

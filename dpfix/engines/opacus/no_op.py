@@ -34,11 +34,7 @@ class ByHand(Engine):
 
 
 class ByHandHandle(Handle):
-    """Reads what the script left on the parameters.
-
-    Args:
-        module: the model.
-    """
+    """Reads what the script left on the parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module

@@ -68,7 +68,6 @@ class AliasHandle(Handle):
     """An engine of this kind at work on one model.
 
     Args:
-        module: the repaired model.
         plan: how its calls carry their samples.
     """
 
@@ -130,25 +129,11 @@ class AliasHandle(Handle):
 
     @abstractmethod
     def aliases_for(self, samples: int) -> list[Aliases]:
-        """New aliases of the trainable parameters.
-
-        Args:
-            samples: number of samples.
-
-        Returns:
-            The aliases.
-        """
+        """New aliases of the trainable parameters."""
 
     @abstractmethod
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
         """The model's forward with aliases in the place of parameters.
-
-        Args:
-            layout: how the call carries its samples.
-            args: positional arguments.
-            kwargs: keyword arguments.
-            samples: number of samples.
-            aliases: the aliases.
 
         Returns:
             The model's output for the whole batch.
@@ -160,7 +145,5 @@ class AliasHandle(Handle):
 
         Args:
             out: zeros, shape ``[samples, *parameter]``.
-            aliases: the aliases.
-            name: name of the parameter.
             scale: what gradients are multiplied with: one number, or shape ``[samples]``.
         """
