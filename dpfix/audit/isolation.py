@@ -21,6 +21,7 @@ from dpfix.instrument.gradients import gap, norm_of, weighted_sum
 from dpfix.instrument.module_state import traceless
 from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import sample_dim
+from dpfix.layout.rows import Rows
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
@@ -98,8 +99,9 @@ def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float, c
     dim, problem = sample_dim(whole, parts, counts)
     if problem or dim is None:
         return ""
+    rows = Rows.of(dim, len(parts))
     for i, part in enumerate(parts):
-        taken = dim.take(whole, i, len(parts))
+        taken = rows.take(whole, i)
         if taken.shape != part.shape or not part.numel():
             return ""
         scale = max(float(part.abs().max()), 1e-6)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dpfix.engines import bookkeeping
 from dpfix.engines.base import Engine, Handle, Verdict
-from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.engines.opacus.expanded_weights import ExpandedWeights
 from dpfix.engines.opacus.hooks import OpacusHooks
 from dpfix.engines.opacus.no_op import ByHand
@@ -13,7 +13,7 @@ from dpfix.engines.per_sample.microbatch import Microbatch
 from dpfix.engines.per_sample.vmap import Vmap
 
 ENGINES: Mapping[str, Engine] = {
-    "bookkeeping": Bookkeeping(),
+    "bookkeeping": bookkeeping.ENGINE,
     "vmap": Vmap(),
     "hooks": OpacusHooks("hooks"),
     "functorch": OpacusHooks("functorch"),

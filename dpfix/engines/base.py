@@ -49,18 +49,12 @@ class Handle(ABC):
 
         A parameter that no gradient reached gets zeros. Accumulated iterations become a list, as in Opacus.
 
-        Args:
-            parameters: the trainable parameters.
-
         Returns:
             Number of samples of every accumulated iteration; empty if no gradient arrived at all.
         """
 
     def announce(self, parameters: list[nn.Parameter]) -> list[int]:
         """As :meth:`collect`; an engine that clips only leaves what tells the number of iterations.
-
-        Args:
-            parameters: the trainable parameters.
 
         Returns:
             Number of samples of every accumulated iteration; empty if no gradient arrived at all.
@@ -73,8 +67,6 @@ class Handle(ABC):
         """Add ``sum_i min(1, C / (|g_i| + 1e-6)) g_i`` to ``summed_grad``, in place where there is one already.
 
         Args:
-            parameters: the trainable parameters.
-            max_grad_norm: C.
             keep: whether what has arrived is needed again before :meth:`finish`.
 
         Returns:
@@ -86,11 +78,7 @@ class Handle(ABC):
         raise NotImplementedError(f"{type(self).__name__} leaves clipping to the optimizer")
 
     def paused(self) -> AbstractContextManager[None]:
-        """While this is entered, a backward pass that asks for no parameter's gradient goes past the engine.
-
-        Returns:
-            A context manager.
-        """
+        """While this is entered, a backward pass that asks for no parameter's gradient goes past the engine."""
         return nullcontext()
 
     @abstractmethod
@@ -112,8 +100,8 @@ class Engine(ABC):
     Attributes:
         name: its name, a value of ``grad_sample_mode``.
         opacus_mode: the mode handed to Opacus.
-        last_resort: only tried by itself where no other engine stands the audit: it is right nearly everywhere, and its time
-            grows with the number of samples, so that a short probe makes it look better than it is.
+        last_resort: chosen only where no other engine passes the audit: it is right nearly everywhere, and its time grows
+            with the number of samples, so that a short probe makes it look better than it is.
         audited: whether it computes the clipped sum itself, so that it can be compared with the reference.
         owns_gradients: whether gradients never arrive at trained parameters themselves; what does went past the engine.
         materialises: whether per-sample gradients of the whole batch are kept until the step.
@@ -138,7 +126,6 @@ class Engine(ABC):
         """Whether it is worth trying on a model.
 
         Args:
-            module: the repaired model.
             record: what the probe showed.
 
         Returns:
@@ -150,7 +137,6 @@ class Engine(ABC):
         """Put the engine to work.
 
         Args:
-            module: the repaired model.
             plan: how it is to be trained.
             prepared: what Opacus made of the module, if it already did.
 
@@ -185,10 +171,6 @@ def per_sample(scale: float | torch.Tensor, gradients: torch.Tensor) -> float | 
 
 def zeros(parameter: nn.Parameter, samples: int) -> torch.Tensor:
     """Per-sample gradients of a parameter that no sample reached.
-
-    Args:
-        parameter: the parameter.
-        samples: number of samples.
 
     Returns:
         Zeros of shape ``[samples, *parameter]``.

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import TransformType
 
+from dpfix.engines.replaced import Replaced, in_training, mapped_only, transformed
+from dpfix.engines.saved_bytes import saved_bytes
 from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.plan import Region
@@ -23,9 +24,6 @@ from dpfix.plan import Region
 
 def line_of(site: CallSite | None) -> Any:
     """What calls from one line of code have in common.
-
-    Args:
-        site: a call.
 
     Returns:
         Module, call of the model and line; ``None`` for a call that is none.
@@ -38,8 +36,6 @@ def applied(module: nn.Module, regions: Iterable[Region], *, cutting: bool = Tru
     """Put regions on a model while a block runs.
 
     Args:
-        module: the model.
-        regions: the regions.
         cutting: whether the calls run without a graph; if not, they are only measured.
 
     Yields:
@@ -56,8 +52,6 @@ class NoGradRegions:
     """Regions at work on a model.
 
     Args:
-        module: the model.
-        regions: the regions.
         cutting: whether the calls run without a graph; if not, they are only measured.
 
     Attributes:
@@ -80,7 +74,7 @@ class NoGradRegions:
         paths = {""} | {line[0] for line in self._by_line} if self._by_line else set()
         self._calls = [RegionCall(self, path, module.get_submodule(path)) for path in paths]
         for call in self._calls:
-            vars(call.module)["_call_impl"] = call
+            call.put_in()
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -94,35 +88,25 @@ class NoGradRegions:
             self.tripped.clear()
 
     def drop(self, region: Region) -> None:
-        """From now on this call is an ordinary one.
-
-        Args:
-            region: the region.
-        """
+        """From now on this call is an ordinary one."""
         self._by_line[line_of(region.site)].remove(region)
 
     def detach(self) -> None:
         """Take everything off the model."""
         for call in self._calls:
-            if vars(call.module).get("_call_impl") is call:
-                del vars(call.module)["_call_impl"]
+            call.take_out()
         self._calls.clear()
 
     def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module of a region, or the model, is called.
 
         Args:
-            path: its path.
             original: what the call does.
-            args: positional arguments.
-            kwargs: keyword arguments.
 
         Returns:
             What the call returns.
         """
-        mapped = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
-        foreign = any(level.key() != TransformType.Vmap for level in mapped)
-        if not (self.module.training and torch.is_grad_enabled()) or foreign:
+        if not in_training(self.module) or not mapped_only():
             return original(*args, **kwargs)
         site = self._counter.site(path)
         known = self._by_line.get(line_of(site), ())
@@ -132,33 +116,30 @@ class NoGradRegions:
         start = time.perf_counter()
         try:
             if self._cutting:
-                without_graph = _without_graph_mapped if mapped else _without_graph
+                without_graph = _without_graph_mapped if transformed() else _without_graph
                 return without_graph(
                     lambda: original(*args, **kwargs), self._anchor, lambda: self.tripped.append(region)
                 )
-            with _saved(self.module, region, self.bytes):
-                return original(*args, **kwargs)
+            with saved_bytes(self.module.parameters()) as saved:
+                found = original(*args, **kwargs)
+            self.bytes[region] = sum(saved.values())
+            return found
         finally:
             self.seconds[region] = time.perf_counter() - start
 
 
-class RegionCall:
-    """Stands in for what ``module(...)`` does, hooks included; a copy or a pickle of the module gets its own back."""
+class RegionCall(Replaced):
+    """Stands in for what ``module(...)`` does, hooks included."""
+
+    name = "_call_impl"
 
     def __init__(self, at_work: NoGradRegions, path: str, module: nn.Module) -> None:
-        self.at_work, self.path, self.module = at_work, path, module
-        self._original = module._call_impl
+        super().__init__(module)
+        self.at_work, self.path = at_work, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call."""
-        return self.at_work.call(self.path, self._original, args, kwargs)
-
-    def __reduce__(self) -> Any:
-        return _own_call, (self.module,)
-
-
-def _own_call(module: nn.Module) -> Any:
-    return nn.Module._call_impl.__get__(module)
+        return self.at_work.call(self.path, self.original, args, kwargs)
 
 
 class _Tripwire(torch.autograd.Function):
@@ -208,20 +189,3 @@ def _without_graph_mapped(call: Callable[[], Any], anchor: torch.Tensor, trip: C
         return leaf + zero.to(leaf.dtype) if floating else leaf
 
     return pytree.map_leaves(watched, found)
-
-
-@contextmanager
-def _saved(module: nn.Module, region: Region, sizes: dict[Region, int]) -> Iterator[None]:
-    """Add up what autograd saves for the backward pass, parameters apart."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield
-    sizes[region] = sum(seen.values())

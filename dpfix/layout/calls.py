@@ -32,22 +32,13 @@ class CallLayout:
     lists: tuple[pytree.Path, ...] = ()
 
     def having(self, counts: tuple[int, ...]) -> CallLayout:
-        """The layout of a call whose samples have other numbers of rows.
-
-        Args:
-            counts: the numbers.
-
-        Returns:
-            The layout.
-        """
+        """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
     def one(self, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0) -> Any:
         """The arguments with a single entry in every list of samples.
 
         Args:
-            args: positional arguments.
-            kwargs: keyword arguments.
             sample: which entry.
 
         Returns:
@@ -79,23 +70,12 @@ class LayerLayout:
     problem: str = ""
 
     def having(self, counts: tuple[int, ...]) -> LayerLayout:
-        """The layout of a call whose samples have other numbers of rows.
-
-        Args:
-            counts: the numbers.
-
-        Returns:
-            The layout.
-        """
+        """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[pytree.Path, int], ...]:
     """What tells calls of different form apart.
-
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         Path and number of dimensions of every tensor.
@@ -105,11 +85,6 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[pytr
 
 def find_layout(layouts: Iterable[CallLayout], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallLayout | None:
     """How a call of the model carries its samples.
-
-    Args:
-        layouts: the plan's layouts.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The layout; ``None`` if the probe has not shown such a call.
@@ -131,10 +106,6 @@ def known_layout(
     """How a call of the model carries its samples, if the probe has shown such a call.
 
     Args:
-        layouts: the plan's layouts.
-        module: the model, for the message.
-        args: positional arguments.
-        kwargs: keyword arguments.
         counts: rows of every sample of the batch, where these are not the same for all.
 
     Returns:
@@ -148,20 +119,15 @@ def known_layout(
         shapes = [tuple(t.shape) for t in pytree.tensors((args, kwargs))]
         raise PlanBrokenError(
             f"{type(module).__name__}.forward was called with tensors of shapes {shapes}, in a form that the "
-            "training step did not show when it was checked. Pass the training_step your loop really makes to "
-            "make_private_safe, or call the model under torch.no_grad() where no gradient is needed."
+            "training step did not show when it was checked.",
+            help="Pass the training_step your loop really makes to make_private_safe, or call the model under "
+            "torch.no_grad() where no gradient is needed.",
         )
     return layout.having(counts)
 
 
 def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Number of samples in a call of the model.
-
-    Args:
-        layout: how the call carries them.
-        module: the model, for the message.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The number.
@@ -175,12 +141,13 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
     if -1 in counts:
         raise PlanBrokenError(
             f"the rows of the inputs of {type(module).__name__} are not those of the batch that the data_loader delivered last, "
-            "whose samples have different numbers of rows. Train on the batches of the returned data_loader as they are, "
-            "without a BatchMemoryManager, or give every sample the same number of rows."
+            "whose samples have different numbers of rows.",
+            help="Train on the batches of the returned data_loader as they are, without a BatchMemoryManager, or give every "
+            "sample the same number of rows.",
         )
     if len(counts) != 1:
         raise PlanBrokenError(
-            f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}. "
-            "Every tensor that carries samples has to carry the same ones."
+            f"the inputs of {type(module).__name__} hold different numbers of samples: {sorted(counts)}.",
+            help="Every tensor that carries samples has to carry the same ones.",
         )
     return counts.pop()

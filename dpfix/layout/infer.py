@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpfix.instrument import pytree
 from dpfix.layout.calls import CallLayout, LayerLayout, signature
+from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import Layout, SampleDim
 
 
@@ -177,8 +178,9 @@ def sample_dim(
 
 
 def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) -> bool:
+    rows = Rows.of(layout, len(parts))
     for sample, part in enumerate(parts):
-        taken = layout.take(whole, sample, len(parts))
+        taken = rows.take(whole, sample)
         if taken.shape != part.shape:
             return False
         if not torch.allclose(_real(taken), _real(part), rtol=1e-3, atol=1e-5, equal_nan=True):

@@ -1,9 +1,10 @@
-"""Regrouping the rows of a tensor by the sample they belong to."""
+"""The rows of a tensor by the sample they belong to: one sample's, some samples', regrouped, put together again."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from dpfix.layout.sample_dim import SampleDim
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the samples are in the input or output of one layer call.
+    """Where the samples are in one tensor: a :class:`SampleDim` with the number of samples.
 
     Attributes:
         samples: number of samples.
@@ -28,6 +29,11 @@ class Rows:
     dim: int = 0
     interleaved: bool = False
     counts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, dim: SampleDim, samples: int) -> Rows:
+        """The rows of a tensor that is known to be laid out in some way; :func:`rows_of` looks whether it is."""
+        return cls(samples, dim.dim, dim.interleaved, tuple(n * dim.rows for n in dim.counts))
 
     @property
     def plain(self) -> bool:
@@ -67,6 +73,23 @@ class Rows:
             return tensor.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 1)
         return tensor.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
 
+    def take(self, tensor: torch.Tensor, sample: int) -> torch.Tensor:
+        """The rows of one sample, as a view."""
+        if self.counts:
+            return tensor.narrow(self.dim, sum(self.counts[:sample]), self.counts[sample])
+        return self.split(tensor)[sample]
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The inverse of :meth:`take` over all samples."""
+        if self.interleaved:
+            return torch.stack(tuple(parts), self.dim + 1).flatten(self.dim, self.dim + 1)
+        return torch.cat(tuple(parts), self.dim)
+
+    def select(self, tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+        """Some samples in some order, each as often as it is named; laid out like the tensor."""
+        counts = tuple(self.counts[i] for i in order) if self.counts else ()
+        return replace(self, samples=len(order), counts=counts).merge(self.split(tensor)[list(order)])
+
     def matrices(self, tensor: torch.Tensor, features: int = 1) -> torch.Tensor:
         """One matrix per sample.
 
@@ -102,9 +125,7 @@ def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
     """The rows of a tensor in this call, which may have another number of samples and of rows than the probe.
 
     Args:
-        tensor: the tensor.
         layout: how the probe's tensor carried its samples.
-        samples: number of samples in this call.
 
     Returns:
         Where the samples are.
@@ -114,11 +135,11 @@ def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
     """
     size = tensor.shape[layout.dim] if layout.dim < tensor.dim() else -1
     if layout.counts and size == layout.rows * sum(layout.counts):
-        return Rows(samples, layout.dim, counts=tuple(n * layout.rows for n in layout.counts))
+        return Rows.of(layout, samples)
     if layout.counts or size % samples or size < samples or (layout.rows == 1 and size != samples):
         raise PlanBrokenError(
             f"a layer was called with a tensor of shape {tuple(tensor.shape)}, which does not hold {samples} samples"
-            f" in dimension {layout.dim} as the training step showed when it was checked. Pass the training_step your "
-            "loop really makes, or grad_sample_mode='microbatch'."
+            f" in dimension {layout.dim} as the training step showed when it was checked.",
+            help="Pass the training_step your loop really makes, or grad_sample_mode='microbatch'.",
         )
-    return Rows(samples, layout.dim, layout.interleaved)
+    return Rows.of(layout, samples)

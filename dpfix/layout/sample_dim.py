@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,47 +46,10 @@ class SampleDim:
     def having(self, counts: tuple[int, ...]) -> SampleDim:
         """The layout in a batch whose samples have other numbers of rows.
 
-        Args:
-            counts: the numbers.
-
         Returns:
             The layout; itself if every sample has the same number.
         """
         return replace(self, counts=counts or _UNKNOWN) if self.counts else self
-
-    def take(self, tensor: torch.Tensor, sample: int, samples: int) -> torch.Tensor:
-        """The rows of one sample.
-
-        Args:
-            tensor: a tensor laid out this way.
-            sample: index of the sample.
-            samples: number of samples in the tensor.
-
-        Returns:
-            A view.
-        """
-        if self.interleaved:
-            index = [slice(None)] * tensor.dim()
-            index[self.dim] = slice(sample, None, samples)
-            return tensor[tuple(index)]
-        if self.counts:
-            first = sum(self.counts[:sample])
-            return tensor.narrow(self.dim, first * self.rows, self.counts[sample] * self.rows)
-        return tensor.narrow(self.dim, sample * self.rows, self.rows)
-
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The inverse of :meth:`take` over all samples.
-
-        Args:
-            parts: one tensor per sample.
-
-        Returns:
-            The batch.
-        """
-        if not self.interleaved:
-            return torch.cat(tuple(parts), self.dim)
-        stacked = torch.stack(tuple(parts), self.dim + 1)
-        return stacked.flatten(self.dim, self.dim + 1)
 
 
 Layout = tuple[tuple[pytree.Path, SampleDim | None], ...]
@@ -95,13 +57,5 @@ Layout = tuple[tuple[pytree.Path, SampleDim | None], ...]
 
 
 def having(layout: Layout, counts: tuple[int, ...]) -> Layout:
-    """The layout of tensors in a batch whose samples have other numbers of rows.
-
-    Args:
-        layout: the layout.
-        counts: the numbers.
-
-    Returns:
-        The layout.
-    """
+    """The layout of tensors in a batch whose samples have other numbers of rows."""
     return tuple((path, dim and dim.having(counts)) for path, dim in layout)

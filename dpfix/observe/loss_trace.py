@@ -102,11 +102,6 @@ class LossTrace(FollowingMode):
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function and write it down as one step, whatever it calls in turn.
 
-        Args:
-            func: the function.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-
         Returns:
             What it returns.
         """
@@ -150,13 +145,7 @@ class LossTrace(FollowingMode):
         self.broken = self.broken or why
 
     def start(self, output: Any, layout: CallLayout, samples: int) -> None:
-        """The model has returned: what follows is on the way to the loss.
-
-        Args:
-            output: what it returned.
-            layout: how it carries the samples.
-            samples: number of samples.
-        """
+        """The model has returned: what follows is on the way to the loss."""
         dims = dict(layout.output)
         for path, t in pytree.leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad:
@@ -174,33 +163,18 @@ def _values(t: torch.Tensor) -> torch.Tensor:
 
 
 def is_on(trace: LossTrace) -> bool:
-    """Whether a trace is among the function modes that are on.
-
-    Args:
-        trace: the trace.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a trace is among the function modes that are on."""
     return any(mode is trace for mode in _get_current_function_mode_stack())
 
 
 def switch_off(trace: LossTrace) -> None:
-    """Take a trace off. While it handles a function itself that is put off until the next trace is switched on or off.
-
-    Args:
-        trace: the trace.
-    """
+    """Take a trace off. While it handles a function itself that is put off until the next trace is switched on or off."""
     trace.paused = trace.over = True
     _sweep()
 
 
 def switch_on(trace: LossTrace) -> None:
-    """Let a trace see the functions that are called from now on.
-
-    Args:
-        trace: the trace.
-    """
+    """Let a trace see the functions that are called from now on."""
     trace.over = False
     _sweep()
     if not is_on(trace):

@@ -20,9 +20,11 @@ from dpfix.errors import CoupledLossError, LossError
 from dpfix.instrument import pytree
 from dpfix.instrument.source import calling_line, warn_user
 from dpfix.layout.calls import find_layout, samples_in
+from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe.loss_trace import LossTrace, is_on, switch_off, switch_on
 from dpfix.plan import Plan
+from dpfix.report.finding import Finding
 
 STEPS = 3
 """Real steps with at least two samples on which the loss is followed."""
@@ -43,7 +45,6 @@ class LossProof:
     """Follows the loop's loss on the first real steps.
 
     Args:
-        module: the plain model.
         plan: how it is being trained.
         paused: the engine's hooks do nothing while it is entered.
     """
@@ -143,31 +144,35 @@ class LossProof:
         )
 
 
-def _coupled(gap: float, place: str) -> str:
-    return (
-        f"DPF014 [breaks-guarantee] the loss on which backward() is called ({place or 'place unknown'}) couples the samples "
-        f"of a batch: exchanging the other samples changes the gradient of one sample's output by {gap:.1e} (relative).\n"
-        "  why:  one sample's share of the loss depends on the others, so clipping per sample bounds nothing. Known causes: a "
+def _coupled(gap: float, place: str) -> Finding:
+    return Finding.refusal(
+        "DPF014",
+        f"the loss on which backward() is called ({place or 'place unknown'}) couples the samples of a batch: exchanging the "
+        f"other samples changes the gradient of one sample's output by {gap:.1e} (relative).",
+        "one sample's share of the loss depends on the others, so clipping per sample bounds nothing. Known causes: a "
         "mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in a Dice "
-        "loss, a contrastive or rank loss.\n"
-        "  help: criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages. "
-        "No parameter has moved in this step."
+        "loss, a contrastive or rank loss.",
+        "criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages. "
+        "No parameter has moved in this step.",
+        path="criterion",
     )
 
 
-def _other_reduction(other: str, place: str) -> str:
+def _other_reduction(other: str, place: str) -> Finding:
     announced = "sum" if other == "mean" else "mean"
-    return (
-        f"DPF015 [breaks-guarantee] the loss on which backward() is called ({place or 'place unknown'}) is a {other} over the "
-        f"samples, but loss_reduction='{announced}' was announced.\n"
-        "  why:  per-sample gradients would be scaled by the batch size before clipping.\n"
-        f"  help: pass loss_reduction='{other}' to make_private_safe, or use reduction='{announced}' in the criterion."
+    return Finding.refusal(
+        "DPF015",
+        f"the loss on which backward() is called ({place or 'place unknown'}) is a {other} over the samples, but "
+        f"loss_reduction='{announced}' was announced.",
+        "per-sample gradients would be scaled by the batch size before clipping.",
+        f"pass loss_reduction='{other}' to make_private_safe, or use reduction='{announced}' in the criterion.",
+        path="loss_reduction",
     )
 
 
 # ------------------------------------------------------------------ repeating the way to the loss
 
-Change = Callable[[torch.Tensor, SampleDim], torch.Tensor]
+Change = Callable[[torch.Tensor, Rows], torch.Tensor]
 
 
 class _Replay:
@@ -185,9 +190,9 @@ class _Replay:
             raise _NotFollowedError("samples have different numbers of rows")
         self.samples = next(iter(trace.samples))
         first = next(iter(trace.outputs.values())).dim
-        self.dims = {key: _dim_of(value, self.samples, first) for key, value in trace.constants.items()}
-        self.dims |= dict.fromkeys(trace.settings)
-        self.plain = self._gradients(lambda t, dim: t)
+        self.rows = {key: _rows_of(value, self.samples, first) for key, value in trace.constants.items()}
+        self.rows |= dict.fromkeys(trace.settings)
+        self.plain = self._gradients(lambda t, rows: t)
         self._check_repeats()
 
     def _check_repeats(self) -> None:
@@ -228,29 +233,25 @@ class _Replay:
         n = self.samples
         # Copies of one sample: their order may not matter to a loss that compares samples.
         copies = [sample if j == sample else (sample + 1) % n for j in range(n)]
-        yield lambda t, dim: _rows(t, dim, copies, n)
+        yield lambda t, rows: rows.select(t, copies)
         for extreme in (torch.amin, torch.amax):
 
-            def filled(t: torch.Tensor, dim: SampleDim, extreme: Any = extreme) -> torch.Tensor:
+            def filled(t: torch.Tensor, rows: Rows, extreme: Any = extreme) -> torch.Tensor:
                 if t.is_complex() or not bool((t == t.round() if t.is_floating_point() else t == t).all()):
                     return t  # an output, or a target that is no class
-                value = extreme(t)
-                return _with_row(value.expand_as(t).clone(), t, dim, sample, n)
+                same = extreme(t).expand_as(t).clone()
+                rows.take(same, sample).copy_(rows.take(t, sample))
+                return same
 
             yield filled
 
     def _gap(self, sample: int, changed: list[torch.Tensor]) -> float:
         worst = 0.0
         for before, after, output in zip(self.plain, changed, self.trace.outputs.values(), strict=True):
-            dim = output.dim
-            rows = [
-                float(torch.linalg.vector_norm(_row(before, dim, i, self.samples).double()))
-                for i in range(self.samples)
-            ]
-            scale = max(rows[sample], 1e-2 * max(rows), 1e-30)
-            difference = (
-                _row(before, dim, sample, self.samples).double() - _row(after, dim, sample, self.samples).double()
-            )
+            rows = Rows.of(output.dim, self.samples)
+            norms = [float(torch.linalg.vector_norm(rows.take(before, i).double())) for i in range(self.samples)]
+            scale = max(norms[sample], 1e-2 * max(norms), 1e-30)
+            difference = rows.take(before, sample).double() - rows.take(after, sample).double()
             gap = float(torch.linalg.vector_norm(difference)) / scale
             if not gap <= _TOLERANCE.get(before.dtype, _HALF):
                 worst = max(worst, gap if math.isfinite(gap) else math.inf)
@@ -260,14 +261,13 @@ class _Replay:
         """``"sum"`` or ``"mean"`` if that is what the loss is and the other was announced; empty if it cannot be told."""
         n, half = self.samples, list(range((self.samples + 1) // 2))
         try:
-            changed = self._gradients(lambda t, dim: _rows(t, dim, half, n), same_length=False)
+            changed = self._gradients(lambda t, rows: rows.select(t, half), same_length=False)
         except _NotFollowedError:
             return ""
         ratios = []
         for before, after, output in zip(self.plain, changed, self.trace.outputs.values(), strict=True):
-            dim = output.dim
-            whole = torch.linalg.vector_norm(_row(before, dim, 0, n).double())
-            part = torch.linalg.vector_norm(_row(after, dim, 0, len(half)).double())
+            whole = torch.linalg.vector_norm(Rows.of(output.dim, n).take(before, 0).double())
+            part = torch.linalg.vector_norm(Rows.of(output.dim, len(half)).take(after, 0).double())
             if float(whole) > 0:
                 ratios.append(float(part / whole))
         if not ratios or self._divides_by_hand(n):
@@ -287,11 +287,11 @@ class _Replay:
         values: dict[int, torch.Tensor] = {}
         leaves = []
         for key, value in self.trace.constants.items():
-            dim = self.dims[key]
-            values[key] = (value if dim is None else change(value, dim)).clone()
+            rows = self.rows[key]
+            values[key] = (value if rows is None else change(value, rows)).clone()
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             for key, output in self.trace.outputs.items():
-                leaf = change(output.values, output.dim).detach().requires_grad_()
+                leaf = change(output.values, Rows.of(output.dim, self.samples)).detach().requires_grad_()
                 leaves.append(leaf)
                 values[key] = leaf.clone()  # the loop may write into the output itself
             loss = self._run(values, same_length)
@@ -327,32 +327,13 @@ def _tells(function: Callable[..., Any], result: Any) -> bool:
     return isinstance(result, (bool, int, float)) and getattr(function, "__name__", "") not in _TELLS_NOTHING
 
 
-def _dim_of(value: torch.Tensor, samples: int, output: SampleDim) -> SampleDim | None:
+def _rows_of(value: torch.Tensor, samples: int, output: SampleDim) -> Rows | None:
     """How a tensor that the loss takes beside the output (targets, masks) carries the samples."""
     shape = value.shape
     if len(shape) and shape[0] == samples:
-        return SampleDim(0)
+        return Rows(samples)
     if len(shape) > output.dim and shape[output.dim] == samples * output.rows:
-        return output
+        return Rows.of(output, samples)
     if len(shape) > output.dim and shape[output.dim] == samples:
-        return SampleDim(output.dim)
+        return Rows(samples, output.dim)
     return None
-
-
-def _index(dim: SampleDim, order: list[int], samples: int) -> torch.Tensor:
-    if dim.interleaved:
-        return torch.tensor([k * samples + i for k in range(dim.rows) for i in order])
-    return torch.tensor([i * dim.rows + k for i in order for k in range(dim.rows)])
-
-
-def _rows(t: torch.Tensor, dim: SampleDim, order: list[int], samples: int) -> torch.Tensor:
-    return t.index_select(dim.dim, _index(dim, order, samples).to(t.device))
-
-
-def _row(t: torch.Tensor, dim: SampleDim, sample: int, samples: int) -> torch.Tensor:
-    return _rows(t, dim, [sample], samples)
-
-
-def _with_row(filled: torch.Tensor, t: torch.Tensor, dim: SampleDim, sample: int, samples: int) -> torch.Tensor:
-    index = _index(dim, [sample], samples).to(t.device)
-    return filled.index_copy(dim.dim, index, t.index_select(dim.dim, index))

@@ -9,12 +9,27 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
-from dpfix.engines import ENGINES
+from dpfix.engines import ENGINES, Verdict
 from tests.cases import BY_NAME, CASES, Case
 from tests.helpers import private, released
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+
+_OPACUS = frozenset((
+    "bilinear", "embedding-padding", "embedding-tied", "embedding-bag", "attention", "attention-time-major",
+    "attention-bias-kv", "transformer", "transformer-norm-first", "lstm-projected", "rnn", "lstm-cell", "gru-cell",
+    "residual-in-place", "shared-module", "functional-weight", "parameter-list", "time-major", "folded-batch", "checkpointed",
+))  # fmt: skip
+REFUSED: dict[str, frozenset[str]] = {
+    "vmap": frozenset((
+        "lstm", "lstm-two-layers-both-ways", "lstm-projected", "gru", "rnn", "lstm-cell", "time-major",  # fused kernels
+        "checkpointed",
+    )),
+    "hooks": _OPACUS | {"conv2d-reflect", "channels-last"},
+    "functorch": _OPACUS,
+}  # fmt: skip
+"""Names of the cases that an engine is refused for. It is right on all others; an engine that is not named, on all."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -35,14 +50,30 @@ def test_chosen_engine(case: Case, dtype: torch.dtype) -> None:
     assert_releases_clipped_sums(case, dtype)
 
 
+def assert_right_or_refused(case: Case, engine: str) -> None:
+    if case.name not in REFUSED.get(engine, ()):
+        assert_releases_clipped_sums(case, torch.float64, grad_sample_mode=engine)
+        return
+    with pytest.raises(dpfix.ModelError, match=engine):
+        assert_releases_clipped_sums(case, torch.float64, grad_sample_mode=engine)
+
+
 @every_case
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engine_by_name_is_right_or_refused(case: Case, engine: str) -> None:
-    try:
-        assert_releases_clipped_sums(case, torch.float64, grad_sample_mode=engine)
-    except dpfix.ModelError as refusal:
-        assert engine != "microbatch", "microbatch is always right"
-        assert engine in str(refusal)
+def test_engine_by_name_is_right_or_refused_as_stated(case: Case, engine: str) -> None:
+    assert_right_or_refused(case, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_supports_nothing_is_not_as_stated(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ENGINES[engine], "supports", lambda module, record: Verdict("it supports nothing"))
+    with pytest.raises(dpfix.ModelError, match="it supports nothing"):
+        assert_right_or_refused(BY_NAME["linear"], engine)
+
+
+def test_what_is_stated_as_refused_exists() -> None:
+    assert REFUSED.keys() <= ENGINES.keys()
+    assert set().union(*REFUSED.values()) <= BY_NAME.keys()
 
 
 @every_case

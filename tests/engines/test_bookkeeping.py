@@ -422,7 +422,7 @@ def test_copies_of_the_model_are_ordinary_models(duplicate: Callable[[nn.Module]
     copied = duplicate(handle.model)
     copied(x)["out"].sum().backward()
     assert all(p.grad is not None for p in copied.parameters())
-    assert not handle._iterations[-1].found
+    assert not handle._iterations.arrived()
 
 
 def test_a_row_count_that_does_not_fit_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,18 @@ from dpfix.choose import timing
 from dpfix.engines import ENGINES
 from dpfix.engines.per_sample.vmap import Vmap
 from tests.audit.setups import labelled, look
-from tests.helpers import setting
+from tests.helpers import setting, train
+
+
+class Scaled(nn.Module):
+    """A parameter of its own puts the whole model under ``vmap``, with any of the engines that map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.scale)
 
 
 def test_a_penalty_on_input_gradients() -> None:
@@ -44,3 +56,21 @@ def test_per_sample_gradients_of_a_large_batch_are_not_kept_without_need(monkeyp
     assert training.plan.engine == "bookkeeping"
     seconds = {e.engine: e.seconds for e in training.report.evidence}
     assert seconds["vmap"] is None and set(seconds) == set(ENGINES)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+def test_the_scripts_own_setting_of_fallback_warnings_is_kept(engine: str, enabled: bool) -> None:
+    def warns() -> bool:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.vmap(lambda x: torch.histc(x, 2))(torch.zeros(1, 2))
+        return any("performance drop" in str(w.message) for w in caught)
+
+    torch._C._functorch._set_vmap_fallback_warning_enabled(enabled)
+    try:
+        assert warns() is enabled
+        train(dpfix.make_private_safe(**setting(Scaled(), grad_sample_mode=engine)), 1)
+        assert warns() is enabled
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)

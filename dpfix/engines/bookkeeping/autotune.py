@@ -17,42 +17,38 @@ TRIALS = 2
 LONG_SECONDS = 0.1
 """A way that takes this long is tried once: what a first call costs beside (memory, code made for a shape) is little then."""
 
-_CHOSEN: dict[Hashable, str] = {}
-
 
 def rounded(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Sizes up to a power of two.
-
-    Args:
-        sizes: numbers of elements.
-
-    Returns:
-        Their bit lengths.
-    """
+    """Bit lengths of sizes, which rounds them up to a power of two."""
     return tuple((size - 1).bit_length() if size > 8 else size for size in sizes)
 
 
-def fastest(key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
-    """The name of the fastest way; tried the first time a key is seen.
+class Autotune:
+    """Remembers which way was fastest."""
 
-    Args:
-        key: what the choice depends on.
-        ways: the ways by name.
-        device: where they compute.
+    def __init__(self) -> None:
+        self._chosen: dict[Hashable, str] = {}
 
-    Returns:
-        The name.
-    """
-    names = tuple(ways)
-    if len(names) == 1:
-        return names[0]
-    full = (key, names, str(device), torch.get_num_threads())
-    if full not in _CHOSEN:
-        best: dict[str, float] = {}
-        for name in names:
-            best[name] = _seconds(ways[name], device, 4 * min(best.values(), default=float("inf")))
-        _CHOSEN[full] = min(names, key=best.__getitem__)
-    return _CHOSEN[full]
+    def fastest(self, key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+        """The name of the fastest way; tried the first time a key is seen.
+
+        Args:
+            key: what the choice depends on.
+            device: where they compute.
+
+        Returns:
+            The name.
+        """
+        names = tuple(ways)
+        if len(names) == 1:
+            return names[0]
+        full = (key, names, str(device), torch.get_num_threads())
+        if full not in self._chosen:
+            best: dict[str, float] = {}
+            for name in names:
+                best[name] = _seconds(ways[name], device, 4 * min(best.values(), default=float("inf")))
+            self._chosen[full] = min(names, key=best.__getitem__)
+        return self._chosen[full]
 
 
 def _seconds(way: Callable[[], object], device: torch.device, hopeless: float) -> float:

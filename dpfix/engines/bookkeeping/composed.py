@@ -3,65 +3,43 @@
 from __future__ import annotations
 
 import types
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import activation
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import Apply, ReplacedForward, sources
+from dpfix.engines.bookkeeping.forward import Apply, CompositeForward
+from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import plainly
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.layout.rows import Rows, rows_of
 
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.iteration import RootCall
-
 _LINEAR, _EMBEDDING = Linear(), Embedding()
 
 
-class ComposedForward(ReplacedForward):
+class ComposedForward(CompositeForward):
     """What these layers share: they are computed by applying rules, on the whole batch or under ``vmap``."""
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer on the whole batch.
+        return self.compute(self.rules_in(call), self.place(call, number, args, kwargs), args, kwargs)
 
-        Args:
-            call: the model's call.
-            number: how many calls of this layer came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The layer's output.
-        """
-        return self.compute(Apply(call, self.handle.anchor), self.place(call, number, args, kwargs), args, kwargs)
-
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer under ``vmap``.
-
-        Args:
-            call: the model's call.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The layer's output.
-        """
-        return self.compute(Apply(call, self.handle.anchor), None, args, kwargs)
+        return self.compute(self.rules_in(call), None, args, kwargs)
 
     def place(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """Where the samples are in the first input.
 
         Args:
-            call: the model's call.
             number: how many calls of this layer came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The rows.
@@ -76,52 +54,32 @@ class ComposedForward(ReplacedForward):
             raise NotImplementedError(f"the inputs of `{self.path}` carry the samples in different ways")
         return rows_of(tensors[0], dims[0], call.samples)
 
+    @abstractmethod
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's output.
 
         Args:
-            apply: applies a rule.
             where: where the samples are; ``None`` under ``vmap``.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The output.
         """
-        raise NotImplementedError
 
 
 class BilinearForward(ComposedForward):
     """For ``nn.Bilinear``: a linear layer on the products of both inputs."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it is one.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
         return plainly(module, nn.Bilinear)
 
+    @override
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedForward`.
-
-        Args:
-            apply: applies a rule.
-            where: where the samples are.
-            args: both inputs.
-            kwargs: or by keyword.
-
-        Returns:
-            Shape ``[..., out]``.
-        """
         module: Any = self.module
         left, right = _pair(*args, **kwargs)
         products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-        return apply(_LINEAR, module, products, where, weight=module.weight, bias=module.bias, sources=sources(module))
+        return apply(_LINEAR, module, products, where, weight=module.weight, bias=module.bias)
 
 
 def _pair(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,33 +89,15 @@ def _pair(input1: torch.Tensor, input2: torch.Tensor) -> tuple[torch.Tensor, tor
 class EmbeddingBagForward(ComposedForward):
     """For ``nn.EmbeddingBag``: an embedding whose looked-up rows are then reduced."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it is one that neither rescales its table nor counts the batch.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
+        """Not where it rescales its table, or counts the batch."""
         return plainly(module, nn.EmbeddingBag) and not module.scale_grad_by_freq and module.max_norm is None  # type: ignore[union-attr]
 
+    @override
     def place(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Where the samples are: in dimension 0 of the ids, or of the bags' offsets.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this layer came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The rows of the bags.
-
-        Raises:
-            NotImplementedError: the bags are not the samples.
-        """
+        """In dimension 0 of the ids, or of the bags' offsets."""
         ids, offsets, _ = _bag(*args, **kwargs)
         bags = len(ids) if offsets is None else len(offsets) - bool(self.module.include_last_offset)
         if offsets is None:
@@ -166,18 +106,8 @@ class EmbeddingBagForward(ComposedForward):
             raise NotImplementedError(f"`{self.path}` is called with several bags per sample")
         return Rows(call.samples)
 
+    @override
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedForward`.
-
-        Args:
-            apply: applies a rule.
-            where: where the samples are.
-            args: ids, and perhaps offsets and weights.
-            kwargs: or by keyword.
-
-        Returns:
-            Shape ``[bags, width]``.
-        """
         module: Any = self.module
         ids, offsets, weights = _bag(*args, **kwargs)
         real = torch.ones_like(ids, dtype=torch.bool)
@@ -186,7 +116,7 @@ class EmbeddingBagForward(ComposedForward):
         if module.padding_idx is not None:
             real = real & (ids != module.padding_idx)
         plain = types.SimpleNamespace(padding_idx=None)
-        found = apply(_EMBEDDING, plain, ids, where, weight=module.weight, sources=sources(module))
+        found = apply(_EMBEDDING, plain, ids, where, weight=module.weight)
         if module.mode == "max":
             lowest = found.masked_fill(~real.unsqueeze(-1), -torch.inf).max(-2).values
             return lowest.masked_fill(~real.any(-1, keepdim=True), 0)
@@ -216,33 +146,15 @@ def _padded(
 class AttentionForward(ComposedForward):
     """For ``nn.MultiheadAttention``: PyTorch's own code, in which the linear projections are recorded."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it is one without learnt keys and values.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
+        """Not with learnt keys and values."""
         return plainly(module, nn.MultiheadAttention) and module.bias_k is None  # type: ignore[union-attr]
 
+    @override
     def place(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-        """Where the samples are, after PyTorch has put time first.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this layer came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The rows of the batch dimension.
-
-        Raises:
-            NotImplementedError: there is no batch of samples.
-        """
+        """In dimension 1: PyTorch has put time first."""
         query, key, value = _three(*args, **kwargs)
         batch = 0 if self.module.batch_first else 1  # type: ignore[truthy-bool]
         for place, tensor in enumerate((query, key, value)):
@@ -255,18 +167,8 @@ class AttentionForward(ComposedForward):
         assert dim is not None
         return replace(rows_of(query, dim, call.samples), dim=1)
 
+    @override
     def compute(self, apply: Apply, where: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :class:`ComposedForward`.
-
-        Args:
-            apply: applies a rule.
-            where: where the samples are.
-            args: query, key, value and options.
-            kwargs: or by keyword.
-
-        Returns:
-            Output and attention weights.
-        """
         module: Any = self.module
         query = _three(*args, **kwargs)[0]
         rows = query.shape[0 if module.batch_first else 1]
@@ -274,7 +176,7 @@ class AttentionForward(ComposedForward):
         def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             # [time * batch, features] before the last projection
             grid = x if where is None or x.dim() == 3 else x.unflatten(0, (-1, rows))
-            out = apply(_LINEAR, module, grid, where, weight=weight, bias=bias, sources=sources(module))
+            out = apply(_LINEAR, module, grid, where, weight=weight, bias=bias)
             return out if grid is x else out.flatten(0, 1)
 
         return _with_linear(linear)(module, *args, **kwargs)

@@ -6,31 +6,33 @@ and the gradients themselves only when they are asked for (a parameter that is u
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 
-class Contribution(Protocol):
+class Contribution(ABC):
     """The per-sample gradients of one parameter from one call."""
 
+    @abstractmethod
     def squared_norms(self) -> torch.Tensor:
         """Squared norms.
 
         Returns:
             Shape ``[samples]``.
         """
-        ...
 
+    @abstractmethod
     def per_sample(self) -> torch.Tensor:
         """The gradients themselves.
 
         Returns:
             Shape ``[samples, *parameter]``.
         """
-        ...
 
+    @abstractmethod
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         """``sum_i factors_i g_i``.
 
@@ -40,10 +42,9 @@ class Contribution(Protocol):
         Returns:
             Shape of the parameter.
         """
-        ...
 
 
-class Kept:
+class Kept(Contribution):
     """Gradients that are kept as they are.
 
     Args:
@@ -53,36 +54,21 @@ class Kept:
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = full_precision(gradients)
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples]``.
-        """
         return squared(self.gradients.reshape(len(self.gradients), -1))
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, *parameter]``.
-        """
         return self.gradients
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """One matrix-vector product.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the parameter.
-        """
         flat = self.gradients.reshape(len(self.gradients), -1)
         return (factors.to(flat.dtype) @ flat).view(self.gradients.shape[1:])
 
 
-class Part:
+class Part(Contribution):
     """What goes to some rows of a parameter only, as the projections inside ``nn.MultiheadAttention`` do.
 
     Args:
@@ -95,75 +81,41 @@ class Part:
     def __init__(self, inner: Contribution, first: int, last: int, shape: torch.Size) -> None:
         self.inner, self.first, self.last, self.shape = inner, first, last, shape
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples]``.
-        """
         return self.inner.squared_norms()
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`; zeros elsewhere.
-
-        Returns:
-            Shape ``[samples, *parameter]``.
-        """
         rows = self.inner.per_sample()
         whole = rows.new_zeros(len(rows), *self.shape)
         whole[:, self.first : self.last] = rows
         return whole
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """See :class:`Contribution`; zeros elsewhere.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the parameter.
-        """
         rows = self.inner.weighted_sum(factors)
         whole = rows.new_zeros(self.shape)
         whole[self.first : self.last] = rows
         return whole
 
 
-class Apart:
-    """Parts of a parameter that do not overlap, so that their squared norms add up.
-
-    Args:
-        parts: the parts.
-    """
+class Apart(Contribution):
+    """Parts of a parameter that do not overlap, so that their squared norms add up."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples]``.
-        """
         return torch.stack([p.squared_norms() for p in self.parts]).sum(0)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, *parameter]``.
-        """
         return torch.stack([p.per_sample() for p in self.parts]).sum(0)
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the parameter.
-        """
         return torch.stack([p.weighted_sum(factors) for p in self.parts]).sum(0)
 
 
@@ -181,9 +133,6 @@ def squared(rows: torch.Tensor) -> torch.Tensor:
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision is good enough for activations, not for the sum over samples that is released.
-
-    Args:
-        tensor: any floating tensor.
 
     Returns:
         The same in float32, unless it already was at least that.

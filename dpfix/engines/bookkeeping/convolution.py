@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from typing_extensions import override
 
+from dpfix.engines.bookkeeping.autotune import Autotune
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.convolution_norms import Geometry, correlation
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
@@ -20,30 +22,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Convolution(LayerRule):
     """``nn.Conv1d`` to ``nn.Conv3d`` with every padding, and ``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``."""
 
+    def __init__(self) -> None:
+        self._autotune = Autotune()
+
+    @override
     def accepts(self, module: nn.Module) -> bool:
-        """Whether it is a convolution with PyTorch's own forward.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
         return plainly(module, *_CONVOLUTIONS, *_TRANSPOSED)
 
+    @override
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """Pad what the convolution itself cannot: values other than zeros, or more on one side.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The padded input.
-
-        Raises:
-            NotImplementedError: the input has no batch dimension.
-        """
+        """Pad what the convolution itself cannot: values other than zeros, or more on one side."""
         if x.dim() != len(module.kernel_size) + 2:
             raise NotImplementedError(
                 f"a convolution was called with a tensor of {x.dim()} dimensions, without a batch"
@@ -53,34 +41,17 @@ class Convolution(LayerRule):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """The convolution.
-
-        Args:
-            call: the call.
-            x: shape ``[rows, channels, *in]``.
-
-        Returns:
-            Shape ``[rows, filters, *out]``; input and weight are kept.
-        """
+        """From ``[rows, channels, *in]`` to ``[rows, filters, *out]``."""
         assert call.weight is not None
         x, weight, bias = autocast(x, call.weight, call.bias)
         return torch.ops.aten.convolution(x, weight, bias, *settings(call.module)), (x, weight)
 
+    @override
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`LayerRule`.
-
-        Args:
-            call: the call.
-            saved: input and weight.
-            g: shape ``[rows, filters, *out]``.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            Shape of the input.
-        """
         x, weight = saved
         by_sample = call.rows.adjacent(g)
         rows = len(by_sample) // call.rows.samples
@@ -92,7 +63,7 @@ class Convolution(LayerRule):
             pair = (call.rows.adjacent(x), by_sample)
             source, target = pair[::-1] if transposed else pair
             geometry = Geometry(stride, padding, dilation, groups)
-            call.report("weight", correlation(source, target, weight.shape, geometry, rows))
+            call.report("weight", correlation(source, target, weight.shape, geometry, rows, self._autotune))
         if not wanted:
             return None
         return torch.ops.aten.convolution_backward(g, x, weight, None, *settings(call.module), [True, False, False])[0]
@@ -100,9 +71,6 @@ class Convolution(LayerRule):
 
 def symmetric(module: Any) -> tuple[int, ...] | None:
     """Zero padding that is the same on both sides.
-
-    Args:
-        module: a convolution.
 
     Returns:
         The padding, or ``None`` if the input has to be padded first.
@@ -119,9 +87,6 @@ def symmetric(module: Any) -> tuple[int, ...] | None:
 
 def settings(module: _ConvNd) -> tuple[Any, ...]:
     """The arguments of the convolution after the padding that was already done.
-
-    Args:
-        module: a convolution.
 
     Returns:
         Stride, padding, dilation, transposed, output padding, groups.

@@ -18,8 +18,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from dpfix.engines.bookkeeping.autotune import fastest, rounded
+from dpfix.engines.bookkeeping.autotune import Autotune, rounded
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
 
@@ -53,7 +54,7 @@ class Geometry:
     groups: int
 
 
-class Correlation:
+class Correlation(Contribution):
     """The gradient of a convolution's weight by its factors.
 
     Args:
@@ -62,20 +63,27 @@ class Correlation:
         shape: shape of the weight, ``[filters, channels / groups, *kernel]``.
         geometry: stride, padding, dilation, groups.
         rows: rows per sample, next to each other; their gradients are never had one by one.
+        autotune: remembers the fastest way.
     """
 
-    def __init__(self, x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int = 1) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        g: torch.Tensor,
+        shape: torch.Size,
+        geometry: Geometry,
+        rows: int = 1,
+        autotune: Autotune | None = None,
+    ) -> None:
         self.x, self.g, self.shape, self.geometry = full_precision(x), full_precision(g), shape, geometry
         self.rows, self.samples = rows, len(x) // rows
+        self._autotune = Autotune() if autotune is None else autotune
 
     # ---------------------------------------------------------------- norms
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """Squared norms in the way that was found to be fastest; kept, since some take as long as the gradients.
-
-        Returns:
-            Shape ``[samples]``.
-        """
+        """In the way that was found to be fastest; kept, since some take as long as the gradients."""
         return self._squared_norms
 
     @cached_property
@@ -175,13 +183,8 @@ class Correlation:
             return lambda: (getattr(few, name)(), few.weighted_sum(factors))
 
         shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
-        key = (
-            "convolution",
-            shapes,
-            self.geometry,
-            self.rows,
-        )  # without the precision: the audit may look again in double
-        return fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
+        key = (shapes, self.geometry, self.rows)  # without the precision: the audit may look again in double
+        return self._autotune.fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
 
     def _costs(self) -> dict[str, float]:
         """Multiply-adds per sample that take as long as each way, roughly."""
@@ -232,12 +235,8 @@ class Correlation:
             place += len(part)
         return found.view(samples, self.shape[0], self.shape[1], *kernel)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, *weight]``.
-        """
         return self.keep_by_groups()
 
     def keep_by_groups(self) -> torch.Tensor:
@@ -252,15 +251,9 @@ class Correlation:
         shape = torch.Size((samples * self.shape[0], *self.shape[1:]))
         return weight_gradient(x, g, shape, grouped).view(samples, *self.shape)
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """One ordinary weight gradient, with the factors on the smaller operand.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the weight.
-        """
+        """One ordinary weight gradient, with the factors on the smaller operand."""
         x, g = self.x, self.g
         factors = factors.to(x.dtype)
         by_row = factors if self.rows == 1 else factors.repeat_interleave(self.rows)
@@ -278,7 +271,6 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometr
     Args:
         x: shape ``[batch, channels, *in]``.
         g: shape ``[batch, filters, *out]``.
-        shape: shape of the weight.
         geometry: stride, padding, dilation, groups.
 
     Returns:
@@ -292,15 +284,16 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometr
     )[1]  # fmt: skip
 
 
-def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int) -> Contribution:
+def correlation(
+    x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry, rows: int, autotune: Autotune
+) -> Contribution:
     """The cheapest form of a convolution's per-sample weight gradients.
 
     Args:
         x: shape ``[samples * rows, channels, *in]``.
         g: shape ``[samples * rows, filters, *out]``.
-        shape: shape of the weight.
         geometry: stride, padding, dilation, groups.
-        rows: rows per sample.
+        autotune: remembers the fastest way.
 
     Returns:
         The contribution.
@@ -310,7 +303,7 @@ def correlation(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: G
         x = x[(slice(None), slice(None), *window)]
         x = x[(slice(None), slice(None), *(slice(o) for o in g.shape[2:]))]
         return outer(_positions_last(x, rows).mT, _positions_last(g, rows).mT, shape)
-    return Correlation(x, g, shape, geometry, rows).chosen()
+    return Correlation(x, g, shape, geometry, rows, autotune).chosen()
 
 
 def _positions_last(t: torch.Tensor, rows: int) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typing_extensions import override
 
-from dpfix.engines.bookkeeping.contributions import full_precision, squared
+from dpfix.engines.bookkeeping.contributions import Contribution, full_precision, squared
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 from dpfix.engines.bookkeeping.linear import Outer
 
 
-class Lookup:
+class Lookup(Contribution):
     """``sum_t onehot(id_it) g_it^T`` by its factors.
 
     Args:
@@ -23,12 +24,9 @@ class Lookup:
     def __init__(self, ids: torch.Tensor, g: torch.Tensor, rows: int) -> None:
         self.ids, self.g, self.rows = ids, full_precision(g), rows
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """The gradient of a row of the table is the sum over the places where the sample has that token.
-
-        Returns:
-            Shape ``[samples]``.
-        """
+        """The gradient of a row of the table is the sum over the places where the sample has that token."""
         samples = len(self.ids)
         if self.ids.shape[1] == 1:
             return squared(self.g.flatten(1))
@@ -49,31 +47,21 @@ class Lookup:
         every = [self, *others]
         return Lookup(torch.cat([o.ids for o in every], 1), torch.cat([o.g for o in every], 1), self.rows)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, rows, width]``.
-        """
         samples = len(self.ids)
         keys = (self.ids + torch.arange(samples, device=self.ids.device)[:, None] * self.rows).flatten()
         dense = self.g.new_zeros(samples * self.rows, self.g.shape[2])
         return dense.index_add_(0, keys, self.g.flatten(0, 1)).view(samples, self.rows, -1)
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """One ordinary embedding gradient.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape ``[rows, width]``.
-        """
+        """One ordinary embedding gradient."""
         scaled = self.g * factors.to(self.g.dtype)[:, None, None]
         return torch.ops.aten.embedding_dense_backward(scaled, self.ids, self.rows, -1, False)
 
 
-class Tied:
+class Tied(Contribution):
     """A table that is looked up and also multiplies, as the input and output embedding of a language model.
 
     Args:
@@ -84,34 +72,20 @@ class Tied:
     def __init__(self, lookup: Lookup, product: Outer) -> None:
         self.lookup, self.product = lookup, product
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """``|a|^2 + |b|^2 + 2 <a, b>``, where ``<a, b> = sum_ts <g_t, a_s> g'_s[id_t]``.
-
-        Returns:
-            Shape ``[samples]``.
-        """
+        """``|a|^2 + |b|^2 + 2 <a, b>``, where ``<a, b> = sum_ts <g_t, a_s> g'_s[id_t]``."""
         ids, g, product = self.lookup.ids, self.lookup.g, self.product
         picked = product.g.gather(2, ids.unsqueeze(1).expand(-1, product.g.shape[1], -1))
         both = (torch.bmm(product.a, g.mT) * picked).sum((1, 2))
         return (self.lookup.squared_norms() + product.squared_norms() + 2 * both).clamp_(min=0)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, rows, width]``.
-        """
         return self.lookup.per_sample() + self.product.per_sample()
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """The sum of both.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape ``[rows, width]``.
-        """
         return self.lookup.weighted_sum(factors).add_(self.product.weighted_sum(factors))
 
 
@@ -120,46 +94,23 @@ class Embedding(LayerRule):
 
     features = 0
 
+    @override
     def accepts(self, module: nn.Module) -> bool:
-        """Whether it is an Embedding with PyTorch's own forward; frequency scaling couples the samples.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
+        """Not with frequency scaling, which couples the samples, nor with rows that are rescaled."""
         return plainly(module, nn.Embedding) and not module.scale_grad_by_freq and module.max_norm is None  # type: ignore[union-attr]
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """Look the ids up.
-
-        Args:
-            call: the call.
-            x: ids of any shape.
-
-        Returns:
-            Shape ``[*ids, width]``; the ids are kept.
-        """
+        """From ids of any shape to ``[*ids, width]``."""
         assert call.weight is not None
         weight = call.weight
         out = F.embedding(x.reshape(-1), weight)
         return torch.ops.aten._unsafe_view(out, [*x.shape, weight.shape[1]]), (x,)
 
+    @override
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`LayerRule`.
-
-        Args:
-            call: the call.
-            saved: the ids.
-            g: shape ``[*ids, width]``.
-            wanted: never; ids have no gradient.
-
-        Returns:
-            Nothing.
-        """
         (ids,) = saved
         padding = call.module.padding_idx
         if call.trains("weight"):

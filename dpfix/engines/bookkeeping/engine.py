@@ -1,8 +1,9 @@
-"""The engine: which rule or stand-in every module of a model gets."""
+"""The engine: which rule, or other forward, every module of a model gets."""
 
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Verdict
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
-from dpfix.engines.bookkeeping.forward import LayerForward
+from dpfix.engines.bookkeeping.forward import CompositeForward, LayerForward
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle
 from dpfix.engines.bookkeeping.layer_rule import LayerRule
 from dpfix.engines.bookkeeping.linear import Linear
@@ -26,47 +29,54 @@ from dpfix.engines.bookkeeping.root import RootForward
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.plan import Plan
 
-RULES: tuple[LayerRule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())
-"""The layers that are one rule."""
-COMPOSITE: tuple[Any, ...] = (RecurrentForward, CellForward, *COMPOSED)
+COMPOSITE: tuple[type[CompositeForward], ...] = (RecurrentForward, CellForward, *COMPOSED)
 """The layers that are made of several; everything else goes through ``vmap``."""
 
 
 class Bookkeeping(Engine):
-    """The engine."""
+    """The engine: which layers it knows, and which of them are the user's."""
 
     name = "bookkeeping"
     opacus_mode = "no_op"
     materialises = False
 
-    def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works wherever the probe showed which rows belong to which sample.
+    def __init__(self) -> None:
+        self._own: tuple[LayerRule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())
+        self._registered: OrderedDict[int, LayerRule] = OrderedDict()
+
+    def register(self, rule: LayerRule) -> RemovableHandle:
+        """Let a rule compute and account for the layers that it accepts, from the next private training on.
+
+        Without it a layer that the engine does not know runs one sample at a time under ``vmap``, which is right and
+        slower. A rule is audited on every model like everything else: a wrong one is refused.
 
         Args:
-            module: the repaired model.
-            record: what the probe showed.
+            rule: the rule. It comes before the engine's own, and after those that were registered later.
 
         Returns:
-            The verdict.
+            A handle; ``remove()``, or leaving a ``with`` block around it, takes the rule back. A training that has
+            begun keeps it.
         """
+        handle = RemovableHandle(self._registered)
+        self._registered[handle.id] = rule
+        return handle
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """The layers that are one rule; the first one that accepts a module counts."""
+        return (*reversed(self._registered.values()), *self._own)
+
+    @override
+    def supports(self, module: nn.Module, record: Any) -> Verdict:
         lists = any(call.lists for call in record.calls)
         return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> BookkeepingHandle:
-        """Put stand-ins in the place of the layers' forwards.
-
-        Args:
-            module: the repaired model.
-            plan: how the calls of the model and of its layers carry their samples.
-            prepared: not used; Opacus prepares nothing for this engine.
-
-        Returns:
-            The handle.
-        """
         handle = BookkeepingHandle(module, plan)
         modules = dict(module.named_modules())
         called = {layer.path for layer in plan.layers}
-        rules, expanded = assign(modules, called, dict(plan.elsewhere))
+        rules, expanded = assign(self.rules, modules, called, dict(plan.elsewhere))
         for path, rule in rules.items():
             handle.put_in(LayerForward(handle, modules[path], path, rule))
         for path, kind in composites(modules, called, expanded).items():
@@ -81,7 +91,10 @@ class Bookkeeping(Engine):
 
 
 def assign(
-    modules: dict[str, nn.Module], called: set[str], elsewhere: Mapping[str, Sequence[str]]
+    known: Sequence[LayerRule],
+    modules: dict[str, nn.Module],
+    called: set[str],
+    elsewhere: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, LayerRule], dict[str, dict[str, nn.Parameter]]]:
     """Decide for every module that owns trainable parameters how it is accounted for.
 
@@ -90,7 +103,7 @@ def assign(
     the nearest module around all uses.
 
     Args:
-        modules: the modules by path.
+        known: the layers that are one rule.
         called: paths of modules whose calls the probe has shown.
         elsewhere: paths of the modules that use a parameter which is not theirs, by parameter name.
 
@@ -105,9 +118,9 @@ def assign(
         if not own:
             continue
         layer = path.partition("parametrizations")[0].rstrip(".") if "parametrizations" in path.split(".") else path
-        rule = next((r for r in RULES if r.accepts(modules[layer])), None)
+        rule = next((r for r in known if r.accepts(modules[layer])), None)
         places = {place for p in own.values() for place in used.get(id(p), ())}
-        if rule is not None and _known(modules[layer]) and layer in called and not places:
+        if rule is not None and _known(modules[layer], rule) and layer in called and not places:
             rules[layer] = rule
             continue
         user = _around([layer, *places])
@@ -121,16 +134,15 @@ def assign(
 
 def composites(
     modules: dict[str, nn.Module], called: set[str], expanded: Mapping[str, Mapping[str, nn.Parameter]]
-) -> dict[str, Any]:
+) -> dict[str, type[CompositeForward]]:
     """Which of the modules that no single rule computes are known to be made of several.
 
     Args:
-        modules: the modules by path.
         called: paths of modules whose calls the probe has shown.
         expanded: parameters by path of the module that uses them.
 
     Returns:
-        The kind of stand-in by path.
+        What replaces its forward, by path.
     """
     found = {}
     for path, parameters in expanded.items():
@@ -143,12 +155,14 @@ def composites(
     return found
 
 
-def _known(module: nn.Module) -> bool:
-    """Whether weight and bias are all that a layer's trained parameters make: as they are, or computed from them."""
+def _known(module: nn.Module, rule: LayerRule) -> bool:
+    """Whether a rule knows all that a layer's trained parameters make: as they are, or a weight computed from them."""
     own = {n for n, p in module._parameters.items() if p is not None and p.requires_grad}
     hooked = any(isinstance(h, (WeightNorm, SpectralNorm)) for h in module._forward_pre_hooks.values())
     computed = set(module.parametrizations) if parametrize.is_parametrized(module) else set()  # type: ignore[arg-type]
-    return own | computed <= {"weight", "bias"} or (hooked and own <= {"weight_g", "weight_v", "weight_orig", "bias"})
+    return (own <= {*rule.parameters} and computed <= {"weight", "bias"}) or (
+        hooked and own <= {"weight_g", "weight_v", "weight_orig", "bias"}
+    )
 
 
 def _uses(modules: dict[str, nn.Module], elsewhere: Mapping[str, Sequence[str]]) -> dict[int, list[str]]:

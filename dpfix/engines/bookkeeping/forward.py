@@ -2,93 +2,66 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
+from dpfix.engines.bookkeeping.handle import BookkeepingHandle
+from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, Recorded
 from dpfix.engines.functional.workarounds import mapped
+from dpfix.engines.replaced import Replaced, transformed
 from dpfix.layout import rows
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
 
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.handle import BookkeepingHandle
-    from dpfix.engines.bookkeeping.iteration import RootCall
 
-
-def plain_forward(module: nn.Module | None) -> Any:
-    """The ordinary ``forward`` of a module, for copies and pickles of a module that is in private training.
+class ReplacedForward(Replaced, ABC):
+    """Stands in for a module's ``forward`` within the model.
 
     Args:
-        module: the module.
-
-    Returns:
-        Its class's ``forward``, bound.
-    """
-    return None if module is None else MethodType(type(module).forward, module)
-
-
-class ReplacedForward:
-    """Stands in for a module's ``forward``; copies and pickles of the module get its ordinary one back.
-
-    Args:
-        handle: the engine at work.
-        module: the module.
         path: its path in the model.
     """
 
     def __init__(self, handle: BookkeepingHandle, module: nn.Module, path: str) -> None:
-        self.handle, self.module, self.path = handle, module, path
-        self.original = module.forward
+        super().__init__(module)
+        self.handle, self.path = handle, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward.
-
-        Args:
-            *args: its arguments.
-            **kwargs: its keyword arguments.
-
-        Returns:
-            Its output.
-        """
+        """The module's forward, recorded where it is called by the model in a training step."""
         number = self.handle.count_call(self.path)
         call = self.handle.present_call() if torch.is_grad_enabled() else None
         if call is None:
             return self.original(*args, **kwargs)
-        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        if transformed():
             return self.inside(call, args, kwargs) if call.inside_vmap else self.original(*args, **kwargs)
         return self.recorded(call, number, args, kwargs)
 
+    @abstractmethod
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call from within a module that runs one sample at a time under ``vmap``.
 
-        Args:
-            call: the model's call.
-            args: arguments.
-            kwargs: keyword arguments.
-
         Returns:
-            The module's output.
+            The module's output for one sample.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call whose gradients are to be taken per sample.
+        """A call on the whole batch.
 
         Args:
-            call: the model's call.
             number: how many calls of this module came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
 
         Returns:
             The module's output.
+
+        Raises:
+            NotImplementedError: there is no batch of samples.
         """
-        raise NotImplementedError
 
     def input_dim(self, number: int, place: int = 0) -> SampleDim | None:
         """How an input of a call carries its samples.
@@ -103,20 +76,30 @@ class ReplacedForward:
         inputs = self.handle.layout(self.path, number).inputs
         return inputs[place][1] if place < len(inputs) else None
 
-    def __reduce__(self) -> Any:
-        return plain_forward, (self.module,)
+    def rules_in(self, call: RootCall) -> Apply:
+        """What applies rules in a call of this module."""
+        return Apply(call, self.handle.anchor, sources(self.module))
+
+
+class CompositeForward(ReplacedForward):
+    """For a layer that is made of several."""
+
+    @staticmethod
+    @abstractmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether this computes exactly what a module does."""
 
 
 class Apply:
     """Applies rules within one call of a module: on the whole batch, or out of ``vmap``.
 
     Args:
-        call: the model's call.
         anchor: makes outputs require gradient.
+        sources: parameters that a computed weight may be made of.
     """
 
-    def __init__(self, call: RootCall, anchor: torch.Tensor) -> None:
-        self.call, self.anchor = call, anchor
+    def __init__(self, call: RootCall, anchor: torch.Tensor, sources: tuple[nn.Parameter, ...] = ()) -> None:
+        self.call, self.anchor, self.sources = call, anchor, sources
 
     def __call__(
         self,
@@ -127,26 +110,20 @@ class Apply:
         *,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-        sources: tuple[nn.Parameter, ...] = (),
     ) -> torch.Tensor:
         """One product, convolution, lookup or normalisation.
 
         Args:
             rule: how it is computed and accounted for.
             module: its settings.
-            x: its input.
             where: where the input's samples are; ``None`` under ``vmap``.
-            weight: its weight.
-            bias: its bias.
-            sources: parameters that a computed weight is made of.
 
         Returns:
             Its output.
         """
 
         def run(x: torch.Tensor, where: Rows) -> torch.Tensor:
-            report = self.call.iteration.reporter(where.samples)
-            layer = LayerCall(module, where, report, weight, bias, sources)
+            layer = LayerCall(module, where, self.call.reporter(where.samples), weight, bias, self.sources)
             output = Recorded.apply(rule.prepare(module, x), self.anchor, rule, layer)
             return rule.finish(x, output)
 
@@ -155,10 +132,6 @@ class Apply:
 
 def mapped_layer(rule: LayerRule, run: Callable[[torch.Tensor, Rows], torch.Tensor]) -> Callable[..., Any]:
     """A layer on a batch whose samples come first, from a layer on rows.
-
-    Args:
-        rule: the layer's rule.
-        run: the layer.
 
     Returns:
         A function for :class:`OutOfMap`.
@@ -198,9 +171,6 @@ class LayerForward(ReplacedForward):
     """For a layer that a rule knows.
 
     Args:
-        handle: the engine at work.
-        module: the layer.
-        path: its path.
         rule: how it is computed and accounted for.
     """
 
@@ -209,38 +179,19 @@ class LayerForward(ReplacedForward):
         self.rule = rule
         self.sources = sources(module)
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer, recorded.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this layer came before in the step.
-            args: the input.
-            kwargs: or the input by keyword.
-
-        Returns:
-            The layer's output.
-        """
         x = only_input(self.module, args, kwargs)
         return self._applied(call, *self._placed(x, self.input_dim(number), call.samples))
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer under ``vmap``, where the samples are known to be in the mapped dimension.
-
-        Args:
-            call: the model's call.
-            args: the input.
-            kwargs: or the input by keyword.
-
-        Returns:
-            The layer's output.
-        """
         return self._applied(call, only_input(self.module, args, kwargs), None)
 
     def _applied(self, call: RootCall, x: torch.Tensor, where: Rows | None) -> torch.Tensor:
         weight, bias = (getattr(self.module, name, None) for name in ("weight", "bias"))
-        apply = Apply(call, self.handle.anchor)
-        return apply(self.rule, self.module, x, where, weight=weight, bias=bias, sources=self.sources)
+        apply = Apply(call, self.handle.anchor, self.sources)
+        return apply(self.rule, self.module, x, where, weight=weight, bias=bias)
 
     def _placed(self, x: torch.Tensor, layout: SampleDim | None, samples: int) -> tuple[torch.Tensor, Rows]:
         # An input that is the same for all samples (positions) is given to each of them.
@@ -256,9 +207,6 @@ class LayerForward(ReplacedForward):
 def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """Parameters that a module's weight or bias may be computed from, by a parametrisation or a hook.
 
-    Args:
-        module: a layer.
-
     Returns:
         Its trained parameters except those that are called weight and bias.
     """
@@ -268,11 +216,6 @@ def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:
 
 def only_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The one tensor that a layer was called with.
-
-    Args:
-        module: the layer.
-        args: positional arguments.
-        kwargs: keyword arguments.
 
     Returns:
         The tensor.

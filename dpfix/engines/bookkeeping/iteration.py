@@ -1,4 +1,4 @@
-"""The forward calls between two backward passes, and what came back from them."""
+"""What came back between two backward passes, and one call of the model that reports to it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Contribution
+from dpfix.engines.iterations import Iteration
 
 
-class Iteration:
-    """The forward calls between two backward passes, and what came back from them.
+class LayerIteration(Iteration):
+    """What came back between two backward passes.
 
     Attributes:
         found: contributions by parameter, by number of samples of the model's call.
@@ -21,36 +23,42 @@ class Iteration:
     def __init__(self) -> None:
         self.found: dict[int, dict[nn.Parameter, list[Contribution]]] = {}
         self.calls: dict[str, int] = {}
-        self.late: Callable[[Iteration], None] = lambda _: None
 
-    def reporter(self, samples: int) -> Callable[[nn.Parameter, Contribution], None]:
-        """Where a call with some number of samples reports.
+    @override
+    def arrived(self) -> dict[int, dict[nn.Parameter, list[Contribution]]]:
+        return self.found
 
-        Args:
-            samples: the number of samples.
-
-        Returns:
-            A function that takes a parameter and a contribution.
-        """
-
-        def report(parameter: nn.Parameter, contribution: Contribution) -> None:
-            self.late(self)
-            self.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
-
-        return report
+    @override
+    def clear(self) -> None:
+        self.found.clear()
+        self.calls.clear()
 
 
 class RootCall:
     """One call of the model.
 
     Args:
-        samples: number of samples.
         iteration: where it reports.
+        late: told before it reports, since the iteration may be thought to be over by then.
     """
 
-    def __init__(self, samples: int, iteration: Iteration) -> None:
-        self.samples, self.iteration = samples, iteration
+    def __init__(self, samples: int, iteration: LayerIteration, late: Callable[[LayerIteration], None]) -> None:
+        self.samples, self.iteration, self._late = samples, iteration, late
         self.inside_vmap = False
+
+    def reporter(self, samples: int) -> Callable[[nn.Parameter, Contribution], None]:
+        """Where a layer call with some number of samples reports.
+
+        Returns:
+            A function that takes a parameter and a contribution.
+        """
+        iteration, late = self.iteration, self._late
+
+        def report(parameter: nn.Parameter, contribution: Contribution) -> None:
+            late(iteration)
+            iteration.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
+
+        return report
 
     @contextmanager
     def mapping(self) -> Iterator[None]:

@@ -44,25 +44,18 @@ class LayerCall:
     sources: tuple[nn.Parameter, ...] = ()
 
     def trains(self, name: str) -> bool:
-        """Whether a per-sample gradient is wanted.
-
-        Args:
-            name: ``weight`` or ``bias``.
-
-        Returns:
-            Whether it is.
-        """
-        value = getattr(self, name)
+        """Whether the per-sample gradient of a parameter is wanted."""
+        value = self._value(name)
         return value is not None and value.requires_grad
 
     def report(self, name: str, contribution: Contribution) -> None:
-        """What this call adds to the per-sample gradient of a tensor.
+        """Say what this call adds to the per-sample gradient of a parameter.
 
         Args:
-            name: ``weight`` or ``bias``.
-            contribution: the contribution.
+            name: ``weight``, ``bias`` or another one of :attr:`LayerRule.parameters`.
+            contribution: the contribution; :class:`Kept` takes the per-sample gradients themselves.
         """
-        value = getattr(self, name)
+        value: Any = self._value(name)
         if isinstance(value, nn.Parameter):
             self.reporter(value, contribution)
             return
@@ -73,6 +66,9 @@ class LayerCall:
             return
         for parameter, gradients in pulled_back(value, self.sources, contribution.per_sample()):
             self.reporter(parameter, Kept(gradients))
+
+    def _value(self, name: str) -> torch.Tensor | None:
+        return getattr(self, name) if name in ("weight", "bias") else getattr(self.module, name)
 
 
 def pulled_back(
@@ -96,14 +92,17 @@ def pulled_back(
 
 
 class LayerRule(ABC):
-    """How one family of layers is computed and accounted for.
+    """How one family of layers with one input and one output is computed and accounted for.
 
     Attributes:
         features: how many trailing dimensions of the input are features; the samples may be in any other one.
             ``None``: rows in dimension 0, channels in dimension 1.
+        parameters: names of the parameters that :meth:`backward` reports. A module that trains others is not computed by
+            the rule.
     """
 
     features: int | None = None
+    parameters: tuple[str, ...] = ("weight", "bias")
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
@@ -117,27 +116,11 @@ class LayerRule(ABC):
         """
 
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """What happens to the input before anything with a parameter does (padding); under autograd.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The prepared input.
-        """
+        """What happens to the input before anything with a parameter does (padding); under autograd."""
         return x
 
     def finish(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """What happens to the output at the end; under autograd.
-
-        Args:
-            x: the layer's input.
-            output: what :meth:`forward` returned.
-
-        Returns:
-            The layer's output.
-        """
+        """What happens to the output of :meth:`forward` at the end; under autograd."""
         return output
 
     @abstractmethod
@@ -145,7 +128,6 @@ class LayerRule(ABC):
         """The layer's output, without a graph. It must be no view.
 
         Args:
-            call: the call.
             x: the prepared input.
 
         Returns:
@@ -159,7 +141,6 @@ class LayerRule(ABC):
         """Report the parameters' contributions and return the gradient of the input.
 
         Args:
-            call: the call.
             saved: what :meth:`forward` kept.
             g: gradient of the output.
             wanted: whether the input's gradient is needed.
@@ -189,15 +170,7 @@ class Recorded(torch.autograd.Function):
 
 
 def plainly(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of some kind and computes what that kind does: a subclass may have another forward.
-
-    Args:
-        module: a module.
-        *kinds: classes.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a module is of some kind and computes what that kind does: a subclass may have another forward."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
@@ -205,7 +178,6 @@ def autocast(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ..
     """What autocast would make of the operands of a matrix product.
 
     Args:
-        x: the input.
         *parameters: weight and bias.
 
     Returns:

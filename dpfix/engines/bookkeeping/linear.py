@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
@@ -21,7 +22,7 @@ CALL_COST = 1_000_000
 """Multiply-adds that cost as much time as calling one more kernel."""
 
 
-class Outer:
+class Outer(Contribution):
     """``sum_t g_it^T a_it`` by its factors.
 
     Args:
@@ -33,12 +34,9 @@ class Outer:
     def __init__(self, a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> None:
         self.a, self.g, self.shape = full_precision(a), full_precision(g), shape
 
+    @override
     def squared_norms(self) -> torch.Tensor:
-        """By Gram matrices, or by one product per sample into a reused buffer, whichever is cheaper.
-
-        Returns:
-            Shape ``[samples]``.
-        """
+        """By Gram matrices, or by one product per sample into a reused buffer, whichever is cheaper."""
         positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
         if positions == 1:
             return squared(self.a[:, 0]) * squared(self.g[:, 0])
@@ -61,23 +59,13 @@ class Outer:
         every = [self, *others]
         return Outer(torch.cat([o.a for o in every], 1), torch.cat([o.g for o in every], 1), self.shape)
 
+    @override
     def per_sample(self) -> torch.Tensor:
-        """See :class:`Contribution`.
-
-        Returns:
-            Shape ``[samples, *parameter]``.
-        """
         return torch.bmm(self.g.mT, self.a).view(-1, *self.shape)
 
+    @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        """One ordinary weight gradient, with the factors on the smaller operand.
-
-        Args:
-            factors: shape ``[samples]``.
-
-        Returns:
-            Shape of the parameter.
-        """
+        """One ordinary weight gradient, with the factors on the smaller operand."""
         a, g, scale = self.a, self.g, factors.to(self.a.dtype)[:, None, None]
         if a.shape[2] < g.shape[2]:
             a = a * scale
@@ -106,7 +94,6 @@ def outer(a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> Contribution:
     Args:
         a: shape ``[samples, positions, in]``.
         g: shape ``[samples, positions, out]``.
-        shape: shape of the parameter.
 
     Returns:
         The contribution.
@@ -125,45 +112,21 @@ class Linear(LayerRule):
 
     features = 1
 
+    @override
     def accepts(self, module: nn.Module) -> bool:
-        """Whether it is a Linear with PyTorch's own forward.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
         return plainly(module, nn.Linear)
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """``x W^T + b``.
-
-        Args:
-            call: the call; a weight of more than two dimensions has one row per output.
-            x: shape ``[..., in]``.
-
-        Returns:
-            Shape ``[..., out]``; input and weight are kept.
-        """
+        """``x W^T + b`` from ``[..., in]`` to ``[..., out]``; a weight of more than two dimensions has one row per output."""
         assert call.weight is not None
         x, weight, bias = autocast(x, call.weight.flatten(1), call.bias)
         return linear(x, weight, bias), (x, weight)
 
+    @override
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`LayerRule`.
-
-        Args:
-            call: the call.
-            saved: input and weight.
-            g: shape ``[..., out]``.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            Shape ``[..., in]``.
-        """
         x, weight = saved
         by_sample = call.rows.matrices(g)
         if call.trains("bias"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
@@ -36,56 +37,26 @@ class Norm(LayerRule):
     def __init__(self, *kinds: type[nn.Module], features: int | None = None) -> None:
         self.kinds, self.features = kinds, features
 
+    @override
     def accepts(self, module: nn.Module) -> bool:
-        """Whether it is one of the kinds, with PyTorch's own forward, and reads no statistics of other samples.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
+        """Not with running statistics, which are those of other samples."""
         return plainly(module, *self.kinds) and not getattr(module, "track_running_stats", False)
 
+    @override
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """Statistics are computed in single precision at least.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The input in the precision of the statistics.
-        """
+        """Statistics are computed in single precision at least."""
         return full_precision(x)
 
+    @override
     def finish(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Back to the input's precision, unless autocast keeps normalisations in single precision (CUDA).
-
-        Args:
-            x: the layer's input.
-            output: the normalised input.
-
-        Returns:
-            The layer's output.
-        """
+        """Back to the input's precision, unless autocast keeps normalisations in single precision (CUDA)."""
         kept = x.is_cuda and torch.is_autocast_enabled("cuda")
         return output if kept or output.dtype == x.dtype else output.to(x.dtype)
 
+    @override
     def backward(
         self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
-        """See :class:`LayerRule`.
-
-        Args:
-            call: the call.
-            saved: what :meth:`forward` kept.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradient of the input.
-        """
         gradient, *found = self.gradients(call, saved, g, wanted)
         for name, per_sample in zip(("weight", "bias"), found, strict=True):
             if call.trains(name):
@@ -97,7 +68,6 @@ class Norm(LayerRule):
         """All gradients of one call.
 
         Args:
-            call: the call.
             saved: what :meth:`forward` kept.
             g: gradient of the output.
             wanted: whether the input's gradient is needed.
@@ -111,7 +81,6 @@ def per_sample(call: LayerCall, by_row: torch.Tensor) -> torch.Tensor:
     """Add up the rows of every sample.
 
     Args:
-        call: the call.
         by_row: shape ``[rows, channels]``, in the order of the layer's input.
 
     Returns:
@@ -127,33 +96,15 @@ class GroupNorm(Norm):
     gives the per-sample gradients and the input gradient in one pass.
     """
 
+    @override
     def prepare(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """As every normalisation; there must be a batch.
-
-        Args:
-            module: the layer.
-            x: its input.
-
-        Returns:
-            The input in the precision of the statistics.
-
-        Raises:
-            NotImplementedError: there is none.
-        """
         if isinstance(module, _InstanceNorm) and x.dim() == module._get_no_batch_dim():
             raise NotImplementedError("an instance normalisation was called without a batch")
         return full_precision(x)
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """Normalise over the groups.
-
-        Args:
-            call: the call.
-            x: shape ``[rows, channels, *spatial]``.
-
-        Returns:
-            The same shape; input, weight, mean and reciprocal deviation are kept.
-        """
+        """Normalise over the groups, shape ``[rows, channels, *spatial]``."""
         rows, channels = x.shape[:2]
         groups, x = getattr(call.module, "num_groups", channels), x.contiguous()
         out, mean, rstd = torch.ops.aten.native_group_norm(
@@ -161,18 +112,8 @@ class GroupNorm(Norm):
         )
         return out, (x, call.weight, mean, rstd)
 
+    @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
-        """See :class:`Norm`.
-
-        Args:
-            call: the call.
-            saved: what :meth:`forward` kept.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradients.
-        """
         x, weight, mean, rstd = saved
         rows, channels = x.shape[:2]
         spatial, groups = math.prod(x.shape[2:]), mean.numel() // rows
@@ -189,34 +130,17 @@ class GroupNorm(Norm):
 class LayerNorm(Norm):
     """``nn.LayerNorm``, with and without bias."""
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """Normalise over the last dimensions.
-
-        Args:
-            call: the call.
-            x: shape ``[..., *normalized]``.
-
-        Returns:
-            The same shape; input, weight, mean and reciprocal deviation are kept.
-        """
+        """Normalise over the last dimensions, shape ``[..., *normalized]``."""
         module = call.module
         out, mean, rstd = torch.ops.aten.native_layer_norm(
             x, module.normalized_shape, call.weight, call.bias, module.eps
         )
         return out, (x, call.weight, call.bias, mean, rstd)
 
+    @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
-        """See :class:`Norm`.
-
-        Args:
-            call: the call.
-            saved: what :meth:`forward` kept.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradients.
-        """
         x, weight, bias, mean, rstd = saved
         shape, samples = call.module.normalized_shape, call.rows.samples
         kernel = torch.ops.aten.native_layer_norm_backward
@@ -233,34 +157,17 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """``nn.RMSNorm``."""
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """Divide by the root of the mean square.
-
-        Args:
-            call: the call.
-            x: shape ``[..., *normalized]``.
-
-        Returns:
-            The same shape; input, weight and reciprocal root are kept.
-        """
+        """Divide by the root of the mean square, shape ``[..., *normalized]``."""
         dims = tuple(range(-len(call.module.normalized_shape), 0))
         eps = torch.finfo(x.dtype).eps if call.module.eps is None else call.module.eps
         rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
         assert call.weight is not None
         return (x * rstd).mul_(call.weight), (x, call.weight, rstd)
 
+    @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
-        """See :class:`Norm`.
-
-        Args:
-            call: the call.
-            saved: what :meth:`forward` kept.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradients.
-        """
         x, weight, rstd = saved
         dims = tuple(range(-weight.dim(), 0))
         normal, gx = x * rstd, None
@@ -280,45 +187,22 @@ def _scale_and_shift(
 class FixedNorm(Norm):
     """``nn.BatchNorm1d`` to ``nn.BatchNorm3d`` in evaluation mode: an affine map of every channel."""
 
+    @override
     def accepts(self, module: nn.Module) -> bool:
-        """Whether it is a BatchNorm that uses its running statistics.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
+        """In evaluation mode, with running statistics; in training mode it mixes the samples."""
         return plainly(module, *self.kinds) and not module.training and module.running_mean is not None
 
+    @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """``(x - mean) / sqrt(var + eps) * weight + bias``.
-
-        Args:
-            call: the call.
-            x: shape ``[rows, channels, ...]``.
-
-        Returns:
-            The same shape; the input and the statistics are kept.
-        """
+        """``(x - mean) / sqrt(var + eps) * weight + bias``, shape ``[rows, channels, ...]``."""
         module = call.module
         out = torch.nn.functional.batch_norm(
             x, module.running_mean, module.running_var, call.weight, call.bias, False, 0.0, module.eps
         )
         return out, (x, call.weight, module.running_mean, torch.rsqrt(module.running_var + module.eps))
 
+    @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
-        """See :class:`Norm`.
-
-        Args:
-            call: the call.
-            saved: what :meth:`forward` kept.
-            g: gradient of the output.
-            wanted: whether the input's gradient is needed.
-
-        Returns:
-            The gradients.
-        """
         x, weight, mean, rstd = saved
         channel = (1, -1, *[1] * (x.dim() - 2))
         normal = (x - mean.view(channel)) * rstd.view(channel)

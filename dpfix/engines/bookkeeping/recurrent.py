@@ -8,23 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping import recurrent_backward
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.forward import Apply, OutOfMap, ReplacedForward, sources
+from dpfix.engines.bookkeeping.forward import Apply, CompositeForward, OutOfMap
+from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.functional.workarounds import mapped
 from dpfix.layout.rows import Rows, rows_of
-
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.iteration import RootCall
 
 _BACKWARD: dict[str, Callable[..., recurrent_backward.Found]] = {
     "LSTM": recurrent_backward.lstm,
@@ -39,7 +38,6 @@ class Sequence:
     """One layer of a recurrent module in one direction.
 
     Args:
-        module: the module.
         suffix: layer and direction, as in the parameters' names.
         rows: where the samples are in tensors of shape ``[steps, batch, features]``.
         report: takes a parameter and a contribution.
@@ -130,37 +128,18 @@ class Direction(torch.autograd.Function):
         return found.ih @ p.weights["weight_ih"], found.first, found.cell, None, None
 
 
-class RecurrentForward(ReplacedForward):
+class RecurrentForward(CompositeForward):
     """For ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` with any number of layers, in one or both directions."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it can be taken apart into layers and directions.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it can.
-        """
+        """Whether it can be taken apart into layers and directions."""
         plain = plainly(module, nn.LSTM, nn.GRU, nn.RNN) and not parametrize.is_parametrized(module)
         return plain and all(isinstance(getattr(module, n), nn.Parameter) for n in module._flat_weights_names)  # type: ignore
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module, layer by layer.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this module came before in the step.
-            args: the input, and perhaps the first states.
-            kwargs: the same by keyword.
-
-        Returns:
-            Output, and the last states.
-
-        Raises:
-            NotImplementedError: there is no batch, or the rows of a packed sequence are not the samples.
-        """
         module: Any = self.module
         x, states = _bound(*args, **kwargs)
         if isinstance(x, PackedSequence):
@@ -175,20 +154,8 @@ class RecurrentForward(ReplacedForward):
         out, last = self._layers(call, replace(where, dim=1), x.transpose(0, 1) if module.batch_first else x, states)
         return out.transpose(0, 1) if module.batch_first else out, last
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module under ``vmap``.
-
-        Args:
-            call: the model's call.
-            args: the input, and perhaps the first states.
-            kwargs: the same by keyword.
-
-        Returns:
-            Output, and the last states.
-
-        Raises:
-            NotImplementedError: there is no batch, or the input is a packed sequence.
-        """
         module: Any = self.module
         x, states = _bound(*args, **kwargs)
         if isinstance(x, PackedSequence) or x.dim() != 3:
@@ -218,7 +185,7 @@ class RecurrentForward(ReplacedForward):
         self, call: RootCall, where: Rows, x: torch.Tensor, states: Any, lengths: torch.Tensor | None = None
     ) -> Any:
         module: Any = self.module
-        report, several = call.iteration.reporter(call.samples), module.mode == "LSTM"
+        report, several = call.reporter(call.samples), module.mode == "LSTM"
         ways = ("", "_reverse") if module.bidirectional else ("",)
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
         if states is None:
@@ -261,55 +228,26 @@ def _bound(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
 
 
-class CellForward(ReplacedForward):
+class CellForward(CompositeForward):
     """For ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: two linear layers, and PyTorch's autograd for the rest."""
 
+    @override
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether it is one of the cells.
-
-        Args:
-            module: a module.
-
-        Returns:
-            Whether it is.
-        """
         return plainly(module, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this cell came before in the step.
-            args: the input, and perhaps the state.
-            kwargs: the same by keyword.
-
-        Returns:
-            The next state.
-
-        Raises:
-            NotImplementedError: there is no batch.
-        """
         x, state = _bound(*args, **kwargs)
         layout = self.input_dim(number)
         if x.dim() != 2 or layout is None or layout.dim != 0:
             raise NotImplementedError("a recurrent cell was called without a batch of samples")
-        return self._step(Apply(call, self.handle.anchor), x, state, rows_of(x, layout, call.samples))
+        return self._step(self.rules_in(call), x, state, rows_of(x, layout, call.samples))
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step under ``vmap``.
-
-        Args:
-            call: the model's call.
-            args: the input, and perhaps the state.
-            kwargs: the same by keyword.
-
-        Returns:
-            The next state.
-        """
         x, state = _bound(*args, **kwargs)
-        return self._step(Apply(call, self.handle.anchor), x, state, None)
+        return self._step(self.rules_in(call), x, state, None)
 
     def _step(self, apply: Apply, x: torch.Tensor, state: Any, where: Rows | None) -> Any:
         module: Any = self.module
@@ -320,7 +258,6 @@ class CellForward(ReplacedForward):
         hidden = state[0] if kind == "LSTM" else state
         own = {n: (getattr(module, f"weight_{n}"), getattr(module, f"bias_{n}")) for n in ("ih", "hh")}
         ih, hh = (
-            apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1], sources=sources(module))
-            for t, n in ((x, "ih"), (hidden, "hh"))
+            apply(_LINEAR, module, t, where, weight=own[n][0], bias=own[n][1]) for t, n in ((x, "ih"), (hidden, "hh"))
         )
         return recurrent_backward.cell_step(kind, ih, hh, state)

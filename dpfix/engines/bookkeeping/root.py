@@ -7,35 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.engines.bookkeeping.forward import ReplacedForward
 from dpfix.engines.bookkeeping.handle import BookkeepingHandle
+from dpfix.engines.replaced import Replaced, is_recorded
 from dpfix.instrument import pytree
 from dpfix.layout.rows import rows_of
 
 
-class RootForward(ReplacedForward):
-    """Stands in for the model's own ``forward``.
-
-    Args:
-        handle: the engine at work.
-        module: the model.
-    """
+class RootForward(Replaced):
+    """Stands in for the model's own ``forward``."""
 
     def __init__(self, handle: BookkeepingHandle, module: nn.Module) -> None:
-        super().__init__(handle, module, "")
+        super().__init__(module)
+        self.handle = handle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, recorded where gradients are being taken.
-
-        Args:
-            *args: its arguments.
-            **kwargs: its keyword arguments.
-
-        Returns:
-            Its output.
-        """
-        transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        if not (self.module.training and torch.is_grad_enabled()) or transformed:
+        """The model's forward, recorded where per-sample gradients are wanted."""
+        if not is_recorded(self.module):
             return self.original(*args, **kwargs)
         args, kwargs = pytree.plain(args), pytree.plain(kwargs)
         layout = self.handle.call_layout(args, kwargs)

@@ -7,19 +7,19 @@ gradients on them; layers inside that a rule knows step out of ``vmap`` and stay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Kept
 from dpfix.engines.bookkeeping.forward import ReplacedForward
-from dpfix.engines.functional.call import call_mapped
+from dpfix.engines.bookkeeping.handle import BookkeepingHandle
+from dpfix.engines.bookkeeping.iteration import RootCall
+from dpfix.engines.bookkeeping.layer_rule import Report
+from dpfix.engines.functional.call import MappedCall
 from dpfix.engines.functional.parameter_swap import parameter_slots
-
-if TYPE_CHECKING:
-    from dpfix.engines.bookkeeping.handle import BookkeepingHandle
-    from dpfix.engines.bookkeeping.iteration import Iteration, RootCall
 
 
 class Expand(torch.autograd.Function):
@@ -27,10 +27,10 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, anchor: torch.Tensor, boxed: tuple[nn.Parameter], samples: int, iteration: Iteration
+        ctx: Any, anchor: torch.Tensor, boxed: tuple[nn.Parameter], samples: int, report: Report
     ) -> torch.Tensor:
         (parameter,) = boxed  # in a box, so that the graph does not lead to the parameter itself
-        ctx.parameter, ctx.report = parameter, iteration.reporter(samples)
+        ctx.parameter, ctx.report = parameter, report
         return parameter.detach().expand(samples, *parameter.shape)
 
     @staticmethod
@@ -44,9 +44,6 @@ class UnknownModuleForward(ReplacedForward):
     """For a module that no rule knows.
 
     Args:
-        handle: the engine at work.
-        module: the module.
-        path: its path.
         parameters: the parameters to expand: its own, and those inside that no call of their own accounts for.
     """
 
@@ -55,38 +52,19 @@ class UnknownModuleForward(ReplacedForward):
     ) -> None:
         super().__init__(handle, module, path)
         self.parameters = dict(parameters)
-        self.slots = parameter_slots(module, self.parameters)
+        slots = parameter_slots(module, self.parameters)
+        self._mapped = MappedCall(self.original, slots, workarounds=handle.plan.needs_workarounds)
 
+    @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Within another module under ``vmap``: that one has already expanded the parameters.
-
-        Args:
-            call: the model's call.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The module's output.
-        """
+        # Another module has already put this one's parameters in.
         return self.original(*args, **kwargs)
 
+    @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module, one sample at a time.
-
-        Args:
-            call: the model's call.
-            number: how many calls of this module came before in the step.
-            args: arguments.
-            kwargs: keyword arguments.
-
-        Returns:
-            The module's output for the whole batch.
-        """
         layout = self.handle.layout(self.path, number)
-        anchor, samples = self.handle.anchor, call.samples
-        expanded = {n: Expand.apply(anchor, (p,), samples, call.iteration) for n, p in self.parameters.items()}
+        samples, report = call.samples, call.reporter(call.samples)
+        expanded = {n: Expand.apply(self.handle.anchor, (p,), samples, report) for n, p in self.parameters.items()}
+        weight = self.handle.plan.weight(samples, self.handle.counts())
         with call.mapping():
-            return call_mapped(
-                self.original, self.slots, expanded, layout.inputs, layout.output, samples,
-                self.handle.plan.weight(samples, self.handle.counts()), args, kwargs, helped=self.handle.plan.needs_workarounds,
-            )  # fmt: skip
+            return self._mapped(expanded, layout, samples, weight, args, kwargs)

@@ -24,10 +24,6 @@ def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> lis
     Besides the registered names these are plain attributes, lists and dicts, such as the flat weights that
     ``nn.LSTM`` hands to its kernel.
 
-    Args:
-        root: the model.
-        parameters: the parameters by name.
-
     Returns:
         Each place once.
     """
@@ -83,7 +79,7 @@ def attributes_kept(module: Any) -> Iterator[None]:
     """Tensors that live inside ``vmap`` only do not stay behind as attributes; the old ``weight_norm`` keeps its weight so.
 
     Args:
-        module: a module; anything else is let be.
+        module: a module; with anything else nothing happens.
 
     Yields:
         Nothing.

@@ -16,14 +16,7 @@ _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a value per sample in the innermost ``vmap`` that is going on.
-
-    Args:
-        tensor: a tensor.
-
-    Returns:
-        Whether it has.
-    """
+    """Whether a tensor has a value per sample in the innermost ``vmap`` that is going on."""
     level = _functorch.peek_interpreter_stack().level()
     return _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level
 
@@ -46,8 +39,8 @@ def mapped(tensor: torch.Tensor, *, copied: bool = False) -> torch.Tensor:
     return _functorch._add_batch_dim(every.clone() if copied else every, 0, interpreter.level())
 
 
-class Helped(TorchFunctionMode):
-    """To be entered inside ``vmap``, around the forward of a module.
+class Workarounds(TorchFunctionMode):
+    """Makes ``vmap`` do what it refuses or gets wrong; to be entered inside it, around the forward of a module.
 
     * A tensor that was made in this forward (``torch.zeros(...)``) and into which values of single samples are written
       becomes one per sample first; ``vmap`` refuses that, since the tensor was made as one for all of them.

@@ -7,6 +7,7 @@ from typing import Any
 from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
 from opacus.validators import ModuleValidator
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Verdict
 from dpfix.engines.opacus.no_op import ByHandHandle
@@ -20,32 +21,17 @@ class ExpandedWeights(Engine):
     owns_gradients = False
     needs_wrapper = True
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works where Opacus's validator says so; whether the sums are right is for the audit to say.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            The verdict.
-        """
+        """Where Opacus's validator says so; whether the sums are right is for the audit to say."""
         if record.rows_per_sample > 1 or record.counts:
             return Verdict("samples have several rows")
         errors = ModuleValidator.validate(module, strict=False)
         return Verdict(f"Opacus refuses the model: {str(errors[0])[:120]}" if errors else "")
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> ByHandHandle:
-        """Wrap the model; autograd then leaves per-sample gradients on ``grad_sample`` by itself.
-
-        Args:
-            module: the repaired model.
-            plan: loss reduction.
-            prepared: Opacus's wrapper, if it is there already.
-
-        Returns:
-            The handle.
-        """
+        """Wrap the model; autograd then leaves per-sample gradients on ``grad_sample`` by itself."""
         if prepared is None:
             prepared = GradSampleModuleExpandedWeights(module, loss_reduction=plan.loss_reduction)
         return ByHandHandle(prepared)

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
+from dpfix.engines.iterations import check_one_size
+from dpfix.engines.replaced import in_training, transformed
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.instrument import pytree
 from dpfix.layout.rows import Rows
@@ -37,16 +40,9 @@ class OpacusHooks(Engine):
     def __init__(self, name: str) -> None:
         self.name = self.opacus_mode = name
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works where Opacus's validators say so and nothing random is recomputed.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            The verdict.
-        """
+        """Where Opacus's validators say so and nothing random is recomputed."""
         if record.counts:
             return Verdict("samples have different numbers of rows")
         errors = [*ModuleValidator.validate(module, strict=False), *GradSampleModule.validate(module)]
@@ -66,17 +62,8 @@ class OpacusHooks(Engine):
             if type(child) not in known and any(p.requires_grad for p in child.parameters(recurse=False))
         )
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> HooksHandle:
-        """Hook the layers.
-
-        Args:
-            module: the repaired model.
-            plan: batch dimension and loss reduction.
-            prepared: Opacus's own hooks object, if it already hooked the layers.
-
-        Returns:
-            The handle.
-        """
         own = prepared is None
         if own:
             prepared = GradSampleModule(
@@ -92,7 +79,6 @@ class HooksHandle(Handle):
     """Opacus's hooks at work on one model.
 
     Args:
-        module: the hooked model.
         prepared: Opacus's hooks object or wrapper.
         plan: how the calls carry their samples.
         mode: name of the engine, for messages.
@@ -121,36 +107,34 @@ class HooksHandle(Handle):
         ]
         prepared.allow_grad_accumulation()
 
+    @override
     def detach(self) -> None:
-        """Take these hooks off the model, and Opacus's if they were made here."""
         for handle in self._handles:
             handle.remove()
         self._forget()
         if self._own:
             self.prepared.cleanup()
 
+    @override
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A backward pass that asks for no parameter's gradient goes past Opacus's hooks (one may be on the model itself).
-
-        Yields:
-            Nothing.
-        """
+        """One of Opacus's hooks may be on the model itself."""
         self.prepared.disable_hooks()
         try:
             yield
         finally:
             self.prepared.enable_hooks()
 
+    @override
     def clear(self) -> None:
-        """Forget the gradients that have arrived; calls whose backward pass is still to come stay."""
         for number in self._reached:
             self._aside.pop(number, None)
             self._counters.pop(number, None)
         self._reached.clear()
 
+    @override
     def finish(self) -> None:
-        """Forget the calls of the step that was made; ``grad_sample`` stays until ``zero_grad``, as in Opacus."""
+        """``grad_sample`` stays until ``zero_grad``, as in Opacus."""
         self._forget()
 
     def _forget(self) -> None:
@@ -173,10 +157,10 @@ class HooksHandle(Handle):
         return (m for m in self.model.modules() if "activations" in vars(m))
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not in_training(module):
             return
-        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-            raise MisuseError(no_transforms(module, self.mode))
+        if transformed():
+            refuse_transforms(module, self.mode)
         self._check_hooked(module)
         self._put_aside()
         self._installed = self._next
@@ -190,12 +174,13 @@ class HooksHandle(Handle):
             if p.requires_grad and not hasattr(p, "_forward_counter"):
                 raise PlanBrokenError(
                     f"parameter `{name}` of {type(module).__name__} was replaced, added or unfrozen after "
-                    "make_private_safe, so its gradients are not the audited ones. Change the model first and call "
-                    "make_private_safe again."
+                    "make_private_safe, so its gradients are not the audited ones.",
+                    help="Change the model first and call make_private_safe again.",
+                    path=name,
                 )
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not (module.training and torch.is_grad_enabled()):
+        if not in_training(module):
             return output
         # The output of a hooked layer is a view that autograd forbids to overwrite; the script's loss may do so.
         output = pytree.map_leaves(
@@ -210,15 +195,15 @@ class HooksHandle(Handle):
         if (number, place) in self._passed:
             raise AccumulationError(
                 f"a second backward pass went through the same forward call of {type(self.model).__name__}, which "
-                "grad_sample_mode='hooks' cannot follow. Add the losses and call backward() once, or pass "
-                "grad_sample_mode='microbatch'."
+                "grad_sample_mode='hooks' cannot follow.",
+                help="Add the losses and call backward() once, or pass grad_sample_mode='microbatch'.",
             )
         self._passed.add((number, place))
         if not self.several_iterations and any(self._iteration[n] != self._iteration[number] for n in self._reached):
             raise AccumulationError(
-                "a second backward pass before optimizer.step(), with Poisson sampling: every draw is accounted as one step. "
-                "Call step() and zero_grad() for every batch, add losses of one batch before one backward(), or use "
-                "opacus.utils.BatchMemoryManager."
+                "a second backward pass before optimizer.step(), with Poisson sampling: every draw is accounted as one step.",
+                help="Call step() and zero_grad() for every batch, add losses of one batch before one backward(), or use "
+                "opacus.utils.BatchMemoryManager.",
             )
         self._reached.add(number)
         if self._installed == number:
@@ -248,19 +233,9 @@ class HooksHandle(Handle):
             p._forward_counter = 0  # type: ignore[attr-defined]
         self._installed = None
 
+    @override
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
-        """Add up what the calls of one iteration left, and fill in zeros.
-
-        Args:
-            parameters: the trainable parameters.
-
-        Returns:
-            Number of samples of every accumulated iteration.
-
-        Raises:
-            PlanBrokenError: a part of the model was called but its gradient never came.
-            AccumulationError: the accumulated iterations of the parameters do not match.
-        """
+        """Add up what the calls of one iteration left, and fill in zeros."""
         names = {p: name for name, p in self.model.named_parameters()}
         iterations = sorted({self._iteration.get(n, -1) for n in self._reached})
         gathered: dict[nn.Parameter, list[torch.Tensor]] = {}
@@ -269,8 +244,9 @@ class HooksHandle(Handle):
                 raise PlanBrokenError(
                     f"parameter `{names.get(p)}` of {type(self.model).__name__} was used {p._forward_counter} time(s) "  # type: ignore[attr-defined]
                     "more than gradients came back for it (a detached or unused result), so its per-sample gradient is "
-                    "incomplete. Put the detached branch under torch.no_grad(), or pass "
-                    "grad_sample_mode='microbatch'."
+                    "incomplete.",
+                    help="Put the detached branch under torch.no_grad(), or pass grad_sample_mode='microbatch'.",
+                    path=names.get(p, ""),
                 )
             found = getattr(p, "grad_sample", None)
             parts = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
@@ -279,11 +255,7 @@ class HooksHandle(Handle):
         if several:
             return _as_lists(gathered, len(iterations))
         samples = sorted({g.shape[0] for parts in gathered.values() for g in parts})
-        if len(samples) > 1:
-            raise AccumulationError(
-                f"one backward pass left per-sample gradients for different numbers of samples: {samples}. Make the calls "
-                f"of {type(self.model).__name__} with the same samples, or make one step for each."
-            )
+        check_one_size(samples, self.model, AccumulationError)
         for p, parts in gathered.items():
             if not samples:
                 p.grad_sample = None  # type: ignore[attr-defined]
@@ -314,34 +286,32 @@ def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int)
     lengths = next((p for p in gathered.values() if len(p) == iterations), None)
     if lengths is None:
         raise AccumulationError(
-            "optimizer.step(): several backward passes were accumulated, and their per-sample gradients do not match up. "
-            "Add the losses and call backward() once."
+            "optimizer.step(): several backward passes were accumulated, and their per-sample gradients do not match up.",
+            help="Add the losses and call backward() once.",
         )
     for p, parts in gathered.items():
         if parts and len(parts) != iterations:
             raise AccumulationError(
-                "optimizer.step(): a parameter has gradients of some of the accumulated backward passes only. "
-                "Add the losses and call backward() once."
+                "optimizer.step(): a parameter has gradients of some of the accumulated backward passes only.",
+                help="Add the losses and call backward() once.",
             )
         p.grad_sample = parts or [zeros(p, g.shape[0]) for g in lengths]  # type: ignore[attr-defined]
     return [g.shape[0] for g in lengths]
 
 
-def no_transforms(module: nn.Module, mode: str) -> str:
-    """What is said to a script that computes per-sample gradients of a model which has Opacus's hooks.
+def refuse_transforms(module: nn.Module, mode: str) -> NoReturn:
+    """Refuse a script that computes per-sample gradients of a model which has Opacus's hooks.
 
-    Args:
-        module: the model.
-        mode: ``grad_sample_mode``.
-
-    Returns:
-        The text of the refusal.
+    Raises:
+        MisuseError: always.
     """
-    return (
+    raise MisuseError(
         f"{type(module).__name__} is in private training with grad_sample_mode='{mode}', whose hooks cannot run inside a "
-        "torch.func transform (grad, vmap, functional_call). Pass grad_sample_mode='no_op' if the loop computes per-sample "
-        "gradients itself (also by dpfix.per_sample_gradients), 'microbatch' if the transform is part of the model or the "
-        "loss, or call to_standard_module() first."
+        "torch.func transform (grad, vmap, functional_call).",
+        help="Pass grad_sample_mode='no_op' if the loop computes per-sample gradients itself (also by "
+        "dpfix.per_sample_gradients), 'microbatch' if the transform is part of the model or the loss, or call "
+        "to_standard_module() first.",
+        path="grad_sample_mode",
     )
 
 

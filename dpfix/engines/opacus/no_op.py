@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
 from dpfix.plan import Plan
@@ -23,52 +24,25 @@ class ByHand(Engine):
     audited = False
     owns_gradients = False
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works with any model.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            An empty verdict.
-        """
         return Verdict()
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> ByHandHandle:
-        """Attach nothing.
-
-        Args:
-            module: the repaired model.
-            plan: not used.
-            prepared: not used.
-
-        Returns:
-            The handle.
-        """
         return ByHandHandle(module)
 
 
 class ByHandHandle(Handle):
-    """Reads what the script left on the parameters.
-
-    Args:
-        module: the model.
-    """
+    """Reads what the script left on the parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module
         self.counts: Callable[[], tuple[int, ...]] = no_counts
 
+    @override
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
-        """Count the samples and fill in zeros for parameters the script left out.
-
-        Args:
-            parameters: the trainable parameters.
-
-        Returns:
-            Number of samples, or nothing if no parameter has ``grad_sample``.
-        """
+        """Count the samples, and fill in zeros for parameters that the script left out."""
         found = [p.grad_sample for p in parameters if getattr(p, "grad_sample", None) is not None]  # type: ignore[attr-defined]
         if not found:
             return []
@@ -79,11 +53,14 @@ class ByHandHandle(Handle):
                 p.grad_sample = zeros(p, len(found[0]))  # type: ignore[attr-defined]
         return [len(found[0])]
 
+    @override
     def clear(self) -> None:
-        """Nothing is kept here."""
+        pass
 
+    @override
     def finish(self) -> None:
-        """Nothing is kept here."""
+        pass
 
+    @override
     def detach(self) -> None:
-        """Nothing is attached."""
+        pass

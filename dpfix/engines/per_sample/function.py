@@ -10,9 +10,10 @@ from torch import nn
 
 from dpfix.engines.functional.call import without_fallback_warnings
 from dpfix.engines.functional.parameter_swap import Aliases, attributes_kept, parameter_slots, swapped
-from dpfix.engines.functional.workarounds import Helped
-from dpfix.engines.opacus.hooks import hooks_of, no_transforms
-from dpfix.errors import ArgumentError, MisuseError, ModelError
+from dpfix.engines.functional.workarounds import Workarounds
+from dpfix.engines.opacus.hooks import hooks_of, refuse_transforms
+from dpfix.engines.saved_bytes import saved_bytes
+from dpfix.errors import ArgumentError, ModelError
 from dpfix.instrument import pytree
 from dpfix.instrument.module_state import put_back, state_of, traceless
 
@@ -57,11 +58,13 @@ def per_sample_gradients(
     """
     hooks = hooks_of(model)
     if hooks is not None:
-        raise MisuseError(no_transforms(hooks.model, hooks.mode))
+        refuse_transforms(hooks.model, hooks.mode)
     found = {path: leaf for path, leaf in pytree.leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()}
     size = len(next(iter(found.values()))) if found else 0
     if rows < 1 or not size or size % rows:
-        raise ArgumentError(f"per_sample_gradients: the batch has {size} rows, which are not rows={rows} per sample.")
+        raise ArgumentError(
+            f"per_sample_gradients: the batch has {size} rows, which are not rows={rows} per sample.", path="batch"
+        )
     split = {p: t.as_subclass(torch.Tensor).unflatten(0, (-1, rows)) for p, t in found.items() if len(t) == size}
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     slots = parameter_slots(model, parameters)
@@ -109,13 +112,13 @@ def _of_chunk(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple
     """Forward under ``vmap`` with parameters that have a leading sample dimension, one ordinary backward pass for all."""
     samples = len(tensors[0])
 
-    def helped(own: Aliases, of_one: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        with Helped():
+    def worked_around(own: Aliases, of_one: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with Workarounds():
             return loss(own, of_one)
 
     leaves = {n: p.detach().expand(samples, *p.shape).requires_grad_() for n, p in parameters.items()}
     with torch.enable_grad():
-        return _gradients(torch.vmap(helped, randomness="different")(leaves, tensors).sum(), leaves)
+        return _gradients(torch.vmap(worked_around, randomness="different")(leaves, tensors).sum(), leaves)
 
 
 def _of_one(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple[torch.Tensor, ...]) -> Aliases:
@@ -140,14 +143,6 @@ def _joined(chunks: list[Aliases]) -> Aliases:
 def _bytes_of_one(loss: Loss, parameters: Mapping[str, nn.Parameter], tensors: tuple[torch.Tensor, ...]) -> int:
     """What autograd keeps for one sample, parameters apart."""
     leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
-    shared = {t.data_ptr() for t in leaves.values()}
-    seen: dict[int, int] = {}
-
-    def note(t: torch.Tensor) -> torch.Tensor:
-        if t.data_ptr() not in shared:
-            seen[t.data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with torch.enable_grad(), saved_bytes(leaves.values()) as saved:
         loss(leaves, tensors)
-    return sum(seen.values())
+    return sum(saved.values())

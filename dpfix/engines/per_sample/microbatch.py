@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.base import Engine, Verdict, per_sample
 from dpfix.engines.functional.parameter_swap import Aliases, swapped
 from dpfix.engines.per_sample.handle import AliasHandle
 from dpfix.instrument import pytree
 from dpfix.layout.calls import CallLayout
+from dpfix.layout.rows import Rows, rows_of
 from dpfix.plan import Plan
 
 
@@ -28,82 +30,39 @@ class Microbatch(Engine):
     opacus_mode = "no_op"
     last_resort = True
 
+    @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        """Works wherever the probe showed which rows belong to which sample.
-
-        Args:
-            module: the repaired model.
-            record: what the probe showed.
-
-        Returns:
-            The verdict.
-        """
         return Verdict(record.layout_problem)
 
+    @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> MicrobatchHandle:
-        """Put a per-sample forward in the place of the module's own.
-
-        Args:
-            module: the repaired model.
-            plan: how the calls carry their samples.
-            prepared: not used; Opacus prepares nothing for this engine.
-
-        Returns:
-            The handle.
-        """
         return MicrobatchHandle(module, plan)
 
 
 class MicrobatchHandle(AliasHandle):
     """The engine at work on one model."""
 
+    @override
     def aliases_for(self, samples: int) -> list[Aliases]:
-        """See :class:`AliasHandle`.
-
-        Args:
-            samples: number of samples.
-
-        Returns:
-            One set per sample.
-        """
         return [{name: p.detach().requires_grad_() for name, p in self._parameters.items()} for _ in range(samples)]
 
+    @override
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
-        """See :class:`AliasHandle`: one sample after another.
+        found = dict(pytree.leaves(layout.one(args, kwargs)))
+        rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
+        outputs = []
+        for i, own in enumerate(aliases):
 
-        Args:
-            layout: how the call carries its samples.
-            args: positional arguments.
-            kwargs: keyword arguments.
-            samples: number of samples.
-            aliases: the aliases.
+            def take(path: pytree.Path, leaf: Any, i: int = i) -> Any:
+                return rows[path].take(leaf, i) if path in rows else leaf
 
-        Returns:
-            The model's output for the whole batch.
-        """
-        outputs = [self._one(layout, args, kwargs, i, samples, aliases[i]) for i in range(samples)]
+            one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
+            with swapped(self.slots, own):
+                outputs.append(self.original(*one_args, **one_kwargs))
         return join_outputs(layout, outputs, self.weight(samples))
 
-    def _one(self, layout: CallLayout, args: Any, kwargs: Any, i: int, samples: int, aliases: Aliases) -> Any:
-        dims = dict(layout.inputs)
-
-        def take(path: pytree.Path, leaf: Any) -> Any:
-            dim = dims.get(path)
-            return leaf if dim is None else dim.take(leaf, i, samples)
-
-        one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
-        with swapped(self.slots, aliases):
-            return self.original(*one_args, **one_kwargs)
-
+    @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
-        """See :class:`AliasHandle`.
-
-        Args:
-            out: zeros, shape ``[samples, *parameter]``.
-            aliases: the aliases.
-            name: name of the parameter.
-            scale: what gradients are multiplied with.
-        """
         for i, one in enumerate(aliases):
             grad = one[name].grad
             if grad is not None:
@@ -131,7 +90,7 @@ def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.T
         dim = dims.get(path)
         tensors = [p[path] for p in parts]
         if dim is not None:
-            return dim.join(tensors)
+            return Rows.of(dim, len(outputs)).join(tensors)
         if leaf.requires_grad and leaf.dim() == 0:
             stacked = torch.stack(tensors)
             return (stacked * per_sample(weight, stacked)).sum()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpfix
-from dpfix.engines.functional.workarounds import Helped
+from dpfix.engines.functional.workarounds import Workarounds
 from tests.cases import Case, classify, labelled, words
 from tests.helpers import private, released
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error
@@ -172,7 +172,7 @@ def test_tensors_of_the_model_are_never_widened() -> None:
     buffer = torch.zeros(3)
 
     def one(x: Tensor) -> Tensor:
-        with Helped():
+        with Workarounds():
             same = buffer.to(buffer.dtype)
             with pytest.raises(RuntimeError, match="broadcast shape"):
                 same.add_(x)

@@ -1,0 +1,62 @@
+"""What stands in for a module's ``forward``, or for its call, while an engine is attached; and when it has work to do."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._functorch import TransformType
+
+
+class Replaced:
+    """Stands in for a method of one module; a copy of the module, or a pickled one, gets its class's own back.
+
+    Attributes:
+        name: name of the method.
+        module: the module.
+        original: what the method was before.
+    """
+
+    name = "forward"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original = getattr(module, self.name)
+
+    def put_in(self) -> None:
+        """Stand in from now on."""
+        vars(self.module)[self.name] = self
+
+    def take_out(self) -> None:
+        """Give the module its class's own method back."""
+        vars(self.module).pop(self.name, None)
+
+    def __reduce__(self) -> Any:
+        return _own, (self.module, self.name)
+
+
+def _own(module: nn.Module | None, name: str) -> Any:
+    return None if module is None else MethodType(getattr(type(module), name), module)
+
+
+def in_training(module: nn.Module) -> bool:
+    """Whether gradients are being taken: the module is in training mode, and gradients are on."""
+    return module.training and torch.is_grad_enabled()
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform (grad, vmap, jvp) is going on."""
+    return torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+def mapped_only() -> bool:
+    """Whether all transforms that are going on are ``vmap``."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
+    return all(level.key() == TransformType.Vmap for level in levels)
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a call of a module is one whose per-sample gradients are wanted: in training, and not transformed."""
+    return in_training(module) and not transformed()
