@@ -40,7 +40,7 @@ from dpfix.scan.arguments import (
 from dpfix.scan.options import Options
 from dpfix.scan.scan import run_rules
 from dpfix.training import checkpoint
-from dpfix.training.handoff import end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Objects, Settings, end_earlier, hand_off, option_names
 from dpfix.training.result import PrivateTraining
 
 
@@ -138,21 +138,19 @@ def make_private_safe(
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
-                module=call.module,
-                optimizer=call.optimizer,
-                data_loader=data_loader,
-                plan=prepared.plan,
-                placeholder=prepared.placeholder,
-                known_rows=prepared.known_rows,
-                augmentation=call.augmentation,
-                poisson_sampling=poisson_sampling,
-                wrap_model=wrap_model,
-                ranks=call.ranks,
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=_clip_norms(call, prepared.plan.frozen_parameters),
-                clipping=clipping,
-                noise_generator=noise_generator,
-                **options,
+                Objects(call.module, call.optimizer, data_loader),
+                Decided(prepared.plan, prepared.placeholder, prepared.known_rows, call.augmentation, call.ranks),
+                Settings(
+                    poisson_sampling,
+                    wrap_model,
+                    {
+                        "noise_multiplier": noise_multiplier,
+                        "max_grad_norm": _clip_norms(call, prepared.plan.frozen_parameters),
+                        "clipping": clipping,
+                        "noise_generator": noise_generator,
+                        **options,
+                    },
+                ),
             )
             try:
                 call.ranks.exchange("handed off")
@@ -335,7 +333,8 @@ class SafePrivacyEngine(PrivacyEngine):
         """
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         more, saving = checkpoint_dict or {}, torch_save_kwargs or {}
-        checkpoint.save(self, path, module, optimizer, data_loader, schedulers, more, saving)
+        objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        checkpoint.save(self, path, objects, more, saving)
 
     def load_checkpoint(  # type: ignore[override]
         self,
@@ -367,7 +366,8 @@ class SafePrivacyEngine(PrivacyEngine):
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         strict = bool((module_load_dict_kwargs or {}).get("strict", True))
         loading = torch_load_kwargs or {}
-        return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
+        objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        return checkpoint.load(self, path, objects, strict, loading)
 
 
 def _what_is_trained(call: Request, plan: Plan, noise_multiplier: float) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Plan:
         return self.share / weight
 
 
-def switched_on(module: nn.Module, path: str) -> str:
+def switched_on(module: nn.Module, path: str) -> tuple[str, str, str]:
     """What is said about a normalisation that was audited in evaluation mode and is in training mode now.
 
     Args:
@@ -132,10 +132,11 @@ def switched_on(module: nn.Module, path: str) -> str:
         path: path of the normalisation.
 
     Returns:
-        The text of the refusal.
+        Fact, reason and way out, for the refusal.
     """
     return (
         f"{type(module.get_submodule(path)).__name__} at `{path}` of {type(module).__name__} was in eval() when it was audited "
-        "and is in training mode now, where it mixes the samples of a batch. model.train() switches it on: call "
-        f"model.get_submodule('{path}').eval() after it."
+        "and is in training mode now, where it mixes the samples of a batch.",
+        "model.train() switches it on:",
+        f"call model.get_submodule('{path}').eval() after it.",
     )

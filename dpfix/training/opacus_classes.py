@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
@@ -13,11 +12,9 @@ from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
 
+from dpfix.training import in_training
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
-
-_ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""Models in private training, with the object whose ``cleanup`` ends it."""
 
 
 @functools.cache
@@ -34,29 +31,28 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             self.guard.cleared()
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with self.guard.stepping():
+            with self.guard.others.stepping():
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-            with self.guard.telling_other_ranks(self):
-                if self.guard.gives_up(self):
+            with self.guard.ranks.telling_others(self):
+                if not self.guard.before_step(self):
                     return False
-                self.guard.before_step(self)
                 released = bool(super().pre_step(closure))
                 self.guard.after_step(released)
                 return released
 
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
-            super().attach_step_hook(self.guard.with_accountant(fn))
+            super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
             if not self.guard.clip(self):
                 super().clip_and_accumulate()
-            self.guard.check_finite()
+            self.guard.summed()
 
         def add_noise(self) -> None:
-            self.guard.agree(self)
-            if in_place and self.guard.clipped and self.noise_multiplier > 0:
+            self.guard.before_noise(self)
+            if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
                 super().add_noise()
@@ -169,4 +165,4 @@ def _end(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
         for attribute in ("summed_grad", "grad_sample"):
             if hasattr(p, attribute):
                 delattr(p, attribute)
-    _ACTIVE.pop(module, None)
+    in_training.end(module)

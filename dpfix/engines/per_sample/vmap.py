@@ -86,7 +86,7 @@ class VmapHandle(AliasHandle):
         """
         for path in self.plan.fixed_norms:
             if self.model.get_submodule(path).training:
-                raise PlanBrokenError(switched_on(self.model, path))
+                raise PlanBrokenError(*switched_on(self.model, path), path=path)
         return call_mapped(
             self.original, self.slots, aliases[0], layout.inputs, layout.output, samples,
             self.weight(samples), args, kwargs, helped=self.plan.help_vmap,
