@@ -35,12 +35,15 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-            with self.guard.ranks.telling_others(self):
+            try:
                 if not self.guard.before_step(self):
                     return False
                 released = bool(super().pre_step(closure))
                 self.guard.after_step(released)
-                return released
+            except Exception as error:
+                self.guard.ranks.tell_others(self, error)
+                raise
+            return released
 
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))

@@ -61,7 +61,7 @@ class StepGuard:
             UneditedGradients(watch),
             OneBackward(guarded),
             NewDraw(guarded),
-            SomethingArrived(guarded),
+            SomethingArrived(),
             DrawnRows(guarded),
             FiniteSum(guarded),
             ScratchPutBack(guarded),
@@ -118,12 +118,13 @@ class StepGuard:
         self.engine_clips = guarded.handle.clips and optimizer.flat  # type: ignore[attr-defined]
         self._norms = None
         counts = (guarded.handle.announce if self.engine_clips else guarded.handle.collect)(self._trained)
-        for collected in self._collected:
-            collected(optimizer, counts)
-        self._counts = self._without_draw() if guarded.drawn == 0 else counts
+        drawn = None if guarded.ledger is None else guarded.ledger.pending()
+        for check in self._collected:
+            check(optimizer, counts, drawn)
+        self._counts = self._nothing_drawn() if drawn == 0 else counts
         return True
 
-    def _without_draw(self) -> list[int]:
+    def _nothing_drawn(self) -> list[int]:
         """The placeholder of an empty draw contributes nothing."""
         for p in self._trained:
             p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]

@@ -61,11 +61,6 @@ class Guarded:
         """The model's class, for messages."""
         return type(self.module).__name__
 
-    @property
-    def drawn(self) -> int | None:
-        """Samples in the draw that the loop works on; ``None`` if nothing was drawn, or there is no Poisson sampling."""
-        return None if self.ledger is None else self.ledger.pending()
-
     def forget_sum(self) -> None:
         """Drop the clipped sum."""
         for p in self.parameters.values():
@@ -86,12 +81,14 @@ class Check:
     def before_step(self, optimizer: DPOptimizer) -> None:
         """The private optimizer is about to step; the engine has not been asked for anything yet."""
 
-    def collected(self, optimizer: DPOptimizer, counts: list[int]) -> None:
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
         """The engine has said what arrived.
 
         Args:
             optimizer: the private optimizer.
             counts: number of samples of every backward pass since the last step.
+            drawn: number of samples in the draw that the loop works on; ``None`` if nothing was drawn, or without Poisson
+                sampling.
         """
 
     def summed(self, norms: torch.Tensor | None) -> None:

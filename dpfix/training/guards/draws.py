@@ -19,7 +19,7 @@ class OneBackward(Check):
         self._sampled = guarded.ledger is not None
 
     @override
-    def collected(self, optimizer: DPOptimizer, counts: list[int]) -> None:
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
         if self._sampled and len(counts) > 1:
             raise AccumulationError(
                 f"optimizer.step() after {len(counts)} backward passes with Poisson sampling:",
@@ -37,11 +37,11 @@ class NewDraw(Check):
     """
 
     def __init__(self, guarded: Guarded) -> None:
-        self._guarded = guarded
+        self._ledger = guarded.ledger
 
     @override
-    def collected(self, optimizer: DPOptimizer, counts: list[int]) -> None:
-        if self._guarded.ledger is not None and self._guarded.drawn is None:
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
+        if drawn is None and self._ledger is not None:
             raise ForeignBatchError(
                 "optimizer.step() without a new batch of the returned data_loader: the loop iterates over the original "
                 "loader, or makes several steps with one batch.",
@@ -52,8 +52,8 @@ class NewDraw(Check):
 
     @override
     def after_step(self, released: bool) -> None:
-        if released and self._guarded.ledger is not None:
-            self._guarded.ledger.settle()
+        if released and self._ledger is not None:
+            self._ledger.settle()
 
 
 class SomethingArrived(Check):
@@ -62,12 +62,9 @@ class SomethingArrived(Check):
     Catches: a step without a backward pass, and gradients that the engine was not asked for. Costs: a look at a list.
     """
 
-    def __init__(self, guarded: Guarded) -> None:
-        self._guarded = guarded
-
     @override
-    def collected(self, optimizer: DPOptimizer, counts: list[int]) -> None:
-        if not counts and self._guarded.drawn != 0:
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
+        if not counts and drawn != 0:
             raise MisuseError(
                 "optimizer.step(): no per-sample gradient has arrived.",
                 help="Call loss.backward() on a loss of the private model before step(), with the model in training mode, and "
@@ -85,14 +82,13 @@ class DrawnRows(Check):
     """
 
     def __init__(self, guarded: Guarded) -> None:
-        self._guarded = guarded
+        self._progress = guarded.progress
 
     @override
-    def collected(self, optimizer: DPOptimizer, counts: list[int]) -> None:
-        drawn = self._guarded.drawn
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
         if not drawn:
             return
-        rows = self._guarded.progress.partial + counts[0]
+        rows = self._progress.partial + counts[0]
         last = not optimizer._check_skip_next_step(pop_next=False)
         if rows > drawn or (last and rows != drawn):
             raise ForeignBatchError(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
@@ -51,17 +48,8 @@ class RanksAgree(Check):
                         path=name,
                     )
 
-    @contextmanager
-    def telling_others(self, optimizer: DPOptimizer) -> Iterator[None]:
-        """A step that fails here is released nowhere.
-
-        Yields:
-            Nothing.
-        """
-        try:
-            yield
-        except Exception as error:
-            ranks = self._guarded.ranks
-            if ranks.size > 1 and not isinstance(error, RankError):  # the others have that one too
-                ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
-            raise
+    def tell_others(self, optimizer: DPOptimizer, error: Exception) -> None:
+        """A step that fails here is released nowhere."""
+        ranks = self._guarded.ranks
+        if ranks.size > 1 and not isinstance(error, RankError):  # the others have that one too
+            ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
