@@ -40,7 +40,7 @@ from dpfix.scan.arguments import (
 from dpfix.scan.options import Options
 from dpfix.scan.scan import run_rules
 from dpfix.training import checkpoint
-from dpfix.training.handoff import Decided, Objects, Settings, end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Originals, PrivacySettings, end_earlier, hand_off, option_names
 from dpfix.training.result import PrivateTraining
 
 
@@ -138,9 +138,9 @@ def make_private_safe(
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
-                Objects(call.module, call.optimizer, data_loader),
+                Originals(call.module, call.optimizer, data_loader),
                 Decided(prepared.plan, prepared.placeholder, prepared.known_rows, call.augmentation, call.ranks),
-                Settings(
+                PrivacySettings(
                     poisson_sampling,
                     wrap_model,
                     {

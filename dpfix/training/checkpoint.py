@@ -21,7 +21,8 @@ from torch import nn
 from dpfix.errors import CheckpointError
 from dpfix.instrument.rng import GeneratorStates
 from dpfix.instrument.source import warn_user
-from dpfix.plan import Plan, Region
+from dpfix.plan import Region
+from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 
@@ -152,10 +153,16 @@ def _restore(name: str, target: Any, state: Any) -> None:
 # ------------------------------------------------------------------ the plan
 
 
+def _guard(optimizer: Any) -> StepGuard | None:
+    """The guard of a private training; Opacus's own optimizers have none."""
+    return getattr(optimizer, "guard", None)
+
+
 def _plan(optimizer: Any) -> dict[str, Any]:
-    plan: Plan | None = getattr(getattr(optimizer, "guard", None), "plan", None)
-    if plan is None:
+    guard = _guard(optimizer)
+    if guard is None:
         return {}
+    plan = guard.plan
     regions = {"no_grad_regions": [_named(region) for region in plan.no_grad_regions]}
     return {"engine": plan.engine} | {name: _value(getattr(plan, name)) for name in _SAME} | regions
 
@@ -199,10 +206,11 @@ def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> 
 
 def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
     """A call that has got its graph back in the earlier run, since gradient reached it, must not lose a step again."""
-    if not saved or "no_grad_regions" not in saved or not hasattr(optimizer, "guard"):
+    guard = _guard(optimizer)
+    if not saved or "no_grad_regions" not in saved or guard is None:
         return
-    dropped = [r for r in optimizer.guard.plan.no_grad_regions if _named(r) not in saved["no_grad_regions"]]
-    optimizer.guard.regions.drop(dropped)
+    dropped = [r for r in guard.plan.no_grad_regions if _named(r) not in saved["no_grad_regions"]]
+    guard.regions.drop(dropped)
     for region in dropped:
         _LOG.warning(
             "checkpoint: the call of %r (%s) ran with its graph when it was saved, and does so again; this call had made it a "
@@ -213,7 +221,8 @@ def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
 
 def _privacy(optimizer: Any) -> dict[str, list[Any]]:
     """What the call said and what is in force, by name."""
-    called = optimizer.guard.called if hasattr(optimizer, "guard") else {}
+    guard = _guard(optimizer)
+    called = {} if guard is None else guard.called
     return {name: [_plain(value), _plain(getattr(optimizer, name))] for name, value in called.items()}
 
 

@@ -97,8 +97,8 @@ def option_names(clipping: str, mode: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Objects:
-    """The user's objects.
+class Originals:
+    """The user's objects, which Opacus gets.
 
     Attributes:
         module: the repaired model.
@@ -131,7 +131,7 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrivacySettings:
     """The privacy settings of the call, and the form of what it returns.
 
     Attributes:
@@ -146,30 +146,34 @@ class Settings:
 
 
 def hand_off(
-    make_private: Callable[..., Any], privacy_engine: Any, objects: Objects, decided: Decided, settings: Settings
+    make_private: Callable[..., Any],
+    privacy_engine: Any,
+    originals: Originals,
+    decided: Decided,
+    settings: PrivacySettings,
 ) -> tuple[Any, ...]:
     """Make the objects private with Opacus and put the guards on.
 
     Args:
         make_private: Opacus's method of the privacy engine.
         privacy_engine: the privacy engine itself, for its accountant.
-        objects: the user's objects.
+        originals: the user's objects.
         decided: what was decided about them.
         settings: what the call asks for.
 
     Returns:
         ``(model, optimizer, data_loader)``.
     """
-    module, plan, ranks = objects.module, decided.plan, decided.ranks
+    module, plan, ranks = originals.module, decided.plan, decided.ranks
     ledger = DrawLedger() if settings.poisson_sampling else None
-    loader = objects.data_loader if ledger is None else _private_loader(objects, decided, ledger, privacy_engine)
-    _check_dataset(privacy_engine, objects.data_loader)
+    loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
+    _check_dataset(privacy_engine, originals.data_loader)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     engine = BY_NAME[plan.engine]
     own = not engine.attached_by_opacus
     prepared, private_optimizer, *_ = make_private(
         module=_shell(module, ranks) if own else module,
-        optimizer=objects.optimizer,
+        optimizer=originals.optimizer,
         data_loader=loader,
         poisson_sampling=False,  # the loader above already draws; Opacus's takes its rate from len(loader)
         grad_sample_mode=plan.opacus_mode,
@@ -185,7 +189,7 @@ def hand_off(
     handle.several_iterations = ledger is None
     if ledger is not None:
         handle.counts = lambda: ledger.counts
-    accounting = _account(privacy_engine, private_optimizer, objects.data_loader, ranks)
+    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks)
     guard = StepGuard(Guarded(module, plan, trained, handle, accounting, ledger, ranks), private_optimizer)
     make_class = private_wrapper_class if settings.wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
@@ -197,13 +201,16 @@ def hand_off(
 
 
 def _specialise(thing: Any, cls: type[Any], guard: StepGuard) -> None:
+    """The very object becomes one of a subclass: whoever holds it has the guarded one."""
     thing.__class__ = cls
     thing.__dict__["guard"] = guard
 
 
-def _private_loader(objects: Objects, decided: Decided, ledger: DrawLedger, privacy_engine: Any) -> PrivateDataLoader:
+def _private_loader(
+    originals: Originals, decided: Decided, ledger: DrawLedger, privacy_engine: Any
+) -> PrivateDataLoader:
     return PrivateDataLoader(
-        objects.data_loader,
+        originals.data_loader,
         placeholder=decided.placeholder,
         ledger=ledger,
         generator=privacy_engine.secure_rng,
