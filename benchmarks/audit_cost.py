@@ -237,16 +237,16 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     model, optimizer, _ = training
     total, share = [], []
     guard = optimizer.guard
-    handle = guard.handle
+    handle = guard.guarded.handle
     of_engine = ("collect", "announce", "clip_and_accumulate", "clear", "finish")
-    of_guard = ("before_step", "after_step", "check_finite", "cleared", "clip", "gives_up")
+    of_guard = ("cleared", "before_step", "clip", "summed", "before_noise", "after_step")
     engine = [(handle, name, "engine") for name in of_engine if hasattr(handle, name)]
     guarding = [(guard, name, "guards") for name in of_guard if hasattr(guard, name)]
     batch = torch.utils.data.default_collate(setup.items(setup.batch_size))
     for number in range(rounds + 1):
         clock = Clock()
-        guard.ledger.start()
-        guard.ledger.drew(setup.batch_size)
+        guard.guarded.ledger.start()
+        guard.guarded.ledger.drew(setup.batch_size)
         with clock.watching(*engine, *guarding):
 
             def step() -> None:

@@ -38,7 +38,7 @@ from dpfix.scan.arguments import (
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
 from dpfix.scan.scan import run_rules
-from dpfix.training.handoff import end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.privacy_engine import CheckpointingEngine
 from dpfix.training.result import PrivateTraining
 
@@ -123,21 +123,23 @@ def make_private_safe(
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
-                module=request.module,
-                optimizer=request.optimizer,
-                data_loader=data_loader,
-                plan=prepared.plan,
-                placeholder=prepared.placeholder,
-                known_rows=prepared.known_rows,
-                augmentation=request.privacy.augmentation,
-                poisson_sampling=poisson_sampling,
+                Originals(request.module, request.optimizer, data_loader),
+                Decided(
+                    prepared.plan,
+                    prepared.placeholder,
+                    prepared.known_rows,
+                    request.privacy.augmentation,
+                    poisson_sampling,
+                    request.ranks,
+                ),
                 wrap_model=wrap_model,
-                ranks=request.ranks,
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=request.clip_norms(prepared.plan.frozen_parameters),
-                clipping=clipping,
-                noise_generator=noise_generator,
-                **options,
+                for_opacus={
+                    "noise_multiplier": noise_multiplier,
+                    "max_grad_norm": request.clip_norms(prepared.plan.frozen_parameters),
+                    "clipping": clipping,
+                    "noise_generator": noise_generator,
+                    **options,
+                },
             )
             try:
                 request.ranks.exchange("handed off")

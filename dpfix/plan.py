@@ -122,14 +122,15 @@ class Plan:
         return self.share / weight
 
 
-def switched_on(module: nn.Module, path: str) -> str:
+def switched_on(module: nn.Module, path: str) -> tuple[str, str, str]:
     """What is said about a normalisation that was audited in evaluation mode and is in training mode now.
 
     Returns:
-        The text of the refusal.
+        Fact, reason and way out, for the refusal.
     """
     return (
         f"{type(module.get_submodule(path)).__name__} at `{path}` of {type(module).__name__} was in eval() when it was audited "
-        "and is in training mode now, where it mixes the samples of a batch. model.train() switches it on: call "
-        f"model.get_submodule('{path}').eval() after it."
+        "and is in training mode now, where it mixes the samples of a batch.",
+        "model.train() switches it on:",
+        f"call model.get_submodule('{path}').eval() after it.",
     )

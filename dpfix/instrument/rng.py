@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class GeneratorStates:
+    """States of the global generators: Python's, NumPy's and torch's (CPU and CUDA)."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @classmethod
+    def now(cls) -> GeneratorStates:
+        """The present states."""
+        return cls(random.getstate(), np.random.get_state(), *_torch_states())
+
+    def put_back(self) -> None:
+        """The generators go on from here; those of CUDA only where there is one."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    def as_plain_values(self) -> dict[str, Any]:
+        """The states as tensors, numbers and text, which a file can hold without code."""
+        kind, keys, position, has_gauss, gauss = self.numpy
+        numbers = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+        version, python, following = self.python
+        return {
+            "torch": self.cpu,
+            "cuda": self.cuda,
+            "numpy": [str(kind), numbers, int(position), int(has_gauss), float(gauss)],
+            "python": [version, list(python), following],
+        }
+
+    @classmethod
+    def from_plain_values(cls, saved: Mapping[str, Any]) -> GeneratorStates:
+        """What :meth:`as_plain_values` was made from."""
+        kind, keys, *rest = saved["numpy"]
+        version, numbers, following = saved["python"]
+        numpy = (kind, keys.numpy().astype(np.uint32), *rest)
+        return cls((version, tuple(numbers), following), numpy, saved["torch"], saved["cuda"])
 
 
 @contextmanager
@@ -20,19 +65,14 @@ def rng_untouched(*, only_on_error: bool = False) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    before = GeneratorStates.now()
     done = False
     try:
         yield
         done = True
     finally:
         if not (done and only_on_error):
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_rng_state(cpu)
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
+            before.put_back()
 
 
 def generator_states() -> list[torch.Tensor]:
@@ -41,5 +81,10 @@ def generator_states() -> list[torch.Tensor]:
     Returns:
         One tensor per generator.
     """
+    cpu, cuda = _torch_states()
+    return [cpu, *cuda]
+
+
+def _torch_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
+    return torch.get_rng_state(), cuda

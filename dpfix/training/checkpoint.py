@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,46 +19,54 @@ from opacus import PrivacyEngine
 from torch import nn
 
 from dpfix.errors import CheckpointError
+from dpfix.instrument.rng import GeneratorStates
 from dpfix.instrument.source import warn_user
-from dpfix.plan import Plan, Region
+from dpfix.plan import Region
+from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 
 ENTRY = "dpfix"
 _LOG = logging.getLogger("dpfix")
-_SCHEDULERS = ("noise_scheduler", "grad_clip_scheduler")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of a call whose state is saved and read.
+
+    Attributes:
+        module: the model, wrapped or not; its weights are saved under the keys of its original layers.
+        optimizer: the private optimizer, or ``None``.
+        data_loader: the private loader, for the state of a generator of its own, or ``None``.
+        schedulers: Opacus's schedulers by name; ``None`` where there is none.
+    """
+
+    module: nn.Module
+    optimizer: Any
+    data_loader: Any
+    schedulers: Mapping[str, Any]
 
 
 def save(
-    engine: PrivacyEngine,
-    path: Any,
-    module: nn.Module,
-    optimizer: Any,
-    data_loader: Any,
-    schedulers: Mapping[str, Any],
-    more: Mapping[str, Any],
-    options: Mapping[str, Any],
+    engine: PrivacyEngine, path: Any, objects: Objects, more: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint.
 
     Args:
         engine: whose accountant is saved.
         path: file name or binary file.
-        module: the model, wrapped or not; its weights are saved under the keys of its original layers.
-        optimizer: the private optimizer, or ``None``.
-        data_loader: the private loader, for the state of a generator of its own, or ``None``.
-        schedulers: Opacus's schedulers by name; ``None`` where there is none.
+        objects: whose state is saved.
         more: further entries.
         options: further arguments of ``torch.save``.
     """
     content = dict(more)
-    content["module_state_dict"] = keyed_as_original(unwrap(module))
+    content["module_state_dict"] = keyed_as_original(unwrap(objects.module))
     content["privacy_accountant_state_dict"] = dict(_accountant_state(engine))
-    if optimizer is not None:
-        content["optimizer_state_dict"] = optimizer.state_dict()
-    content |= {f"{name}_state_dict": s.state_dict() for name, s in schedulers.items() if s is not None}
+    optimizer = objects.optimizer
+    states = {"optimizer": optimizer} | dict(objects.schedulers)
+    content |= {f"{name}_state_dict": s.state_dict() for name, s in states.items() if s is not None}
     content[ENTRY] = {
-        "generators": _generators(optimizer, data_loader),
+        "generators": _generators(objects),
         "plan": _plan(optimizer),
         "privacy": _privacy(optimizer),
     }
@@ -66,24 +74,14 @@ def save(
 
 
 def load(
-    engine: PrivacyEngine,
-    path: Any,
-    module: nn.Module,
-    optimizer: Any,
-    data_loader: Any,
-    schedulers: Mapping[str, Any],
-    strict: bool,
-    options: Mapping[str, Any],
+    engine: PrivacyEngine, path: Any, objects: Objects, strict: bool, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read a checkpoint into the objects of a call that was made in the same way.
 
     Args:
         engine: whose accountant goes on.
         path: file name or binary file.
-        module: the model, wrapped or not.
-        optimizer: the private optimizer, or ``None``.
-        data_loader: the private loader, or ``None``.
-        schedulers: Opacus's schedulers by name.
+        objects: what gets the state.
         strict: refuse weights that do not fit.
         options: further arguments of ``torch.load``.
 
@@ -98,16 +96,16 @@ def load(
         content = torch.load(path, **arguments)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path!r} holds more than tensors and plain values, and reading it would run code from the file. If you "
-            "trust it, pass torch_load_kwargs={'weights_only': False}."
+            f"checkpoint {path!r} holds more than tensors and plain values, and reading it would run code from the file.",
+            help="If you trust it, pass torch_load_kwargs={'weights_only': False}.",
+            path="path",
         ) from error
     _check(content, engine)
-    added = content.get(ENTRY, {})
+    added, optimizer = content.get(ENTRY, {}), objects.optimizer
     _compare_plans(added.get("plan"), _plan(optimizer))
-    load_pretrained(module, content["module_state_dict"], source=AS_IS, strict=strict)
+    load_pretrained(objects.module, content["module_state_dict"], source=AS_IS, strict=strict)
     engine.accountant.load_state_dict(content["privacy_accountant_state_dict"])
-    states = {"optimizer": optimizer} | dict(schedulers)
-    for name, target in states.items():
+    for name, target in ({"optimizer": optimizer} | dict(objects.schedulers)).items():
         _restore(name, target, content.get(f"{name}_state_dict"))
     if not added:
         _warn(
@@ -116,7 +114,7 @@ def load(
         return content
     _restore_regions(added.get("plan"), optimizer)
     _restore_privacy(optimizer, added["privacy"])
-    _restore_generators(added["generators"], optimizer, data_loader)
+    _restore_generators(added["generators"], objects)
     return content
 
 
@@ -129,14 +127,17 @@ def _check(content: Any, engine: PrivacyEngine) -> None:
     needed = ("module_state_dict", "privacy_accountant_state_dict")
     if not isinstance(content, dict) or any(name not in content for name in needed):
         raise CheckpointError(
-            "the file is no checkpoint of a private training: it needs module_state_dict and privacy_accountant_state_dict. "
-            "For weights alone there is dpfix.load_pretrained."
+            "the file is no checkpoint of a private training: it needs module_state_dict and privacy_accountant_state_dict.",
+            help="For weights alone there is dpfix.load_pretrained.",
+            path="path",
         )
     saved, here = content["privacy_accountant_state_dict"].get("mechanism"), engine.accountant.mechanism()
     if saved != here:
         raise CheckpointError(
             f"the checkpoint's accountant is {saved!r}, and this privacy engine's is {here!r}: their histories cannot be "
-            f"added up. Use SafePrivacyEngine(accountant={saved!r})."
+            "added up.",
+            help=f"Use SafePrivacyEngine(accountant={saved!r}).",
+            path="accountant",
         )
 
 
@@ -152,10 +153,16 @@ def _restore(name: str, target: Any, state: Any) -> None:
 # ------------------------------------------------------------------ the plan
 
 
+def _guard(optimizer: Any) -> StepGuard | None:
+    """The guard of a private training; Opacus's own optimizers have none."""
+    return getattr(optimizer, "guard", None)
+
+
 def _plan(optimizer: Any) -> dict[str, Any]:
-    plan: Plan | None = getattr(getattr(optimizer, "guard", None), "plan", None)
-    if plan is None:
+    guard = _guard(optimizer)
+    if guard is None:
         return {}
+    plan = guard.plan
     regions = {"no_grad_regions": [_named(region) for region in plan.no_grad_regions]}
     return {"engine": plan.engine} | {name: _value(getattr(plan, name)) for name in _SAME} | regions
 
@@ -185,7 +192,9 @@ def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> 
         if name in saved and saved[name] != here[name]:
             raise CheckpointError(
                 f"the checkpoint's training is another one than this: {words} was {saved[name]!r} there ({name} of the plan), "
-                f"and is {here[name]!r} here. The model, the loss or the arguments of the call differ; make the call as before."
+                f"and is {here[name]!r} here.",
+                help="The model, the loss or the arguments of the call differ; make the call as before.",
+                path=name,
             )
     if saved["engine"] != here["engine"]:
         _LOG.warning(
@@ -197,10 +206,11 @@ def _compare_plans(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> 
 
 def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
     """A call that has got its graph back in the earlier run, since gradient reached it, must not lose a step again."""
-    if not saved or "no_grad_regions" not in saved or not hasattr(optimizer, "guard"):
+    guard = _guard(optimizer)
+    if not saved or "no_grad_regions" not in saved or guard is None:
         return
-    dropped = [r for r in optimizer.guard.plan.no_grad_regions if _named(r) not in saved["no_grad_regions"]]
-    optimizer.guard.drop_regions(dropped)
+    dropped = [r for r in guard.plan.no_grad_regions if _named(r) not in saved["no_grad_regions"]]
+    guard.regions.drop(dropped)
     for region in dropped:
         _LOG.warning(
             "checkpoint: the call of %r (%s) ran with its graph when it was saved, and does so again; this call had made it a "
@@ -211,7 +221,8 @@ def _restore_regions(saved: Mapping[str, Any] | None, optimizer: Any) -> None:
 
 def _privacy(optimizer: Any) -> dict[str, list[Any]]:
     """What the call said and what is in force, by name."""
-    called = optimizer.guard.called if hasattr(optimizer, "guard") else {}
+    guard = _guard(optimizer)
+    called = {} if guard is None else guard.called
     return {name: [_plain(value), _plain(getattr(optimizer, name))] for name, value in called.items()}
 
 
@@ -238,42 +249,22 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------ generators
 
 
-def _own(optimizer: Any, data_loader: Any) -> dict[str, torch.Generator]:
+def _own(objects: Objects) -> dict[str, torch.Generator]:
     """Generators besides the global ones: of the noise, and of the loader."""
-    sampler = getattr(data_loader, "batch_sampler", None)
-    draws = getattr(sampler, "generator", None) or getattr(data_loader, "generator", None)
-    found = {"noise": getattr(optimizer, "generator", None), "loader": draws}
+    sampler = getattr(objects.data_loader, "batch_sampler", None)
+    draws = getattr(sampler, "generator", None) or getattr(objects.data_loader, "generator", None)
+    found = {"noise": getattr(objects.optimizer, "generator", None), "loader": draws}
     return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
 
 
-def _generators(optimizer: Any, data_loader: Any) -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    version, numbers, following = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": [
-            str(kind),
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ],
-        "python": [version, list(numbers), following],
-        "own": {name: g.get_state() for name, g in _own(optimizer, data_loader).items()},
-    }
+def _generators(objects: Objects) -> dict[str, Any]:
+    own = {name: g.get_state() for name, g in _own(objects).items()}
+    return GeneratorStates.now().as_plain_values() | {"own": own}
 
 
-def _restore_generators(saved: Mapping[str, Any], optimizer: Any, data_loader: Any) -> None:
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, following = saved["python"]
-    random.setstate((version, tuple(numbers), following))
-    here = _own(optimizer, data_loader)
+def _restore_generators(saved: Mapping[str, Any], objects: Objects) -> None:
+    GeneratorStates.from_plain_values(saved).put_back()
+    here = _own(objects)
     for name in saved["own"].keys() ^ here.keys():
         _warn(
             f"the {name} has a generator of its own in {'the checkpoint' if name in saved['own'] else 'this call'} only."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.rate import batch_size, sample_rate
+from dpfix.training import in_training
+from dpfix.training.accounting import Accounting
+from dpfix.training.guards.check import Guarded
 from dpfix.training.opacus_classes import (
-    _ACTIVE,
     PrivateModule,
     private_hooks_class,
     private_optimizer_class,
@@ -54,11 +57,6 @@ class ParameterShell(nn.Module):
             self.register_parameter(name.replace(".", "/"), p)
 
 
-def _specialise(thing: Any, cls: type[Any], guard: StepGuard) -> None:
-    thing.__class__ = cls
-    thing.__dict__["guard"] = guard
-
-
 def end_earlier(module: nn.Module) -> nn.Module:
     """End a private training that this model is already in.
 
@@ -70,7 +68,7 @@ def end_earlier(module: nn.Module) -> nn.Module:
     """
     while isinstance(module, AbstractGradSampleModule):
         module = module.to_standard_module()
-    earlier = _ACTIVE.get(module)
+    earlier = in_training.holder_of(module)
     if earlier is not None:
         earlier.cleanup()
     return module
@@ -99,88 +97,125 @@ def option_names(clipping: str, mode: str) -> frozenset[str]:
     }
 
 
+@dataclass(frozen=True)
+class Originals:
+    """The user's objects, which Opacus gets.
+
+    Attributes:
+        module: the repaired model.
+        optimizer: the user's optimizer.
+        data_loader: the user's loader.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    data_loader: DataLoader[Any]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What was found out and decided before the hand-off.
+
+    Attributes:
+        plan: how the model is to be trained.
+        placeholder: what an empty draw delivers.
+        known_rows: what the loader has to see in every sample, if it has several rows.
+        augmentation: makes several views of every sample.
+        poisson_sampling: whether the loader draws Poisson batches.
+        ranks: the processes that train together.
+    """
+
+    plan: Plan
+    placeholder: Placeholder
+    known_rows: KnownRows | None
+    augmentation: AugmentationMultiplicity | None
+    poisson_sampling: bool
+    ranks: Ranks
+
+
 def hand_off(
     make_private: Callable[..., Any],
     privacy_engine: Any,
+    originals: Originals,
+    decided: Decided,
     *,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data_loader: DataLoader[Any],
-    plan: Plan,
-    placeholder: Placeholder,
-    known_rows: KnownRows | None,
-    augmentation: AugmentationMultiplicity | None,
-    poisson_sampling: bool,
     wrap_model: bool,
-    ranks: Ranks,
-    **settings: Any,
+    for_opacus: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     """Make the objects private with Opacus and put the guards on.
 
     Args:
         make_private: Opacus's method of the privacy engine.
         privacy_engine: the privacy engine itself, for its accountant.
-        module: the repaired model.
-        optimizer: the user's optimizer.
-        data_loader: the user's loader.
-        plan: what was decided.
-        placeholder: what an empty draw delivers.
-        known_rows: what the loader has to see in every sample, if it has several rows.
-        augmentation: makes several views of every sample.
-        poisson_sampling: whether to sample.
+        originals: the user's objects.
+        decided: what was decided about them.
         wrap_model: whether to wrap the model.
-        ranks: the processes that train together.
-        **settings: privacy settings and options, handed on as they are.
+        for_opacus: noise, clip norm, clipping and further options, handed on as they are.
 
     Returns:
         ``(model, optimizer, data_loader)``.
     """
-    ledger = DrawLedger() if poisson_sampling else None
-    loader: DataLoader[Any] = data_loader
-    if ledger is not None:
-        loader = PrivateDataLoader(
-            data_loader,
-            CollateOrPlaceholder(
-                user_collate(data_loader), placeholder, augmentation, known_rows, row_counter=plan.row_counter
-            ),
-            Drawing(ledger, privacy_engine.secure_rng, ranks),
-        )
-    _check_dataset(privacy_engine, data_loader)
-    everything = dict(module.named_parameters())
-    parameters = {n: p for n, p in everything.items() if p.requires_grad}
+    module, plan, ranks = originals.module, decided.plan, decided.ranks
+    ledger = DrawLedger() if decided.poisson_sampling else None
+    loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
+    _check_dataset(privacy_engine, originals.data_loader)
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     engine = BY_NAME[plan.engine]
     own = not engine.attached_by_opacus
-    shell: nn.Module = ParameterShell(everything)
-    if ranks.size > 1:
-        shell = DifferentiallyPrivateDistributedDataParallel(shell)  # which optimizer Opacus takes depends on it
     prepared, private_optimizer, *_ = make_private(
-        module=shell if own else module,
-        optimizer=optimizer,
+        module=_shell(module, ranks) if own else module,
+        optimizer=originals.optimizer,
         data_loader=loader,
         poisson_sampling=False,  # the loader above already draws; Opacus's takes its rate from len(loader)
         grad_sample_mode=plan.opacus_mode,
         wrap_model=wrap_model,
         loss_reduction=plan.loss_reduction,
         batch_first=plan.batch_first or own,
-        **settings,
+        **for_opacus,
     )
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
     handle = engine.attach(module, plan, prepared)
     handle.several_iterations = ledger is None
-    guard = StepGuard(handle, module, plan, parameters, ledger, ranks)
+    if ledger is not None:
+        handle.counts = lambda: ledger.counts
+    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks)
+    guard = StepGuard(Guarded(module, plan, trained, handle, accounting, ledger, ranks), private_optimizer)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
-    _account(privacy_engine, private_optimizer, data_loader, ranks)
-    guard.remember_call(private_optimizer)
-    guard.count_steps(private_optimizer)
-    guard.accounted = lambda: sum(entry[-1] for entry in privacy_engine.accountant.history)
     if ledger is not None:
         ledger.at_start = lambda: guard.begin_pass(private_optimizer)
-    _ACTIVE[module] = prepared
+    in_training.begin(module, prepared)
     return prepared, private_optimizer, loader
+
+
+def _specialise(thing: Any, cls: type[Any], guard: StepGuard) -> None:
+    """The very object becomes one of a subclass: whoever holds it has the guarded one."""
+    thing.__class__ = cls
+    thing.__dict__["guard"] = guard
+
+
+def _private_loader(
+    originals: Originals, decided: Decided, ledger: DrawLedger, privacy_engine: Any
+) -> PrivateDataLoader:
+    loader = originals.data_loader
+    collate = CollateOrPlaceholder(
+        user_collate(loader),
+        decided.placeholder,
+        decided.augmentation,
+        decided.known_rows,
+        row_counter=decided.plan.row_counter,
+    )
+    return PrivateDataLoader(loader, collate, Drawing(ledger, privacy_engine.secure_rng, decided.ranks))
+
+
+def _shell(module: nn.Module, ranks: Ranks) -> nn.Module:
+    shell = ParameterShell(dict(module.named_parameters()))
+    if ranks.size > 1:  # which optimizer Opacus takes depends on it
+        return DifferentiallyPrivateDistributedDataParallel(shell)
+    return shell
 
 
 def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
@@ -195,17 +230,15 @@ def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
     privacy_engine.dataset = loader.dataset
 
 
-def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks) -> None:
-    """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``.
-
-    Opacus's distributed optimizer divides by the number of ranks itself.
-    """
-    expected = batch_size(loader) / ranks.size
+def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks) -> Accounting:
+    """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
+    expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
-    hook = privacy_engine.accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader))
-    optimizer.attach_step_hook(hook)
+    accountant = privacy_engine.accountant
+    optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader)))
     if optimizer.noise_multiplier == 0:
         privacy_engine.get_epsilon = _no_privacy
+    return Accounting(optimizer, accountant)
 
 
 def _no_privacy(delta: float) -> float:

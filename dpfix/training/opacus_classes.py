@@ -1,32 +1,34 @@
-"""Opacus's classes in private training: every step of the optimizer passes the guard."""
+"""Opacus's classes in private training: every step of the optimizer passes the guard.
+
+Each function here takes a class of Opacus's and gives the subclass that an object of it becomes in private training
+(:func:`dpfix.training.handoff.hand_off`). Name and module are those of Opacus's class, and ``isinstance`` checks keep holding.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
+from typing_extensions import override
 
+from dpfix.training import in_training
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
-
-_ACTIVE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""Models in private training, with the object whose ``cleanup`` ends it."""
 
 
 @functools.cache
 def private_optimizer_class(cls: type[Any]) -> type[Any]:
-    """One of Opacus's optimizer classes in which every step passes the guard."""
+    """The subclass of an optimizer of Opacus's in which every step passes the guard."""
 
     class PrivateOptimizer(cls):
         guard: StepGuard
-        flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate
+        flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate  # one clip norm for all parameters
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
 
         def zero_grad(self, set_to_none: bool = True) -> None:  # torch's default: zeros would only take memory
@@ -34,29 +36,31 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             self.guard.cleared()
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with self.guard.stepping():
+            with self.guard.others.stepping():
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-            with self.guard.telling_other_ranks(self):
-                if self.guard.gives_up(self):
+            try:
+                if not self.guard.before_step(self):
                     return False
-                self.guard.before_step(self)
                 released = bool(super().pre_step(closure))
                 self.guard.after_step(released)
-                return released
+            except Exception as error:
+                self.guard.ranks.tell_others(self, error)
+                raise
+            return released
 
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
-            super().attach_step_hook(self.guard.with_accountant(fn))
+            super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
             if not self.guard.clip(self):
                 super().clip_and_accumulate()
-            self.guard.check_finite()
+            self.guard.summed()
 
         def add_noise(self) -> None:
-            self.guard.agree(self)
-            if in_place and self.guard.clipped and self.noise_multiplier > 0:
+            self.guard.before_noise(self)
+            if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
                 super().add_noise()
@@ -86,8 +90,8 @@ def add_noise_in_place(optimizer: DPOptimizer) -> None:
 
 
 @functools.cache
-def _transparent(cls: type[Any]) -> type[Any]:
-    """One of Opacus's wrappers that answers for the model inside, and whose copies are not in training."""
+def _transparent_wrapper_class(cls: type[Any]) -> type[Any]:
+    """The subclass of a wrapper of Opacus's that answers for the model inside, and whose copies are not in training."""
 
     class Transparent(cls):
         def __getattr__(self, name: str) -> Any:
@@ -111,9 +115,9 @@ def _transparent(cls: type[Any]) -> type[Any]:
 
 @functools.cache
 def private_wrapper_class(cls: type[Any]) -> type[Any]:
-    """One of Opacus's wrappers, in private training."""
+    """The subclass of a wrapper of Opacus's that ends the private training when it is taken off the model."""
 
-    class PrivateWrapper(_transparent(cls)):
+    class PrivateWrapper(_transparent_wrapper_class(cls)):
         guard: StepGuard
 
         def zero_grad(self, set_to_none: bool = False) -> None:
@@ -121,20 +125,20 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
             self.guard.cleared()
 
         def cleanup(self) -> None:
-            _end(self, super().cleanup)
+            _end_training(self, super().cleanup)
 
     return _named_like(PrivateWrapper, cls)
 
 
 @functools.cache
 def private_hooks_class(cls: type[Any]) -> type[Any]:
-    """One of Opacus's hooks objects, for models that are not wrapped."""
+    """The subclass of Opacus's hooks object, for models that are not wrapped, that ends the private training with it."""
 
     class PrivateHooks(cls):
         guard: StepGuard
 
         def cleanup(self) -> None:
-            _end(self, super().cleanup)
+            _end_training(self, super().cleanup)
 
     return _named_like(PrivateHooks, cls)
 
@@ -150,15 +154,17 @@ class PrivateModule(AbstractGradSampleModule):
     A copy of a wrapper, or a pickled one, holds a copy of the model that is not in private training.
     """
 
+    @override
     def remove_hooks(self) -> None:
-        """Nothing to do: the engine is taken off by :meth:`cleanup`."""
+        pass  # the engine is taken off by cleanup()
 
 
 def _not_in_training(module: nn.Module, loss_reduction: str, training: bool) -> Any:
-    return _transparent(PrivateModule)(module, loss_reduction=loss_reduction).train(training)
+    return _transparent_wrapper_class(PrivateModule)(module, loss_reduction=loss_reduction).train(training)
 
 
-def _end(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
+def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
+    """Leave the plain, repaired model behind, with nothing of ours or Opacus's on it."""
     guard: StepGuard = holder.guard
     module = holder._module
     guard.detach()
@@ -169,4 +175,4 @@ def _end(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
         for attribute in ("summed_grad", "grad_sample"):
             if hasattr(p, attribute):
                 delattr(p, attribute)
-    _ACTIVE.pop(module, None)
+    in_training.end(module)

@@ -39,7 +39,8 @@ class CheckpointingEngine(PrivacyEngine):
         """
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         more, saving = checkpoint_dict or {}, torch_save_kwargs or {}
-        checkpoint.save(self, path, module, optimizer, data_loader, schedulers, more, saving)
+        objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        checkpoint.save(self, path, objects, more, saving)
 
     def load_checkpoint(  # type: ignore[override]
         self,
@@ -71,4 +72,5 @@ class CheckpointingEngine(PrivacyEngine):
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         strict = bool((module_load_dict_kwargs or {}).get("strict", True))
         loading = torch_load_kwargs or {}
-        return checkpoint.load(self, path, module, optimizer, data_loader, schedulers, strict, loading)
+        objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        return checkpoint.load(self, path, objects, strict, loading)

@@ -13,6 +13,7 @@ from dpfix.report.statement import NOT_COVERED, PrivacyStatement
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
+from dpfix.training.accounting import accounted_steps
 
 
 class PrivateTraining(tuple[Any, ...]):
@@ -102,7 +103,7 @@ class PrivateTraining(tuple[Any, ...]):
             sampling_assumed="Poisson",
             samples=samples,
             sampling_rate=sample_rate(loader),
-            steps=sum(entry[-1] for entry in engine.accountant.history),
+            steps=accounted_steps(engine.accountant),
             noise_multiplier=float(optimizer.noise_multiplier),
             max_grad_norm=optimizer.max_grad_norm,
             accountant=engine.accountant.mechanism(),

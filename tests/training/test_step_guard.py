@@ -1,4 +1,4 @@
-"""What is noticed while training, before any parameter moves."""
+"""Ways to write the loop that have to keep working under the guard, and what every check owes its reader."""
 
 from __future__ import annotations
 
@@ -9,221 +9,95 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.engines import ENGINES
-from tests.cases import FixedNorm, mlp
-from tests.helpers import points, setting, sgd, train
+from dpfix.training.guards.check import Check
+from tests.cases import mlp
+from tests.helpers import points, sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
-
-every_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-def start(engine: str = "auto", **changes: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
-    model = changes.pop("model", None) or mlp()
-    given = setting(model, grad_sample_mode=engine, **({"optimizer": sgd(model)} | changes))
-    return model, dpfix.make_private_safe(**given)
+from tests.training.steps import every_engine, first_batch, loss_of, start, values
 
 
-def loss_of(training: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(training[0](batch[0]), batch[1])
+def kinds(cls: type[Check]) -> set[type[Check]]:
+    return {cls}.union(*map(kinds, cls.__subclasses__()))
 
 
-def values(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+def test_every_check_runs_and_says_what_it_catches_and_costs() -> None:
+    ran = {type(check) for check in start()[1][1].guard.checks}
+    assert ran == kinds(Check) - {Check}
+    assert [c.__name__ for c in ran if not {"Catches:", "Costs:"} <= set((c.__doc__ or "").split())] == []
 
 
-def refused(model: nn.Module, error: type[Exception], says: str, act: Callable[[], Any]) -> None:
-    """The act is refused with a message, and no parameter has moved."""
-    before = values(model)
-    with pytest.raises(error, match=says) as caught:
-        act()
-    assert torch.equal(values(model), before)
-    assert isinstance(caught.value, dpfix.MisuseError) and len(str(caught.value)) >= 40
+def test_nothing_is_asked_of_a_check_at_moments_it_does_not_look_at() -> None:
+    """What a check costs is what it does: a step calls no empty methods."""
+    guard = start()[1][1].guard
+    moments = [name for name in vars(Check) if not name.startswith("_") and name != "detach"]
+    called = [getattr(check, "__func__", None) for moment in moments for check in getattr(guard, f"_{moment}")]
+    assert called and not {vars(Check)[moment] for moment in moments} & set(called)
 
 
-def first_batch(training: Any) -> Any:
-    return next(batch for batch in training[2] if len(batch[0]))
-
-
-@every_engine
-def test_accumulated_batches_are_refused(engine: str) -> None:
-    model, training = start(engine)
-
-    def act() -> None:
-        for _, batch in zip(range(2), training[2], strict=False):
-            loss_of(training, batch).backward()
+def without_zero_grad(model: nn.Module, training: Any) -> None:
+    for _ in range(2):
+        loss_of(training, first_batch(training)).backward()
         training[1].step()
 
-    refused(model, dpfix.AccumulationError, "backward pass", act)
 
-
-@every_engine
-def test_rows_of_the_original_loader_are_refused(engine: str) -> None:
-    data = DataLoader(points(), batch_size=8)
-    model, training = start(engine, data_loader=data)
-    loss_of(training, next(iter(data))).backward()
-    refused(model, dpfix.ForeignBatchError, "data_loader that make_private_safe returned", training[1].step)
-
-
-@every_engine
-def test_repeated_and_filtered_rows_are_refused(engine: str) -> None:
-    model, training = start(engine)
-    for rows in (lambda t: t.repeat_interleave(2, 0), lambda t: t[:-1]):
-        x, y = first_batch(training)
-        training[1].zero_grad()
-        loss_of(training, (rows(x), rows(y))).backward()
-        refused(model, dpfix.ForeignBatchError, "drew", training[1].step)
-
-
-@every_engine
-def test_second_step_on_a_batch_is_refused(engine: str) -> None:
-    model, training = start(engine)
-    batch = first_batch(training)
-    loss_of(training, batch).backward()
+def without_draw(model: nn.Module, training: Any) -> None:
+    loss_of(training, points()[:4]).backward()
     training[1].step()
-    training[1].zero_grad()
-    loss_of(training, batch).backward()
-    refused(model, dpfix.ForeignBatchError, "without a new batch", training[1].step)
 
 
-@every_engine
-def test_step_without_backward_is_refused(engine: str) -> None:
-    model, training = start(engine)
+def without_backward(model: nn.Module, training: Any) -> None:
     first_batch(training)
-    refused(model, dpfix.MisuseError, "no per-sample gradient", training[1].step)
-
-
-@every_engine
-def test_step_of_the_original_optimizer_is_refused(engine: str) -> None:
-    model, training = start(engine)
-    loss_of(training, first_batch(training)).backward()
-    refused(model, dpfix.MisuseError, "past the private optimizer", training[1].original_optimizer.step)
     training[1].step()
 
 
-def test_grad_scaler_is_refused() -> None:
-    model, training = start()
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(training, first_batch(training))).backward()
-    refused(model, dpfix.MisuseError, "GradScaler", lambda: scaler.step(training[1]))
-
-
-@every_engine
-def test_edited_gradients_are_announced(engine: str) -> None:
-    model, training = start(engine)
-    loss_of(training, first_batch(training)).backward()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.warns(dpfix.DPFixWarning, match=r"p\.grad of `0\.weight` was changed"):
-        training[1].step()
-
-
-def test_penalty_on_weights_is_refused() -> None:
-    model, training = start("microbatch")
-    penalty = sum(p.square().sum() for p in model.parameters())
-    (loss_of(training, first_batch(training)) + penalty).backward()
-    refused(model, dpfix.PlanBrokenError, "weight_decay", training[1].step)
-
-
-class Fixed(FixedNorm):
-    """Its BatchNorm is frozen by hand, so ``train()`` switches it on."""
-
-    def train(self, mode: bool = True) -> Fixed:
-        return nn.Module.train(self, mode)  # type: ignore[return-value]
-
-
-def test_batch_norm_switched_on_is_refused() -> None:
-    model = Fixed()
-    model.body[1].eval()
-    data = DataLoader([(torch.randn(2, 6, 6), i % 3) for i in range(24)], batch_size=8)
-    _, training = start(model=model, data_loader=data)
-    loss_of(training, first_batch(training)).backward()
+def with_fewer_rows(model: nn.Module, training: Any) -> None:
+    x, y = next(batch for batch in training[2] if len(batch[0]) > 1)
+    loss_of(training, (x[1:], y[1:])).backward()
     training[1].step()
-    training[1].zero_grad()
-    training[0].train()
-    batch = first_batch(training)
-    refused(
-        model,
-        dpfix.PlanBrokenError,
-        r"`body\.1`.*eval",
-        lambda: (loss_of(training, batch).backward(), training[1].step()),
-    )
 
 
-def test_replaced_layer_is_refused() -> None:
-    model, training = start()
-    batch = first_batch(training)
-    model[2] = nn.Linear(8, 3)
-    before = values(model)
-    with pytest.raises(dpfix.MisuseError):
-        loss_of(training, batch).backward()
-        training[1].step()
-    assert torch.equal(values(model), before)
+def with_another_layer(model: nn.Module, training: Any) -> None:
+    model.append(nn.ReLU())
+    without_backward(model, training)
 
 
-@every_engine
-@pytest.mark.parametrize("flag", ["freeze", "unfreeze"])
-def test_changed_requires_grad_is_refused(engine: str, flag: str) -> None:
-    model = mlp()
-    model[0].bias.requires_grad_(flag == "freeze")
-    _, training = start(engine, model=model)
-    model[0].bias.requires_grad_(flag == "unfreeze")
-    batch = first_batch(training)
-
-    def act() -> None:
-        loss_of(training, batch).backward()
-        training[1].step()
-
-    refused(model, dpfix.PlanBrokenError, r"`0\.bias`", act)
+def with_a_frozen_layer(model: nn.Module, training: Any) -> None:
+    model[0].weight.requires_grad_(False)
+    without_backward(model, training)
 
 
-@every_engine
-def test_added_layer_without_parameters_is_refused(engine: str) -> None:
-    model, training = start(engine)
-    model.append(nn.Softmax(dim=0))
-    batch = first_batch(training)
-    refused(
-        model,
-        dpfix.PlanBrokenError,
-        rf"module `{len(model) - 1}`",
-        lambda: (loss_of(training, batch).backward(), training[1].step()),
-    )
+def past_the_guard(model: nn.Module, training: Any) -> None:
+    training[1].original_optimizer.step()
 
 
-def test_parameter_moved_to_another_group_is_accepted_and_one_taken_out_is_not() -> None:
-    model, training = start()
-    assert train(training, 1) == 1
-    groups = training[1].param_groups
-    groups.append({**groups[0], "params": [groups[0]["params"].pop()]})
-    assert train(training, 2) == 2
-    groups.pop()
-    training[1].zero_grad()
-    loss_of(training, first_batch(training)).backward()
-    refused(model, dpfix.PlanBrokenError, "param_groups", training[1].step)
+def not_finite(model: nn.Module, training: Any) -> None:
+    (loss_of(training, first_batch(training)) * float("nan")).backward()
+    training[1].step()
 
 
-def test_added_group_is_refused() -> None:
-    model, training = start()
-    training[1].original_optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    loss_of(training, first_batch(training)).backward()
-    refused(model, dpfix.PlanBrokenError, "param_groups", training[1].step)
-
-
-@every_engine
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gradient_that_is_not_finite_is_refused(engine: str, value: float) -> None:
-    model, training = start(engine)
-    (loss_of(training, first_batch(training)) * value).backward()
-    generator = torch.get_rng_state()
-    refused(model, dpfix.NonFiniteGradientError, "not finite", training[1].step)
-    assert torch.equal(torch.get_rng_state(), generator), "no noise was drawn"
-    training[1].zero_grad()
-    assert train(training, 2) == 2
-
-
-# ------------------------------------------------------------------ what has to keep working
+@pytest.mark.parametrize(
+    ("act", "path"),
+    [
+        (without_zero_grad, "optimizer"),
+        (without_draw, "data_loader"),
+        (without_backward, "optimizer"),
+        (with_fewer_rows, "data_loader"),
+        (with_another_layer, "3"),
+        (with_a_frozen_layer, "0.weight"),
+        (past_the_guard, "optimizer"),
+        (not_finite, "0.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_refusal_has_its_parts(act: Callable[[nn.Module, Any], None], path: str) -> None:
+    """Reports show fact, reason and way out apart, and where it is; the message has them in this order."""
+    with pytest.raises(dpfix.MisuseError) as caught:
+        act(*start("bookkeeping"))
+    (finding,) = caught.value.findings
+    assert finding.fact and finding.help and finding.path == path and finding.code == type(caught.value).code
+    assert str(caught.value) == " ".join(part for part in (finding.fact, finding.why, finding.help) if part)
 
 
 def wanted(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -337,57 +211,3 @@ def test_generator_learns_through_a_private_discriminator(engine: str) -> None:
         F.cross_entropy(training[0](generator(torch.randn(5, 4))), torch.zeros(5, dtype=torch.long)).backward()
         own.step()
         assert not torch.equal(values(generator), learnt)
-
-
-class Remembers(nn.Module):
-    """Its loop reads an auxiliary loss from attributes that every forward pass sets anew (deep supervision does so)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.side, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.heads: list[Tensor] = [torch.zeros(1)]
-        self.last: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.body(x))
-        self.heads[0], self.last = self.side(hidden), hidden.detach()
-        return self.head(hidden) + self.heads[0]
-
-
-@every_engine
-def test_what_forward_keeps_of_a_batch_is_gone_after_the_step(engine: str) -> None:
-    model = Remembers()
-    heads = model.heads
-    _, training = start(engine, model=model)
-    batch = first_batch(training)
-    loss_of(training, batch).backward()
-    assert model.last is not None  # the loop may read it until it makes its step
-    training[1].step()
-    assert model.last is None and model.heads is heads and torch.equal(heads[0], torch.zeros(1))
-    assert any(f.code == "DPF025" and "`heads`" in f.fact for f in training.report.findings)
-
-
-@every_engine
-def test_parameters_written_to_before_the_step_are_refused(engine: str) -> None:
-    """A step to the worst case nearby (SAM) moves along gradients without noise."""
-    model, training = start(engine)
-    training[1].zero_grad()
-    loss_of(training, first_batch(training)).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05)
-    refused(model, dpfix.MisuseError, "written to between the model's forward pass", training[1].step)
-
-
-@every_engine
-def test_parameters_may_be_written_to_after_the_step(engine: str) -> None:
-    """Weight decay by hand, averaging and clamping are post-processing."""
-    model, training = start(engine)
-    for _, batch in zip(range(2), training[2], strict=False):
-        training[1].zero_grad()
-        loss_of(training, batch).backward()
-        training[1].step()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(0.9).clamp_(-1, 1)
-    assert values(model).abs().max() <= 1

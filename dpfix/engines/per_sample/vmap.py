@@ -53,7 +53,7 @@ class VmapHandle(AliasHandle):
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
         for path in self.plan.fixed_norms:
             if self.model.get_submodule(path).training:
-                raise PlanBrokenError(switched_on(self.model, path), path=path)
+                raise PlanBrokenError(*switched_on(self.model, path), path=path)
         return self._mapped(aliases[0], layout, samples, self.weight(samples), args, kwargs)
 
     @override

@@ -1,0 +1,112 @@
+"""What a check is, and what it can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from dpfix.distributed import ALONE, Ranks
+from dpfix.engines import Handle
+from dpfix.plan import Plan
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.training.accounting import Accounting
+
+SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+"""Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
+
+
+@dataclass
+class Progress:
+    """How far the training has come.
+
+    Attributes:
+        partial: samples of the present logical batch that earlier physical batches of a ``BatchMemoryManager`` brought.
+        released: logical batches that were released.
+    """
+
+    partial: int = 0
+    released: int = 0
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """One private training, as its checks see it.
+
+    Attributes:
+        module: the plain model.
+        plan: what was audited.
+        parameters: the trainable parameters by name.
+        handle: the engine at work.
+        accounting: counts the steps.
+        ledger: what the private loader drew; ``None`` without Poisson sampling.
+        ranks: the processes that train together.
+        progress: how far the training has come.
+    """
+
+    module: nn.Module
+    plan: Plan
+    parameters: Mapping[str, nn.Parameter]
+    handle: Handle
+    accounting: Accounting
+    ledger: DrawLedger | None = None
+    ranks: Ranks = ALONE
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def name(self) -> str:
+        """The model's class, for messages."""
+        return type(self.module).__name__
+
+    def forget_sum(self) -> None:
+        """Drop the clipped sum."""
+        for p in self.parameters.values():
+            p.summed_grad = None  # type: ignore[attr-defined]
+
+
+class Check:
+    """Something that has to hold on every real step.
+
+    A check overrides the moments at which it looks, in this order; the others cost nothing. It refuses a step by raising
+    a :class:`~dpfix.errors.MisuseError` before any parameter moves. With a ``BatchMemoryManager`` all moments but
+    :meth:`before_noise` come once per physical batch.
+    """
+
+    def cleared(self) -> None:
+        """``zero_grad`` was called."""
+
+    def before_step(self, optimizer: DPOptimizer) -> None:
+        """The private optimizer is about to step; the engine has not been asked for anything yet."""
+
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
+        """The engine has said what arrived.
+
+        Args:
+            optimizer: the private optimizer.
+            counts: number of samples of every backward pass since the last step.
+            drawn: number of samples in the draw that the loop works on; ``None`` if nothing was drawn, or without Poisson
+                sampling.
+        """
+
+    def summed(self, norms: torch.Tensor | None) -> None:
+        """The clipped sum is there, without noise.
+
+        Args:
+            norms: norms of the samples' gradients, where the engine has clipped and knows them.
+        """
+
+    def before_noise(self, optimizer: DPOptimizer) -> None:
+        """The logical batch is complete and about to be released."""
+
+    def after_step(self, released: bool) -> None:
+        """A physical batch was processed.
+
+        Args:
+            released: whether the logical batch is complete.
+        """
+
+    def detach(self) -> None:
+        """The training is over: take everything off model and parameters."""

@@ -1,0 +1,39 @@
+"""Gradients come from the engine, are released as they came, and are finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dpfix
+from tests.helpers import train
+from tests.training.steps import every_engine, first_batch, loss_of, refused, start
+
+
+@every_engine
+def test_edited_gradients_are_announced(engine: str) -> None:
+    model, training = start(engine)
+    loss_of(training, first_batch(training)).backward()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(dpfix.DPFixWarning, match=r"p\.grad of `0\.weight` was changed"):
+        training[1].step()
+
+
+def test_penalty_on_weights_is_refused() -> None:
+    model, training = start("microbatch")
+    penalty = sum(p.square().sum() for p in model.parameters())
+    (loss_of(training, first_batch(training)) + penalty).backward()
+    refused(model, dpfix.PlanBrokenError, "weight_decay", training[1].step)
+
+
+@every_engine
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_is_refused(engine: str, value: float) -> None:
+    model, training = start(engine)
+    (loss_of(training, first_batch(training)) * value).backward()
+    generator = torch.get_rng_state()
+    refused(model, dpfix.NonFiniteGradientError, "not finite", training[1].step)
+    assert torch.equal(torch.get_rng_state(), generator), "no noise was drawn"
+    training[1].zero_grad()
+    assert train(training, 2) == 2

@@ -1,0 +1,36 @@
+"""Nothing of a batch stays on the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.training.steps import every_engine, first_batch, loss_of, start
+
+
+class Remembers(nn.Module):
+    """Its loop reads an auxiliary loss from attributes that every forward pass sets anew (deep supervision does so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.side, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.heads: list[Tensor] = [torch.zeros(1)]
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        self.heads[0], self.last = self.side(hidden), hidden.detach()
+        return self.head(hidden) + self.heads[0]
+
+
+@every_engine
+def test_what_forward_keeps_of_a_batch_is_gone_after_the_step(engine: str) -> None:
+    model = Remembers()
+    heads = model.heads
+    _, training = start(engine, model=model)
+    batch = first_batch(training)
+    loss_of(training, batch).backward()
+    assert model.last is not None  # the loop may read it until it makes its step
+    training[1].step()
+    assert model.last is None and model.heads is heads and torch.equal(heads[0], torch.zeros(1))
+    assert any(f.code == "DPF025" and "`heads`" in f.fact for f in training.report.findings)
