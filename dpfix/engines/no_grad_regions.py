@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.engines.replaced import Replaced, in_training, mapped_only, transformed
 from dpfix.engines.saved_bytes import saved_bytes
@@ -98,14 +99,7 @@ class NoGradRegions:
         self._calls.clear()
 
     def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module of a region, or the model, is called.
-
-        Args:
-            original: what the call does.
-
-        Returns:
-            What the call returns.
-        """
+        """A module of a region, or the model, is called; ``original`` is what the call does."""
         if not in_training(self.module) or not mapped_only():
             return original(*args, **kwargs)
         site = self._counter.site(path)
@@ -140,6 +134,11 @@ class RegionCall(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call."""
         return self.at_work.call(self.path, self.original, args, kwargs)
+
+    @override
+    def take_out(self) -> None:
+        if vars(self.module).get(self.name) is self:  # not that of another training of the same model
+            super().take_out()
 
 
 class _Tripwire(torch.autograd.Function):
