@@ -246,7 +246,7 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         scratch=record.scratch,
         views=request.views,
         row_counter=_row_counter(request, samples, record.counts, step),
-        needs_workarounds=record.needs_workarounds,
+        help_vmap=record.needs_workarounds,
     )
 
 

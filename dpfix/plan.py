@@ -49,7 +49,7 @@ class Plan:
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.
         scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
-        needs_workarounds: whether forward does what ``vmap`` does wrong or refuses without the workarounds for it.
+        help_vmap: whether forward does what ``vmap`` does wrong or refuses without the workarounds for it.
         views: views of every sample that are averaged (augmentation multiplicity).
         row_counter: how to tell the number of rows of a sample from what the dataset returns, where it is not the same
             for all samples.
@@ -69,7 +69,7 @@ class Plan:
     fixed_norms: tuple[str, ...] = ()
     scratch: tuple[tuple[str, str], ...] = ()
     no_grad_regions: tuple[Region, ...] = ()
-    needs_workarounds: bool = False
+    help_vmap: bool = False
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False

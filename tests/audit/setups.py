@@ -83,7 +83,7 @@ def look(
         record.layers,
         record.elsewhere,
         loss_reduction=loss_reduction,
-        needs_workarounds=record.needs_workarounds,
+        help_vmap=record.needs_workarounds,
     )
     return Looked(model, training_step, samples, record, plan, reference(record, record.unused))
 

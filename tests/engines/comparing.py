@@ -49,7 +49,7 @@ def plan_for(model: nn.Module, probe: Probe, step: TrainingStep = STEP) -> tuple
         record.calls,
         record.layers,
         record.elsewhere,
-        needs_workarounds=record.needs_workarounds,
+        help_vmap=record.needs_workarounds,
     ), record
 
 

@@ -47,7 +47,7 @@ def test_torch_forgets_the_padding_token() -> None:
     items = [(torch.tensor([0, 2, i]), i % 3) for i in range(4)]
     looked = look(nn.Sequential(table, nn.Flatten(), nn.Linear(12, 3)).double(), items)
     assert looked.check(Vmap()).passed
-    assert not replace(looked, plan=replace(looked.plan, needs_workarounds=False)).check(Vmap()).passed
+    assert not replace(looked, plan=replace(looked.plan, help_vmap=False)).check(Vmap()).passed
 
 
 def test_per_sample_gradients_of_a_large_batch_are_not_kept_without_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ class UnknownModuleForward(ReplacedForward):
         super().__init__(handle, module, path)
         self.parameters = dict(parameters)
         slots = parameter_slots(module, self.parameters)
-        self._mapped = MappedCall(self.original, slots, workarounds=handle.plan.needs_workarounds)
+        self._mapped = MappedCall(self.original, slots, workarounds=handle.plan.help_vmap)
 
     @override
     def inside(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ sample j inside the model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,16 +51,18 @@ class MicrobatchHandle(AliasHandle):
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
         found = dict(pytree.leaves(layout.one(args, kwargs)))
         rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
-        outputs = []
-        for i, own in enumerate(aliases):
-
-            def take(path: pytree.Path, leaf: Any, i: int = i) -> Any:
-                return rows[path].take(leaf, i) if path in rows else leaf
-
-            one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
-            with swapped(self.slots, own):
-                outputs.append(self.original(*one_args, **one_kwargs))
+        outputs = [self._one(layout.one(args, kwargs, i), rows, i, own) for i, own in enumerate(aliases)]
         return join_outputs(layout, outputs, self.weight(samples))
+
+    def _one(self, arguments: Any, rows: Mapping[pytree.Path, Rows], i: int, own: Aliases) -> Any:
+        """The output of sample ``i``, whose parameters are its own."""
+
+        def take(path: pytree.Path, leaf: Any) -> Any:
+            return rows[path].take(leaf, i) if path in rows else leaf
+
+        args, kwargs = pytree.map_leaves(take, arguments)
+        with swapped(self.slots, own):
+            return self.original(*args, **kwargs)
 
     @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:

@@ -43,7 +43,7 @@ class VmapHandle(AliasHandle):
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         super().__init__(module, plan)
-        self._mapped = MappedCall(self.original, self.slots, workarounds=plan.needs_workarounds)
+        self._mapped = MappedCall(self.original, self.slots, workarounds=plan.help_vmap)
 
     @override
     def aliases_for(self, samples: int) -> list[Aliases]:
