@@ -57,9 +57,12 @@ class MicrobatchHandle(AliasHandle):
                 return rows[path].take(leaf, i) if path in rows else leaf
 
             one_args, one_kwargs = pytree.map_leaves(take, layout.one(args, kwargs, i))
-            with swapped(self.slots, own):
-                outputs.append(self.original(*one_args, **one_kwargs))
+            outputs.append(self._one(one_args, one_kwargs, own))
         return join_outputs(layout, outputs, self.weight(samples))
+
+    def _one(self, args: Any, kwargs: Any, own: Aliases) -> Any:
+        with swapped(self.slots, own):
+            return self.original(*args, **kwargs)
 
     @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
