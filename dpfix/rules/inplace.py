@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from dpfix.errors import USER_CODE_ERRORS
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
@@ -68,7 +69,6 @@ class InPlace(Rule):
 
 _SHAPES = ((4, 4), (4, 4, 4), (4,), ())
 """Positions behind the channels of a probe; the first that a layer takes is used."""
-_FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, IndexError, AttributeError)
 
 
 def _shown(module: nn.Module) -> EquivalenceReport | None:
@@ -83,7 +83,7 @@ def _shown(module: nn.Module) -> EquivalenceReport | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # dropouts of channels warn about inputs of other shapes
                 return verify_equivalence(module, other, probe, atol=0.0, rtol=0.0)
-        except _FAILURES:
+        except USER_CODE_ERRORS:
             continue
     return None
 

@@ -9,6 +9,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from typing_extensions import override
 
+from dpfix.errors import USER_CODE_ERRORS
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
@@ -95,7 +96,7 @@ def _difference(module: nn.Module) -> float | None:
     try:
         # Only outputs can be compared: the replacement's layers have other names.
         report = verify_equivalence(module, _opacus_replacement(module), _inputs(module), mapping={"": ""})
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError):
+    except USER_CODE_ERRORS:
         return None
     return report.max_difference if math.isfinite(report.max_difference) else None
 

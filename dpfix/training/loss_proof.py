@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.errors import CoupledLossError, LossError
+from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, LossError
 from dpfix.instrument import pytree
 from dpfix.instrument.source import calling_line, warn_user
 from dpfix.layout.calls import find_layout, samples_in
@@ -313,7 +313,7 @@ class _Replay:
                 result = entry.function(*args, **kwargs)
             except KeyError as error:
                 raise _NotFollowedError("the number of its parts depends on the number of samples") from error
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
+            except USER_CODE_ERRORS as error:
                 raise _NotFollowedError(f"{entry.function} does not repeat: {error}") from error
             for (_, old), (_, new) in zip(pytree.leaves(entry.result), pytree.leaves(result), strict=False):
                 if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):

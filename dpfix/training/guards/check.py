@@ -10,7 +10,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from dpfix.distributed import ALONE, Ranks
-from dpfix.engines import Handle
+from dpfix.engines.base import Handle
 from dpfix.plan import Plan
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.training.accounting import Accounting
