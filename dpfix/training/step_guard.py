@@ -82,7 +82,8 @@ class StepGuard:
 
     def _those_at(self, moment: str) -> tuple[Callable[..., None], ...]:
         """What the checks do at a moment, without those that do nothing."""
-        return tuple(getattr(c, moment) for c in self.checks if getattr(type(c), moment) is not getattr(Check, moment))
+        needed = [check for check in self.checks if check.needed]
+        return tuple(getattr(c, moment) for c in needed if getattr(type(c), moment) is not getattr(Check, moment))
 
     @property
     def plan(self) -> Plan:
@@ -111,7 +112,7 @@ class StepGuard:
         """
         guarded = self.guarded
         guarded.accounting.new_step()
-        if self.regions.leaves_out(optimizer, self._settle):
+        if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False
         for check in self._before_step:
             check(optimizer)

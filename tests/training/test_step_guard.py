@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 import dpfix
 from dpfix.training.guards.check import Check
+from dpfix.training.guards.loss import UncoupledLoss
+from dpfix.training.guards.model import FixedNorms
+from dpfix.training.guards.no_grad_regions import RegionsUntouched
+from dpfix.training.guards.ranks import RanksAgree
+from dpfix.training.guards.scratch import ScratchPutBack
 from tests.cases import mlp
 from tests.helpers import points, sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
@@ -28,10 +34,19 @@ def test_every_check_runs_and_says_what_it_catches_and_costs() -> None:
     assert [c.__name__ for c in ran if not {"Catches:", "Costs:"} <= set((c.__doc__ or "").split())] == []
 
 
+def test_a_check_with_nothing_to_look_at_is_not_asked() -> None:
+    guard = start("bookkeeping")[1][1].guard
+    asked = {type(getattr(act, "__self__", None)) for act in (*guard._before_step, *guard._after_step, *guard._cleared)}
+    assert {type(c) for c in guard.checks if not c.needed} == {
+        FixedNorms, RanksAgree, RegionsUntouched, ScratchPutBack, UncoupledLoss,
+    }  # fmt: skip
+    assert not asked & {type(c) for c in guard.checks if not c.needed} and not guard._before_noise
+
+
 def test_nothing_is_asked_of_a_check_at_moments_it_does_not_look_at() -> None:
     """What a check costs is what it does: a step calls no empty methods."""
     guard = start()[1][1].guard
-    moments = [name for name in vars(Check) if not name.startswith("_") and name != "detach"]
+    moments = [name for name, act in vars(Check).items() if inspect.isfunction(act) and name != "detach"]
     called = [getattr(check, "__func__", None) for moment in moments for check in getattr(guard, f"_{moment}")]
     assert called and not {vars(Check)[moment] for moment in moments} & set(called)
 

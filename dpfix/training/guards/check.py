@@ -73,7 +73,12 @@ class Check:
     A check overrides the moments at which it looks, in this order; the others cost nothing. It refuses a step by raising
     a :class:`~dpfix.errors.MisuseError` before any parameter moves. With a ``BatchMemoryManager`` all moments but
     :meth:`before_noise` come once per physical batch.
+
+    Attributes:
+        needed: whether there is anything to look at in this training; if not, the check is asked at no step.
     """
+
+    needed: bool = True
 
     def cleared(self) -> None:
         """``zero_grad`` was called."""

@@ -19,8 +19,8 @@ class UncoupledLoss(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         plan, handle = guarded.plan, guarded.handle
-        needed = BY_NAME[plan.engine].audited and not plan.loss_known
-        self._proof = LossProof(guarded.module, plan, handle.paused) if needed else None
+        self.needed = BY_NAME[plan.engine].audited and not plan.loss_known
+        self._proof = LossProof(guarded.module, plan, handle.paused) if self.needed else None
 
     @override
     def cleared(self) -> None:

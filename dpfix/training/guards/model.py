@@ -113,6 +113,7 @@ class FixedNorms(Check):
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
         self._norms = [(path, guarded.module.get_submodule(path)) for path in guarded.plan.fixed_norms]
+        self.needed = bool(self._norms)
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:

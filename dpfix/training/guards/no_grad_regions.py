@@ -30,6 +30,7 @@ class RegionsUntouched(Check):
         self._guarded = guarded
         self._regions = NoGradRegions(guarded.module, guarded.plan.no_grad_regions)
         self.plan = guarded.plan
+        self.needed = bool(guarded.plan.no_grad_regions)
 
     def drop(self, regions: Iterable[Region]) -> None:
         """From now on these calls are ordinary ones."""

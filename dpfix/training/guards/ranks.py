@@ -20,12 +20,11 @@ class RanksAgree(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
+        self.needed = guarded.ranks.size > 1
 
     @override
     def before_noise(self, optimizer: DPOptimizer) -> None:
         guarded = self._guarded
-        if guarded.ranks.size == 1:
-            return
         ledger = guarded.ledger
         seed, number = (ledger.seed, ledger.number) if ledger else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
@@ -50,6 +49,5 @@ class RanksAgree(Check):
 
     def tell_others(self, optimizer: DPOptimizer, error: Exception) -> None:
         """A step that fails here is released nowhere."""
-        ranks = self._guarded.ranks
-        if ranks.size > 1 and not isinstance(error, RankError):  # the others have that one too
-            ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
+        if self.needed and not isinstance(error, RankError):  # the others have that one too
+            self._guarded.ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)

@@ -16,6 +16,7 @@ class ScratchPutBack(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._scratch = Scratch(guarded.module, guarded.plan.scratch)
+        self.needed = bool(guarded.plan.scratch)
 
     @override
     def after_step(self, released: bool) -> None:
