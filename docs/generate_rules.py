@@ -24,7 +24,8 @@ from dpfix.api import options_of
 from dpfix.report.codes import CODES, RETIRED
 from dpfix.report.finding import Finding, Fixability
 from dpfix.rules import RULES, Rule
-from dpfix.scan.scan import Scan, run_rules
+from dpfix.rules.rule import run_rules
+from dpfix.scan.scan import Scan
 
 ROOT = Path(__file__).parents[1]
 HEADINGS = {"Why bad": "Why it is bad", "Why": "Why it matters"}

@@ -23,6 +23,7 @@ from dpfix.pipeline import prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
 from dpfix.rules import RULES, compiled
+from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.loader import augmentation_of
 from dpfix.sampling.rate import sample_rate
@@ -37,7 +38,6 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
-from dpfix.scan.scan import run_rules
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.privacy_engine import CheckpointingEngine
 from dpfix.training.result import PrivateTraining
@@ -105,7 +105,19 @@ def make_private_safe(
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
         RankError: another of the processes that make this call together cannot, or makes another call.
     """
-    request = _out_of_earlier(_request(locals()))  # all arguments by name
+    privacy = PrivacyOptions(
+        clipping=clipping,
+        max_grad_norm=max_grad_norm,
+        poisson_sampling=poisson_sampling,
+        loss_reduction=loss_reduction,
+        augmentation=augmentation,
+        norm=norm,
+    )
+    performance = PerformanceOptions(
+        grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
+    )
+    given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
+    request = _out_of_earlier(_as_trained(given))
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
@@ -188,8 +200,9 @@ def make_private_safe_with_epsilon(
         ArgumentError: the budget cannot be reached, or an argument is out of range.
     """
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
-    objects = {"module": module, "optimizer": optimizer, "data_loader": data_loader}
-    request = _out_of_earlier(_request(objects | {"max_grad_norm": max_grad_norm} | arguments))
+    loss = arguments.get("criterion"), arguments.get("training_step")
+    options = options_of({"max_grad_norm": max_grad_norm, **arguments})
+    request = _out_of_earlier(_as_trained(Request(module, optimizer, data_loader, *loss, *options)))
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     with request.ranks.all_or_none():
         check_delta(target_delta)
@@ -255,7 +268,16 @@ def diagnose(
     Returns:
         The report; what would be refused is among its findings.
     """
-    request = _request(locals() | {"max_grad_norm": 1.0})
+    options = options_of({
+        "max_grad_norm": 1.0,
+        "batch_first": batch_first,
+        "loss_reduction": loss_reduction,
+        "poisson_sampling": poisson_sampling,
+        "grad_sample_mode": grad_sample_mode,
+        "augmentation": augmentation,
+        "norm": norm,
+    })
+    request = _as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
     _check(request, 0.0, ())
     with rng_untouched(), Surgery(request.scan) as surgery:
         try:
@@ -307,20 +329,12 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
 
 
-def _request(asked: Mapping[str, Any]) -> Request:
-    """The arguments of a call as one object."""
-    loader = asked["data_loader"]
-    views = {}
-    if asked.get("augmentation") is None and isinstance(loader, DataLoader):
-        views["augmentation"] = augmentation_of(loader)  # the loader of an earlier call goes on delivering views
-    return Request(
-        compiled.unwrap(asked["module"]),
-        asked["optimizer"],
-        loader,
-        asked.get("criterion"),
-        asked.get("training_step"),
-        *options_of({**asked, **views}),
-    )
+def _as_trained(request: Request) -> Request:
+    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
+    privacy = request.privacy
+    if privacy.augmentation is None and isinstance(request.data_loader, DataLoader):
+        privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
+    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
 
 
 def _out_of_earlier(request: Request) -> Request:

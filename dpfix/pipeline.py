@@ -43,11 +43,11 @@ from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES, Rule
+from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
-from dpfix.scan.scan import run_rules
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from dpfix.errors import ModelError, OptimizerError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.report.finding import Finding, Fixability
-from dpfix.rules.rule import Rule
-from dpfix.scan.scan import Scan, run_rules
+from dpfix.rules.rule import Rule, run_rules
+from dpfix.scan.scan import Scan
 from dpfix.weights import origins
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from dpfix.errors import DPFixError, ModelError
+from dpfix.instrument.rng import rng_untouched
 from dpfix.report.codes import CODES, RETIRED
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.scan.scan import Scan
@@ -111,3 +112,13 @@ def numbered(**rules: type[Rule]) -> tuple[Rule, ...]:
         if taken:
             raise ValueError(f"{code} is taken: {taken}. docs/codes.md names the next free number.")
     return tuple(rule(code) for code, rule in rules.items())
+
+
+def run_rules(scan: Scan, rules: Iterable[Rule]) -> tuple[tuple[Rule, Finding], ...]:
+    """Ask every rule what it finds; whatever a rule draws, the script's generators stay where they were.
+
+    Returns:
+        ``(rule, finding)`` pairs in the order of the rules.
+    """
+    with rng_untouched():
+        return tuple((rule, finding) for rule in rules for finding in rule.find(scan))

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import describe_module
-from dpfix.report.finding import Finding
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
-
-if TYPE_CHECKING:
-    from dpfix.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -71,13 +66,3 @@ class Scan:
             For example ``BatchNorm3d at `down.0.norm` (in Encoder, unet.py:214)``.
         """
         return describe_module(self.module, path)
-
-
-def run_rules(scan: Scan, rules: Iterable[Rule]) -> tuple[tuple[Rule, Finding], ...]:
-    """Ask every rule what it finds; whatever a rule draws, the script's generators stay where they were.
-
-    Returns:
-        ``(rule, finding)`` pairs in the order of the rules.
-    """
-    with rng_untouched():
-        return tuple((rule, finding) for rule in rules for finding in rule.find(scan))

@@ -19,7 +19,8 @@ from dpfix.api import options_of
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules import RULES, Rule
-from dpfix.scan.scan import Scan, run_rules
+from dpfix.rules.rule import run_rules
+from dpfix.scan.scan import Scan
 from tests.helpers import generators_unchanged
 from tests.rules.examples import Example, example
 

@@ -19,7 +19,8 @@ import dpfix
 from dpfix.api import options_of
 from dpfix.repair.surgery import Surgery
 from dpfix.rules.replaceable import Replaceable
-from dpfix.scan.scan import Scan, run_rules
+from dpfix.rules.rule import run_rules
+from dpfix.scan.scan import Scan
 from tests.cases import Attention, Recurrent
 from tests.helpers import setting, sgd, train
 
