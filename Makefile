@@ -54,10 +54,10 @@ opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with S
 	$(ONE_THREAD) $(BIN)/python -m tests.end_to_end.opacus_suite --backend dpfix $(ARGS)
 
 rules: $(VENV)/.installed-dev  ## write the pages of the rules from their files
-	$(BIN)/python docs/generate_rules.py
+	$(BIN)/python -m docs.generate_rules
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/
-	$(BIN)/python docs/generate_rules.py
+	$(BIN)/python -m docs.generate_rules
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site $(ARGS)
 
 clean:  ## remove what was built, but not the virtual environment

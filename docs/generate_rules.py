@@ -1,6 +1,6 @@
 """Write one page per rule from the rule's own file, the page of all codes, and the rules' part of the navigation.
 
-``python docs/generate_rules.py`` writes ``docs/rules/*.md``, ``docs/codes.md`` and what stands between two marks in
+``python -m docs.generate_rules`` writes ``docs/rules/*.md``, ``docs/codes.md`` and what stands between two marks in
 ``mkdocs.yml``. With ``--check`` nothing is written, and the exit status is 1 if something is missing, stale or left over.
 """
 
@@ -282,7 +282,7 @@ def main() -> int:
     old = stale(wanted)
     if check:
         if old:
-            print(f"not up to date: {', '.join(old)}. Run: python docs/generate_rules.py", file=sys.stderr)
+            print(f"not up to date: {', '.join(old)}. Run: python -m docs.generate_rules", file=sys.stderr)
         return bool(old)
     for name in old:
         if name in wanted:

@@ -7,7 +7,7 @@
     │   └── UnknownArgumentError    a keyword that does not exist (also a TypeError)
     ├── ModelError                  the model cannot be made private as it is
     │   ├── CoupledModelError       the model mixes the samples of a batch
-    │   ├── StateWrittenError       forward writes sample-dependent state that would leave without noise
+    │   ├── StateWrittenError       the training step writes sample-dependent state that would leave without noise
     │   └── NoEngineError           no engine reproduced the batch-of-one reference
     ├── LossError                   the loss is not a mean (or sum) over samples
     │   └── CoupledLossError        one sample's share of the loss depends on another sample

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpfix.audit.isolation import check_isolation, weighted_by_rows
-from dpfix.audit.persistent_state import check_inside, check_outside, kept, modules_outside
+from dpfix.audit.persistent_state import check_inside, check_outside, modules_outside, undone_after
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
@@ -138,7 +138,7 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """
     loss_trace.switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
-    with kept(outside):
+    with undone_after(outside):
         return _prepare(request, surgery, outside)
 
 

@@ -43,6 +43,9 @@ def check_isolation(
 
     Raises:
         CoupledModelError: an output of the model mixes samples.
+        CoupledLossError: the loss does.
+        LossError: it is a sum where a mean was announced, or the other way round.
+        TrainingStepError: no parameter gets a gradient.
     """
     coupled = _coupled_output(trial)
     if coupled:

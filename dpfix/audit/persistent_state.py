@@ -70,7 +70,7 @@ def _apart(root: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+def undone_after(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What a few probe steps write into these modules is undone.
 
     Yields:

@@ -89,7 +89,8 @@ class _Search:
         """The plan with the fastest engine that passes on all probes, if there is one; writes the evidence for each."""
         subject, ordinary, plan = self.subject, self.trials.ordinary, self.plan
         known, key = None, ""
-        if self.options.cache and len(candidates) > 1:
+        cached = self.options.cache and len(candidates) > 1 and all(e.remembered for e in candidates)
+        if cached:
             key = self._key(candidates)
             known = plan_cache.remembered(key)
         if known is not None and next(iter(known)) in {e.name for e in candidates}:
@@ -104,7 +105,7 @@ class _Search:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= {n: replace(evidence[n], seconds=s) for n, s in seconds.items()}
             passed = [BY_NAME[n] for n in seconds]
-            if self.options.cache:
+            if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
         for engine in (*passed, *untried):
@@ -186,7 +187,10 @@ def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], trials: Trials) -> 
         f"bounded: leaving a sample out moves the clipped sum by at most {1 + SLACK:g} times the clip norm",
     ]
     if harder:
-        lines.append(f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50")
+        lines.append(
+            f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50, as far as the "
+            "samples have such values and the step takes them"
+        )
     return lines
 
 

@@ -117,6 +117,11 @@ class Engine(ABC):
     needs_wrapper: bool = False
 
     @property
+    def remembered(self) -> bool:
+        """Whether its place among the engines may be remembered for the next run: not where a script has changed it."""
+        return True
+
+    @property
     def attached_by_opacus(self) -> bool:
         """Whether Opacus prepares the layers of the model."""
         return self.opacus_mode != "no_op"

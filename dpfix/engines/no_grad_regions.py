@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.replaced import Replaced, in_training, mapped_only, transformed
+from dpfix.engines.replaced import Replaced, mapped_only, takes_gradients, transformed
 from dpfix.engines.saved_bytes import saved_bytes
 from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
@@ -100,7 +100,7 @@ class NoGradRegions:
 
     def call(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module of a region, or the model, is called; ``original`` is what the call does."""
-        if not in_training(self.module) or not mapped_only():
+        if not takes_gradients(self.module) or not mapped_only():
             return original(*args, **kwargs)
         site = self._counter.site(path)
         known = self._by_line.get(line_of(site), ())

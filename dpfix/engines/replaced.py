@@ -41,7 +41,7 @@ def _own(module: nn.Module | None, name: str) -> Any:
     return None if module is None else MethodType(getattr(type(module), name), module)
 
 
-def in_training(module: nn.Module) -> bool:
+def takes_gradients(module: nn.Module) -> bool:
     """Whether gradients are being taken: the module is in training mode, and gradients are on."""
     return module.training and torch.is_grad_enabled()
 
@@ -59,4 +59,4 @@ def mapped_only() -> bool:
 
 def is_recorded(module: nn.Module) -> bool:
     """Whether a call of a module is one whose per-sample gradients are wanted: in training, and not transformed."""
-    return in_training(module) and not transformed()
+    return takes_gradients(module) and not transformed()

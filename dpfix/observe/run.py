@@ -151,7 +151,7 @@ def _several(module: nn.Module, log: StepLog) -> tuple[str, ...]:
 
 
 def frozen(module: nn.Module, record: StepRecord) -> Finding:
-    """The finding about parameters that no gradient reaches; there has to be one."""
+    """The finding about parameters that no gradient reaches, of which there is at least one."""
     count = len(record.unused)
     shown = ", ".join(f"`{n}`" for n in record.unused[:3]) + (", ..." if count > 3 else "")
     return Finding(

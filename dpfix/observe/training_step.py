@@ -80,7 +80,7 @@ class Subject:
 
 
 def unknown_loss(step: TrainingStep) -> list[Finding]:
-    """Advice about a loss that is checked on the first real steps only, if it is such a one."""
+    """Advice about a loss that is checked on the first real steps only; none where it is known."""
     if step.loss_known:
         return []
     return [

@@ -1,7 +1,7 @@
 """The rules, in the order in which they look and repair.
 
 A rule is one file with one subclass of :class:`~dpfix.rules.rule.Rule`, and one line in :data:`RULES`, which hands out
-its number. ``python docs/generate_rules.py`` then writes its page.
+its number. ``python -m docs.generate_rules`` then writes its page.
 """
 
 from __future__ import annotations

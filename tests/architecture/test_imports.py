@@ -1,4 +1,4 @@
-"""Imports go down only: the house of DESIGN.md, held by reading the source."""
+"""Imports go down only: the rooms of docs/how-it-works.md, held by reading the source."""
 
 from __future__ import annotations
 

@@ -155,6 +155,18 @@ def test_a_module_with_parameters_that_the_rule_does_not_name_is_not_its() -> No
     assert not rule.calls
 
 
+def test_an_order_of_engines_is_neither_remembered_nor_taken_from_memory_with_a_rule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DPFIX_CACHE_DIR", str(tmp_path))
+    private(CASE)
+    before = sorted(tmp_path.iterdir())
+    with register(BendRule()):
+        _, training = private(CASE)
+    assert before and sorted(tmp_path.iterdir()) == before
+    assert not [e for e in training.report.evidence if "timed before" in e.reason]
+
+
 def test_the_example_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
     (block,) = re.findall(

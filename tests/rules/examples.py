@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import DataLoader, TensorDataset
 
+TAKEN = frozenset({"module", "optimizer", "data_loader", "criterion", "grad_sample_mode", "integers"})
+"""What a case may give; ``integers`` makes the inputs whole numbers below it."""
+
 
 @dataclass
 class Example:
@@ -20,6 +23,7 @@ class Example:
     optimizer: torch.optim.Optimizer
     data_loader: DataLoader[Any]
     mode: str
+    criterion: Any
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -30,7 +34,7 @@ class Example:
             "data_loader": self.data_loader,
             "noise_multiplier": 1.0,
             "max_grad_norm": 1.0,
-            "criterion": nn.CrossEntropyLoss(),
+            "criterion": self.criterion,
             "grad_sample_mode": self.mode,
         }
 
@@ -38,6 +42,7 @@ class Example:
 def example(factory: Callable[[], dict[str, Any]]) -> Example:
     """Complete what a factory gives: inputs that fit the model's first layer, an optimizer, a loader."""
     given = factory()
+    assert given.keys() <= TAKEN, f"a case may give {sorted(TAKEN)}"
     module = given["module"]
     x = _inputs(module, given.get("integers"))
     _materialise(module, x)
@@ -47,7 +52,8 @@ def example(factory: Callable[[], dict[str, Any]]) -> Example:
     optimizer = given.get("optimizer")
     if optimizer is None:
         optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad])
-    return Example(module, optimizer, loader, given.get("grad_sample_mode", "auto"))
+    mode, criterion = given.get("grad_sample_mode", "auto"), given.get("criterion", nn.CrossEntropyLoss())
+    return Example(module, optimizer, loader, mode, criterion)
 
 
 def _inputs(module: nn.Module, integers: int | None) -> torch.Tensor:

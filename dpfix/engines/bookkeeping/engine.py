@@ -66,6 +66,11 @@ class Bookkeeping(Engine):
         """The layers that are one rule; the first one that accepts a module counts."""
         return (*reversed(self._registered.values()), *self._own)
 
+    @property
+    @override
+    def remembered(self) -> bool:
+        return not self._registered
+
     @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
         lists = any(call.lists for call in record.calls)

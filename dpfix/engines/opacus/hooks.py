@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
 from dpfix.engines.iterations import check_one_size
-from dpfix.engines.replaced import in_training, transformed
+from dpfix.engines.replaced import takes_gradients, transformed
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
 from dpfix.instrument import pytree
 from dpfix.layout.rows import Rows
@@ -157,7 +157,7 @@ class HooksHandle(Handle):
         return (m for m in self.model.modules() if "activations" in vars(m))
 
     def _before_call(self, module: nn.Module, args: Any) -> None:
-        if not in_training(module):
+        if not takes_gradients(module):
             return
         if transformed():
             refuse_transforms(module, self.mode)
@@ -180,7 +180,7 @@ class HooksHandle(Handle):
                 )
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not in_training(module):
+        if not takes_gradients(module):
             return output
         # The output of a hooked layer is a view that autograd forbids to overwrite; the script's loss may do so.
         output = pytree.map_leaves(
