@@ -9,7 +9,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from dpfix.engines import Engine, Handle
+from dpfix.engines.base import Engine, Handle, drop_sample_gradients
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
 from dpfix.instrument.fixed_randomness import FixedRandomness
@@ -65,7 +65,7 @@ def _released(
             if regions.tripped:
                 path = regions.tripped[0].site.path
                 raise ModelError(f"gradient reached `{path}`, which runs without a graph", path=path)
-            counts = (handle.announce if handle.clips else handle.collect)(list(parameters.values()))
+            counts = handle.announce(list(parameters.values()))
             if engine.owns_gradients and watch.arrived:
                 raise ModelError(
                     f"gradient reached parameter `{watch.arrived[0]}` past the model's forward:",
@@ -80,10 +80,7 @@ def _released(
             watch.remove()
             regions.detach()
             handle.detach()
-            for p in parameters.values():
-                for name in ("grad_sample", "summed_grad", "_forward_counter"):
-                    if hasattr(p, name):
-                        delattr(p, name)
+            drop_sample_gradients(parameters.values())
 
 
 def clipped_sums(

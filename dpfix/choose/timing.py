@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from dpfix.audit.released import clipped_sums
-from dpfix.engines import Engine
+from dpfix.engines.base import Engine, drop_sample_gradients
 from dpfix.engines.no_grad_regions import applied
 from dpfix.instrument.clock import clock_for
 from dpfix.instrument.module_state import state_of, traceless
@@ -84,11 +84,9 @@ def _seconds(engine: Engine, subject: Subject, batch: object, counts: tuple[int,
         with applied(module, plan.no_grad_regions):
             start = clock()
             subject.step.loss(handle.model, batch).backward()
-        if not handle.clips:
-            handle.collect(list(parameters.values()))
+        handle.announce(list(parameters.values()))
         clipped_sums(handle, parameters, (1.0,), plan)
         return clock() - start
     finally:
         handle.detach()
-        for p in parameters.values():
-            p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+        drop_sample_gradients(parameters.values())

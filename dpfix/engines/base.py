@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +148,14 @@ class Engine(ABC):
         Returns:
             The handle.
         """
+
+
+def drop_sample_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Take off what engines and Opacus leave on parameters: per-sample gradients, clipped sums, counters of calls."""
+    for p in parameters:
+        for name in ("grad_sample", "summed_grad", "_forward_counter"):
+            if hasattr(p, name):
+                delattr(p, name)
 
 
 def no_counts() -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
 from typing_extensions import override
 
+from dpfix.engines.base import drop_sample_gradients
 from dpfix.training import in_training
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
@@ -171,8 +172,5 @@ def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
     opacus_cleanup()
     for name in guard.plan.frozen_parameters:
         module.get_parameter(name).requires_grad_(True)
-    for p in module.parameters():
-        for attribute in ("summed_grad", "grad_sample"):
-            if hasattr(p, attribute):
-                delattr(p, attribute)
+    drop_sample_gradients(module.parameters())
     in_training.end(module)
