@@ -87,8 +87,6 @@ def check_one_size(samples: Collection[int], model: nn.Module, error: type[Misus
     """
     if len(samples) > 1:
         raise error(
-            f"one backward pass reached calls of {type(model).__name__} with different numbers of samples: "
-            f"{sorted(samples)}.",
-            "Their gradients cannot be added per sample.",
-            "Make the calls with the same samples, or make one step for each.",
+            f"one backward pass left per-sample gradients for different numbers of samples: {sorted(samples)}.",
+            help=f"Make the calls of {type(model).__name__} with the same samples, or make one step for each.",
         )

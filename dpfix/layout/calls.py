@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpfix.errors import PlanBrokenError
+from dpfix.errors import ForeignBatchError, PlanBrokenError
 from dpfix.instrument import pytree
 from dpfix.layout.sample_dim import Layout, having
 
@@ -134,10 +134,19 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
 
     Raises:
         PlanBrokenError: the inputs hold different numbers of samples.
+        ForeignBatchError: an input holds a part of a sample.
     """
     found = dict(pytree.leaves(layout.one(args, kwargs)))
     counts = {dim.samples(found[path]) for path, dim in layout.inputs if dim is not None}
     pytree.map_at(lambda entries: counts.add(len(entries)), (args, kwargs), layout.lists)
+    if -1 in counts and not any(dim.counts for _, dim in layout.inputs if dim is not None):
+        rows = {dim.rows: found[path].shape[dim.dim] for path, dim in layout.inputs if dim is not None}
+        several, size = next((rows, size) for rows, size in rows.items() if size % rows or not size)
+        raise ForeignBatchError(
+            f"an input of {type(module).__name__} has {size} rows, which are not {several} for each sample.",
+            "Which row belongs to whom cannot be told.",
+            "Train on the batches of the returned data_loader as they are: without rows that were added or left out.",
+        )
     if -1 in counts:
         raise PlanBrokenError(
             f"the rows of the inputs of {type(module).__name__} are not those of the batch that the data_loader delivered last, "

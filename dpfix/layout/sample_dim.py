@@ -36,12 +36,13 @@ class SampleDim:
             tensor: a tensor laid out this way.
 
         Returns:
-            Rows divided by rows per sample, rounded down; -1 if :attr:`counts` do not add up to the rows.
+            Rows divided by rows per sample; -1 if there are none, if they are not whole samples, or if :attr:`counts`
+            do not add up to them.
         """
         size = tensor.shape[self.dim]
         if self.counts:
             return len(self.counts) if size == sum(self.counts) * self.rows else -1
-        return size // self.rows
+        return -1 if size % self.rows or not size else size // self.rows
 
     def having(self, counts: tuple[int, ...]) -> SampleDim:
         """The layout in a batch whose samples have other numbers of rows.

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpfix
-from dpfix.engines.bookkeeping import Kept, LayerCall, LayerRule, register
+from dpfix.engines.bookkeeping import ENGINE, Kept, LayerCall, LayerRule, register
+from dpfix.engines.bookkeeping.engine import assign
+from dpfix.engines.bookkeeping.linear import Linear
 from tests.cases import Case, labelled
 from tests.helpers import private, released, setting
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, relative_error
@@ -153,6 +155,26 @@ def test_a_module_with_parameters_that_the_rule_does_not_name_is_not_its() -> No
     with register(rule):
         assert_releases_clipped_sums("bookkeeping")
     assert not rule.calls
+
+
+class Greedy(BendRule):
+    """Accepts layers that it cannot compute."""
+
+    parameters = ("weight", "bend")
+
+    def accepts(self, module: nn.Module) -> bool:
+        return True
+
+
+def test_a_rule_that_does_not_name_a_layers_parameters_leaves_it_to_the_engine() -> None:
+    modules = {"": nn.Sequential(nn.Linear(2, 2)), "0": nn.Linear(2, 2)}
+    rules, expanded = assign([Greedy(), *ENGINE.rules], modules, {"0"}, {})
+    assert type(rules["0"]) is Linear and not expanded
+
+
+def test_only_an_instance_of_a_rule_can_be_registered() -> None:
+    with pytest.raises(dpfix.ArgumentError, match=r"not an instance of LayerRule.*register\(MyRule\(\)\)"):
+        register(BendRule)  # type: ignore[arg-type]
 
 
 def test_an_order_of_engines_is_neither_remembered_nor_taken_from_memory_with_a_rule(

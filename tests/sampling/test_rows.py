@@ -16,7 +16,19 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import dpfix
 from tests.helpers import sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
-from tests.sampling.models import COUNTS, MODELS, OWN, SAMPLES, Crops, averaged, convolutional, on_crops, released, step
+from tests.sampling.models import (
+    COUNTS,
+    MODELS,
+    OWN,
+    SAMPLES,
+    Crops,
+    averaged,
+    convolutional,
+    hooked,
+    on_crops,
+    released,
+    step,
+)
 
 
 @pytest.mark.parametrize("engine", ["auto", *OWN])
@@ -171,6 +183,38 @@ def test_a_foreign_batch_of_varying_rows_is_refused() -> None:
         pytest.raises(dpfix.PlanBrokenError, match="without a BatchMemoryManager"),
     ):
         on_crops(private, next(iter(small)))
+
+
+@pytest.mark.parametrize("extra", [2, 1, -1, -2])
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap", "microbatch", "hooks"])
+def test_a_part_of_a_sample_is_refused(engine: str, extra: int) -> None:
+    """8 rows for two samples of 3 would be taken for two of 4: one row of the first sample would go to the second."""
+    model = hooked().double()
+    training = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), data_loader=DataLoader(Crops((2, 8, 8), [3] * 6), 2, collate_fn=list_data_collate),
+        noise_multiplier=0.0, max_grad_norm=1.0, training_step=on_crops, grad_sample_mode=engine, poisson_sampling=False,
+    )  # fmt: skip
+    private, optimizer, loader = training
+    batch = next(iter(loader))
+    rows = torch.arange(6 + extra) % 6
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(dpfix.MisuseError, match=rf"{6 + extra} rows, which are not 3 for (each|every) sample"):
+        on_crops(private, {"image": batch["image"][rows], "label": batch["label"][rows]}).backward()
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    model = convolutional().double()
+    data = Crops((2, 8, 8), [3] * 6)
+    private, _, loader = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), data_loader=DataLoader(data, 2, collate_fn=list_data_collate),
+        noise_multiplier=0.0, max_grad_norm=1.0, training_step=on_crops, poisson_sampling=False,
+        grad_sample_mode="bookkeeping",
+    )  # fmt: skip
+    batch = next(iter(loader))
+    with pytest.raises(dpfix.ForeignBatchError, match="0 rows, which are not 3 for each sample"):
+        on_crops(private, {"image": batch["image"][:0], "label": batch["label"][:0]})
 
 
 # ------------------------------------------------------------------ rows that belong to somebody else

@@ -27,6 +27,7 @@ from dpfix.engines.bookkeeping.prelu import PReLU
 from dpfix.engines.bookkeeping.recurrent import CellForward, RecurrentForward
 from dpfix.engines.bookkeeping.root import RootForward
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
+from dpfix.errors import ArgumentError
 from dpfix.plan import Plan
 
 COMPOSITE: tuple[type[CompositeForward], ...] = (RecurrentForward, CellForward, *COMPOSED)
@@ -56,7 +57,16 @@ class Bookkeeping(Engine):
         Returns:
             A handle; ``remove()``, or leaving a ``with`` block around it, takes the rule back. A training that has
             begun keeps it.
+
+        Raises:
+            ArgumentError: ``rule`` is no layer rule.
         """
+        if not isinstance(rule, LayerRule):
+            raise ArgumentError(
+                f"register() was given {rule!r}, not an instance of LayerRule.",
+                help="Pass an instance of a subclass: register(MyRule()).",
+                path="rule",
+            )
         handle = RemovableHandle(self._registered)
         self._registered[handle.id] = rule
         return handle
@@ -123,9 +133,9 @@ def assign(
         if not own:
             continue
         layer = path.partition("parametrizations")[0].rstrip(".") if "parametrizations" in path.split(".") else path
-        rule = next((r for r in known if r.accepts(modules[layer])), None)
+        rule = next((r for r in known if r.accepts(modules[layer]) and _known(modules[layer], r)), None)
         places = {place for p in own.values() for place in used.get(id(p), ())}
-        if rule is not None and _known(modules[layer], rule) and layer in called and not places:
+        if rule is not None and layer in called and not places:
             rules[layer] = rule
             continue
         user = _around([layer, *places])
