@@ -37,7 +37,7 @@ HIGH, LOW = 1e6, 1e-6
 """Clip norms that leave every sample unclipped, and none."""
 
 
-def start(engine: str = "auto", *, draws: list[list[int]], **options: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
+def start(engine: Any = "auto", *, draws: list[list[int]], **options: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
     model = nn.Sequential(nn.Linear(6, 300, bias=False), nn.Linear(300, 3, bias=False))
     given = setting(
         model, optimizer=sgd(model), data_loader=DataLoader(points(24), batch_size=8), grad_sample_mode=engine
