@@ -13,7 +13,7 @@ class PrivacyStatement:
     After the checklist of Ponomareva et al. 2023, "How to DP-fy ML", https://arxiv.org/abs/2303.00654.
 
     Attributes:
-        epsilon: privacy loss at ``delta``; infinite without noise.
+        epsilon: privacy loss at ``delta``, at least 0; infinite if any step was made without noise.
         delta: the delta it holds for.
         unit: what one sample is.
         adjacency: which pairs of datasets are compared.
@@ -24,7 +24,7 @@ class PrivacyStatement:
         steps: optimizer steps that were accounted.
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
         max_grad_norm: the clip norm.
-        accountant: name of the accounting mechanism.
+        accountant: name of the accounting that gave ``epsilon``; ``rdp`` where the engine's own could not answer.
         secure_rng: whether noise came from a cryptographic generator.
         not_covered: what the guarantee does not speak about.
         cautions: what weakens the claim as it stands.

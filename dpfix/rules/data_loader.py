@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    StackDataset,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -22,6 +26,7 @@ from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.records import repeated
 from dpfix.scan.scan import Scan
 
 _POISSON_HELP = "use batch_size with a map-style dataset, or poisson_sampling=False if you account yourself."
@@ -33,17 +38,20 @@ class LoaderFits(Rule):
     """The loader has to be one that Poisson sampling can stand in for.
 
     What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), custom batch samplers, weighted samplers
-    and samplers dpfix does not know.
+    and samplers dpfix does not know. An index set that names one record several times: repeated indices in a ``Subset`` or
+    a ``SubsetRandomSampler``, a data set that a ``ConcatDataset`` contains twice.
 
     Why bad: the accountant assumes that every sample of a fixed set enters a batch independently with one probability.
     Opacus discards the sampler of such a loader silently: all held-out samples of a ``SubsetRandomSampler`` were drawn,
-    length buckets and weights are lost.
+    length buckets and weights are lost. A record under four indices can be in one batch four times, and moves the released
+    sum by four clip norms, also without Poisson sampling.
 
     Example: ``DataLoader(dataset, batch_sampler=LengthBuckets(...))``.
 
     Use instead: a map-style dataset with ``batch_size`` and no sampler, ``RandomSampler`` or ``SubsetRandomSampler`` (its
     index set is kept, and the rate is batch size over its length). A ``DistributedSampler`` over all ranks is one too: its
-    batch size is that of one rank.
+    batch size is that of one rank. Every index once, with weights in the loss in place of copies, and
+    ``AugmentationMultiplicity`` in place of copies with other transforms.
     """
 
     title = "the data loader cannot be sampled as the accountant assumes"
@@ -51,7 +59,7 @@ class LoaderFits(Rule):
     severity = Severity.BREAKS_GUARANTEE
     outcomes = {
         Fixability.REFUSED: "everything but the known samplers, which are replaced by a Poisson sampler over the same "
-        "index set."
+        "index set; an index set that names a record several times."
     }
 
     @override
@@ -63,6 +71,7 @@ class LoaderFits(Rule):
         lambda: _pair(batch_size=8),
         lambda: _pair(batch_size=8, shuffle=True, drop_last=True),
         lambda: _pair(batch_size=4, sampler=SubsetRandomSampler(range(12))),
+        lambda: _pair(batch_size=4, dataset=ConcatDataset([Subset(_data(), range(12)), _data()])),
     )
     INVALID = (
         lambda: _pair(batch_size=None),
@@ -70,6 +79,9 @@ class LoaderFits(Rule):
         lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
         lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
         lambda: _pair(batch_size=8, sampler=DistributedSampler(TensorDataset(torch.zeros(24)), num_replicas=2, rank=0)),
+        lambda: _pair(batch_size=4, dataset=Subset(_data(), [0, 0, 0, *range(12)])),
+        lambda: _pair(batch_size=4, sampler=SubsetRandomSampler([0, 0, 0, *range(12)])),
+        lambda: _pair(batch_size=4, dataset=ConcatDataset([_data()] * 2)),
     )
 
 
@@ -94,10 +106,10 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
             "the sampling rate is batch size over the number of samples.",
             "give the dataset a __len__ that counts its samples.",
         )
-    elif scan.privacy.poisson_sampling:
-        yield from _sampler(loader, Ranks.of(scan.module))
-    elif Ranks.of(scan.module).size > 1:
-        yield from _order_on_ranks(loader, Ranks.of(scan.module))
+    else:
+        ranks = Ranks.of(scan.module)
+        problems = _sampler(loader, ranks) if scan.privacy.poisson_sampling else _order_on_ranks(loader, ranks)
+        yield from islice(chain(problems, _one_record_several_times(loader)), 1)
 
 
 def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
@@ -138,7 +150,7 @@ def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
 def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
     """Without Poisson sampling the loader's own order must never give a sample to two ranks in one step."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
-    if (
+    if ranks.size == 1 or (
         isinstance(sampler, DistributedSampler)
         and (sampler.rank, sampler.num_replicas) == (ranks.rank, ranks.size)
         and (sampler.drop_last or len(loader.dataset) % ranks.size == 0)  # type: ignore[arg-type]
@@ -153,6 +165,30 @@ def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]
     )
 
 
+def _one_record_several_times(loader: DataLoader[Any]) -> Iterator[_Problem]:
+    """Also without Poisson sampling: the clip norm bounds a record's share of a release only if a batch holds it once."""
+    found = repeated(loader)
+    if found is None:
+        return
+    shown = ", ".join(map(str, found.indices[:4])) + (", ..." if found.times > 4 else "")
+    yield (
+        f"data_loader names {found.records} record(s) several times ({_where(loader)}): one {found.times} times, by its indices "
+        f"{shown}.",
+        f"a batch can hold the copies together: that record then moves the released sum by {found.times} clip norms, and the "
+        "accountant counts one.",
+        "keep every index once (dict.fromkeys(indices)) and weight the loss per sample instead; for copies with other "
+        "transforms pass augmentation=dpfix.AugmentationMultiplicity(transform).",
+    )
+
+
+def _where(loader: DataLoader[Any]) -> str:
+    wrapped = isinstance(loader.dataset, (Subset, ConcatDataset, StackDataset))
+    own = getattr(getattr(loader.batch_sampler, "sampler", None), "indices", None)
+    names = [type(loader.dataset).__name__] if wrapped else []
+    names += [f"the indices of {type(loader.batch_sampler.sampler).__name__}"] if own is not None else []  # type: ignore[union-attr]
+    return " and ".join(names) or "its indices"
+
+
 class _Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         return iter([(torch.zeros(6), 0)] * 24)
@@ -162,5 +198,9 @@ class _Stream(IterableDataset):
 
 
 def _pair(**options: Any) -> dict[str, Any]:
-    data = options.pop("dataset", None) or TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))
+    data = options.pop("dataset", None) or _data()
     return {"module": nn.Sequential(nn.Linear(6, 3)), "data_loader": DataLoader(data, **options)}
+
+
+def _data() -> TensorDataset:
+    return TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))

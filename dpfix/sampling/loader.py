@@ -13,7 +13,7 @@ from typing_extensions import override
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
 from dpfix.sampling.poisson import Drawing, PoissonSampler, RecordedBatches
-from dpfix.sampling.rate import index_set, sample_rate
+from dpfix.sampling.rate import batch_size, index_set, sample_rate
 
 
 class PrivateDataLoader(DPDataLoader):
@@ -23,12 +23,16 @@ class PrivateDataLoader(DPDataLoader):
         loader: the user's loader.
         collate: makes a batch of drawn samples.
         drawing: how batches are drawn; without a generator, that of the user's loader is taken.
+
+    Attributes:
+        nominal: batch size and ``drop_last`` of the user's loader. Scripts count steps with them; draws differ in size.
     """
 
     collate_fn: Any
 
     def __init__(self, loader: DataLoader[Any], collate: CollateOrPlaceholder, drawing: Drawing) -> None:
         self.sample_rate = sample_rate(loader)
+        self.nominal = _nominal(loader)
         self.distributed = drawing.ranks.size > 1
         self.ledger = drawing.ledger
         generator = drawing.generator if drawing.generator is not None else loader.generator
@@ -67,6 +71,24 @@ class PrivateDataLoader(DPDataLoader):
     def batch_sampler(self, sampler: Any) -> None:
         self.__dict__["batch_sampler"] = sampler
 
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of the user's loader, about which the draws vary."""
+        return self.nominal[0]
+
+    @batch_size.setter
+    def batch_size(self, value: Any) -> None:
+        pass  # torch's constructor writes None beside a batch sampler, and allows nobody else to write
+
+    @property
+    def drop_last(self) -> bool:
+        """What the user's loader said; the number of draws in a pass is its number of batches."""
+        return self.nominal[1]
+
+    @drop_last.setter
+    def drop_last(self, value: Any) -> None:
+        pass  # as for batch_size
+
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         collate = self.collate_fn
@@ -83,6 +105,13 @@ class PrivateDataLoader(DPDataLoader):
         for batch, counts in batches:
             self.ledger.deliver(tuple(counts))
             yield batch
+
+
+def _nominal(loader: DataLoader[Any]) -> tuple[int | None, bool]:
+    """Batch size and ``drop_last``; the expected batch size of a loader that Opacus has made Poisson."""
+    expected = batch_size(loader) if hasattr(loader.batch_sampler, "sample_rate") else None
+    size = loader.batch_size if loader.batch_size is not None or expected is None else round(expected)
+    return size, bool(loader.drop_last)
 
 
 def augmentation_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
+from opacus import PrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
@@ -31,6 +33,7 @@ from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
+from dpfix.training.epsilon import spent
 from dpfix.training.guards.check import Guarded
 from dpfix.training.opacus_classes import (
     PrivateModule,
@@ -236,11 +239,11 @@ def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     accountant = privacy_engine.accountant
     optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader)))
-    if optimizer.noise_multiplier == 0:
-        privacy_engine.get_epsilon = _no_privacy
+    if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
+        privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
     return Accounting(optimizer, accountant)
 
 
-def _no_privacy(delta: float) -> float:
-    """Without noise there is no privacy: epsilon is infinite (the accountants overflow instead)."""
-    return float("inf")
+def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:
+    """What Opacus's own engine answers from now on."""
+    return spent(privacy_engine.accountant, delta).epsilon

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
 from dpfix.training import in_training
+from dpfix.training.adaptive_clipping import adaptive_class
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -26,8 +27,9 @@ from dpfix.weights.copies import plain_copy
 @functools.cache
 def private_optimizer_class(cls: type[Any]) -> type[Any]:
     """The subclass of an optimizer of Opacus's in which every step passes the guard."""
+    base = adaptive_class(cls) if issubclass(cls, AdaClipDPOptimizer) else cls
 
-    class PrivateOptimizer(cls):
+    class PrivateOptimizer(base):
         guard: StepGuard
         flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate  # one clip norm for all parameters
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently

@@ -1,4 +1,4 @@
-"""Opacus's privacy engine, whose checkpoints let a private training go on exactly."""
+"""Opacus's privacy engine, whose checkpoints let a private training go on exactly, and which always knows its epsilon."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from typing import Any
 
 from opacus import PrivacyEngine
 from torch import nn
+from typing_extensions import override
 
 from dpfix.training import checkpoint
+from dpfix.training.epsilon import spent
 
 
 class CheckpointingEngine(PrivacyEngine):
-    """Opacus's privacy engine with checkpoints that hold everything a private training consists of."""
+    """Opacus's privacy engine with checkpoints that hold everything a private training consists of.
+
+    Its epsilon is that of :meth:`dpfix.PrivateTraining.get_epsilon`.
+    """
+
+    @override
+    def get_epsilon(self, delta: float) -> float:
+        return spent(self.accountant, delta).epsilon
 
     def save_checkpoint(  # type: ignore[override]
         self,

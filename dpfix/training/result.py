@@ -14,6 +14,7 @@ from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
 from dpfix.training.accounting import accounted_steps
+from dpfix.training.epsilon import spent, steps_without_noise
 
 
 class PrivateTraining(tuple[Any, ...]):
@@ -50,11 +51,14 @@ class PrivateTraining(tuple[Any, ...]):
     def get_epsilon(self, delta: float) -> float:
         """Privacy loss of the steps made so far.
 
+        Where the engine's accountant cannot answer in seconds (tiny noise, very many steps), Renyi accounting bounds the same
+        steps, with a warning.
+
         Args:
             delta: probability in (0, 1) that the bound does not hold; smaller than 1 / number of samples.
 
         Returns:
-            Epsilon; infinite without noise, 0 before the first step.
+            Epsilon, at least 0; infinite if any step was made without noise, 0 before the first step.
 
         Raises:
             ArgumentError: ``delta`` is not a number between 0 and 1.
@@ -66,12 +70,7 @@ class PrivateTraining(tuple[Any, ...]):
                 f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
                 "would satisfy such a bound. Use a smaller delta."
             )
-        return self._epsilon(delta)
-
-    def _epsilon(self, delta: float) -> float:
-        if not self.privacy_engine.accountant.history:
-            return 0.0
-        return float(self.privacy_engine.get_epsilon(delta))
+        return spent(self.privacy_engine.accountant, delta).epsilon
 
     def statement(self, delta: float) -> PrivacyStatement:
         """The privacy statement for the steps made so far.
@@ -91,11 +90,15 @@ class PrivateTraining(tuple[Any, ...]):
             cautions.append(f"delta is not below 1 / samples = {1 / samples:.2g}; such a bound means little")
         if not poisson:
             cautions.append("batches were not Poisson samples, as the accountant assumes")
-        if optimizer.noise_multiplier == 0:
-            cautions.append("no noise was added: there is no privacy")
         engine = self.privacy_engine
+        steps, noiseless = accounted_steps(engine.accountant), steps_without_noise(engine.accountant)
+        if noiseless:
+            cautions.append(f"{noiseless} of {steps} steps were made without noise: there is no privacy")
+        elif optimizer.noise_multiplier == 0:
+            cautions.append("no noise is added: there will be no privacy after the first step")
+        loss = spent(engine.accountant, delta)
         return PrivacyStatement(
-            epsilon=self._epsilon(delta),
+            epsilon=loss.epsilon,
             delta=delta,
             unit="one item of the dataset",
             adjacency="add or remove one sample",
@@ -103,10 +106,10 @@ class PrivateTraining(tuple[Any, ...]):
             sampling_assumed="Poisson",
             samples=samples,
             sampling_rate=sample_rate(loader),
-            steps=accounted_steps(engine.accountant),
+            steps=steps,
             noise_multiplier=float(optimizer.noise_multiplier),
             max_grad_norm=optimizer.max_grad_norm,
-            accountant=engine.accountant.mechanism(),
+            accountant=loss.mechanism,
             secure_rng=bool(engine.secure_mode),
             not_covered=NOT_COVERED,
             cautions=tuple(cautions),

@@ -138,15 +138,23 @@ class StepGuard:
             optimizer: the private optimizer.
 
         Returns:
-            Whether it did; an empty draw is left to Opacus, which makes zeros of it.
+            Whether the sum is there; for an empty draw it is zero, whatever the clipping.
         """
-        if not self.engine_clips or self._counts == [0]:
+        if self._counts == [0]:
+            self._add_nothing()
+            return True
+        if not self.engine_clips:
             return False
         for p in self._trained:
             p.grad = None  # of the step before; the noise is about to make a new one
         clip_and_accumulate = self.guarded.handle.clip_and_accumulate
         self._norms = clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)  # type: ignore[arg-type]
         return True
+
+    def _add_nothing(self) -> None:
+        for p in self._trained:
+            if getattr(p, "summed_grad", None) is None:
+                p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
 
     def summed(self) -> None:
         """The clipped sum of a physical batch is there."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, default_collate
@@ -328,6 +329,28 @@ def test_ledger_forgets_what_an_abandoned_pass_left() -> None:
 def test_loader_without_sampling_is_the_users_own() -> None:
     given = setting(poisson_sampling=False)
     assert dpfix.make_private_safe(**given)[2] is given["data_loader"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_private_loader_answers_the_scripts_batch_size(drop_last: bool, workers: int) -> None:
+    """``len(dataset) // loader.batch_size`` stands in many scripts; the draws vary about it, and none is dropped."""
+    given = loader(30, batch_size=8, drop_last=drop_last, num_workers=workers)
+    training = dpfix.make_private_safe(**setting(data_loader=given))
+    for private in (training[2], copy.deepcopy(training[2])):
+        assert (private.batch_size, private.drop_last, len(private)) == (8, drop_last, len(given))
+        sizes = [len(y) for _ in range(8) for _, y in private]
+        assert len(sizes) == 8 * len(given) and len(set(sizes)) > 2 and max(sizes) > 8
+        with pytest.raises(ValueError, match="batch_size"):
+            private.batch_size = 4
+
+
+def test_the_batch_size_is_kept_through_another_call() -> None:
+    first = dpfix.make_private_safe(**setting(data_loader=loader(40, batch_size=7)))
+    again = dpfix.make_private_safe(**setting(data_loader=first[2]))
+    assert again[2].batch_size == 7
+    opacus = DPDataLoader.from_data_loader(loader(40, batch_size=8))
+    assert dpfix.make_private_safe(**setting(data_loader=opacus))[2].batch_size == 8
 
 
 def test_private_loader_can_be_made_private_again() -> None:

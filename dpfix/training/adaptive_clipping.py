@@ -1,0 +1,52 @@
+"""Adaptive clipping: how the clip norm follows the noisy number of samples that it leaves unclipped."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LARGEST_STEP = 700.0
+"""Of the logarithm of the clip norm: what ``exp`` can still take."""
+
+
+@functools.cache
+def adaptive_class(cls: type[Any]) -> type[Any]:
+    """The subclass of Opacus's ``AdaClipDPOptimizer`` whose clip norm depends on noisy sums alone, with empty draws too.
+
+    Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", https://arxiv.org/abs/1905.03871, release
+    ``sum_i (b_i - 1/2) + noise``, where ``b_i`` is 1 for a sample that is not clipped and 0 otherwise, and divide by a
+    public number. Opacus divides by the number of samples drawn, which is neither noisy nor, for an empty draw, a divisor.
+    The expected batch size takes its place:
+
+        fraction = 1/2 + (unclipped + noise - drawn / 2) / expected batch size
+
+    Args:
+        cls: ``AdaClipDPOptimizer`` or a subclass of it.
+
+    Returns:
+        A subclass for a private optimizer, which has a ``guard``.
+    """
+
+    class Adaptive(cls):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            counted = self.sample_size, self.unclipped_num
+            super().zero_grad(set_to_none)
+            if self.guard.guarded.progress.partial:  # Opacus forgets them in the middle of a logical batch
+                self.sample_size, self.unclipped_num = counted
+
+        def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
+            if not self.guard.guarded.progress.partial:  # model.zero_grad() leaves those of the step before
+                self.sample_size, self.unclipped_num = 0, torch.zeros((), device=self.params[0].device)
+            return super().pre_step(closure)
+
+        def update_max_grad_norm(self) -> None:
+            surplus = (float(self.unclipped_num) - self.sample_size / 2) / self.expected_batch_size
+            step = -self.clipbound_learning_rate * (0.5 + surplus - self.target_unclipped_quantile)
+            norm = float(self.max_grad_norm) * math.exp(min(step, LARGEST_STEP))
+            self.max_grad_norm = min(max(norm, self.min_clipbound), self.max_clipbound)
+
+    return Adaptive
