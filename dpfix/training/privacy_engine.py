@@ -27,6 +27,8 @@ class CheckpointingEngine(PrivacyEngine):
     ) -> None:
         """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
 
+        With ``seed=`` in the call that includes noise and draws; without, these are new ones whenever the file is loaded.
+
         Args:
             path: file name or binary file.
             module: the model, wrapped or not.

@@ -94,6 +94,12 @@ class PrivateTraining(tuple[Any, ...]):
         if optimizer.noise_multiplier == 0:
             cautions.append("no noise was added: there is no privacy")
         engine = self.privacy_engine
+        given = optimizer.randomness.seed is not None or optimizer.generator is not None
+        if given and not engine.secure_mode:
+            cautions.append(
+                "the noise can be computed again from the seed or generator that the script gave: it protects nobody from "
+                "whoever knows that seed"
+            )
         return PrivacyStatement(
             epsilon=self._epsilon(delta),
             delta=delta,
