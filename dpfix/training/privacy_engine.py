@@ -33,7 +33,7 @@ class CheckpointingEngine(PrivacyEngine):
             path: file name or binary file.
             module: the model, wrapped or not.
             optimizer: the private optimizer.
-            data_loader: the private loader; needed if it has a generator of its own.
+            data_loader: the private loader; needed if it has a generator of its own, for the workers.
             noise_scheduler: a scheduler of Opacus.
             grad_clip_scheduler: a scheduler of Opacus.
             checkpoint_dict: further entries of tensors and plain values.

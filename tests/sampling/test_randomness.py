@@ -250,6 +250,22 @@ def test_every_device_has_its_own_generator_of_one_stream() -> None:
     assert all(torch.equal(m, torch.empty(3).normal_(generator=again.generator())) for m in more)
 
 
+def test_the_generators_of_several_devices_share_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made once. There are stand-ins on the CPU, for machines with one device."""
+    made: list[torch.device] = []
+
+    def on_the_cpu(device: torch.device, entropy: tuple[int, ...]) -> torch.Generator:
+        made.append(device)
+        return seeded(torch.device("cpu"), entropy)
+
+    monkeypatch.setattr(randomness, "seeded", on_the_cpu)
+    devices = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
+    for stream in (Stream(), Stream((5,))):
+        noises = [torch.normal(0.0, 1.0, (200,), generator=stream.generator(d)) for d in devices * 2]
+        assert alike(*noises) < 0.6
+    assert made == devices * 2
+
+
 # ------------------------------------------------------------------ a seed
 
 
