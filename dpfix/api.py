@@ -26,6 +26,7 @@ from dpfix.rules import RULES, compiled
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.loader import augmentation_of
+from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import sample_rate
 from dpfix.scan.arguments import (
     check_augmentation,
@@ -33,6 +34,7 @@ from dpfix.scan.arguments import (
     check_delta,
     check_names,
     check_objects,
+    check_randomness,
     check_ranks,
     check_values,
 )
@@ -58,6 +60,7 @@ def make_private_safe(
     poisson_sampling: bool = True,
     clipping: str = "flat",
     noise_generator: torch.Generator | None = None,
+    seed: int | None = None,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
     wrap_model: bool = True,
@@ -86,7 +89,9 @@ def make_private_safe(
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         poisson_sampling: draw Poisson batches, as the accountant assumes; ``False`` leaves the loader alone.
         clipping: ``"flat"``, ``"per_layer"`` or ``"adaptive"``.
-        noise_generator: source of the noise.
+        noise_generator: source of the noise, for experiments that are to be repeated; see ``seed``.
+        seed: makes noise and draws reproducible. Without it they come from generators of the training's own, which the
+            operating system seeds. Noise that can be computed again protects nobody from whoever knows the seed.
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
         augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
@@ -112,6 +117,8 @@ def make_private_safe(
         loss_reduction=loss_reduction,
         augmentation=augmentation,
         norm=norm,
+        noise_generator=noise_generator,
+        seed=seed,
     )
     performance = PerformanceOptions(
         grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
@@ -121,6 +128,7 @@ def make_private_safe(
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
+        check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         if not wrap_model and grad_sample_mode != "auto" and BY_NAME[grad_sample_mode].needs_wrapper:
             raise ArgumentError(
@@ -137,6 +145,7 @@ def make_private_safe(
                 engine,
                 Originals(request.module, request.optimizer, data_loader),
                 Decided(
+                    Randomness.of(seed, engine.secure_rng, request.ranks),
                     prepared.plan,
                     prepared.placeholder,
                     prepared.known_rows,
@@ -159,7 +168,7 @@ def make_private_safe(
                 end_earlier(request.module)
                 raise
             surgery.commit()
-    report = prepared.report(request, noise_multiplier)
+    report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
 
@@ -208,6 +217,7 @@ def make_private_safe_with_epsilon(
         check_delta(target_delta)
         check_budget(target_epsilon, epochs)
         _check(request, 0.0, [name for name in arguments if name not in _ARGUMENTS])
+        check_randomness(request.privacy, engine.secure_mode)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         try:
             noise = get_noise_multiplier(

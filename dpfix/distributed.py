@@ -109,17 +109,6 @@ class Ranks:
                 self.exchange(_Failure(f"{type(error).__name__}: {error}"))
             raise
 
-    def shared_generator(self, own: torch.Generator | None) -> torch.Generator:
-        """A generator that gives the same numbers on all ranks.
-
-        Args:
-            own: rank 0 draws its seed from here; from torch's global generator if ``None``.
-
-        Returns:
-            A new generator.
-        """
-        return torch.Generator().manual_seed(self.first(new_seed(own)))
-
     def check_same(self, values: Mapping[str, Any]) -> None:
         """All ranks have to train the same model in the same way.
 
@@ -149,11 +138,11 @@ ALONE = Ranks()
 """One process, as always but under Opacus's distributed wrapper."""
 
 
-def new_seed(generator: torch.Generator | None) -> int:
+def new_seed(generator: torch.Generator) -> int:
     """A seed of 53 bits, which a float holds exactly.
 
     Args:
-        generator: the source; torch's global one if ``None``.
+        generator: the source.
 
     Returns:
         The seed.

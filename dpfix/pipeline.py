@@ -70,15 +70,15 @@ class Prepared:
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
 
-    def report(self, request: Request, noise_multiplier: float | None) -> Report:
-        """The report of a call; the noise is ``None`` in a diagnosis."""
+    def report(self, request: Request, noise_multiplier: float | None, *, secure: bool = False) -> Report:
+        """The report of a call; the noise is ``None`` in a diagnosis, ``secure`` says whether it is cryptographic."""
         return Report(
             type(request.module).__name__,
             self.findings,
             self.plan.engine,
             self.evidence,
             self.proofs,
-            _settings(request, noise_multiplier),
+            _settings(request, noise_multiplier) | {"randomness": _randomness(request, secure)},
             versions(),
         )
 
@@ -91,6 +91,7 @@ class Prepared:
         return (
             {
                 "noise_multiplier": noise_multiplier,
+                "that noise can be computed again": request.privacy.reproducible,
                 "the loss reduction": plan.loss_reduction,
                 "the options of the call": f"{request.privacy}, {request.performance}",
                 "the number of samples": len(index_set(request.data_loader)),
@@ -107,7 +108,7 @@ class Prepared:
         )
 
 
-def _settings(request: Request, noise_multiplier: float | None) -> Mapping[str, str]:
+def _settings(request: Request, noise_multiplier: float | None) -> dict[str, str]:
     """The privacy settings in force, for the report."""
     loader, privacy = request.data_loader, request.privacy
     poisson = f"Poisson, rate {sample_rate(loader):.6g}"
@@ -123,6 +124,16 @@ def _settings(request: Request, noise_multiplier: float | None) -> Mapping[str, 
         "expected batch size": f"{batch_size(loader):g}",
         "loss reduction": privacy.loss_reduction,
     } | several
+
+
+def _randomness(request: Request, secure: bool) -> str:
+    """Where noise and draws come from, in words."""
+    if secure:
+        return "a cryptographic generator"
+    if not request.privacy.reproducible:
+        return "the training's own generators, seeded by the operating system"
+    given = "seed" if request.privacy.seed is not None else "noise_generator"
+    return f"from {given}=, so that the noise can be computed again: it protects nobody from whoever knows that seed"
 
 
 def versions() -> Mapping[str, str]:

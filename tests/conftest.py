@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -17,6 +18,12 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def reproducible_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has the same noise and draws, whatever ran before it; the operating system is stood in for by a count."""
+    monkeypatch.setattr("dpfix.sampling.randomness.system_entropy", itertools.count().__next__)
 
 
 @pytest.fixture(autouse=True)

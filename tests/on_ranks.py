@@ -60,6 +60,7 @@ def call(batch_size: int = 6, **changes: Any) -> dict[str, Any]:
         "max_grad_norm": CLIP,
         "training_step": step,
         "cache": False,
+        "seed": 0,
     }
     return given | changes
 
@@ -124,7 +125,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["sum"] = train(
         call(loss_reduction="sum", training_step=lambda m, b: step(m, b) * len(b[0]), grad_sample_mode="auto"), 3
     )
-    found["noise"] = train(call(noise_multiplier=2.0), 6)
+    found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
     sampler = DistributedSampler(digits(), seed=1)
     loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
     found["distributed sampler"] = train(call(data_loader=loader), 3)
@@ -240,6 +241,7 @@ def refusals(rank: int, size: int) -> dict[str, Any]:
         "weights": attempt(lambda: call(module=other_weights(rank))),
         "samples": attempt(lambda: call(data_loader=loader)),
         "replicas": attempt(lambda: call(data_loader=sampled)),
+        "seed": attempt(lambda: call(seed=None if rank else 0)),
         "clipping": attempt(lambda: call(clipping="adaptive", target_unclipped_quantile=0.5)),
     }
 

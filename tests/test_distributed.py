@@ -8,7 +8,7 @@ import subprocess
 import sys
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ import dpfix
 from dpfix.distributed import Ranks, new_seed
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.poisson import Drawing, PoissonSampler
+from dpfix.sampling.randomness import Randomness, Stream
 from tests import on_ranks
 from tests.helpers import points, setting
 from tests.reference import clipped_sum, gradients_one_by_one
@@ -156,19 +157,19 @@ class Told(Ranks):
 def test_all_ranks_draw_one_poisson_batch(size: int) -> None:
     """Also when they had left the pass before at other places; equal draws from equal shares would not be independent."""
 
-    def sampler(ranks: Ranks, generator: torch.Generator) -> PoissonSampler:
-        drawing = Drawing(DrawLedger(), generator, ranks)
+    def sampler(ranks: Ranks, source: Stream) -> PoissonSampler:
+        drawing = Drawing(DrawLedger(), source, ranks)
         return PoissonSampler(list(range(100, 140)), drawing, sample_rate=0.2, steps=30)
 
     parts = []
     for rank in range(size):
         ranks = Told(rank, size)
-        mine = sampler(ranks, ranks.shared_generator(torch.Generator().manual_seed(rank)))
+        mine = sampler(ranks, cast(Stream, Randomness.of(None, None, ranks).draws))
         list(islice(mine, 1 + rank))
         parts.append(list(mine))
-    seeds = torch.Generator().manual_seed(7)
+    seeds = Stream((7,)).generator()
     _, second = new_seed(seeds), new_seed(seeds)
-    one = list(sampler(Ranks(), torch.Generator().manual_seed(second)))
+    one = list(sampler(Ranks(), Stream((second,))))
     assert [sorted(chain(*shares)) for shares in zip(*parts, strict=True)] == one
 
 
@@ -201,6 +202,7 @@ def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
         ("repeated samples", ("LoaderError",) * 2, "drop_last=True"),
         ("samples", ("RankError",) * 2, "the number of samples is 60 on rank 0 and 61 on rank 1"),
         ("replicas", ("LoaderError",) * 2, "a DistributedSampler for 3 rank"),
+        ("seed", ("RankError",) * 2, "that noise can be computed again is True on rank 0 and False on rank 1"),
         ("clipping", ("ArgumentError",) * 2, "clipping='adaptive' with 2 ranks"),
     ],
 )

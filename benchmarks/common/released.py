@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks.common.libraries import Step
+from dpfix.sampling.poisson import PoissonSampler
+from dpfix.sampling.randomness import Stream
 
 Gradients = dict[str, Tensor]
 
@@ -93,17 +96,22 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return norm({n: a.get(n, zero).double() - b.get(n, zero).double() for n in a.keys() | b.keys()})
 
 
-def drawn_after(generator: torch.Generator, sampler: Any, seed: int) -> Sequence[Sequence[int]]:
-    """The batches that a loader draws after a seed.
+def drawn_after(loader: DataLoader[Any], seed: int) -> Sequence[Sequence[int]]:
+    """The batches that a private loader draws after a seed; it is left at the seed.
 
     Args:
-        generator: the loader's generator; it is left at the seed.
-        sampler: the loader's batch sampler.
+        loader: of dpfix, which draws from a stream of its own, or of Opacus, with a generator.
         seed: the seed.
 
     Returns:
         Indices of the samples, batch by batch.
     """
+    sampler, generator = loader.batch_sampler, loader.generator
+    if isinstance(sampler, PoissonSampler):
+        sampler.source = Stream((seed,))
+        drawn = list(sampler)
+        sampler.source = Stream((seed,))
+        return drawn
     generator.manual_seed(seed)
     torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
     drawn = list(sampler)

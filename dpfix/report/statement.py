@@ -61,7 +61,7 @@ class PrivacyStatement:
             ("accountant", self.accountant),
             (
                 "noise generator",
-                "cryptographic" if self.secure_rng else "torch's default (not cryptographic)",
+                "cryptographic" if self.secure_rng else "torch's, the training's own (not cryptographic)",
             ),
         ]
         lines = ["privacy statement", *(f"  {name + ':':18s} {value}" for name, value in rows)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+import torch
 from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -22,7 +22,8 @@ class PrivateDataLoader(DPDataLoader):
     Args:
         loader: the user's loader.
         collate: makes a batch of drawn samples.
-        drawing: how batches are drawn; without a generator, that of the user's loader is taken.
+        drawing: how batches are drawn. The generator of the user's loader only seeds its workers, as it does in torch.
+        cryptographic: Opacus's generator in its secure mode, which seeds them instead.
 
     Attributes:
         nominal: batch size and ``drop_last`` of the user's loader. Scripts count steps with them; draws differ in size.
@@ -30,19 +31,18 @@ class PrivateDataLoader(DPDataLoader):
 
     collate_fn: Any
 
-    def __init__(self, loader: DataLoader[Any], collate: CollateOrPlaceholder, drawing: Drawing) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        collate: CollateOrPlaceholder,
+        drawing: Drawing,
+        cryptographic: torch.Generator | None = None,
+    ) -> None:
         self.sample_rate = sample_rate(loader)
         self.nominal = _nominal(loader)
         self.distributed = drawing.ranks.size > 1
         self.ledger = drawing.ledger
-        generator = drawing.generator if drawing.generator is not None else loader.generator
-        shared = drawing.ranks.shared_generator(generator) if self.distributed else generator
-        sampler = PoissonSampler(
-            index_set(loader),
-            replace(drawing, generator=shared),
-            sample_rate=self.sample_rate,
-            steps=len(loader),
-        )
+        sampler = PoissonSampler(index_set(loader), drawing, sample_rate=self.sample_rate, steps=len(loader))
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
         DataLoader.__init__(
             self,
@@ -54,7 +54,7 @@ class PrivateDataLoader(DPDataLoader):
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
-            generator=generator,
+            generator=loader.generator if cryptographic is None else cryptographic,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )

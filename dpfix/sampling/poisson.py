@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
 from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.randomness import Given, Stream
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Drawing:
 
     Attributes:
         ledger: where draws are recorded.
-        generator: source of randomness; on several ranks, the sampler needs one that gives all of them the same numbers.
+        source: random numbers that nobody else draws from; on several ranks, the same ones on all of them.
         ranks: the processes that share every batch.
     """
 
     ledger: DrawLedger
-    generator: torch.Generator | None = None
+    source: Stream | Given
     ranks: Ranks = ALONE
 
 
@@ -37,27 +38,28 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     Args:
         indices: the index set.
-        drawing: generator, ledger and ranks.
+        drawing: random numbers, ledger and ranks.
         sample_rate: probability of every index.
         steps: number of batches in one pass.
     """
 
     def __init__(self, indices: list[int], drawing: Drawing, *, sample_rate: float, steps: int) -> None:
-        super().__init__(num_samples=len(indices), sample_rate=sample_rate, generator=drawing.generator, steps=steps)
+        super().__init__(num_samples=len(indices), sample_rate=sample_rate, steps=steps)
         self.indices = torch.as_tensor(indices)
         self.ledger = drawing.ledger
         self.ranks = drawing.ranks
+        self.source = drawing.source
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
-        generator, seed = self.generator, 0
+        source, seed = self.source, 0
         if self.ranks.size > 1:
-            seed = new_seed(generator)
-            generator = torch.Generator().manual_seed(seed)
+            seed = new_seed(source.generator())
+            source = Stream((seed,))
         self.ledger.start(seed)
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
-            chance = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
+            chance = torch.rand(self.num_samples, generator=source.generator(), dtype=torch.float64)
             drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
             self.ledger.drew(len(drawn))
             yield drawn

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -121,6 +123,36 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
             "the ranks agree on their draws by a seed, which is not cryptographic.",
             "Train on one process, or without secure_mode.",
             path="privacy_engine",
+        )
+
+
+def check_randomness(privacy: PrivacyOptions, secure_mode: bool) -> None:
+    """What noise and draws are to come from has to be usable, and to agree with the privacy engine.
+
+    Raises:
+        ArgumentError: it is not, or does not.
+    """
+    seed, generator = privacy.seed, privacy.noise_generator
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64):
+        raise ArgumentError(
+            f"seed={seed!r} is not a whole number from 0 to 2**64 - 1, nor None.",
+            "Noise and draws would not follow from it.",
+            "Leave it out to train: the operating system then seeds them. Pass for example seed=0 to repeat an experiment.",
+            path="seed",
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(
+            f"noise_generator is {type(generator).__name__}, not a torch.Generator.",
+            help="Pass torch.Generator(device).manual_seed(...), with the device of the parameters, or seed=.",
+            path="noise_generator",
+        )
+    if secure_mode and privacy.reproducible:
+        name = "seed" if seed is not None else "noise_generator"
+        raise ArgumentError(
+            f"{name}= with secure_mode=True:",
+            "cryptographic noise is noise that nobody can compute again.",
+            f"Leave out {name}, or use an engine without secure_mode.",
+            path=name,
         )
 
 

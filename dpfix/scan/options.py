@@ -29,6 +29,8 @@ class PrivacyOptions:
         augmentation: makes several views of every sample, if that is asked for.
         norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"`` or ``"layer"``; the released model is
             another one for each.
+        noise_generator: the script's source of the noise, or ``None``.
+        seed: makes noise and draws reproducible, or ``None``.
     """
 
     clipping: str
@@ -37,6 +39,13 @@ class PrivacyOptions:
     loss_reduction: str
     augmentation: AugmentationMultiplicity | None = field(repr=False)  # it shows an address, which no two ranks share
     norm: str
+    noise_generator: Any = field(repr=False)
+    seed: int | None = field(repr=False)  # who knows it can compute the noise
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the script can compute the noise again."""
+        return self.seed is not None or self.noise_generator is not None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Checkpoints from which a private training goes on exactly as it would have: Opacus's file, and what it leaves out.
 
 Opacus saves the weights, the optimizer and the accountant. Added are the generators, the plan, and the noise and clip norm:
-what a scheduler has made of the call's values goes on, while a call that says other values is obeyed. Everything is tensors
-and plain values, so that loading never runs code from the file.
+what a scheduler has made of the call's values goes on, while a call that says other values is obeyed. Noise and draws go on
+in a training with a seed only: without one they are new, so that two that go on from one file never share their noise.
+Everything is tensors and plain values, so that loading never runs code from the file.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Objects:
     Attributes:
         module: the model, wrapped or not; its weights are saved under the keys of its original layers.
         optimizer: the private optimizer, or ``None``.
-        data_loader: the private loader, for the state of a generator of its own, or ``None``.
+        data_loader: the loader, for the state of a generator of its own, or ``None``.
         schedulers: Opacus's schedulers by name; ``None`` where there is none.
     """
 
@@ -67,6 +68,7 @@ def save(
     content |= {f"{name}_state_dict": s.state_dict() for name, s in states.items() if s is not None}
     content[ENTRY] = {
         "generators": _generators(objects),
+        "randomness": _randomness(optimizer),
         "plan": _plan(optimizer),
         "privacy": _privacy(optimizer),
     }
@@ -115,6 +117,7 @@ def load(
     _restore_regions(added.get("plan"), optimizer)
     _restore_privacy(optimizer, added["privacy"])
     _restore_generators(added["generators"], objects)
+    _restore_randomness(added.get("randomness", {}), optimizer)
     return content
 
 
@@ -250,10 +253,11 @@ def _plain(value: Any) -> Any:
 
 
 def _own(objects: Objects) -> dict[str, torch.Generator]:
-    """Generators besides the global ones: of the noise, and of the loader."""
-    sampler = getattr(objects.data_loader, "batch_sampler", None)
-    draws = getattr(sampler, "generator", None) or getattr(objects.data_loader, "generator", None)
-    found = {"noise": getattr(objects.optimizer, "generator", None), "loader": draws}
+    """Generators that the script has given, for the noise and for the workers of the loader."""
+    found = {
+        name: getattr(of, "generator", None)
+        for name, of in (("noise", objects.optimizer), ("loader", objects.data_loader))
+    }
     return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
 
 
@@ -271,6 +275,22 @@ def _restore_generators(saved: Mapping[str, Any], objects: Objects) -> None:
         )
     for name in saved["own"].keys() & here.keys():
         here[name].set_state(saved["own"][name])
+
+
+def _randomness(optimizer: Any) -> dict[str, Any]:
+    randomness = getattr(optimizer, "randomness", None)
+    return {} if randomness is None else randomness.state()
+
+
+def _restore_randomness(saved: Mapping[str, Any], optimizer: Any) -> None:
+    randomness = getattr(optimizer, "randomness", None)
+    if randomness is None or (not saved and randomness.seed is None):
+        return
+    if not randomness.go_on(saved):
+        _warn(
+            "noise and draws do not go on with the same numbers, since it was not saved with the seed= of this call. Make the "
+            "call with the same seed to repeat an experiment exactly."
+        )
 
 
 def _warn(text: str) -> None:

@@ -30,6 +30,7 @@ from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder,
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.poisson import Drawing
+from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
@@ -120,6 +121,7 @@ class Decided:
     """What was found out and decided before the hand-off.
 
     Attributes:
+        randomness: where noise and draws come from.
         plan: how the model is to be trained.
         placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
@@ -128,6 +130,7 @@ class Decided:
         ranks: the processes that train together.
     """
 
+    randomness: Randomness
     plan: Plan
     placeholder: Placeholder
     known_rows: KnownRows | None
@@ -188,6 +191,7 @@ def hand_off(
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
+    private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
         ledger.at_start = lambda: guard.begin_pass(private_optimizer)
     in_training.begin(module, prepared)
@@ -211,7 +215,8 @@ def _private_loader(
         decided.known_rows,
         row_counter=decided.plan.row_counter,
     )
-    return PrivateDataLoader(loader, collate, Drawing(ledger, privacy_engine.secure_rng, decided.ranks))
+    drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
+    return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
 
 
 def _shell(module: nn.Module, ranks: Ranks) -> nn.Module:

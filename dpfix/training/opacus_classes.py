@@ -18,6 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
 from dpfix.training.step_guard import StepGuard
@@ -31,6 +32,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
 
     class PrivateOptimizer(base):
         guard: StepGuard
+        randomness: Randomness
         flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate  # one clip norm for all parameters
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
 
@@ -66,14 +68,15 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
-                super().add_noise()
+                with OwnNoise(self.randomness.noise):
+                    super().add_noise()
 
     in_place = cls.add_noise is DPOptimizer.add_noise
     return _named_like(PrivateOptimizer, cls)
 
 
 def add_noise_in_place(optimizer: DPOptimizer) -> None:
-    """What ``DPOptimizer.add_noise`` does, with the same random numbers, in the memory of the clipped sum.
+    """What ``DPOptimizer.add_noise`` does, with the training's own random numbers, in the memory of the clipped sum.
 
     The sum without noise is gone afterwards; nobody can come across it.
 
@@ -83,12 +86,13 @@ def add_noise_in_place(optimizer: DPOptimizer) -> None:
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
     for p in optimizer.params:
         total: torch.Tensor = p.summed_grad  # type: ignore[attr-defined]
+        generator = optimizer.generator
         if optimizer.secure_mode:
-            total += _generate_noise(std, total, optimizer.generator, True)
+            total += _generate_noise(std, total, generator, True)
         else:
-            total += torch.normal(
-                0.0, std, total.shape, device=total.device, generator=optimizer.generator, dtype=total.dtype
-            )
+            if generator is None:
+                generator = optimizer.randomness.noise.generator(total.device)  # type: ignore[attr-defined]
+            total += torch.normal(0.0, std, total.shape, device=total.device, generator=generator, dtype=total.dtype)
         p.grad, p.summed_grad = total.view_as(p), None  # type: ignore[attr-defined]
 
 

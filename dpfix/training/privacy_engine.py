@@ -36,11 +36,13 @@ class CheckpointingEngine(PrivacyEngine):
     ) -> None:
         """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
 
+        With ``seed=`` in the call that includes noise and draws; without, these are new ones whenever the file is loaded.
+
         Args:
             path: file name or binary file.
             module: the model, wrapped or not.
             optimizer: the private optimizer.
-            data_loader: the private loader; needed if it has a generator of its own.
+            data_loader: the private loader; needed if it has a generator of its own, for the workers.
             noise_scheduler: a scheduler of Opacus.
             grad_clip_scheduler: a scheduler of Opacus.
             checkpoint_dict: further entries of tensors and plain values.

@@ -91,6 +91,12 @@ class PrivateTraining(tuple[Any, ...]):
         if not poisson:
             cautions.append("batches were not Poisson samples, as the accountant assumes")
         engine = self.privacy_engine
+        given = optimizer.randomness.seed is not None or optimizer.generator is not None
+        if given and not engine.secure_mode:
+            cautions.append(
+                "the noise can be computed again from the seed or generator that the script gave: it protects nobody from "
+                "whoever knows that seed"
+            )
         steps, noiseless = accounted_steps(engine.accountant), steps_without_noise(engine.accountant)
         if noiseless:
             cautions.append(f"{noiseless} of {steps} steps were made without noise: there is no privacy")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from hypothesis import settings
 from opacus import PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from dpfix.sampling import randomness
 
 NAMES = "privacy_engine batch_memory_manager privacy_engine_validation gradient_accumulation poisson"
 
@@ -43,8 +46,17 @@ ON_PURPOSE: dict[str, str] = {
     "TextHooksTest::test_make_private_with_epsilon": "as above",
     "test_extra_param_ew": "expects the failure in forward; dpfix refuses when it is asked for the mode",
     "test_unsupported_ew": "as above",
+    "test_deterministic_run": "seeds torch and expects equal noise and draws; those of dpfix come from generators of the "
+    "training, and only seed= in the call makes two runs equal",
+    "test_equivalent_to_one_batch": "as above",
+    "CustomLayerTest::test_noise_level": "the few numbers of this model lie within 15 % of what is expected for one seed of "
+    "torch, which the test sets for every example; noise that is new in each does not stay there in all of them",
+    "CustomLayerHooksTest::test_noise_level": "as above",
 }
 """Part of a test's id -> why dpfix differs from Opacus there on purpose."""
+
+FIRST = 0
+"""The first number in the place of what the operating system says, so that two runs of the suite say the same."""
 
 
 class FakeData(Dataset[tuple[Tensor, int]]):
@@ -152,6 +164,7 @@ class Suite:
 
     def pytest_runtest_setup(self) -> None:
         torch.manual_seed(0)
+        randomness.system_entropy = itertools.count(FIRST).__next__
 
     def pytest_exception_interact(self, node: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         if call.excinfo is None:

@@ -157,7 +157,7 @@ def trained_by_hand(fill: Any) -> Any:
     training = dpfix.make_private_safe(
         module=model, optimizer=sgd(model, 0.5), data_loader=DataLoader(TensorDataset(x, y), batch_size=3),
         noise_multiplier=0.5, max_grad_norm=0.1, criterion=nn.CrossEntropyLoss(), grad_sample_mode="no_op",
-        noise_generator=torch.Generator().manual_seed(1),
+        seed=1,
     )  # fmt: skip
     private, optimizer, loader = training
     for _ in range(3):

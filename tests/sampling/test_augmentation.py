@@ -101,7 +101,7 @@ def run(data: Dataset[Any], model: nn.Module, steps: int = 4, **changes: Any) ->
     training = dpfix.make_private_safe(
         module=model, optimizer=sgd(model, 0.1), noise_multiplier=1.0, max_grad_norm=1.0,
         data_loader=DataLoader(data, batch_size=3, generator=torch.Generator().manual_seed(2)), cache=False,
-        noise_generator=torch.Generator().manual_seed(3), **{"training_step": step, "grad_sample_mode": "bookkeeping", **changes},
+        seed=3, **{"training_step": step, "grad_sample_mode": "bookkeeping", **changes},
     )  # fmt: skip
     private, optimizer, loader = training
     done = 0

@@ -43,7 +43,7 @@ def epoch(model: nn.Module, training: dpfix.PrivateTraining) -> None:
 )
 def test_the_training_goes_on_exactly(mode: str, wrap: bool, own: bool, tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, dpfix.PrivateTraining]:
-        extra: dict[str, Any] = {"wrap_model": wrap}
+        extra: dict[str, Any] = {"wrap_model": wrap, "seed": 1}
         if own:
             extra["noise_generator"] = torch.Generator().manual_seed(1)
             extra["data_loader"] = DataLoader(points(), batch_size=8, generator=torch.Generator().manual_seed(2))
@@ -116,7 +116,7 @@ def test_a_region_that_was_given_up_stays_given_up(tmp_path: Path, caplog: pytes
         torch.manual_seed(5)
         model = Gated()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, dpfix.make_private_safe(**setting(model, optimizer=optimizer, poisson_sampling=False))
+        return model, dpfix.make_private_safe(**setting(model, optimizer=optimizer, poisson_sampling=False, seed=1))
 
     model, training = fresh()
     assert len(training.plan.no_grad_regions) == 1
@@ -194,3 +194,76 @@ def test_a_checkpoint_of_opacus_is_read(tmp_path: Path) -> None:
         resumed.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", module=resumed[0], optimizer=resumed[1])
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert len(resumed.privacy_engine.accountant) == len(training.privacy_engine.accountant) > 0
+
+
+# ------------------------------------------------------------------ noise and draws
+
+
+def saved_after_an_epoch(path: Path, **changes: Any) -> dict[str, Any]:
+    model, training = begin(**changes)
+    epoch(model, training)
+    training.privacy_engine.save_checkpoint(path=path, module=training[0], optimizer=training[1])
+    return torch.load(path, weights_only=True)
+
+
+def resumed(path: Path, **changes: Any) -> tuple[list[Any], list[torch.Tensor]]:
+    """What is drawn next, and the weights after another epoch."""
+    model, training = begin(**changes)
+    given = {"module": training[0], "optimizer": training[1], "data_loader": training[2]}
+    training.privacy_engine.load_checkpoint(path=path, **given)
+    drawn = [list(training[2].batch_sampler) for _ in range(3)]
+    epoch(model, training)
+    return drawn, [v.clone() for v in model.state_dict().values()]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+def test_a_training_that_is_resumed_twice_never_repeats_noise_or_draws(tmp_path: Path) -> None:
+    """Two learning rates from one checkpoint: equal noise would show the difference of the two sums."""
+    file = tmp_path / "run.pt"
+    assert saved_after_an_epoch(file)["dpfix"]["randomness"] == {}
+    first, second = resumed(file), resumed(file)
+    assert first[0] != second[0] and not equal(first[1], second[1])
+
+
+def test_a_training_with_a_seed_is_resumed_twice_with_equal_noise_and_draws(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    saved_after_an_epoch(file, seed=7)
+    first, second = resumed(file, seed=7), resumed(file, seed=7)
+    assert first[0] == second[0] and equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("saved", "here"), [(7, 8), (7, None), (None, 7)])
+def test_another_seed_than_the_saved_one_is_told(saved: int | None, here: int | None, tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    saved_after_an_epoch(file, seed=saved)
+    with pytest.warns(dpfix.DPFixWarning, match="noise and draws do not go on with the same numbers"):
+        drawn, _ = resumed(file, seed=here)
+    _, anew = begin(seed=here)
+    assert (drawn == [list(anew[2].batch_sampler) for _ in range(3)]) == (here is not None)
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It holds the generator of the draws, which was the loader's, and nothing of the training's own."""
+    file = tmp_path / "run.pt"
+    loader = DataLoader(points(), batch_size=8, generator=torch.Generator().manual_seed(2))
+    content = saved_after_an_epoch(file)
+    del content["dpfix"]["randomness"]
+    content["dpfix"]["generators"]["own"] = {"loader": loader.generator.get_state()}
+    torch.save(content, file)
+    first, second = resumed(file, data_loader=loader), resumed(file, data_loader=loader)
+    assert first[0] != second[0] and not equal(first[1], second[1])
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint. max_grad_norm=.* is taken from the checkpoint")
+def test_the_noise_that_goes_on_is_that_of_every_clipping(tmp_path: Path) -> None:
+    adaptive = {
+        "clipping": "adaptive", "target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 10.0,
+        "min_clipbound": 0.01, "unclipped_num_std": 1.0, "mode": "hooks", "max_grad_norm": 1.0,
+    }  # fmt: skip
+    for changes in (adaptive, {"clipping": "per_layer", "max_grad_norm": [1.0] * 4, "mode": "hooks"}):
+        saved_after_an_epoch(tmp_path / "run.pt", seed=7, **changes)
+        first, second = (resumed(tmp_path / "run.pt", seed=7, **changes) for _ in range(2))
+        assert first[0] == second[0] and equal(first[1], second[1])
