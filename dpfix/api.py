@@ -145,7 +145,7 @@ def make_private_safe(
                 engine,
                 Originals(request.module, request.optimizer, data_loader),
                 Decided(
-                    Randomness.of(seed, engine.secure_rng, request.ranks),
+                    Randomness.of(None if seed is None else int(seed), engine.secure_rng, request.ranks),
                     prepared.plan,
                     prepared.placeholder,
                     prepared.known_rows,

@@ -145,7 +145,8 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
         raise ForeignBatchError(
             f"an input of {type(module).__name__} has {size} rows, which are not {several} for each sample.",
             "Which row belongs to whom cannot be told.",
-            "Train on the batches of the returned data_loader as they are: without rows that were added or left out.",
+            "Train on the batches of the returned data_loader as they are: without rows that were added or left out. Call the "
+            "model under torch.no_grad() where no gradient is needed.",
         )
     if -1 in counts:
         raise PlanBrokenError(

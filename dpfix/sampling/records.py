@@ -24,18 +24,27 @@ def record(dataset: Any, index: Any) -> Hashable:
         Equal for two indices if these wrappers lead both to one index of one data set.
     """
     while True:
-        if isinstance(dataset, Subset):
+        if _looks_up_as(dataset, Subset) and hasattr(dataset, "indices"):
             dataset, index = dataset.dataset, dataset.indices[index]
-        elif isinstance(dataset, ConcatDataset):
+        elif _looks_up_as(dataset, ConcatDataset):
             index = _from_the_front(dataset, index)
             part = bisect.bisect_right(dataset.cumulative_sizes, index)
             index -= dataset.cumulative_sizes[part - 1] if part else 0
             dataset = dataset.datasets[part]
-        elif isinstance(dataset, StackDataset):
+        elif _looks_up_as(dataset, StackDataset):
             parts: Any = dataset.datasets
             return tuple(record(part, index) for part in (parts.values() if isinstance(parts, dict) else parts))
         else:
-            return id(dataset), _from_the_front(dataset, index)
+            return id(dataset), _hashable(_from_the_front(dataset, index))
+
+
+def _looks_up_as(dataset: Any, kind: type[Any]) -> bool:
+    """Whether a data set finds its items as one of torch's wrappers does; a subclass may do so in its own way."""
+    return isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
+
+
+def _hashable(index: Any) -> Hashable:
+    return index if isinstance(index, Hashable) else repr(index)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ def repeated(loader: DataLoader[Any]) -> Repeated | None:
         Those records, or ``None`` if every record is named once.
     """
     indices = index_set(loader)
-    if len(set(indices)) == len(indices) and not isinstance(loader.dataset, (Subset, ConcatDataset, StackDataset)):
+    once = len(set(indices)) == len(indices) and min(indices, default=0) >= 0
+    if once and not isinstance(loader.dataset, (Subset, ConcatDataset, StackDataset)):
         return None
     records = [record(loader.dataset, index) for index in indices]
     several = [(one, times) for one, times in Counter(records).items() if times > 1]

@@ -1,4 +1,8 @@
-"""From the history of an accountant to an epsilon: never below the truth, never below zero, and in bounded time."""
+"""From the history of an accountant to an epsilon: never below zero, and in bounded time.
+
+The PRV accountant is asked where its arithmetic is sound, Renyi accounting, an upper bound, everywhere else. The ``gdp``
+accountant is an approximation that may lie below the truth; it answers only where the script has asked for it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,12 @@ MOST_POINTS = 10_000_000
 """Points on which the privacy losses of a history may be discretised; about 0.6 us each, 6 s in all."""
 LARGEST_LOSS = 650.0
 """Beyond it ``exp`` of a privacy loss, which the PRV accountant takes, is not a number any more (at 709)."""
+SMALLEST_DELTA = 1e-8
+"""Below it rounding in the PRV accountant is as large as delta: answers below the exact one were seen up to 3e-10."""
+SMALLEST_NOISE = 1e-6
+"""With less, epsilon is beyond 1e11 for a single step with rate 1, and is called infinite."""
+LARGEST_NOISE = 1e6
+"""More is read as this much, which loses nothing worth having and keeps powers of it finite."""
 EPS_ERROR = 0.01
 """The default of Opacus's PRV accountant."""
 MOST_ENTRIES = 50
@@ -60,16 +70,16 @@ def spent(accountant: Any, delta: float) -> Spent:
     name = accountant.mechanism()
     if not history:
         return Spent(0.0, name)
-    if steps_without_noise(accountant) or not delta > 0:
+    if min(noise for noise, *_ in history) < SMALLEST_NOISE or not delta > 0:
         return Spent(math.inf, name)
     if isinstance(accountant, RDPAccountant):
-        return Spent(max(0.0, float(accountant.get_epsilon(delta))), name)
+        return Spent(renyi_epsilon(history, delta), name)
     reason = _too_much(history, delta) if isinstance(accountant, PRVAccountant) else ""
     if not reason:
         try:
             with np.errstate(all="ignore"):  # what is not finite is seen below
                 epsilon = float(accountant.get_epsilon(delta))
-        except (ValueError, RuntimeError, OverflowError) as error:
+        except (ValueError, RuntimeError, ArithmeticError) as error:
             reason = f"it failed ({error})"
         else:
             if math.isfinite(epsilon):
@@ -106,6 +116,7 @@ def renyi_epsilon(history: list[Entry], delta: float) -> float:
         Epsilon, at least 0.
     """
     steps: Counter[tuple[float, float]] = Counter()
+    history = [(min(noise, LARGEST_NOISE), rate, times) for noise, rate, times in history]
     for noise, rate, times in history if len(history) <= MOST_ENTRIES else _coarser(history):
         steps[float(noise), float(rate)] += times
     divergence = sum(times * _divergence(*setting) for setting, times in steps.items())
@@ -129,6 +140,8 @@ def _coarser(history: list[Entry]) -> Iterator[Entry]:
 
 def _too_much(history: list[Entry], delta: float) -> str:
     """Why the PRV accountant would not answer; its grid is that of Gopi et al. 2021, https://arxiv.org/abs/2106.02848."""
+    if delta < SMALLEST_DELTA:
+        return f"delta={delta:g} is as small as the rounding in it"
     delta_error = delta / 1000
     steps = sum(entry[-1] for entry in history)
     grid_points_per_loss = math.sqrt(steps * math.log(12 / delta_error) / 2) / EPS_ERROR

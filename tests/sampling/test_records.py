@@ -26,6 +26,26 @@ class Letters(Dataset[Any]):
         return torch.full((6,), float(ord(index))), 0
 
 
+class Lazy(Subset[Any]):
+    """Finds its items in its own way, without a list of indices."""
+
+    @override
+    def __init__(self) -> None:
+        self.dataset = DATA
+
+    @override
+    def __getitem__(self, index: Any) -> Any:
+        return DATA[index]
+
+    @override
+    def __getitems__(self, indices: Any) -> Any:
+        return [DATA[index] for index in indices]
+
+    @override
+    def __len__(self) -> int:
+        return 12
+
+
 REPEATED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Subset": (lambda: Subset(DATA, [0, 0, 0, 0, *range(1, 12)]), {}),
     "tensor of indices": (lambda: Subset(DATA, torch.tensor([3, 3, 4, 5])), {}),  # type: ignore[arg-type]
@@ -40,12 +60,15 @@ REPEATED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "StackDataset": (lambda: StackDataset(Subset(IMAGES, [1, 1, 2, 3]), Subset(LABELS, [1, 1, 2, 3])), {}),  # type: ignore[arg-type]
     "sampler": (lambda: DATA, {"sampler": SubsetRandomSampler([2, 2, 2, *range(12)])}),
+    "sampler from the end": (lambda: DATA, {"sampler": SubsetRandomSampler([23, -1, 22, 0, 1])}),
     "sampler over a Subset": (lambda: Subset(DATA, [4, 4, 5, 6]), {"sampler": SubsetRandomSampler([0, 1, 2])}),
 }
 ONCE: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "parts": (lambda: ConcatDataset([Subset(DATA, range(12)), Subset(DATA, range(12, 24))]), {}),
     "other data": (lambda: ConcatDataset([points(12), points(12)]), {}),
     "keys": (lambda: Subset(Letters(), ["a", "b", "c", "d"]), {}),  # type: ignore[list-item]
+    "lists as keys": (lambda: Subset(Letters(), [["a"], ["b"]]), {}),  # type: ignore[list-item]
+    "a Subset without indices": (Lazy, {}),
     "repeated indices that are not drawn": (
         lambda: Subset(DATA, [4, 4, 5, 6]),
         {"sampler": SubsetRandomSampler([1, 2, 3])},

@@ -230,7 +230,7 @@ def test_a_training_that_is_resumed_twice_never_repeats_noise_or_draws(tmp_path:
 
 def test_a_training_with_a_seed_is_resumed_twice_with_equal_noise_and_draws(tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
-    saved_after_an_epoch(file, seed=7)
+    saved_after_an_epoch(file, seed=np.int64(7))
     first, second = resumed(file, seed=7), resumed(file, seed=7)
     assert first[0] == second[0] and equal(first[1], second[1])
 

@@ -150,3 +150,28 @@ def test_renyi_accounting_is_an_upper_bound(noise: float, steps: int) -> None:
         bounds = [renyi_epsilon([(noise, rate, steps)], delta) for rate in (1.0, 0.5, 0.01)]
         assert bounds[0] >= gaussian(noise, steps, delta) * (1 - 1e-9)
         assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(bounds))
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "delta"), [(226.30507551910995, 205154, 3.123010679657936e-10), (56.1806, 35971, 2.38e-12)]
+)
+def test_tiny_deltas_are_not_asked_of_the_prv_accountant(noise: float, steps: int, delta: float) -> None:
+    with pytest.warns(dpfix.DPFixWarning, match="as small as the rounding in it"):
+        found = spent(history([(noise, 1.0, steps)]), delta)
+    assert found.epsilon >= gaussian(noise, steps, delta) and found.mechanism == "rdp"
+
+
+@pytest.mark.parametrize("kind", [PRVAccountant, RDPAccountant])
+@pytest.mark.parametrize("noise", [1e-170, 1e-155, 1e160])
+def test_absurd_noise_is_answered(kind: type[IAccountant], noise: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = spent(history([(noise, 0.01, 10)], kind), 1e-5).epsilon
+    assert found == math.inf if noise < 1 else 0 <= found < 0.3  # the largest order of the grid bounds it
+
+
+def test_many_noise_levels_are_answered_by_renyi_accounting_too() -> None:
+    entries = [(1.0 + k / 1000, 0.01, 1) for k in range(1000)]
+    found = spent(history(entries, RDPAccountant), 1e-5).epsilon
+    assert spent(history([(2.0, 0.01, 1000)], RDPAccountant), 1e-5).epsilon < found
+    assert found < spent(history([(0.98, 0.01, 1000)], RDPAccountant), 1e-5).epsilon
