@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
@@ -37,6 +36,7 @@ from dpfix.scan.arguments import (
     check_randomness,
     check_ranks,
     check_values,
+    check_wrapping,
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
@@ -130,13 +130,7 @@ def make_private_safe(
         _check(request, noise_multiplier, options)
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
-        if not wrap_model and grad_sample_mode != "auto" and BY_NAME[grad_sample_mode].needs_wrapper:
-            raise ArgumentError(
-                f"grad_sample_mode={grad_sample_mode!r} needs wrap_model=True:",
-                "Opacus's expanded weights work through its wrapper.",
-                "Pass wrap_model=True, or leave grad_sample_mode at 'auto'.",
-                path="wrap_model",
-            )
+        check_wrapping(request.performance, wrap_model)
         with rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))

@@ -126,6 +126,22 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
         )
 
 
+def check_wrapping(performance: PerformanceOptions, wrap_model: bool) -> None:
+    """Some engines work through Opacus's wrapper only.
+
+    Raises:
+        ArgumentError: one of them was asked for without it.
+    """
+    mode = performance.grad_sample_mode
+    if not wrap_model and mode != "auto" and BY_NAME[mode].needs_wrapper:
+        raise ArgumentError(
+            f"grad_sample_mode={mode!r} needs wrap_model=True:",
+            "Opacus's expanded weights work through its wrapper.",
+            "Pass wrap_model=True, or leave grad_sample_mode at 'auto'.",
+            path="wrap_model",
+        )
+
+
 def check_randomness(privacy: PrivacyOptions, secure_mode: bool) -> None:
     """What noise and draws are to come from has to be usable, and to agree with the privacy engine.
 
