@@ -28,6 +28,12 @@ class Verdict:
         return not self.reason
 
 
+def batches_of_tensors(record: Any) -> Verdict:
+    """Whether an engine that takes all samples at once can work with a model: it is known which rows are whose."""
+    lists = any(call.lists for call in record.calls)
+    return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
+
+
 class Handle(ABC):
     """An engine at work on one model.
 

@@ -70,7 +70,7 @@ def spent(accountant: Any, delta: float) -> Spent:
     name = accountant.mechanism()
     if not history:
         return Spent(0.0, name)
-    if min(noise for noise, *_ in history) < SMALLEST_NOISE or not delta > 0:
+    if not all(noise >= SMALLEST_NOISE for noise, *_ in history) or not delta > 0:  # also where it is not a number
         return Spent(math.inf, name)
     if isinstance(accountant, RDPAccountant):
         return Spent(renyi_epsilon(history, delta), name)

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from dpfix.engines.base import Engine, Verdict
+from dpfix.engines.base import Engine, Verdict, batches_of_tensors
 from dpfix.engines.bookkeeping.composed import COMPOSED
 from dpfix.engines.bookkeeping.convolution import Convolution
 from dpfix.engines.bookkeeping.embedding import Embedding
@@ -83,8 +83,7 @@ class Bookkeeping(Engine):
 
     @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        lists = any(call.lists for call in record.calls)
-        return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
+        return batches_of_tensors(record)
 
     @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> BookkeepingHandle:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.base import Engine, Verdict, per_sample
+from dpfix.engines.base import Engine, Verdict, batches_of_tensors, per_sample
 from dpfix.engines.functional.call import MappedCall
 from dpfix.engines.functional.parameter_swap import Aliases
 from dpfix.engines.per_sample.handle import AliasHandle
@@ -30,8 +30,7 @@ class Vmap(Engine):
 
     @override
     def supports(self, module: nn.Module, record: Any) -> Verdict:
-        lists = any(call.lists for call in record.calls)
-        return Verdict(record.layout_problem or ("the model takes a list of samples" if lists else ""))
+        return batches_of_tensors(record)
 
     @override
     def attach(self, module: nn.Module, plan: Plan, prepared: Any = None) -> VmapHandle:
