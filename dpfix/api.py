@@ -40,6 +40,8 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
+from dpfix.training.follow.agenda import SHARE
+from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.privacy_engine import CheckpointingEngine
 from dpfix.training.result import PrivateTraining
@@ -68,6 +70,8 @@ def make_private_safe(
     norm: str = "group",
     no_grad_regions: bool = True,
     cache: bool = True,
+    checks: float = SHARE,
+    strict: bool = False,
     **options: Any,
 ) -> PrivateTraining:
     """Make a model, its optimizer and its loader private; the training loop stays as it is.
@@ -100,6 +104,9 @@ def make_private_safe(
         norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
         no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
         cache: remember in the user's cache directory which engine was fastest for this model; it is audited all the same.
+        checks: share of the training time that checks of random real steps may take. The first steps, and steps on which
+            anything new is seen, are checked in any case; nothing is released in a step that fails.
+        strict: refuse a loop whose loss cannot be followed, instead of warning once.
         **options: further options of Opacus's optimizers (adaptive clipping).
 
     Returns:
@@ -119,6 +126,8 @@ def make_private_safe(
         norm=norm,
         noise_generator=noise_generator,
         seed=seed,
+        checks=checks,
+        strict=strict,
     )
     performance = PerformanceOptions(
         grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
@@ -146,6 +155,7 @@ def make_private_safe(
                     request.privacy.augmentation,
                     poisson_sampling,
                     request.ranks,
+                    Following(prepared.step, prepared.batches, float(checks), strict),
                 ),
                 wrap_model=wrap_model,
                 for_opacus={

@@ -29,7 +29,7 @@ from dpfix.errors import (
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
 from dpfix.layout.row_count import RowCounter, find_row_counters
-from dpfix.observe import double_activation, loss_trace, no_grad_search, probe
+from dpfix.observe import double_activation, no_grad_search, probe
 from dpfix.observe.failures import described_failures
 from dpfix.observe.one_step import decided_by_rounding
 from dpfix.observe.record import StepRecord, several_rows
@@ -48,6 +48,8 @@ from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
+from dpfix.training.follow.delivery import BatchLayout
+from dpfix.training.follow.follower import switch_off_all
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Prepared:
         plan: how the model is to be trained.
         placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
+        step: the training step, told or inferred.
+        batches: how the loader's batches carry their samples.
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
@@ -66,6 +70,8 @@ class Prepared:
     plan: Plan
     placeholder: Placeholder
     known_rows: KnownRows | None
+    step: TrainingStep
+    batches: BatchLayout
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
@@ -147,7 +153,7 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     Returns:
         The plan and the evidence for it.
     """
-    loss_trace.switch_off_all()
+    switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
     with undone_after(outside):
         return _prepare(request, surgery, outside)
@@ -188,7 +194,9 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
     placeholder, known_rows = _placeholder(empty or ordinary, plan), _known_rows(samples, record)
-    return Prepared(plan, placeholder, known_rows, tuple(findings), evidence, tuple(proofs))
+    with rng_untouched():
+        batches = BatchLayout.of(samples)
+    return Prepared(plan, placeholder, known_rows, step, batches, tuple(findings), evidence, tuple(proofs))
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:

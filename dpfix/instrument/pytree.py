@@ -93,6 +93,16 @@ def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: P
     return _rebuild(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in parts})
 
 
+def map_children(fn: Callable[[object, Any], Any], tree: Any) -> Any:
+    """The same container with every direct part replaced by ``fn(key, part)``; a leaf stays.
+
+    Returns:
+        A new container.
+    """
+    parts = children(tree)
+    return tree if parts is None else _rebuild(tree, {key: fn(key, part) for key, part in parts})
+
+
 def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*parts.values())

@@ -45,6 +45,12 @@ def warn_user(text: str) -> None:
 
 
 @functools.cache
+def is_users_file(file: str) -> bool:
+    """Whether code comes from elsewhere than torch, Opacus and dpfix; that of a notebook or of ``exec`` counts, too."""
+    return file.startswith("<") or not os.path.abspath(file).startswith(_OWN)
+
+
+@functools.cache
 def _users_file(file: str) -> str:
     """The name of a file, if it is the user's; empty otherwise."""
     own = os.path.abspath(file).startswith(_OWN) or file.startswith("<")

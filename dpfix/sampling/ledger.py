@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 
 class DrawLedger:
@@ -15,6 +16,7 @@ class DrawLedger:
         seed: seed of the present round, where several ranks draw it together.
         number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
         at_start: called when a sampler begins a new pass.
+        at_delivery: called with every batch that the loader hands out.
     """
 
     def __init__(self) -> None:
@@ -22,6 +24,7 @@ class DrawLedger:
         self.seed = 0
         self.number = 0
         self.at_start: Callable[[], None] = lambda: None
+        self.at_delivery: Callable[[Any], None] = lambda batch: None
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
         self.counts: tuple[int, ...] = ()

@@ -95,6 +95,7 @@ class PrivateDataLoader(DPDataLoader):
         if not isinstance(collate, CollateOrPlaceholder) or collate.row_counter is None:
             for batch in super().__iter__():
                 self.ledger.deliver()
+                self.ledger.at_delivery(batch)
                 yield batch
             return
         self.collate_fn = collate.with_counts
@@ -104,6 +105,7 @@ class PrivateDataLoader(DPDataLoader):
             self.collate_fn = collate
         for batch, counts in batches:
             self.ledger.deliver(tuple(counts))
+            self.ledger.at_delivery(batch)
             yield batch
 
 

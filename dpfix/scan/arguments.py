@@ -68,6 +68,15 @@ def check_values(
             path="noise_multiplier",
         )
     _check_clip_norm(privacy, module)
+    if isinstance(privacy.checks, bool) or not (isinstance(privacy.checks, (int, float)) and 0 <= privacy.checks <= 1):
+        raise ArgumentError(
+            f"checks={privacy.checks!r} is not a number from 0 to 1:",
+            "the share of the training time that checks of random real steps may take.",
+            "The default is 0.02; 0 leaves the checks of the first steps and of steps on which anything new is seen.",
+            path="checks",
+        )
+    if not isinstance(privacy.strict, bool):
+        raise ArgumentError(f"strict={privacy.strict!r} is not True or False.", path="strict")
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:

@@ -31,6 +31,8 @@ class PrivacyOptions:
             another one for each.
         noise_generator: the script's source of the noise, or ``None``.
         seed: makes noise and draws reproducible, or ``None``.
+        checks: share of the training time that checks of random real steps may take.
+        strict: whether a loop that cannot be followed is refused.
     """
 
     clipping: str
@@ -41,6 +43,8 @@ class PrivacyOptions:
     norm: str
     noise_generator: Any = field(repr=False)
     seed: int | None = field(repr=False)  # who knows it can compute the noise
+    checks: float
+    strict: bool
 
     @property
     def reproducible(self) -> bool:

@@ -36,6 +36,7 @@ from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
 from dpfix.training.epsilon import spent
 from dpfix.training.guards.check import Guarded
+from dpfix.training.guards.real_steps import Following
 from dpfix.training.opacus_classes import (
     PrivateModule,
     private_hooks_class,
@@ -128,6 +129,7 @@ class Decided:
         augmentation: makes several views of every sample.
         poisson_sampling: whether the loader draws Poisson batches.
         ranks: the processes that train together.
+        following: what is known about the real steps.
     """
 
     randomness: Randomness
@@ -137,6 +139,7 @@ class Decided:
     augmentation: AugmentationMultiplicity | None
     poisson_sampling: bool
     ranks: Ranks
+    following: Following
 
 
 def hand_off(
@@ -187,7 +190,8 @@ def hand_off(
     if ledger is not None:
         handle.counts = lambda: ledger.counts
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks)
-    guard = StepGuard(Guarded(module, plan, trained, handle, accounting, ledger, ranks), private_optimizer)
+    guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks)
+    guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)

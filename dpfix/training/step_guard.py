@@ -16,12 +16,12 @@ from dpfix.plan import Plan
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 from dpfix.training.guards.draws import DrawnRows, NewDraw, OneBackward, SomethingArrived
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
-from dpfix.training.guards.loss import UncoupledLoss
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer
 from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree
+from dpfix.training.guards.real_steps import Following, RealSteps
 from dpfix.training.guards.scratch import ScratchPutBack
 
 
@@ -31,32 +31,35 @@ class StepGuard:
     Args:
         guarded: the training.
         optimizer: its private optimizer, as the call has set it up.
+        following: what is known about its real steps.
 
     Attributes:
         guarded: the training.
         called: what the call said, by attribute of the optimizer, which a scheduler may change.
         regions: the check that may leave out a step.
         ranks: the check that tells other processes of a failure.
+        real_steps: the check that proves real steps.
         others: the check that has to know when the private optimizer is stepping.
         checks: all checks, in order.
         engine_clips: whether the engine clips in the step that is being made.
     """
 
-    def __init__(self, guarded: Guarded, optimizer: DPOptimizer) -> None:
+    def __init__(self, guarded: Guarded, optimizer: DPOptimizer, following: Following) -> None:
         self.guarded = guarded
         self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
         watch = GradWatch(guarded.parameters)
         self.regions = RegionsUntouched(guarded)
         self.ranks = RanksAgree(guarded)
-        self.others = NoOtherOptimizer(guarded)
+        self.real_steps = RealSteps(guarded, following)
+        self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
         self.checks: tuple[Check, ...] = (
             ClearedGradients(),
-            UncoupledLoss(guarded),
             NoGradScaler(),
             SameStructure(guarded),
             SameGroups(guarded),
             FixedNorms(guarded),
             ParameterWrites(guarded),
+            self.real_steps,
             ThroughTheEngine(guarded, watch),
             UneditedGradients(watch),
             OneBackward(guarded),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dpfix.errors import ArgumentError
+from dpfix.instrument import pytree
 
 _WRAPPERS = {
     "AbstractGradSampleModule": "_module",
@@ -80,12 +81,21 @@ def plain_copy(module: nn.Module) -> nn.Module:
                 if not isinstance(value, int):  # numbers are shared: all that are equal would be left out
                     memo[id(value)] = None
                 left_out.append((path, name))
-            elif isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()  # left over from a forward pass; cannot be copied as it is
+            elif isinstance(value, (torch.Tensor, list, tuple, dict)):
+                memo |= {id(t): _by_itself(t) for t in pytree.tensors(value) if not t.is_leaf or _in_vmap(t)}
     copied = copy.deepcopy(module, memo)
     for path, name in left_out:
         vars(copied.get_submodule(path)).pop(name, None)
     return copied
+
+
+def _in_vmap(t: torch.Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
+
+
+def _by_itself(t: torch.Tensor) -> torch.Tensor | None:
+    """What a forward pass has left behind cannot be copied as it is; inside ``vmap`` nobody can read it any more."""
+    return None if _in_vmap(t) else t.detach().clone()
 
 
 def _hook_tables(module: nn.Module) -> Iterator[tuple[str, Mapping[int, Any]]]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.engines import ENGINES
-from dpfix.observe.loss_trace import LossTrace
+from dpfix.training.follow.follower import Follower as LossTrace
 from tests.helpers import sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
 
@@ -100,6 +100,10 @@ def written_by_hand(out: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out, y)
 
 
+def python_number(out: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(out, y, ignore_index=0, reduction="sum") / int((y > 0).sum())
+
+
 COUPLED: dict[str, Loss] = {
     "class weights": nn.CrossEntropyLoss(weight=WEIGHTS),
     "ignore index": nn.CrossEntropyLoss(ignore_index=0),
@@ -109,6 +113,7 @@ COUPLED: dict[str, Loss] = {
     "Barlow Twins": barlow,
     "hardest elements": hardest,
     "in place": written_by_hand,
+    "a number of the batch": python_number,
 }
 
 
@@ -208,13 +213,13 @@ def test_loop_may_write_into_the_output_with_every_engine(engine: str) -> None:
     assert len(x) == len(y) > 1 and training.get_epsilon(1e-3) == float("inf")
 
 
-def test_nothing_of_the_proof_is_left_after_its_steps() -> None:
+def test_nothing_of_the_proof_is_left_after_a_step_and_after_training() -> None:
     model, training = start()
-    hooks = len(model._forward_hooks)
     for _ in range(4):
         step(training, nn.CrossEntropyLoss())
-    assert len(model._forward_hooks) < hooks
-    assert not _get_current_function_mode_stack()
+        assert not _get_current_function_mode_stack()
+    training[0].to_standard_module()
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_mode_of_the_script_around_the_loss_is_left_alone() -> None:
@@ -282,13 +287,8 @@ class Custom(torch.autograd.Function):
         return -g  # gradient reversal: its forward does not tell
 
 
-def python_number(out: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(out, y, ignore_index=0, reduction="sum") / int((y > 0).sum())
-
-
 NOT_FOLLOWED: dict[str, tuple[Loss, str]] = {
-    "a number": (python_number, "Python numbers"),
-    "a function of its own": (lambda out, y: F.cross_entropy(Custom.apply(out), y), "its gradient is not the one"),
+    "a function of its own": (lambda out, y: F.cross_entropy(Custom.apply(out), y), "custom autograd.Function"),
 }
 
 
@@ -357,7 +357,7 @@ def test_modes_of_the_script_keep_their_places() -> None:
 
 
 def test_a_loop_without_backward_is_not_followed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpfix.observe.loss_trace.MOST_CALLS", 50)
+    monkeypatch.setattr("dpfix.training.follow.follower.MOST_CALLS", 50)
     _, training = start()
     x, _ = several(training)
     out = training[0](x)
@@ -365,7 +365,7 @@ def test_a_loop_without_backward_is_not_followed_for_ever(monkeypatch: pytest.Mo
         out = out + 1
     (trace,) = _get_current_function_mode_stack()
     assert isinstance(trace, LossTrace)
-    assert not trace.entries
+    assert not trace.calls
     assert "backward() was not called" in trace.broken
     start()
     assert traces_on() == 0

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import dpfix
 from dpfix.training.guards.check import Check
-from dpfix.training.guards.loss import UncoupledLoss
 from dpfix.training.guards.model import FixedNorms
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.ranks import RanksAgree
@@ -38,7 +37,7 @@ def test_a_check_with_nothing_to_look_at_is_not_asked() -> None:
     guard = start("bookkeeping")[1][1].guard
     asked = {type(getattr(act, "__self__", None)) for act in (*guard._before_step, *guard._after_step, *guard._cleared)}
     assert {type(c) for c in guard.checks if not c.needed} == {
-        FixedNorms, RanksAgree, RegionsUntouched, ScratchPutBack, UncoupledLoss,
+        FixedNorms, RanksAgree, RegionsUntouched, ScratchPutBack,
     }  # fmt: skip
     assert not asked & {type(c) for c in guard.checks if not c.needed} and not guard._before_noise
 

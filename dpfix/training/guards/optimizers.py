@@ -13,6 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
 from dpfix.errors import AccumulationError, MisuseError
+from dpfix.training.follow.messages import learns_outside
+from dpfix.training.follow.outside import Outside
 from dpfix.training.guards.check import Check, Guarded
 
 
@@ -64,15 +66,20 @@ class NoGradScaler(Check):
 
 
 class NoOtherOptimizer(Check):
-    """No other optimizer steps over parameters that are in private training.
+    """No other optimizer steps over parameters that are in private training, or that learn from its loss.
 
-    Catches: gradients applied without clipping and noise. Costs: nothing in a private step; every step of another
+    Catches: gradients applied without clipping and noise, in the model or in a criterion with parameters of its own. Costs: nothing in a private step; every step of another
     optimizer in the process is compared with the trained parameters. Torch asks before the step of any optimizer, as
     long as the private training lives.
+
+    Args:
+        guarded: the training.
+        outside: parameters outside the model that learn from the private loss.
     """
 
-    def __init__(self, guarded: Guarded) -> None:
+    def __init__(self, guarded: Guarded, outside: Outside) -> None:
         self._allowed = False
+        self._outside = outside
         self._trained = [ref(p) for p in guarded.parameters.values()]  # a WeakSet would compare tensors with ==
         reference = ref(self)
 
@@ -99,8 +106,12 @@ class NoOtherOptimizer(Check):
     def _refuse(self, optimizer: Optimizer) -> None:
         if self._allowed:
             return
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        learning = self._outside.among(stepped)
+        if learning is not None:
+            raise learns_outside(tuple(learning.shape), type(optimizer).__name__)
         trained = {id(p()) for p in self._trained}
-        if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        if not any(id(p) in trained for p in stepped):
             return
         raise MisuseError(
             f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "

@@ -1,0 +1,143 @@
+"""Which steps are checked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpfix.instrument import pytree
+from dpfix.training.follow.delivery import Delivery
+
+FIRST = 3
+"""Steps with at least two samples that are checked at the beginning."""
+SHARE = 0.02
+"""Share of the training time that checks of later steps take, unless the call says otherwise."""
+
+
+class Agenda:
+    """Chooses the steps that are checked: the first, those that are new in kind, and others by chance.
+
+    Args:
+        share: share of the training time for the others.
+
+    Attributes:
+        checked: number of steps that were checked.
+        draw: random numbers for choices; nobody can foresee them.
+    """
+
+    def __init__(self, share: float = SHARE) -> None:
+        self.checked = 0
+        self.draw = Random()  # seeded by the operating system
+        self._share = share
+        self._known: set[Any] = set()
+        self._once_more = False
+        self._start = time.perf_counter()
+        self._steps, self._tried, self._last = 0, 0, 0.0
+
+    def due(self, seen: set[Any]) -> bool:
+        """Whether a step is checked.
+
+        Args:
+            seen: what tells it from steps of other kinds.
+
+        Returns:
+            True for the first steps, for one in which anything is seen for the first time, for the one after a step that was
+            chosen by chance (what it keeps shows there), and by chance.
+        """
+        self._steps += 1
+        new = not seen <= self._known
+        self._known |= seen
+        if self._tried < FIRST or new or self._once_more:
+            self._once_more = False
+            self._tried += 1
+            return True
+        self._once_more = self.draw.random() < self.chance
+        return self._once_more
+
+    @property
+    def chance(self) -> float:
+        """Probability with which a step is checked that is like others: what the share of the time allows."""
+        if not self._last:
+            return 1.0 if self._share else 0.0
+        step = (time.perf_counter() - self._start) / max(1, self._steps)
+        return min(1.0, self._share * step / (2 * self._last))
+
+    @contextmanager
+    def check(self) -> Iterator[None]:
+        """A step is being checked; the time of the last ones is remembered."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._took(time.perf_counter() - before)
+
+    def _took(self, seconds: float) -> None:
+        self._last = seconds if not self._last else 0.5 * (self._last + seconds)
+
+    def passed(self) -> None:
+        """A step was checked, and nothing was found."""
+        self.checked += 1
+
+    def steps_until_found(self, confidence: float = 0.999) -> int:
+        """After how many steps a coupling that shows in every step is found with this probability.
+
+        A step is checked with probability p, independently of the others: ``(1 - p)^k <= 1 - confidence``.
+        """
+        p = self.chance
+        if p >= 1:
+            return 1
+        return math.ceil(math.log(1 - confidence) / math.log1p(-p)) if p > 0 else 2**31
+
+
+MOST_VALUES = 256
+"""Different labels of one entry of the batch that are told apart; with more of them only the extremes are."""
+
+
+class Novelty:
+    """What a batch holds that none before had: labels, missing values."""
+
+    def __init__(self) -> None:
+        self._values: dict[Any, set[float]] = defaultdict(set)
+
+    def of(self, delivery: Delivery) -> set[Any]:
+        """What tells this batch from others.
+
+        Args:
+            delivery: a delivered batch.
+
+        Returns:
+            Pairs of an entry and a label, an extreme, or that values are missing.
+        """
+        found: set[Any] = set()
+        for path, leaf in pytree.leaves(delivery.batch):
+            place = tuple(part for part in path if not isinstance(part, int) or len(path) == 1)
+            if isinstance(leaf, (bool, int)):
+                found |= self._label(place, float(leaf))
+            elif isinstance(leaf, (torch.Tensor, np.ndarray)):
+                tensor = leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(leaf)
+                found |= self._tensor(place, tensor.detach())
+        return found
+
+    def _label(self, place: Any, value: float) -> set[Any]:
+        known = self._values[place]
+        if len(known) <= MOST_VALUES:
+            known.add(value)
+            return {(place, value)}
+        return set()
+
+    def _tensor(self, place: Any, tensor: torch.Tensor) -> set[Any]:
+        if not tensor.numel() or tensor.is_complex():
+            return set()
+        if tensor.is_floating_point():
+            return set() if math.isfinite(float(tensor.sum())) else {(place, "missing")}
+        if tensor.numel() > 16 * MOST_VALUES or len(self._values[place]) > MOST_VALUES:
+            return {value for end in tensor.aminmax() for value in self._label((place, "extreme"), float(end))}
+        return {pair for value in tensor.unique().tolist() for pair in self._label(place, float(value))}

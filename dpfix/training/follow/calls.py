@@ -1,0 +1,261 @@
+"""What is written down of a step: calls of torch functions, and calls of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+
+from dpfix.instrument import pytree
+from dpfix.layout.calls import CallLayout
+from dpfix.layout.sample_dim import SampleDim
+
+Place = tuple[CodeType, int]
+"""A place in the script: a code object and the offset of an instruction in it."""
+
+RANDOM = frozenset([
+    "alpha_dropout",
+    "alpha_dropout_",
+    "bernoulli",
+    "bernoulli_",
+    "binomial",
+    "cauchy_",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "dropout_",
+    "exponential_",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "feature_dropout_",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
+    "geometric_",
+    "gumbel_softmax",
+    "log_normal_",
+    "multinomial",
+    "native_dropout",
+    "normal",
+    "normal_",
+    "poisson",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "random_",
+    "randperm",
+    "rrelu",
+    "rrelu_",
+    "scaled_dot_product_attention",
+    "uniform_",
+])
+"""Functions that draw from torch's generators; they draw the same when they are repeated."""
+
+ARITHMETIC = frozenset([
+    "__pow__",
+    "__radd__",
+    "__rdiv__",
+    "__rfloordiv__",
+    "__rmul__",
+    "__rpow__",
+    "__rsub__",
+    "__rtruediv__",
+    "add",
+    "add_",
+    "addcdiv",
+    "addcmul",
+    "as_tensor",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "div",
+    "div_",
+    "divide",
+    "divide_",
+    "fill_",
+    "floor_divide",
+    "floor_divide_",
+    "full",
+    "full_like",
+    "lerp",
+    "masked_fill",
+    "masked_fill_",
+    "mul",
+    "mul_",
+    "multiply",
+    "multiply_",
+    "new_full",
+    "new_tensor",
+    "pow",
+    "rsub",
+    "scalar_tensor",
+    "sub",
+    "sub_",
+    "subtract",
+    "subtract_",
+    "tensor",
+    "true_divide",
+    "true_divide_",
+    "where",
+])
+"""Functions whose Python numbers scale, shift or make values."""
+
+TELL_NOTHING = frozenset([
+    "__deepcopy__",
+    "__format__",
+    "__get__",
+    "__hash__",
+    "__len__",
+    "__reduce_ex__",
+    "__repr__",
+    "__str__",
+    "can_cast",
+    "data_ptr",
+    "dim",
+    "element_size",
+    "get_device",
+    "has_names",
+    "is_complex",
+    "is_contiguous",
+    "is_floating_point",
+    "is_nonzero_",
+    "is_pinned",
+    "is_same_size",
+    "is_shared",
+    "is_storage",
+    "is_tensor",
+    "names",
+    "ndimension",
+    "nelement",
+    "numel",
+    "promote_types",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "result_type",
+    "retain_grad",
+    "size",
+    "storage",
+    "storage_offset",
+    "stride",
+    "type",
+    "untyped_storage",
+])
+"""Functions that give shapes, types and the like; they are not written down unless they give a tensor."""
+
+
+def writes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of that name writes into its first argument, or into ``out``."""
+    return (name.endswith("_") and not name.endswith("__")) or name in {"__setitem__", "__set__"} or "out" in kwargs
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a torch function.
+
+    Attributes:
+        function: the function.
+        name: its name.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        result: what it returned.
+        place: where in the script.
+        grad: whether gradients were enabled.
+        state: state of torch's generator before it, if it draws.
+        autocast: devices and types of the autocast regions around it.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    args: Any
+    kwargs: Any
+    result: Any
+    place: Place
+    grad: bool
+    state: torch.Tensor | None = None
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+
+    @property
+    def tells(self) -> bool:
+        """Whether it made Python values of a tensor's values."""
+        return not isinstance(self.result, torch.Tensor) and self.result is not None and not pytree.tensors(self.result)
+
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """A tensor that the model returned.
+
+    Attributes:
+        tensor: the tensor.
+        edge: where it is in the graph, whatever the script writes into it later.
+        dim: how it carries the samples; ``None`` if it carries none or cannot be told.
+        version: how often it had been written to.
+    """
+
+    tensor: torch.Tensor
+    edge: Any
+    dim: SampleDim | None
+    version: int
+
+
+@dataclass(slots=True, eq=False)
+class ModelCall:
+    """One call of the private model.
+
+    Attributes:
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        result: what it returned.
+        layout: how it carried the samples; ``None`` if the probe has not shown such a call.
+        samples: number of samples.
+        state: state of torch's generators before it.
+        outputs: tensors that it returned and that carry gradient.
+        deliveries: the delivered batches that its arguments come from.
+    """
+
+    args: Any
+    kwargs: Any
+    result: Any
+    layout: CallLayout | None
+    samples: int
+    state: Any
+    outputs: list[Output] = field(default_factory=list)
+    deliveries: set[Any] = field(default_factory=set)
+
+
+def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    """Devices and types of the autocast regions that are entered now."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+
+
+def graph_edges(nodes: list[Any], limit: int = 20_000) -> set[tuple[str, str]]:
+    """Which kinds of nodes follow each other in the graph behind some outputs.
+
+    A loop over more or fewer steps has the same pairs; a branch that was not taken before has others.
+
+    Args:
+        nodes: the outputs' nodes.
+        limit: how many nodes are looked at, at most.
+
+    Returns:
+        Pairs of names.
+    """
+    found: set[tuple[str, str]] = set()
+    todo = [(node, node.name()) for node in nodes]
+    seen = {node for node, _ in todo}
+    while todo and len(seen) < limit:
+        node, name = todo.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            next_name = following.name()
+            found.add((name, next_name))
+            if following not in seen:
+                seen.add(following)
+                todo.append((following, next_name))
+    return found

@@ -1,0 +1,430 @@
+"""Writing down what the script does with a delivered batch, up to ``loss.backward()``."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from dpfix.errors import MisuseError
+from dpfix.instrument import pytree
+from dpfix.instrument.function_modes import FollowingMode
+from dpfix.instrument.source import is_users_file
+from dpfix.layout.calls import CallLayout, find_layout, samples_in
+from dpfix.training.follow.calls import (
+    ARITHMETIC,
+    RANDOM,
+    TELL_NOTHING,
+    Call,
+    ModelCall,
+    Output,
+    Place,
+    autocast_regions,
+    graph_edges,
+    writes,
+)
+from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, delivered
+
+MOST_CALLS = 20_000
+"""Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
+MOST_BYTES = 2**31
+"""Results of these functions, which are held until then."""
+MOST_DELIVERIES = 64
+"""Deliveries without a step that are remembered while nothing shows whether the script still has them."""
+MOST_AHEAD = 2
+"""Deliveries without a step before the last one for which what was done to them is kept."""
+
+
+class Follower(FollowingMode):
+    """Writes down every torch function that the script calls between a delivery and ``backward()``, outside the model.
+
+    Args:
+        module: the private model.
+        layouts: how its calls carry the samples.
+        batches: how the loader's batches do.
+        on_backward: called with the tensor on which ``backward`` is called, and the arguments of ``backward``.
+
+    Attributes:
+        calls: what was called, in order.
+        sources: parts of delivered batches, by identity.
+        kept: values of tensors before the script wrote into them, by identity.
+        seen: what this step did, as far as it tells steps of different kinds apart.
+        broken: why the calls have a gap; empty if they have none.
+        over: whether it is to be taken off.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layouts: tuple[CallLayout, ...],
+        batches: BatchLayout,
+        on_backward: Callable[[torch.Tensor, Any, Any], None],
+    ) -> None:
+        super().__init__()
+        self.paused, self.over = True, True
+        self._layouts, self._batches, self._on_backward = layouts, batches, on_backward
+        self._on_cuda = any(p.is_cuda for p in module.parameters())
+        self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
+        self.sources: dict[int, Source] = {}
+        self._marks: list[tuple[Delivery, int]] = []
+        self.earlier: dict[int, ref[torch.Tensor]] = {}
+        self._thread = threading.get_ident()
+        self._state: Any = None
+        self._was_on = False
+        self.clear()
+        self._hooks = [
+            module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
+            module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take everything off; the training is over."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.clear()
+        self.deliveries.clear()
+        self.sources.clear()
+        self.earlier.clear()
+        switch_off(self)
+
+    def clear(self) -> None:
+        """Forget the calls."""
+        self.calls: list[Call | ModelCall] = []
+        self.kept: dict[int, torch.Tensor] = {}
+        self.seen: set[Any] = set()
+        self.broken = ""
+        self._marks = []
+        self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
+        self._held = 0
+
+    # -------------------------------------------------------------- deliveries
+
+    def deliver(self, batch: Any) -> None:
+        """The private loader hands out a batch."""
+        self._drop_old()
+        found = delivered(batch, self._batches)
+        if found is not None:
+            delivery, sources = found
+            self.deliveries[delivery] = sources
+            self.sources.update(sources)
+            self._marks.append((delivery, len(self.calls)))
+        self.resume()
+
+    def resume(self) -> None:
+        """What follows is written down, in the thread that calls the model."""
+        if threading.get_ident() == self._thread:
+            switch_on(self)
+            self.paused = False
+
+    @property
+    def _lists(self) -> bool:
+        """Whether the loader delivers Python values."""
+        return bool(self._batches.lists)
+
+    def pause(self) -> None:
+        """What follows is nobody's business; while it is off, functions cost nothing."""
+        switch_off(self)
+
+    def _drop_old(self) -> None:
+        gone = [d for d in self.deliveries if not d.alive]
+        gone += list(self.deliveries)[: max(0, len(self.deliveries) - MOST_DELIVERIES)] if not gone else []
+        for delivery in gone:
+            self._drop(delivery)
+        if len(self._marks) > MOST_AHEAD:
+            first = self._marks[-MOST_AHEAD][1]
+            del self.calls[:first]
+            self._marks = [(d, at - first) for d, at in self._marks[-MOST_AHEAD:]]
+
+    def _drop(self, delivery: Delivery) -> None:
+        for key, source in self.deliveries.pop(delivery, {}).items():
+            if self.sources.get(key) is source:
+                del self.sources[key]
+
+    def settle(self, *, remember: bool = False) -> None:
+        """A step was made: forget its deliveries, and everything that was made of them alone.
+
+        Args:
+            remember: whether to recognise later what the script keeps of it.
+        """
+        used = set().union(*(c.deliveries for c in self.calls if isinstance(c, ModelCall)))
+        waiting = {d for d in self.deliveries if d not in used} if used else set()
+        origin = self.origins() if waiting or remember else {}
+        self.earlier = {key: held for key, held in self.earlier.items() if held() is not None}
+        left = []
+        for call in self.calls:
+            if waiting and self._of(call, origin) & waiting:
+                left.append(call)
+            elif remember:
+                self._remember(call, origin)
+        for delivery in [d for d in self.deliveries if d not in waiting]:
+            if remember:
+                things = [source.held() for source in self.deliveries[delivery].values()]
+                self.earlier |= {id(t): ref(t) for t in things if isinstance(t, torch.Tensor)}
+            self._drop(delivery)
+        self.clear()
+        self.calls = left
+        for call in left:
+            self._take((call.result, call.args[:1]) if _overwrites(call) else call.result)
+        if waiting:
+            self.resume()
+        else:
+            switch_off(self)
+
+    def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
+        """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
+        made = pytree.tensors((call.result, call.args[:1])) if _overwrites(call) else pytree.tensors(call.result)
+        self.earlier |= {id(t): ref(t) for t in made if origin.get(id(t)) or isinstance(call, ModelCall)}
+
+    # -------------------------------------------------------------- the model
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._was_on = not self.over
+        switch_off(self)
+        self._state = torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_cuda else None
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._thread = threading.get_ident()
+        if output is None:  # it failed
+            if self._was_on:
+                self.resume()
+            return
+        grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
+        layout = find_layout(self._layouts, args, kwargs)
+        samples = 0 if layout is None else self._samples(layout, module, args, kwargs, grad=grad)
+        call = ModelCall(args, kwargs, output, layout, samples, self._state)
+        call.deliveries = self._deliveries_in(args, kwargs)
+        self._take(output)
+        if grad:
+            dims = {} if layout is None else dict(layout.output)
+            for path, t in pytree.leaves(output):
+                if isinstance(t, torch.Tensor) and t.requires_grad:
+                    call.outputs.append(Output(t, get_gradient_edge(t), dims.get(path), t._version))
+            self.seen |= graph_edges([o.edge.node for o in call.outputs])
+            self.calls.append(call)
+            self.resume()
+        elif self._was_on:
+            self.calls.append(call)
+            self.resume()
+
+    @staticmethod
+    def _samples(layout: CallLayout, module: nn.Module, args: Any, kwargs: Any, *, grad: bool) -> int:
+        try:
+            return samples_in(layout, module, args, kwargs)
+        except MisuseError:
+            if grad:
+                raise
+            return 0  # an evaluation on anything else
+
+    def _deliveries_in(self, args: Any, kwargs: Any) -> set[Delivery]:
+        if len(self.deliveries) < 2:
+            return set(self.deliveries)
+        origin = self.origins()
+        found: set[Delivery] = set()
+        for part in parts_of((args, kwargs)):
+            found |= origin.get(id(part), found)
+        return found
+
+    # -------------------------------------------------------------- functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or threading.get_ident() != self._thread:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            self.paused = True
+            try:
+                self._on_backward(args[0], args[1:], kwargs)
+                return func(*args, **kwargs)
+            finally:
+                self.paused = self.over
+        return self._note(func, args, kwargs, sys._getframe(1))
+
+    def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function and write it down as one step, whatever it calls in turn.
+
+        Returns:
+            What it returns.
+        """
+        return self._note(func, args, kwargs, sys._getframe(1))
+
+    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
+        name = getattr(func, "__name__", "")
+        if not self._takes(args, kwargs) and not (name in _MAKES and self._lists):
+            return func(*args, **kwargs)  # it has nothing to do with the batch
+        if writes(name, kwargs):
+            self._keep(args, kwargs)
+        state = torch.get_rng_state() if name in RANDOM else None
+        self.paused = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.paused = False
+        if name in TELL_NOTHING and not isinstance(result, torch.Tensor):
+            return result
+        place = _users_place(frame)
+        grad = torch.is_grad_enabled()
+        self.calls.append(Call(func, name, args, kwargs, result, place, grad, state, autocast_regions()))
+        self._take(result)
+        if writes(name, kwargs):
+            self._take((args[:1], kwargs.get("out")))
+        zeros = tuple(a == 0 for a in args if type(a) in _NUMBERS) if name in ARITHMETIC else ()
+        self.seen.add((place, name, zeros))
+        if len(self.calls) >= MOST_CALLS or self._held > MOST_BYTES:
+            self.clear()
+            self.broken = (
+                f"backward() was not called within {MOST_CALLS} functions or {MOST_BYTES >> 30} GiB of results"
+            )
+            self.paused = True
+        return result
+
+    def _takes(self, args: Any, kwargs: Any) -> bool:
+        """Whether a function takes anything that comes from a delivered batch or from the model."""
+        known, taken = self.sources, self._taken
+        for part in args if not kwargs else (*args, *kwargs.values()):
+            if id(part) in taken or id(part) in known:
+                return True
+            if isinstance(part, (list, tuple, dict)) and any(id(p) in taken or id(p) in known for p in parts_of(part)):
+                return True
+        return False
+
+    def _take(self, made: Any) -> None:
+        for part in parts_of(made):
+            if isinstance(part, torch.Tensor):
+                self._held += part.nbytes if part.layout is torch.strided else 0
+            elif not isinstance(part, (np.ndarray, list)):
+                continue
+            self._taken.add(id(part))
+
+    def _keep(self, args: Any, kwargs: Any) -> None:
+        """Values that are about to be overwritten; what was made while it is followed can be made again."""
+        for t in pytree.tensors((args[:1], kwargs.get("out"))):
+            if id(t) not in self.kept:
+                self.kept[id(t)] = t.detach().clone()
+
+    # -------------------------------------------------------------- where tensors come from
+
+    def origins(self) -> dict[int, set[Delivery]]:
+        """For every tensor that comes from delivered batches, these deliveries."""
+        found: dict[int, set[Delivery]] = {key: {source.delivery} for key, source in self.sources.items()}
+        nothing: set[Delivery] = set()
+        for call in self.calls:
+            from_ = self._of(call, found)
+            if not from_:
+                continue
+            for t in pytree.tensors((call.result, call.args[:1]) if _overwrites(call) else call.result):
+                found[id(t)] = found.get(id(t), nothing) | from_
+        return found
+
+    def _of(self, call: Call | ModelCall, found: dict[int, set[Delivery]]) -> set[Delivery]:
+        from_: set[Delivery] = set()
+        for part in parts_of((call.args, call.kwargs)):
+            from_ |= found.get(id(part), from_)
+        return from_
+
+
+class _Hook:
+    """A hook that does nothing in a copy of the model, or a pickled one: only the model itself is followed."""
+
+    def __init__(self, act: Callable[..., None] | None = None) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        if self._act is not None:
+            self._act(*args)
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+
+_NUMBERS = (int, float)
+_MAKES = frozenset({"tensor", "as_tensor"})
+
+
+def _overwrites(call: Call | ModelCall) -> bool:
+    return isinstance(call, Call) and writes(call.name, call.kwargs)
+
+
+def parts_of(tree: Any) -> list[Any]:
+    """All containers and leaves of arguments, also inside slices."""
+    out = [tree]
+    if isinstance(tree, slice):
+        return [tree, tree.start, tree.stop, tree.step]
+    for _, part in pytree.children(tree) or ():
+        out += parts_of(part) if not isinstance(part, (int, float, str, bool, type(None))) else ()
+    return out
+
+
+def _users_place(frame: FrameType | None) -> Place:
+    while frame is not None and not is_users_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return (_NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
+
+
+_NOWHERE = (lambda: None).__code__
+
+
+def line_of(place: Place) -> str:
+    """A place in the script as ``file:line``; empty if it is not known."""
+    code, offset = place
+    if code is _NOWHERE:
+        return ""
+    line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
+    return f"{code.co_filename.rpartition('/')[2]}:{line}"
+
+
+# ------------------------------------------------------------------ on and off
+
+
+def is_on(follower: Follower) -> bool:
+    """Whether a follower is among the function modes that are on in this thread."""
+    return any(mode is follower for mode in _get_current_function_mode_stack())
+
+
+def switch_off(follower: Follower) -> None:
+    """Take it off. While it handles a function itself that is put off until the next one is switched on or off."""
+    follower.paused = follower.over = True
+    _sweep()
+
+
+def switch_on(follower: Follower) -> None:
+    """Let it see the functions that are called from now on in this thread."""
+    follower.over = False
+    _sweep()
+    if not is_on(follower):
+        follower.__enter__()
+
+
+def switch_off_all() -> None:
+    """Take all off: a new private training begins, and steps of earlier ones are not going to be finished."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, Follower):
+            mode.clear()
+            switch_off(mode)
+
+
+def _sweep() -> None:
+    """Take off those that are over, wherever they lie; the script's own modes keep their order."""
+    stack = _get_current_function_mode_stack()
+    if stack and isinstance(stack[-1], Follower) and stack[-1].over:
+        _pop_mode()
+        stack.pop()
+    over = [number for number, mode in enumerate(stack) if isinstance(mode, Follower) and mode.over]
+    if not over:
+        return
+    above = stack[over[0] :]
+    for _ in above:
+        _pop_mode()
+    for mode in above:
+        if not (isinstance(mode, Follower) and mode.over):
+            _push_mode(mode)

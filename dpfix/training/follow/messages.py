@@ -1,0 +1,153 @@
+"""What is said when a real step fails its check."""
+
+from __future__ import annotations
+
+from dpfix.errors import CoupledLossError, CoupledModelError, LossError, MisuseError, StateWrittenError
+from dpfix.instrument import pytree
+from dpfix.report.finding import Finding
+
+NOTHING_RELEASED = "No parameter has moved in this step."
+
+
+def coupled_input(gap: float, argument: str, line: str, model: str) -> CoupledModelError:
+    """The script mixes samples before the model."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF045",
+            f"the loop mixes the samples of a batch before it calls {model}{_at(line)}: with other samples in the batch, one "
+            f"sample's part of {argument} changes by {gap:.1e} (relative).",
+            "what the model sees of one sample then depends on the others, so clipping per sample bounds nothing. Known "
+            "causes: a mean, maximum or standard deviation over the batch, mixup or CutMix, in-batch negatives.",
+            "compute it per sample, or with constants that do not come from the batch (statistics of a public data set); augment "
+            f"every sample alone. {NOTHING_RELEASED}",
+            path="data_loader",
+        )
+    )
+
+
+def coupled_model(gap: float, module: str) -> CoupledModelError:
+    """The model mixes samples on this batch."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF013",
+            f"{module} mixes the samples of a batch on real data: with other samples in the batch, one sample's output changes "
+            f"by {gap:.1e} (relative).",
+            "sample i's output depends on sample j, so clipping per sample bounds nothing. The probe did not show it: a branch "
+            "that is taken by chance or for some data only, or a layer that was switched on since.",
+            "replace what is computed over the batch (a mean, a normalisation, mixing of features) by something per sample. "
+            f"{NOTHING_RELEASED}",
+            path="module",
+        )
+    )
+
+
+def feels_length(gap: float, model: str) -> CoupledModelError:
+    """Padding matters."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF045",
+            f"the batch is cut to the length of its longest sample before {model} is called, and one sample's output changes by "
+            f"{gap:.1e} (relative) with that length.",
+            "padding is not masked, so that a sample's gradient depends on how long the others are, and clipping per sample bounds "
+            "nothing.",
+            f"mask the padding (attention_mask, lengths), or pad every sample to one fixed length. {NOTHING_RELEASED}",
+            path="data_loader",
+        )
+    )
+
+
+def coupled_loss(gap: float, place: str) -> CoupledLossError:
+    """The loss couples samples."""
+    return CoupledLossError(
+        Finding.refusal(
+            "DPF014",
+            f"the loss on which backward() is called ({place or 'place unknown'}) couples the samples of a batch: exchanging the "
+            f"other samples changes the gradient of one sample's output by {gap:.1e} (relative).",
+            "one sample's share of the loss depends on the others, so clipping per sample bounds nothing. Known causes: a "
+            "mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in a Dice "
+            "loss, a contrastive or rank loss.",
+            "criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages. "
+            f"{NOTHING_RELEASED}",
+            path="criterion",
+        )
+    )
+
+
+def coupled_number(line: str, place: str) -> CoupledLossError:
+    """The loss is computed with a number of the whole batch."""
+    return CoupledLossError(
+        Finding.refusal(
+            "DPF014",
+            f"the loss on which backward() is called ({place or 'place unknown'}) couples the samples of a batch: it is computed "
+            f"with a Python number{_at(line)} that is a count or a sum over the batch, or its inverse, and changes with the "
+            "other samples.",
+            "one sample's share of the loss depends on the others, so clipping per sample bounds nothing.",
+            "divide every sample's loss by its own count and take the mean over the samples, or by a constant. dpfix.PerSampleLoss("
+            f"criterion) does the first for any criterion. {NOTHING_RELEASED}",
+            path="criterion",
+        )
+    )
+
+
+def other_reduction(other: str, place: str) -> LossError:
+    """The loss is of another reduction than was announced."""
+    announced = "sum" if other == "mean" else "mean"
+    return LossError(
+        Finding.refusal(
+            "DPF015",
+            f"the loss on which backward() is called ({place or 'place unknown'}) is a {other} over the samples, but "
+            f"loss_reduction='{announced}' was announced.",
+            "per-sample gradients would be scaled by the batch size before clipping.",
+            f"pass loss_reduction='{other}' to make_private_safe, or use reduction='{announced}' in the criterion.",
+            path="loss_reduction",
+        )
+    )
+
+
+def kept(line: str) -> StateWrittenError:
+    """The script uses what it has kept of an earlier batch."""
+    return StateWrittenError(
+        Finding.refusal(
+            "DPF046",
+            f"the loss, or the model, takes what the loop has kept of an earlier batch{_at(line)}.",
+            "it holds values of samples without noise (a queue of features, a running mean, a hidden state), and moves later steps "
+            "by more than the clip norm.",
+            f"compute it from the parameters, from public data, or within one batch and sample. {NOTHING_RELEASED}",
+            path="training_step",
+        )
+    )
+
+
+def learns_outside(shape: tuple[int, ...], optimizer: str) -> MisuseError:
+    """An optimizer steps on parameters that learn from the private loss."""
+    return MisuseError(
+        f"optimizer: {optimizer}.step() was called over a parameter of shape {shape} that is not in the private model and gets "
+        "gradient from the private loss (a criterion with parameters of its own, a head, a second network on real data).",
+        "It would be moved by gradients of single samples without clipping and noise.",
+        "Make it a part of the model that is passed to make_private_safe, and its parameters a group of the private optimizer; or "
+        "freeze it with requires_grad_(False).",
+        path="parameters",
+    )
+
+
+def not_followed(model: str, why: str) -> str:
+    """What is warned about once, or refused with ``strict=True``."""
+    return (
+        f"the loop's loss could not be followed to the outputs of {model}: {why}. Whether it couples the samples of a batch (batch "
+        "Dice, class weights with mean, ignore_index) is not checked, and the guarantee rests on it."
+    )
+
+
+WAY_OUT = "Pass criterion= or training_step= to make_private_safe."
+
+
+def _at(line: str) -> str:
+    return f" ({line})" if line else ""
+
+
+def argument_name(path: pytree.Path) -> str:
+    """An argument of a call, for messages."""
+    kind, *rest = path
+    if kind == 0:
+        return f"argument {rest[0]}" if rest else "its arguments"
+    return f"argument `{rest[0]}`" if rest else "its arguments"

@@ -1,0 +1,309 @@
+"""What the model itself does with the very batch: whether it mixes samples, and what its gradients are without any engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfix.errors import USER_CODE_ERRORS
+from dpfix.instrument import pytree
+from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
+from dpfix.instrument.rng import rng_untouched
+from dpfix.layout.rows import Rows
+from dpfix.plan import Plan
+from dpfix.training.follow.calls import ModelCall
+from dpfix.training.follow.delivery import Exchange
+from dpfix.training.follow.judge import rows_gap
+from dpfix.training.follow.step import ROUGH, TOLERANCE, RealStep, close
+
+PAIRS = 3
+"""Pairs of samples on which a loss that the model computes is looked at."""
+
+
+class PlainModel:
+    """A plain copy of the model, run on the calls of a real step.
+
+    Args:
+        copied: the copy, with the parameters of the step.
+        step: the step.
+    """
+
+    def __init__(self, copied: nn.Module, step: RealStep) -> None:
+        self.module, self.step = copied, step
+
+    # -------------------------------------------------------------- no output feels another sample
+
+    def mixes(self, exchanges: Sequence[Exchange]) -> tuple[float, Exchange, int] | None:
+        """Look for a sample whose output changes when others take the places of the others.
+
+        Args:
+            exchanges: which do; those with extreme values tell nothing about real samples and are left out.
+
+        Returns:
+            The relative change, the exchange and the number of the call; ``None`` if nothing changes.
+        """
+        for number, call in enumerate(self.step.calls):
+            if call.layout is None or call.layout.lists:
+                continue
+            for fixed in (False, True):
+                found = self._mixes(call, [e for e in exchanges if e.extreme is None], fixed=fixed)
+                if found == "draws differ":
+                    continue  # the model draws as many numbers as the batch has valid entries: fix them
+                if isinstance(found, tuple):
+                    return (*found, number)
+                break
+        return None
+
+    def _mixes(self, call: ModelCall, exchanges: Sequence[Exchange], *, fixed: bool) -> tuple[float, Exchange] | str:
+        assert call.layout is not None
+        before, after_draws = self._outputs(call, (call.args, call.kwargs), fixed=fixed)
+        for exchange in exchanges:
+            arguments = exchanged(call, exchange, self.step.samples)
+            try:
+                after, draws = self._outputs(call, arguments, fixed=fixed)
+            except USER_CODE_ERRORS:
+                continue  # no legal batch for this model
+            if not fixed and not torch.equal(draws, after_draws):
+                return "draws differ"
+            for (path, a), (_, b) in zip(before, after, strict=True):
+                dim = dict(call.layout.output).get(path)
+                if dim is None or dim.counts or a.shape != b.shape:
+                    continue
+                gap = rows_gap(a, b, Rows.of(dim, self.step.samples), exchange.keep)
+                if gap:
+                    return gap, exchange
+        return ""
+
+    def feels_length(self, exchange: Exchange, arguments: Sequence[Any]) -> float:
+        """Whether a sample's output depends on the length of the longest sample in the batch.
+
+        Args:
+            exchange: other samples, cut to another length.
+            arguments: of every call of the model.
+
+        Returns:
+            The relative change of the output, up to the shorter length; 0 if there is none.
+        """
+        for call, other in zip(self.step.calls, arguments, strict=False):
+            if call.layout is None or call.layout.lists:
+                continue
+            try:
+                before, _ = self._outputs(call, (call.args, call.kwargs), fixed=True)
+                after, _ = self._outputs(call, other, fixed=True)
+            except USER_CODE_ERRORS:
+                continue
+            for (path, a), (_, b) in zip(before, after, strict=True):
+                dim = dict(call.layout.output).get(path)
+                if dim is None or dim.counts or a.dim() != b.dim() or a.shape[dim.dim] != b.shape[dim.dim]:
+                    continue
+                common = tuple(slice(0, min(x, y)) for x, y in zip(a.shape, b.shape, strict=True))
+                gap = rows_gap(a[common], b[common], Rows.of(dim, self.step.samples), exchange.keep)
+                if gap:
+                    return gap
+        return 0.0
+
+    def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], torch.Tensor]:
+        args, kwargs = arguments
+        with rng_untouched(), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
+            put_back(call.state)
+            out = self.module(*args, **kwargs)
+            return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], torch.get_rng_state()
+
+    # -------------------------------------------------------------- a loss that the model computes is a mean of its samples'
+
+    def couples(self, draw: Random) -> float:
+        """Look for a loss which the model computes itself, and which is no mean (or sum) over the samples.
+
+        A batch of copies of two samples has to have the mean of the gradients that batches of copies of either have.
+
+        Args:
+            draw: chooses the samples.
+
+        Returns:
+            The largest relative difference; 0 if it is rounding.
+        """
+        worst = 0.0
+        for call, gradients in zip(self.step.calls, self.step.gradients, strict=True):
+            pairs = zip(call.outputs, gradients, strict=True)
+            paths = [self._path(call, o.tensor) for o, g in pairs if o.dim is None and g is not None and bool(g.any())]
+            for path in paths:
+                for _ in range(PAIRS):
+                    worst = max(worst, self._couples(call, path, draw.sample(range(self.step.samples), 2)))
+        return worst
+
+    @staticmethod
+    def _path(call: ModelCall, tensor: torch.Tensor) -> pytree.Path:
+        return next(path for path, t in pytree.leaves(call.result) if t is tensor)
+
+    def _couples(self, call: ModelCall, path: pytree.Path, pair: Sequence[int]) -> float:
+        n, (i, j) = self.step.samples, pair
+        half = n // 2
+        orders = ((i,) * n, (j,) * n, (i,) * half + (j,) * (n - half))
+        try:
+            one, other, both = (self._gradient_of(call, path, Exchange(order, i)) for order in orders)
+        except USER_CODE_ERRORS:
+            return 0.0
+        share = half / n
+        wanted = weighted_sum([one, other], [share, 1 - share])
+        size = share * norm_of(one) + (1 - share) * norm_of(other)
+        if not size or not math.isfinite(size):
+            return 0.0
+        gap = norm_of({name: both[name] - wanted[name] for name in wanted}) / size
+        dtype = next(self.module.parameters()).dtype
+        return 0.0 if gap <= 5 * TOLERANCE.get(dtype, ROUGH) else gap
+
+    def _gradient_of(self, call: ModelCall, path: pytree.Path, exchange: Exchange) -> Gradients:
+        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        args, kwargs = exchanged(call, exchange, self.step.samples)
+        with rng_untouched(), torch.enable_grad(), FixedRandomness():
+            loss = dict(pytree.leaves(self.module(*args, **kwargs)))[path]
+            found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+        return {n: _dense(p, g) for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+    # -------------------------------------------------------------- gradients without an engine
+
+    def graph(self) -> list[list[torch.Tensor]] | None:
+        """The outputs of all calls again, with a graph; ``None`` if they are not those of the step.
+
+        An engine that draws other random numbers than the plain model (``vmap`` with dropout) gives other outputs.
+        """
+        made: list[list[torch.Tensor]] = []
+        for call in self.step.calls:
+            with rng_untouched(), torch.enable_grad():
+                put_back(call.state)
+                args, kwargs = pytree.map_leaves(_detached, (call.args, call.kwargs))
+                out = self.module(*args, **kwargs)
+            leaves = dict(pytree.leaves(out))
+            places = [path for path, t in pytree.leaves(call.result) if any(t is o.tensor for o in call.outputs)]
+            outputs = [leaves.get(path) for path in places]
+            if any(t is None or not t.requires_grad for t in outputs):
+                return None
+            made.append(outputs)  # type: ignore[arg-type]
+        return made
+
+    def gradient(self, graph: list[list[torch.Tensor]], weights: Sequence[float]) -> Gradients:
+        """The weighted sum of the samples' gradients, by ordinary autograd.
+
+        Args:
+            graph: from :meth:`graph`.
+            weights: one number per sample.
+
+        Returns:
+            By parameter name.
+        """
+        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        outputs, given = [], []
+        for call, outs, grads in zip(self.step.calls, graph, self.step.gradients, strict=True):
+            for output, out, grad in zip(call.outputs, outs, grads, strict=True):
+                assert grad is not None
+                if output.dim is None:
+                    continue  # it is not in the loss, or the sum is not looked at
+                rows = Rows.of(output.dim, self.step.samples)
+                factor = torch.as_tensor(weights, dtype=grad.dtype, device=grad.device)
+                split = rows.split(grad)
+                scaled = split * factor.view(-1, *(1,) * (split.dim() - 1))
+                chosen = scaled.where(factor.view(-1, *(1,) * (split.dim() - 1)) != 0, 0)
+                outputs.append(out)
+                given.append(rows.merge(chosen).reshape(grad.shape))
+        found = torch.autograd.grad(outputs, list(parameters.values()), given, retain_graph=True, allow_unused=True)
+        return {n: _dense(p, g) for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def _dense(p: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros_like(p)
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def exchanged(call: ModelCall, exchange: Exchange, samples: int) -> Any:
+    """The arguments of a call with other samples."""
+    assert call.layout is not None
+    dims = dict(call.layout.inputs)
+
+    def leaf_of(path: pytree.Path, leaf: Any) -> Any:
+        dim = dims.get(path)
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.detach() if dim is None else exchange.rows(leaf.detach(), Rows.of(dim, samples))
+
+    return pytree.map_leaves(leaf_of, (call.args, call.kwargs))
+
+
+def _detached(_: pytree.Path, leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def put_back(states: Any) -> None:
+    """Torch's generators go on from where they were before a call."""
+    cpu, cuda = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+
+
+# ------------------------------------------------------------------ what is released
+
+
+def wrong_sum(
+    model: PlainModel, plan: Plan, clipped: Gradients, norms: torch.Tensor, clip_norm: float, chosen: Sequence[int]
+) -> str:
+    """Why a clipped sum is not the sum of clipped per-sample gradients; empty if it is, or if it cannot be told.
+
+    Args:
+        model: the plain model on the step.
+        plan: for the scale of a sample's gradient.
+        clipped: the clipped sum by parameter name.
+        norms: norms of the samples' gradients as the engine has them, shape ``[samples]``.
+        clip_norm: the clip norm C.
+        chosen: samples whose norms are compared with the plain model's.
+    """
+    step = model.step
+    graph = None if any(map(_has_no_rows, step.calls, step.gradients)) else model.graph()
+    if graph is None or any(
+        not close(out.detach(), output.tensor.detach())
+        for call, outs in zip(step.calls, graph, strict=True)
+        for output, out in zip(call.outputs, outs, strict=True)
+    ):
+        return ""
+    scale = plan.scale(step.samples)
+    values = [float(v) for v in norms]
+    if not all(map(math.isfinite, values)):
+        return ""  # there are checks of their own for that
+    for i in chosen:
+        alone = model.gradient(graph, [float(scale) * (j == i) for j in range(step.samples)])
+        norm = norm_of({n: alone[n] for n in clipped})
+        if not abs(values[i] - norm) <= _NORM * max(norm, _NORM * max(values, default=0.0), 1e-12):
+            return f"the norm of one sample's gradient is {values[i] / max(norm, 1e-30):.3g} times what it is without an engine"
+    factors = [float(scale) * min(1.0, clip_norm / (v + 1e-6)) for v in values]
+    wanted = model.gradient(graph, factors)
+    error, name = _error(clipped, wanted, clip_norm)
+    if error > _SUM:
+        return f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
+    return ""
+
+
+def _has_no_rows(call: ModelCall, gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a gradient is not known, or is that of a loss which the model has computed itself."""
+    pairs = zip(call.outputs, gradients, strict=True)
+    return any(g is None or (o.dim is None and bool(g.any())) for o, g in pairs)
+
+
+_NORM = 1e-2
+_SUM = 2e-2
+
+
+def _error(found: Gradients, wanted: Gradients, clip_norm: float) -> tuple[float, str]:
+    worst, where = 0.0, ""
+    for name, value in found.items():
+        size = max(float(torch.linalg.vector_norm(wanted[name].double())), clip_norm)
+        gap = float(torch.linalg.vector_norm(value.double() - wanted[name].double())) / size
+        if not gap <= worst:
+            worst, where = gap, name
+    return worst, where

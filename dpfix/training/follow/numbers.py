@@ -1,0 +1,206 @@
+"""Python numbers that the script reads from a batch and computes with: they are followed by their values."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpfix.instrument import pytree
+from dpfix.training.follow.calls import ARITHMETIC, Call, ModelCall, Place
+from dpfix.training.follow.delivery import Exchange
+from dpfix.training.follow.judge import difference
+from dpfix.training.follow.step import NotFollowedError, RealStep
+
+if TYPE_CHECKING:
+    from dpfix.training.follow.replay import Replay
+
+
+@dataclass(frozen=True)
+class Told:
+    """A Python value that was made of a tensor's values, or that summarises Python numbers of a delivered batch.
+
+    Attributes:
+        place: where it was read; ``None`` for numbers of the batch itself.
+        value: the value with other samples.
+        before: the value with the samples of the step.
+    """
+
+    place: Place | None
+    value: Any
+    before: Any
+
+    @property
+    def numbers(self) -> Iterator[tuple[float, float]]:
+        """Pairs of numbers in it that differ, before and with the other samples."""
+        if _is_number(self.before) and _is_number(self.value):
+            if self.before != self.value:
+                yield float(self.before), float(self.value)
+        elif isinstance(self.before, list) and isinstance(self.value, list):
+            for a, b in zip(numbers_in(self.before), numbers_in(self.value), strict=True):
+                if a != b:
+                    yield a, b
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def numbers_in(entries: Any) -> list[float]:
+    """Counts of Python numbers: their sum, mean, extremes, how many are not zero, and how many differ, per kind of entry.
+
+    Args:
+        entries: a list with numbers, or with one mapping or tuple per sample.
+
+    Returns:
+        The counts, always equally many for equal structures.
+    """
+    columns: dict[Any, list[float]] = defaultdict(list)
+    for entry in entries:
+        for path, leaf in pytree.leaves(entry):
+            if _is_number(leaf) or isinstance(leaf, bool):
+                columns[path].append(float(leaf))
+            elif isinstance(leaf, str):
+                columns[path].append(float(len(leaf)))
+    out: list[float] = []
+    for _, column in sorted(columns.items(), key=lambda item: repr(item[0])):
+        total = math.fsum(column)
+        used = sum(1 for x in column if x)
+        out += [total, total / len(column), max(column), min(column), float(used), float(len(set(column)))]
+    return out
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A number in an arithmetic function that follows from the batch, as far as its value tells.
+
+    Attributes:
+        place: where the script computes with it.
+        told: the number of the batch that it equals, or is the inverse of.
+        changes: what it becomes with other samples, by the number of the call and of the argument.
+    """
+
+    place: Place
+    told: float
+    changes: dict[tuple[int, int], float]
+
+
+def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list[Followed]:
+    """Numbers in arithmetic functions that equal a number of the batch, or its inverse.
+
+    Args:
+        calls: the calls that the loss is made of.
+        told: what the script has read, or may have read.
+    """
+    pairs = {pair for one in told for pair in one.numbers if math.isfinite(pair[0]) and math.isfinite(pair[1])}
+    found = []
+    for number, call in enumerate(calls):
+        if not isinstance(call, Call) or call.name not in ARITHMETIC:
+            continue
+        for k, value in enumerate(call.args):
+            if not _is_number(value) or value in _COMMON:
+                continue
+            for before, after in pairs:
+                new = _other(float(value), before, after)
+                if new is not None:
+                    found.append(Followed(call.place, before, {(number, k): new}))
+                    break
+    return found
+
+
+_COMMON = frozenset({0, 1, -1})
+
+
+def _other(value: float, before: float, after: float) -> float | None:
+    """What a number becomes, if it is one of the batch or the inverse of one."""
+    if math.isclose(value, before, rel_tol=1e-6):
+        return after
+    if before and math.isclose(value * before, 1, rel_tol=1e-6):
+        return 1 / after if after else 0.0
+    return None
+
+
+def looks_like_a_setting(value: float) -> bool:
+    """Whether a number is one that scripts have as a constant: small, or round."""
+    whole = value == round(value)
+    return whole and (abs(value) <= _FEW or value % 10 == 0 or int(abs(value)).bit_count() == 1)
+
+
+_FEW = 10
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A number in the loss that seems to come from the batch.
+
+    Attributes:
+        place: where the script computes with it.
+        sure: whether it has been seen to follow the batch, or can hardly be anything else.
+    """
+
+    place: Place
+    sure: bool
+
+
+class NumberWatch:
+    """Follows Python numbers from one checked step to the next: one that follows the batch is no setting of the script."""
+
+    def __init__(self) -> None:
+        self._followed: dict[Any, set[float]] = defaultdict(set)
+        self._values: dict[Any, set[float]] = defaultdict(set)
+
+    def look(self, replay: Replay, step: RealStep, exchanges: Iterable[Exchange]) -> Suspect | None:
+        """Look for numbers in the loss that equal one of the batch, and that matter.
+
+        Args:
+            replay: the step, call by call.
+            step: the step.
+            exchanges: other samples.
+
+        Returns:
+            The first such number, or ``None``.
+        """
+        found: list[Suspect] = []
+        explained: set[Any] = set()
+        for exchange in exchanges:
+            if exchange.extreme is not None:
+                continue
+            try:
+                told = replay.told(exchange)
+                for one in that_follow(replay.calls, told):
+                    key = (one.place, *(k for _, k in one.changes))
+                    explained.add(key)
+                    other = replay.with_numbers(exchange, one.changes)
+                    if difference(replay.repeat(None), other, step, exchange.keep) is not None:
+                        self._followed[key].add(one.told)
+                        found.append(self._suspect(key, one))
+            except NotFollowedError:
+                continue
+        found += [Suspect(key[0], sure=False) for key in self._changing(replay, step.samples) if key not in explained]
+        return next((s for s in found if s.sure), found[0] if found else None)
+
+    def _suspect(self, key: Any, one: Followed) -> Suspect:
+        return Suspect(one.place, sure=len(self._followed[key]) > 1 or not looks_like_a_setting(one.told))
+
+    def _changing(self, replay: Replay, samples: int) -> list[Any]:
+        """Numbers that are not those of the steps before, in calls after the script has read a number of this batch."""
+        read, out = False, []
+        for call in replay.calls:
+            if not isinstance(call, Call):
+                continue
+            read |= call.tells and not isinstance(call.result, bool)
+            if call.name not in ARITHMETIC or not read:
+                continue
+            for k, value in enumerate(call.args):
+                if _is_number(value) and value not in _COMMON and not _of_the_batch_size(value, samples):
+                    known = self._values[call.place, k]
+                    if known and value not in known:
+                        out.append((call.place, k))
+                    known.add(value)
+        return out
+
+
+def _of_the_batch_size(value: float, samples: int) -> bool:
+    return any(abs(x / samples - round(x / samples)) < 1e-6 for x in (value, 1 / value) if abs(x) >= samples)

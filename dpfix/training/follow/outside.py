@@ -1,0 +1,109 @@
+"""What leaves without noise: parameters outside the model that learn from the private loss, and what is kept of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+
+from dpfix.training.follow.calls import Call, ModelCall, Place
+from dpfix.training.follow.follower import parts_of
+
+
+class Outside:
+    """Parameters outside the private model that get gradient from a private loss.
+
+    Args:
+        private: the parameters of the private model.
+    """
+
+    def __init__(self, private: Collection[torch.Tensor]) -> None:
+        self._private = {id(p) for p in private}
+        self._learning: dict[int, ref[torch.Tensor]] = {}
+
+    def look(self, loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> list[torch.Tensor]:
+        """Find leaves of the graph behind a loss that are not the model's own.
+
+        The graph is walked from the loss to the model's outputs, and from the model's arguments on.
+
+        Args:
+            loss: on which ``backward`` is called.
+            calls: what was written down.
+
+        Returns:
+            New ones.
+        """
+        models = [call for call in calls if isinstance(call, ModelCall)]
+        stop = {output.edge.node for call in models for output in call.outputs}
+        arguments = [t for call in models for t in parts_of((call.args, call.kwargs)) if isinstance(t, torch.Tensor)]
+        starts = [t.grad_fn for t in (loss, *arguments) if t.grad_fn is not None]
+        direct = [t for t in arguments if t.requires_grad and t.grad_fn is None]
+        found = [*direct, *_leaves(starts, stop)]
+        new = [t for t in found if id(t) not in self._private and id(t) not in self._learning]
+        return new
+
+    def learn(self, parameters: Sequence[torch.Tensor]) -> None:
+        """These get gradient from a loss over private data from now on."""
+        self._learning |= {id(p): ref(p) for p in parameters}
+
+    def among(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The first of some parameters that has gradient from a private loss."""
+        for p in parameters:
+            held = self._learning.get(id(p))
+            if held is not None and held() is p and p.grad is not None:
+                return p
+        return None
+
+
+def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:
+    """Whether there is a way in the graph from a tensor to an output of the model."""
+    if tensor.grad_fn is None:
+        return False
+    wanted = {output.edge.node for call in calls for output in call.outputs}
+    todo, seen = [tensor.grad_fn], {tensor.grad_fn}
+    while todo:
+        node = todo.pop()
+        if node in wanted:
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        todo += new
+    return False
+
+
+def _leaves(starts: Sequence[Any], stop: set[Any]) -> list[torch.Tensor]:
+    todo, seen = [node for node in starts if node not in stop], set(starts) | stop
+    found = []
+    while todo:
+        node = todo.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found
+
+
+def kept_from_before(calls: Sequence[Call | ModelCall], earlier: dict[int, ref[torch.Tensor]]) -> Place | bool:
+    """Whether a loss, or the model, takes what the script has kept of an earlier batch.
+
+    Args:
+        calls: those that the loss is made of.
+        earlier: what earlier batches were, and what was made of them.
+
+    Returns:
+        The place where it is taken; true if it is an argument of the model; false if there is none.
+    """
+    made: set[int] = set()
+    for call in calls:
+        for part in parts_of((call.args, call.kwargs)):
+            if isinstance(part, torch.Tensor) and id(part) not in made:
+                held = earlier.get(id(part))
+                if held is not None and held() is part:
+                    return call.place if isinstance(call, Call) else True
+        made |= {id(part) for part in parts_of(call.result)}
+    return False

@@ -1,0 +1,162 @@
+"""One real step, up to ``backward()``, as it is going to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from dpfix.instrument import pytree
+from dpfix.training.follow.calls import ModelCall, Output
+from dpfix.training.follow.delivery import Delivery, Exchange
+
+if TYPE_CHECKING:
+    from dpfix.training.follow.placement import Placement
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""Relative difference that is rounding, by type; what is not here is less precise."""
+ROUGH = 5e-2
+
+
+class NotFollowedError(Exception):
+    """A step cannot be repeated; the text says why. Caught where the checks are made."""
+
+
+@dataclass(frozen=True)
+class RealStep:
+    """A real step at the moment of ``backward()``.
+
+    Attributes:
+        loss: the tensor on which ``backward`` was called.
+        outer: the gradient that was given to ``backward``, or ``None``.
+        calls: the calls of the model whose outputs are in the loss.
+        samples: number of samples in each of them.
+        gradients: for every call the gradients of the loss with respect to its outputs; ``None`` for one that the script has
+            written into and whose gradient cannot be asked for any more.
+        deliveries: the delivered batches that the calls work on.
+        place: where ``backward`` was called.
+    """
+
+    loss: torch.Tensor
+    outer: torch.Tensor | None
+    calls: tuple[ModelCall, ...]
+    samples: int
+    gradients: tuple[tuple[torch.Tensor | None, ...], ...]
+    deliveries: tuple[Delivery, ...]
+    place: str
+
+    @classmethod
+    def of(
+        cls,
+        loss: torch.Tensor,
+        outer: torch.Tensor | None,
+        calls: list[ModelCall],
+        place: str,
+        paused: Callable[[], AbstractContextManager[None]],
+    ) -> RealStep:
+        """Take the gradients with respect to the outputs; the graph stays.
+
+        Raises:
+            NotFollowedError: the calls do not hold the same samples in a known layout.
+        """
+        roots = [output.edge for call in calls for output in call.outputs]
+        with paused():
+            found = iter(torch.autograd.grad(_scalar(loss, outer), roots, retain_graph=True, allow_unused=True))
+        gradients = {call: [next(found) for _ in call.outputs] for call in calls}
+        used = [c for c in calls if any(g is not None for g in gradients[c]) or any(map(_overwritten, c.outputs))]
+        if not used:
+            raise NotFollowedError("the loss does not depend on the model's outputs")
+        for call in used:
+            if call.layout is None:
+                raise NotFollowedError("a call of the model has a form that the probe did not show")
+            for output, gradient in zip(call.outputs, gradients[call], strict=True):
+                if gradient is not None and output.dim is None and output.tensor.dim():
+                    raise NotFollowedError("an output of the model does not show which rows belong to which sample")
+                if output.dim is not None and output.dim.counts:
+                    raise NotFollowedError("samples have different numbers of rows")
+        filled = tuple(tuple(map(_filled, call.outputs, gradients[call])) for call in used)
+        samples = {call.samples for call in used}
+        if len(samples) != 1:
+            raise NotFollowedError("calls of the model in one step hold different numbers of samples")
+        deliveries = tuple(dict.fromkeys(d for call in used for d in call.deliveries))
+        return cls(loss, outer, tuple(used), samples.pop(), filled, deliveries, place)
+
+
+def _overwritten(output: Output) -> bool:
+    return output.tensor._version != output.version
+
+
+def _filled(output: Output, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if gradient is not None:
+        return gradient.detach()
+    return None if _overwritten(output) else torch.zeros_like(output.tensor)
+
+
+def _scalar(loss: torch.Tensor, outer: torch.Tensor | None) -> torch.Tensor:
+    return loss.sum() if outer is None else (loss * outer).sum()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A step that was repeated with other samples.
+
+    Attributes:
+        arguments: ``(args, kwargs)`` of every call of the model.
+        gradients: for every call the gradients of the loss with respect to its outputs.
+        placement: where the samples are, if they are not where the loader had them.
+    """
+
+    arguments: list[Any]
+    gradients: list[list[torch.Tensor]]
+    placement: Placement | None = None
+
+
+class Way(Protocol):
+    """A way to repeat a step."""
+
+    def repeat(self, exchange: Exchange | None) -> Repeated:
+        """Repeat the step.
+
+        Args:
+            exchange: which samples take the places of others; ``None`` repeats the very step.
+
+        Returns:
+            Arguments and gradients.
+
+        Raises:
+            NotFollowedError: it cannot be repeated with these samples.
+        """
+        ...
+
+
+def tensors_of(arguments: Any) -> list[tuple[pytree.Path, torch.Tensor]]:
+    """The tensors of a call's arguments with their paths."""
+    return [(path, leaf) for path, leaf in pytree.leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+def other_shapes(step: RealStep, arguments: Sequence[Any]) -> bool:
+    """Whether arguments of the model have other shapes than those of the step: the batch was cut to another length."""
+    pairs = zip(step.calls, arguments, strict=False)
+    return any(
+        [t.shape for _, t in tensors_of((call.args, call.kwargs))] != [t.shape for _, t in tensors_of(other)]
+        for call, other in pairs
+    )
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal up to rounding; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    return torch.allclose(a, b, rtol=TOLERANCE.get(a.dtype, ROUGH), atol=1e-30 + _atol(b), equal_nan=True)
+
+
+def _atol(b: torch.Tensor) -> float:
+    finite = b[torch.isfinite(b)]
+    return TOLERANCE.get(b.dtype, ROUGH) * (float(finite.abs().max()) if finite.numel() else 0.0)

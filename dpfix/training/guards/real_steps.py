@@ -1,0 +1,272 @@
+"""What is released is a sum of clipped per-sample gradients, proven on real steps (:mod:`dpfix.training.follow`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from typing_extensions import override
+
+from dpfix.engines import BY_NAME
+from dpfix.errors import CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.instrument.source import calling_line, describe_module, warn_user
+from dpfix.observe.training_step import TrainingStep
+from dpfix.training.follow import messages
+from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
+from dpfix.training.follow.calls import ModelCall
+from dpfix.training.follow.delivery import BatchLayout
+from dpfix.training.follow.follower import Follower, line_of, parts_of, switch_off
+from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
+from dpfix.training.follow.model import PlainModel, wrong_sum
+from dpfix.training.follow.numbers import NumberWatch
+from dpfix.training.follow.outside import Outside, kept_from_before
+from dpfix.training.follow.replay import Replay, path_to
+from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
+from dpfix.training.follow.told import ToldStep
+from dpfix.training.guards.check import Check, Guarded
+from dpfix.weights.copies import plain_copy
+
+
+@dataclass(frozen=True)
+class Following:
+    """What is known beforehand about the real steps.
+
+    Attributes:
+        step: the training step of the call, told or inferred.
+        batches: how the loader's batches carry their samples.
+        share: share of the training time that checks of later steps may take.
+        strict: whether a step that cannot be followed is refused.
+    """
+
+    step: TrainingStep | None = None
+    batches: BatchLayout = field(default_factory=BatchLayout)
+    share: float = SHARE
+    strict: bool = False
+
+
+class RealSteps(Check):
+    """On checked steps: nobody else's data matters to a sample, and the clipped sum is that of ordinary autograd.
+
+    Catches: a loss, a model or a loop that couples samples on real data, at whatever step it begins; numbers of the batch that
+    scale the loss; state of earlier batches; parameters outside the model that learn from it; an engine that is wrong on
+    this data. Costs: writing down the functions between delivery and ``backward()``; a few steps' time for a checked step.
+
+    Args:
+        guarded: the training.
+        following: what is known about its steps.
+    """
+
+    def __init__(self, guarded: Guarded, following: Following) -> None:
+        self._guarded, self._following = guarded, following
+        self.needed = BY_NAME[guarded.plan.engine].audited
+        self.agenda = Agenda(following.share)
+        self._novelty, self._numbers = Novelty(), NumberWatch()
+        self.outside = Outside(tuple(guarded.module.parameters()))
+        self._warned = False
+        self._looked = self._checked = False
+        self._pending: tuple[PlainModel, list[int]] | None = None
+        self._optimizer: DPOptimizer | None = None
+        self._failed: DPFixError | None = None
+        if self.needed:
+            self._follower = Follower(guarded.module, guarded.plan.calls, following.batches, self._backward)
+            if guarded.ledger is not None:
+                guarded.ledger.at_delivery = self._follower.deliver
+
+    # -------------------------------------------------------------- moments
+
+    @override
+    def cleared(self) -> None:
+        self._failed = None
+        if self._follower.over:
+            switch_off(self._follower)  # after a refusal inside backward() it could not be taken off at once
+
+    @override
+    def before_step(self, optimizer: DPOptimizer) -> None:
+        self._optimizer = optimizer
+        self._follower.pause()
+        if self._failed is not None:
+            raise self._failed
+        models = [c for c in self._follower.calls if isinstance(c, ModelCall) and c.outputs]
+        if models and not self._looked and max(c.samples for c in models) > 1:
+            self._not_followed(
+                self._follower.broken or "backward() was not called on a tensor, but on several or by autograd.grad"
+            )
+
+    @override
+    def summed(self, norms: torch.Tensor | None) -> None:
+        pending, self._pending = self._pending, None
+        optimizer, guarded = self._optimizer, self._guarded
+        if pending is None or optimizer is None or guarded.progress.partial or not optimizer.flat:  # type: ignore[attr-defined]
+            return
+        norms = _norms(guarded.parameters.values()) if norms is None else norms
+        model, chosen = pending
+        if norms is None or len(norms) != model.step.samples:
+            return
+        clipped = {n: p.summed_grad.detach() for n, p in guarded.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
+        with self.agenda.check():
+            wrong = wrong_sum(model, guarded.plan, clipped, norms, float(optimizer.max_grad_norm), chosen)
+        if wrong:
+            guarded.forget_sum()
+            guarded.handle.finish()
+            raise PlanBrokenError(
+                f"engine {guarded.plan.engine} does not compute what is to be released for this batch of {guarded.name}: {wrong}.",
+                "Nothing was released.",
+                "Choose another engine with grad_sample_mode (vmap, microbatch), and report the model.",
+                path="grad_sample_mode",
+            )
+
+    @override
+    def after_step(self, released: bool) -> None:
+        self._follower.settle(remember=self._checked)
+        self._looked = self._checked = False
+        self._pending = None
+
+    @override
+    def detach(self) -> None:
+        if self.needed:
+            self._follower.remove()
+            self._pending = None
+
+    # -------------------------------------------------------------- backward
+
+    def _backward(self, loss: torch.Tensor, args: Any, kwargs: Any) -> None:
+        """Called by ``loss.backward()``, before any gradient is taken.
+
+        Raises:
+            DPFixError: the step must not be released; nothing has moved.
+        """
+        follower = self._follower
+        outer = kwargs.get("gradient", args[0] if args else None)
+        if self.outside.look(loss, follower.calls):
+            self.outside.learn(self._outside_from_the_batch(loss))
+        models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
+        if max((c.samples for c in models), default=0) < 2:
+            self._looked = bool(models)
+            return  # a sample alone, or the stand-in of an empty draw
+        self._looked = True
+        plan, module = self._guarded.plan, self._guarded.module
+        if any(module.get_submodule(path).training for path in plan.fixed_norms):
+            return  # a check of its own says so in the step
+        if plan.row_counter is not None:
+            return  # samples with different numbers of rows: the loss had to be told
+        if any(c.samples != d.samples for c in models for d in c.deliveries):
+            return  # other rows than were drawn: the step is refused
+        seen = set(follower.seen)
+        for delivery in {d for c in models for d in c.deliveries}:
+            seen |= self._novelty.of(delivery)
+        if not self.agenda.due(seen):
+            return
+        try:
+            with self.agenda.check():
+                self._check(loss, outer, models)
+        except NotFollowedError as why:
+            self._not_followed(str(why))
+        except DPFixError as error:
+            follower.clear()
+            switch_off(follower)
+            if self._guarded.ranks.size > 1:  # the others wait in the step
+                self._failed = error
+                return
+            raise
+
+    def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """Parameters outside that a loss on delivered data teaches; one on a generator's data, through the model, teaches none."""
+        origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
+        if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
+            return []
+        return self.outside.look(loss, calls)
+
+    def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
+        guarded, follower, draw = self._guarded, self._follower, self.agenda.draw
+        place = calling_line()
+        real = RealStep.of(loss, outer, models, place, guarded.handle.paused)
+        model = PlainModel(plain_copy(guarded.module), real)
+        way, replay = self._way(real, model)
+        found = coupled(way, real, draw)
+        if found is not None:
+            raise self._refusal(found, real, replay)
+        if replay is not None:
+            self._look_at_numbers(replay, real)
+        self._look_at_lengths(way, replay, real, model)
+        at = kept_from_before(replay.calls if replay is not None else follower.calls, follower.earlier)
+        if at and real.deliveries:  # without a new batch the step is refused as such
+            raise messages.kept("" if at is True else line_of(at))
+        others = list(exchanges(real.samples, draw))
+        mixed = model.mixes(others[: 4 * 2])
+        if mixed is not None:
+            self._failed = messages.coupled_model(mixed[0], describe_module(guarded.module, ""))
+            return  # said in the step, unless the model is another than the one that was audited
+        gap = model.couples(draw)
+        if gap:
+            raise messages.coupled_loss(gap, f"computed by {guarded.name} itself; {place}")
+        other = other_reduction(way, real, guarded.plan.loss_reduction == "mean", replay.calls if replay else ())
+        if other:
+            raise messages.other_reduction(other, place)
+        self.agenda.passed()
+        self._checked = True
+        self._pending = model, draw.sample(range(real.samples), min(2, real.samples))
+
+    def _way(self, real: RealStep, model: PlainModel) -> tuple[Way, Replay | None]:
+        """The script's own code, where the loop makes the told step; else what it did, call by call."""
+        following = self._following
+        if following.step is not None:
+            try:
+                return ToldStep(following.step, following.batches, real, self._value, model.module), None
+            except NotFollowedError:
+                pass
+        replay = Replay(self._follower, real)
+        return replay, replay
+
+    def _value(self, t: torch.Tensor) -> torch.Tensor:
+        return self._follower.kept.get(id(t), t)
+
+    def _refusal(self, found: Coupling, real: RealStep, replay: Replay | None) -> DPFixError:
+        if found.where == "loss":
+            return messages.coupled_loss(found.gap, real.place)
+        call = real.calls[found.number]
+        line = "" if replay is None else replay.line_of_argument(call, found.path)
+        return messages.coupled_input(found.gap, messages.argument_name(found.path), line, self._guarded.name)
+
+    def _look_at_numbers(self, replay: Replay, real: RealStep) -> None:
+        found = self._numbers.look(replay, real, exchanges(real.samples, self.agenda.draw))
+        if found is None:
+            return
+        line = line_of(found.place)
+        if found.sure:
+            raise messages.coupled_number(line, real.place)
+        self._not_followed(
+            f"it is computed with a Python number ({line}) that equals a count or a sum over the batch, or changes from step to "
+            "step with numbers that the loop reads from the batch"
+        )
+
+    def _look_at_lengths(self, way: Way, replay: Replay | None, real: RealStep, model: PlainModel) -> None:
+        for exchange in exchanges(real.samples, self.agenda.draw):
+            if exchange.extreme is not None:
+                continue
+            try:
+                arguments = way.repeat(exchange).arguments
+                if replay is not None and not other_shapes(real, arguments):
+                    arguments = replay.with_lengths(exchange)
+            except NotFollowedError:
+                continue
+            if other_shapes(real, arguments) and (gap := model.feels_length(exchange, arguments)):
+                raise messages.feels_length(gap, self._guarded.name)
+
+    def _not_followed(self, why: str) -> None:
+        text = messages.not_followed(self._guarded.name, why)
+        if self._following.strict:
+            self._follower.clear()
+            raise CoupledLossError(text, "strict=True was asked for.", messages.WAY_OUT, path="strict")
+        if not self._warned:
+            self._warned = True
+            warn_user(f"{text} {messages.WAY_OUT}")
+
+
+def _norms(parameters: Any) -> torch.Tensor | None:
+    """Norms of the per-sample gradients that an engine has left on the parameters."""
+    left = [getattr(p, "grad_sample", None) for p in parameters]
+    if not left or not all(isinstance(g, torch.Tensor) for g in left):
+        return None
+    return torch.stack([g.detach().flatten(1).norm(dim=1) for g in left]).norm(dim=0)
