@@ -154,6 +154,7 @@ class DrawLedger:
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
         self._worked: Draw | None = None
+        self._closed = False
         self._origins = Origins()
         self._expected = threading.local()
         self._lock = threading.RLock()  # a loop may iterate over the loader in another thread
@@ -198,8 +199,15 @@ class DrawLedger:
         self._passes = [p for p in self._passes if p is self._passes[-1] or p.unreleased or not p.over]
         self._open = {d: None for d in self._open if d.whole in d.of.unreleased}
 
+    def close(self) -> None:
+        """The training is over: what is delivered from now on is not of it."""
+        self._closed = True
+        self.at_start, self.at_end = lambda begun: None, lambda: None
+
     def hand_out(self, draw: Draw, batch: Any = None) -> None:
         """The loop gets a draw, or a part of one."""
+        if self._closed:
+            return
         with self._lock:
             draw.delivered = draw.whole.delivered = True
             draw.of.unreleased[draw.whole] = None

@@ -80,7 +80,10 @@ def _things(tree: Any) -> Iterator[Any]:
 
 
 def _memory(thing: Any) -> torch.UntypedStorage | None:
-    """The memory of a tensor; ``None`` for an array, and for a tensor without one (a sparse one)."""
-    if not isinstance(thing, torch.Tensor) or thing.layout is not torch.strided:
+    """The memory of a tensor; ``None`` for an array, and for a tensor without one (a sparse one, one under ``torch.vmap``)."""
+    if not isinstance(thing, torch.Tensor):
         return None
-    return thing.untyped_storage()
+    try:
+        return thing.untyped_storage()
+    except RuntimeError:
+        return None

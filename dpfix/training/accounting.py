@@ -114,8 +114,8 @@ class Accounting:
     def end(self) -> None:
         """The training is over."""
         self.complete()
-        self.name_skipped()
-        _ALL.discard(self)
+        if self._ledger is not None:
+            self._ledger.close()
 
     @property
     def steps(self) -> int:

@@ -100,10 +100,10 @@ def in_thread(loader: Any) -> Numbered:
 
 
 def in_pairs(loader: Any) -> Numbered:
-    pairs = itertools.pairwise(enumerate(loader))
     last: Any = None
-    for numbered, last in pairs:
+    for numbered, following in itertools.pairwise(enumerate(loader)):
         yield numbered
+        last = following
     yield last
 
 
@@ -118,8 +118,7 @@ def shuffled(loader: Any) -> Numbered:
 
 def ahead_with_copies(loader: Any) -> Numbered:
     """As a loop that moves the next batch to another device while it works on this one."""
-    for k, (x, y) in ahead((x.clone(), y.clone()) for x, y in loader):
-        yield k, (x, y)
+    yield from ahead((x.clone(), y.clone()) for x, y in loader)
 
 
 LOOPS: dict[str, Callable[[Any], Numbered]] = {
@@ -283,6 +282,8 @@ def test_draws_are_accounted_when_the_training_ends() -> None:
     next(batches)
     people.training[0].to_standard_module()
     assert people.accounted == 1
+    assert len(list(people.training[2])) == len(LISTS)
+    assert people.accounted == 1, "what the loader delivers afterwards is not of this training"
 
 
 # ------------------------------------------------------------------ BatchMemoryManager
