@@ -156,7 +156,7 @@ class DrawLedger:
         self._worked: Draw | None = None
         self._closed = False
         self._origins = Origins()
-        self._expected = threading.local()
+        self._thread = threading.local()  # what this thread has asked for, and what it has drawn
         self._lock = threading.RLock()  # a loop may iterate over the loader in another thread
 
     def __reduce__(self) -> Any:
@@ -173,12 +173,12 @@ class DrawLedger:
         Returns:
             The pass.
         """
-        self._expected.next = Pass(self, delivers=True, most=most)
-        return self._expected.next
+        self._thread.next = Pass(self, delivers=True, most=most)
+        return self._thread.next
 
     def start(self, seed: int = 0) -> Pass:
         """A sampler begins a new pass; on several ranks, with a seed of its own."""
-        begun: Pass = vars(self._expected).pop("next", None) or Pass(self, delivers=False)
+        begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
         begun.seed = seed
         self.rounds += 1
         self.at_start(begun)
@@ -213,6 +213,14 @@ class DrawLedger:
             draw.of.unreleased[draw.whole] = None
             self._open[draw] = None
             self._origins.add(batch, draw)
+        self._thread.drawn = None if draw.of.delivers else draw
+
+    def collated(self, batch: Any) -> None:
+        """A batch was made, in this thread, of what was drawn last for somebody else's loader."""
+        draw: Draw | None = vars(self._thread).pop("drawn", None)
+        if draw is not None:
+            with self._lock:
+                self._origins.add(batch, draw)
 
     # ------------------------------------------------------------------ what the loop is working on
 

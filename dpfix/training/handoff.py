@@ -216,6 +216,7 @@ def _private_loader(
         decided.augmentation,
         decided.known_rows,
         row_counter=decided.plan.row_counter,
+        ledger=ledger,
     )
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)

@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -284,6 +285,49 @@ def test_draws_are_accounted_when_the_training_ends() -> None:
     assert people.accounted == 1
     assert len(list(people.training[2])) == len(LISTS)
     assert people.accounted == 1, "what the loader delivers afterwards is not of this training"
+
+
+# ------------------------------------------------------------------ other loaders over the private sampler
+
+
+def remade(loader: Any) -> DataLoader[Any]:
+    """A loader that a framework makes of the private one's parts."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=loader.batch_sampler,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        generator=loader.generator,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [(name, 0) for name in LOOPS if name != "thread"] + [("plain", 2), ("ahead", 2)]
+)
+def test_a_loader_that_a_framework_makes_delivers_the_same_draws(name: str, workers: int) -> None:
+    people = People(workers=workers)
+    wanted = []
+    for k, batch in LOOPS[name](remade(people.draw(LISTS))):
+        people.step(batch)
+        wanted.append(LISTS[k])
+    assert people.released == wanted
+    assert people.history == [(0.0, 0.25, len(LISTS))]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_draws_that_are_skipped_with_such_a_loader_are_accounted(left: bool) -> None:
+    people = People()
+    lists = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    for k, batch in enumerate(remade(people.draw(lists))):
+        if k in (0, 2):
+            continue
+        people.step(batch)
+        if left and k == 3:
+            break
+    assert people.released == [lists[k] for k in ((1, 3) if left else (1, 3, 4))]
+    with pytest.warns(dpfix.DPFixWarning, match="2 draw.*skipped") if not left else nullcontext():
+        people.training.get_epsilon(1e-2)
+    assert people.accounted == (4 if left else 5)
 
 
 # ------------------------------------------------------------------ BatchMemoryManager
