@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import dpfix
-from tests.helpers import sgd
+from tests.helpers import setting, sgd
 from tests.training.steps import every_engine
 
 PEOPLE = 16
@@ -456,3 +456,37 @@ def test_rows_that_vary_belong_to_the_draw_of_their_batch() -> None:
     assert [sorted(set(ids)) for ids in people.released] == [sorted(ids) for ids in wanted]
     assert all(len(ids) == len(set(ids)) for ids in people.released)
     assert people.accounted == len(lists)
+
+
+class Gated(nn.Module):
+    """A shared layer whose second result is cut out of the graph, until told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.cuts = nn.Linear(6, 6), nn.Linear(6, 3), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen, other = self.first(x), self.first(x.flip(1))
+        return self.last(seen + (other.detach() if self.cuts else other))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_draw_that_is_lost_with_a_no_grad_region_is_accounted(lost: int) -> None:
+    model = Gated()
+    training = dpfix.make_private_safe(**setting(model, optimizer=sgd(model, 0.1)))
+    private, optimizer, loader = training
+    assert len(training.plan.no_grad_regions) == 1
+    vars(loader)["batch_sampler"] = [list(range(12)), list(range(8))]
+    errors = []
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=4, optimizer=optimizer) as split:
+        for k, (x, y) in enumerate(split):
+            model.cuts = k < lost
+            optimizer.zero_grad()
+            F.cross_entropy(private(x), y).backward()
+            try:
+                optimizer.step()
+            except dpfix.MisuseError as error:
+                errors.append((k, str(error)))
+    assert [k for k, _ in errors] == list(range(lost, 3))
+    assert "is lost" in errors[0][1] and all("other parts were given up" in text for _, text in errors[1:])
+    assert training.privacy_engine.accountant.history == [(1.0, 8 / 24, 2)]

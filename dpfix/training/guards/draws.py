@@ -113,7 +113,7 @@ class WholeDraws(Check):
         draw = self._guarded.progress.draw
         if draw is None:
             return
-        if draw.whole.discarded:
+        if draw.whole.discarded or draw.whole.released:
             raise ForeignBatchError(
                 f"optimizer.step() has a part of a draw ({draw.number} of its pass) of which other parts were given up, when "
                 "the loop went on to another draw of the data_loader or a step failed.",
