@@ -192,6 +192,11 @@ def test_a_batch_is_released_once_also_when_others_are_waiting() -> None:
 # ------------------------------------------------------------------ draws without a step
 
 
+def ours(said: Any) -> list[str]:
+    """The library's own warnings; the collector may close files of other tests meanwhile."""
+    return [str(w.message) for w in said if issubclass(w.category, dpfix.DPFixWarning)]
+
+
 def caught(people: People, skips: Callable[[int], bool]) -> None:
     for k, (x, y) in enumerate(people.draw(LISTS)):
         try:
@@ -213,7 +218,7 @@ def test_a_draw_that_is_skipped_is_accounted_and_named(skips: Callable[[int], bo
     del batch
     with pytest.warns(dpfix.DPFixWarning, match=r"draw\(s\) of the data_loader were skipped: .*first draw \d+") as said:
         assert people.training.statement(1e-2).steps == 2 * len(LISTS)
-    assert len(said) == 1
+    assert len(ours(said)) == 1
     people.training.get_epsilon(1e-2)
 
 
@@ -366,7 +371,7 @@ def test_a_draw_of_which_a_part_was_left_out_is_not_released_with_the_next(part:
     people = People(workers=workers)
     with pytest.warns(dpfix.DPFixWarning, match="skipped a part") as said:
         managed(people, lambda d, p: (d, p) == (0, part))
-    assert [str(w.message) for w in said if issubclass(w.category, dpfix.DPFixWarning)] == [str(said[0].message)]
+    assert len(ours(said)) == 1
     assert [ids for ids in people.released if ids] == WHOLE[1:]
     assert people.accounted == 5
 
