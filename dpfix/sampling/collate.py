@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dpfix.errors import LoaderError
 from dpfix.layout.row_count import RowCounter
 from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.sampling.ledger import DrawLedger
 
 Collate = Callable[[list[Any]], Any]
 
@@ -85,6 +86,7 @@ class CollateOrPlaceholder:
         augmentation: makes the views of a sample, if any are asked for.
         known_rows: what every sample is checked for, where samples have several rows.
         row_counter: counts the rows of a sample, where samples may have different numbers of them.
+        ledger: learns what was made of a draw that somebody else's loader hands out.
     """
 
     collate: Collate
@@ -92,10 +94,14 @@ class CollateOrPlaceholder:
     augmentation: AugmentationMultiplicity | None = None
     known_rows: KnownRows | None = None
     row_counter: RowCounter | None = None
+    ledger: DrawLedger | None = None
 
     def __call__(self, samples: list[Any]) -> Any:
         """The batch of some samples, or the placeholder's."""
-        return self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.placeholder.batch)
+        batch = self.collated(self.prepared(samples)) if len(samples) else copy.deepcopy(self.placeholder.batch)
+        if self.ledger is not None and get_worker_info() is None:
+            self.ledger.collated(batch)
+        return batch
 
     def with_counts(self, samples: list[Any]) -> tuple[Any, tuple[int, ...]]:
         """The batch of some samples, and the number of rows of each."""

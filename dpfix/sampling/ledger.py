@@ -2,65 +2,349 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+from dpfix.errors import ForeignBatchError
+from dpfix.sampling.origin import Origins
+
+Counts = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Draw:
+    """Samples that are delivered together: a Poisson draw or, in a ``BatchMemoryManager``, a part of one.
+
+    Attributes:
+        samples: how many there are.
+        number: the draw's number in its pass, from 1.
+        of: the pass.
+        part_of: the draw that this is a part of; ``None`` for a whole one.
+        counts: rows of every sample, where samples may have different numbers of them.
+        delivered: whether the loop has got it.
+        stepped: whether a step has taken its gradients.
+        released: whether a step has released it.
+        accounted: the noise multiplier with which the accountant has counted it; ``None`` if it has not.
+        summed: samples of a whole draw whose gradients are in the sum that is not released yet.
+        discarded: whether such a sum was thrown away, so that the draw can never be released.
+    """
+
+    samples: int
+    number: int
+    of: Pass = field(repr=False)
+    part_of: Draw | None = None
+    counts: Counts = ()
+    delivered: bool = False
+    stepped: bool = False
+    released: bool = False
+    accounted: float | None = None
+    summed: int = 0
+    discarded: bool = False
+
+    @property
+    def whole(self) -> Draw:
+        """The Poisson draw: this one, or the one that it is a part of."""
+        return self.part_of or self
+
+    @property
+    def completes(self) -> bool:
+        """Whether all samples of the Poisson draw are summed up once these are."""
+        return self.part_of is None or self.part_of.summed + self.samples == self.part_of.samples
+
+    def fits(self, rows: int) -> bool:
+        """Whether gradients of so many samples can be its own; what an empty draw delivers has one."""
+        return rows == self.samples or (self.samples == 0 and rows <= 1)
+
+
+class Pass:
+    """One pass of a sampler over the index set.
+
+    Args:
+        ledger: where it is recorded.
+        delivers: whether the private loader itself hands out what is drawn. Otherwise somebody else's loader does so with its
+            sampler (accelerate makes such loaders), and nobody says when: what was drawn counts as handed out.
+        most: samples in a physical batch at most, where draws are handed out in parts.
+
+    Attributes:
+        seed: seed of the pass, where several ranks draw it together.
+        over: whether nothing of it will be delivered any more.
+        latest: number of the last draw that was stepped on.
+        unreleased: draws that were delivered and not released, in order.
+    """
+
+    def __init__(self, ledger: DrawLedger, *, delivers: bool, most: int | None = None) -> None:
+        self.delivers, self.most = delivers, most
+        self.seed, self.over, self.latest = 0, False, 0
+        self.unreleased: dict[Draw, None] = {}
+        self._ledger = ledger
+        self._waiting: deque[Draw] = deque()
+        self._drawn = 0
+
+    def drew(self, samples: int) -> None:
+        """The sampler has drawn a batch of this many samples."""
+        self._drawn += 1
+        draw = Draw(samples, self._drawn, self)
+        if not self.delivers:
+            self._ledger.hand_out(draw)
+        elif self.most is None:
+            self._waiting.append(draw)
+        else:
+            self._waiting += [Draw(n, draw.number, self, part_of=draw) for n in part_sizes(samples, self.most)]
+
+    def deliver(self, batch: Any = None, counts: Counts = ()) -> None:
+        """The private loader hands the oldest draw, or part of one, to the loop.
+
+        Args:
+            batch: what the loop gets.
+            counts: see :attr:`Draw.counts`.
+        """
+        draw = self._waiting.popleft()
+        draw.counts = counts
+        self._ledger.hand_out(draw, batch)
+
+    def end(self) -> None:
+        """Nothing of it will be delivered any more: it is exhausted, or the loop has left it.
+
+        What was drawn and never delivered, since workers draw ahead, is no release: nothing was computed from it, and it is
+        not accounted.
+        """
+        if not self.over:
+            self.over = True
+            self._waiting.clear()
+            self._ledger.at_end()
+
+    def accountable(self) -> list[Draw]:
+        """Delivered draws that are not released.
+
+        Returns:
+            All of them; with somebody else's loader those before the last one that was stepped on and, once its sampler is
+            exhausted, the others.
+        """
+        return [d for d in tuple(self.unreleased) if self.delivers or self.over or d.number < self.latest]
+
+
+def part_sizes(samples: int, most: int) -> list[int]:
+    """Sizes of the physical batches of a draw, as ``numpy.array_split`` makes them; an empty draw is one of nothing."""
+    parts = max(1, -(-samples // most))
+    return [samples // parts + (k < samples % parts) for k in range(parts)]
 
 
 class DrawLedger:
-    """How many samples every batch holds, in order: the loader writes it, the optimizer reads it at every step.
+    """Every draw, and which of them the loop is working on: sampler and loader write it, the optimizer reads it.
+
+    The loop works on the draw with whose samples the private model was called last. Whoever can tell that says so with
+    :meth:`work_on`; :meth:`draw_of` knows it for what the loader has delivered and for views of it. Where nobody can tell, the
+    oldest draw is meant that was delivered, that no step was made on, and that has as many samples as gradients have arrived.
+
+    A copy of a ledger is an empty one: what a copied loader delivers are not the batches of the training.
 
     Attributes:
-        rounds: counts how often a sampler was started; a new round abandons what an old one left.
-        counts: rows of every sample of the delivered batch, where samples may have different numbers of them.
-        seed: seed of the present round, where several ranks draw it together.
-        number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
-        at_start: called when a sampler begins a new pass.
-        at_delivery: called with every batch that the loader hands out.
+        rounds: how many passes were begun.
+        at_start: called when a pass begins.
+        at_end: called when a pass is over.
+        at_delivery: called with every batch that the loop gets, and its draw.
     """
 
     def __init__(self) -> None:
         self.rounds = 0
-        self.seed = 0
-        self.number = 0
-        self.at_start: Callable[[], None] = lambda: None
-        self.at_delivery: Callable[[Any], None] = lambda batch: None
-        self._drawn: deque[int] = deque()
-        self._delivered: int | None = None
-        self.counts: tuple[int, ...] = ()
-        self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
+        self.at_start: Callable[[Pass], None] = lambda begun: None
+        self.at_end: Callable[[], None] = lambda: None
+        self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
+        self._passes: list[Pass] = []
+        self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
+        self._worked: Draw | None = None
+        self._closed = False
+        self._origins = Origins()
+        self._thread = threading.local()  # what this thread has asked for, and what it has drawn
+        self._lock = threading.RLock()  # a loop may iterate over the loader in another thread
 
-    def start(self, seed: int = 0) -> None:
+    def __reduce__(self) -> Any:
+        return DrawLedger, ()
+
+    # ------------------------------------------------------------------ drawn and delivered
+
+    def expect(self, most: int | None = None) -> Pass:
+        """The pass that begins next in this thread is one that the private loader delivers itself.
+
+        Args:
+            most: samples in a physical batch at most, where draws are handed out in parts.
+
+        Returns:
+            The pass.
+        """
+        self._thread.next = Pass(self, delivers=True, most=most)
+        return self._thread.next
+
+    def start(self, seed: int = 0) -> Pass:
         """A sampler begins a new pass; on several ranks, with a seed of its own."""
-        self.at_start()
+        begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
+        begun.seed = seed
         self.rounds += 1
-        self.seed, self.number = seed, 0
-        self._drawn.clear()
-        self._delivered = None
-        self._delivers = False
-        self.counts = ()
+        self.at_start(begun)
+        with self._lock:
+            self._forget_old(begun)
+            self._passes.append(begun)
+        return begun
 
-    def drew(self, samples: int) -> None:
-        """A logical batch of this many samples was drawn."""
-        self._drawn.append(samples)
+    def _forget_old(self, begun: Pass) -> None:
+        """Draws of earlier passes that nobody can step on any more; all of them are accounted."""
+        alive = self._alive()
+        for earlier in self._passes[:-1]:
+            if earlier.over:
+                earlier.unreleased = {d: None for d in earlier.unreleased if d in alive}
+        if not begun.delivers:  # the loader that was handing out another such pass is not heard of again
+            for earlier in self._passes:
+                earlier.unreleased = earlier.unreleased if earlier.delivers else {}
+        self._passes = [p for p in self._passes if p is self._passes[-1] or p.unreleased or not p.over]
+        self._open = {d: None for d in self._open if d.whole in d.of.unreleased}
 
-    def deliver(self, counts: tuple[int, ...] = ()) -> None:
-        """The loader hands the oldest drawn batch to the loop; see :attr:`counts`."""
-        self.counts = counts
-        self._delivered = self._drawn.popleft() if self._drawn else None
-        self._delivers = True
-        self.number += 1
+    def close(self) -> None:
+        """The training is over: what is delivered from now on is not of it."""
+        self._closed = True
+        self.at_start, self.at_end = lambda begun: None, lambda: None
+        self.at_delivery = lambda batch, draw: None
+
+    def hand_out(self, draw: Draw, batch: Any = None) -> None:
+        """The loop gets a draw, or a part of one."""
+        if self._closed:
+            return
+        with self._lock:
+            draw.delivered = draw.whole.delivered = True
+            draw.of.unreleased[draw.whole] = None
+            self._open[draw] = None
+            self._origins.add(batch, draw)
+        if batch is not None:
+            self.at_delivery(batch, draw)
+        self._thread.drawn = None if draw.of.delivers else draw
+
+    def collated(self, batch: Any) -> None:
+        """A batch was made, in this thread, of what was drawn last for somebody else's loader."""
+        draw: Draw | None = vars(self._thread).pop("drawn", None)
+        if draw is not None:
+            with self._lock:
+                self._origins.add(batch, draw)
+            self.at_delivery(batch, draw)
+
+    # ------------------------------------------------------------------ what the loop is working on
+
+    def draw_of(self, tree: Any) -> Draw | None:
+        """The draw whose delivered tensors or arrays, or views of them, are in a tree.
+
+        Args:
+            tree: arguments of a call, or any other nested containers.
+
+        Returns:
+            The draw, or the part of one, that was delivered with them; ``None`` if there is nothing of the kind.
+        """
+        return self._origins.find(tree)
+
+    def work_on(self, draw: Draw | None) -> None:
+        """The loop has called the private model with samples of this draw: the next step is made on it.
+
+        Args:
+            draw: as :meth:`draw_of` gave it; ``None`` if the call's origin is not known.
+        """
+        if draw is not None or (self._worked is not None and self._worked.stepped):
+            self._worked = draw
+
+    def work_on_rows(self, sizes: set[int]) -> None:
+        """As :meth:`work_on`, of unknown origin, where samples have different numbers of rows.
+
+        Args:
+            sizes: what may be the number of all rows.
+
+        Raises:
+            ForeignBatchError: there are several such draws, whose samples have different numbers of rows.
+        """
+        fitting = [draw for draw in tuple(self._open) if sum(draw.counts) in sizes]
+        if len({draw.counts for draw in fitting}) > 1:
+            raise ForeignBatchError(*_untold("the model was called with a batch"), path="data_loader")
+        self.work_on(fitting[0] if fitting else None)
+
+    def present(self, rows: int | None = None) -> Draw | None:
+        """The draw that the loop is working on, or the part of one.
+
+        Args:
+            rows: number of samples whose gradients have arrived, where it is known.
+
+        Returns:
+            The draw; ``None`` if there is none without a step.
+
+        Raises:
+            ForeignBatchError: parts of several draws may be meant, which must not be added up.
+        """
+        if self._worked is not None:
+            return None if self._worked.stepped else self._worked
+        still = tuple(self._open)
+        fitting = [draw for draw in still if rows is not None and draw.fits(rows)]
+        if any(draw.part_of for draw in fitting) and len({draw.whole for draw in fitting}) > 1:
+            what = f"optimizer.step() has per-sample gradients of {rows} samples"
+            raise ForeignBatchError(*_untold(what), path="data_loader")
+        return next(iter(fitting or still), None)
+
+    @property
+    def varying(self) -> bool:
+        """Whether a delivered draw has samples with different numbers of rows."""
+        return any(draw.counts for draw in tuple(self._open))
+
+    @property
+    def counts(self) -> Counts:
+        """Rows of every sample of the draw that the loop is working on; see :attr:`Draw.counts`."""
+        draw = self.present()
+        return () if draw is None else draw.counts
 
     def pending(self) -> int | None:
-        """Number of samples in the batch the loop is working on, or ``None`` if none was drawn."""
-        if self._delivers:
-            return self._delivered
-        return self._drawn[0] if self._drawn else None
+        """Number of samples in the draw (or part of one) that the loop is working on; ``None`` if there is none."""
+        draw = self.present()
+        return None if draw is None else draw.samples
 
-    def settle(self) -> None:
-        """The batch was released in a step; it cannot be used again."""
-        if self._delivers:
-            self._delivered = None
-        elif self._drawn:
-            self._drawn.popleft()
-            self.number += 1
+    def settle(self, draw: Draw, *, released: bool = True) -> None:
+        """A step has taken the gradients of a draw, or of a part of one; it cannot be used again.
+
+        Args:
+            draw: the draw.
+            released: whether the whole draw was released with it.
+        """
+        with self._lock:
+            self._worked = None
+            draw.stepped = True
+            self._open.pop(draw, None)
+            if released:
+                draw.whole.stepped = draw.whole.released = True
+                draw.of.unreleased.pop(draw.whole, None)
+                draw.of.latest = max(draw.of.latest, draw.number)
+
+    # ------------------------------------------------------------------ delivered without a step
+
+    def unaccounted(self) -> list[Draw]:
+        """Poisson draws that were delivered and that the accountant has not counted yet."""
+        with self._lock:
+            return [d for p in self._passes for d in p.accountable() if d.accounted is None]
+
+    def skipped(self, passes: int = 0) -> list[Draw]:
+        """Delivered draws on which no step will be made: their pass is over, and nothing of their batches is left.
+
+        Args:
+            passes: leave out so many of the last passes.
+
+        Returns:
+            The Poisson draws.
+        """
+        with self._lock:
+            alive = self._alive()
+            over = [p for p in self._passes[: len(self._passes) - passes] if p.over]
+            return [draw for p in over for draw in p.unreleased if draw not in alive]
+
+    def _alive(self) -> set[Draw]:
+        return {draw.whole for draw in self._origins.alive() if draw is not None}
+
+
+def _untold(what: str) -> tuple[str, str, str]:
+    return (
+        f"{what}, and it cannot be told of which draw: several that the data_loader has delivered fit.",
+        "Rows of one draw must not be taken for those of another.",
+        "Make a step for every batch of the data_loader, in their order, or call the model with the very tensors of the batch.",
+    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
+from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
-from dpfix.sampling.poisson import Drawing, PoissonSampler, RecordedBatches
+from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches
 from dpfix.sampling.rate import batch_size, index_set, sample_rate
 
 
@@ -25,11 +28,17 @@ class PrivateDataLoader(DPDataLoader):
         drawing: how batches are drawn. The generator of the user's loader only seeds its workers, as it does in torch.
         cryptographic: Opacus's generator in its secure mode, which seeds them instead.
 
+    What it delivers is registered in the ledger by identity, so that a step is made on the draw of its batch in whatever
+    order the loop works on batches. A draw that is delivered is accounted, with a step or without one. Draws that workers
+    have prepared and that are never delivered, since the loop leaves the pass, are not: nothing was computed from them.
+
     Attributes:
         nominal: batch size and ``drop_last`` of the user's loader. Scripts count steps with them; draws differ in size.
+        most: samples in a physical batch at most, in the loader of a ``BatchMemoryManager``.
     """
 
     collate_fn: Any
+    most: int | None = None
 
     def __init__(
         self,
@@ -63,9 +72,9 @@ class PrivateDataLoader(DPDataLoader):
     def batch_sampler(self) -> Any:
         """The sampler; one put in by someone else is recorded too."""
         sampler = self.__dict__.get("batch_sampler")
-        if sampler is None or isinstance(sampler, PoissonSampler):
-            return sampler
-        return RecordedBatches(sampler, self.ledger)
+        if sampler is not None and not isinstance(sampler, PoissonSampler):
+            sampler = RecordedBatches(sampler, self.ledger)
+        return sampler if self.most is None else PhysicalBatches(sampler, self.most)
 
     @batch_sampler.setter
     def batch_sampler(self, sampler: Any) -> None:
@@ -89,24 +98,37 @@ class PrivateDataLoader(DPDataLoader):
     def drop_last(self, value: Any) -> None:
         pass  # as for batch_size
 
+    def in_parts(self, most: int) -> PrivateDataLoader:
+        """A loader of the same draws that hands them out in parts.
+
+        Args:
+            most: samples in a part at most.
+
+        Returns:
+            The loader, which shares everything else with this one.
+        """
+        parts = copy.copy(self)
+        vars(parts).update(most=most, _iterator=None)
+        return parts
+
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         collate = self.collate_fn
-        if not isinstance(collate, CollateOrPlaceholder) or collate.row_counter is None:
-            for batch in super().__iter__():
-                self.ledger.deliver()
-                self.ledger.at_delivery(batch)
-                yield batch
-            return
-        self.collate_fn = collate.with_counts
+        counting = isinstance(collate, CollateOrPlaceholder) and collate.row_counter is not None and self.most is None
+        begun = self.ledger.expect(self.most)
         try:
-            batches = super().__iter__()  # it takes the collate function with it
+            if counting:
+                self.collate_fn = collate.with_counts
+            try:
+                batches = super().__iter__()  # it takes the collate function with it
+            finally:
+                self.collate_fn = collate
+            for made in batches:
+                batch, counts = made if counting else (made, ())
+                begun.deliver(batch, tuple(counts))
+                yield batch
         finally:
-            self.collate_fn = collate
-        for batch, counts in batches:
-            self.ledger.deliver(tuple(counts))
-            self.ledger.at_delivery(batch)
-            yield batch
+            begun.end()
 
 
 def _nominal(loader: DataLoader[Any]) -> tuple[int | None, bool]:
@@ -120,3 +142,23 @@ def augmentation_of(loader: DataLoader[Any]) -> AugmentationMultiplicity | None:
     """What makes the views of the samples that a loader delivers; ``None`` unless an earlier call made it private."""
     collate = loader.collate_fn
     return collate.augmentation if isinstance(collate, CollateOrPlaceholder) else None
+
+
+def split_by_draws() -> None:
+    """From now on Opacus's ``BatchMemoryManager`` splits a private loader in the loader's own way.
+
+    Opacus makes a loader of its own around the private one's sampler, and tells the optimizer beforehand which steps complete
+    a batch. A physical batch that the loop leaves out then shifts all that follow, and samples of two draws are released as
+    one. The private loader's physical batches know their draw instead. What Opacus does with other loaders stays as it is.
+    """
+    opacus = batch_memory_manager.wrap_data_loader
+    if hasattr(opacus, "__wrapped__"):
+        return
+
+    @functools.wraps(opacus)
+    def wrap_data_loader(*, data_loader: Any, max_batch_size: int, optimizer: Any) -> Any:
+        if isinstance(data_loader, PrivateDataLoader):
+            return data_loader.in_parts(max_batch_size)
+        return opacus(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
+
+    batch_memory_manager.wrap_data_loader = wrap_data_loader

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
-from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.ledger import DrawLedger, part_sizes
 from dpfix.sampling.randomness import Given, Stream
 
 
@@ -56,13 +58,15 @@ class PoissonSampler(UniformWithReplacementSampler):
         if self.ranks.size > 1:
             seed = new_seed(source.generator())
             source = Stream((seed,))
-        self.ledger.start(seed)
+        begun = self.ledger.start(seed)
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
             chance = torch.rand(self.num_samples, generator=source.generator(), dtype=torch.float64)
             drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
-            self.ledger.drew(len(drawn))
+            begun.drew(len(drawn))
             yield drawn
+        if not begun.delivers:
+            begun.end()
 
 
 class RecordedBatches:
@@ -73,10 +77,34 @@ class RecordedBatches:
         self.ledger = ledger
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.ledger.start()
+        begun = self.ledger.start()
         for indices in self.batches:
-            self.ledger.drew(len(indices))
+            begun.drew(len(indices))
             yield indices
+        if not begun.delivers:
+            begun.end()
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class PhysicalBatches:
+    """The batches of a sampler in parts, for a ``BatchMemoryManager``.
+
+    Args:
+        batches: a sampler whose draws are recorded.
+        most: samples in a part at most.
+    """
+
+    def __init__(self, batches: Any, most: int) -> None:
+        self.batches = batches
+        self.most = most
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for indices in self.batches:
+            ends = accumulate(part_sizes(len(indices), self.most), initial=0)
+            yield from (list(indices[start:end]) for start, end in pairwise(ends))
+
+    def __len__(self) -> int:
+        rate, samples = getattr(self.batches, "sample_rate", None), getattr(self.batches, "num_samples", 0)
+        return len(self.batches) if rate is None else math.ceil(len(self.batches) * rate * samples / self.most)

@@ -23,6 +23,7 @@ from dpfix.errors import CheckpointError
 from dpfix.instrument.rng import GeneratorStates
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Region
+from dpfix.training.accounting import complete
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
@@ -123,6 +124,7 @@ def load(
 
 def _accountant_state(engine: PrivacyEngine) -> Mapping[str, Any]:
     accountant: Any = engine.accountant
+    complete(accountant)
     return accountant.state_dict()
 
 

@@ -18,6 +18,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from dpfix.instrument.source import warn_user
+from dpfix.training.accounting import complete
 
 MOST_POINTS = 10_000_000
 """Points on which the privacy losses of a history may be discretised; about 0.6 us each, 6 s in all."""
@@ -66,6 +67,7 @@ def spent(accountant: Any, delta: float) -> Spent:
     Returns:
         Epsilon, and the accounting that gave it.
     """
+    complete(accountant)
     history: list[Entry] = accountant.history
     name = accountant.mechanism()
     if not history:

@@ -28,7 +28,7 @@ from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder, user_collate
 from dpfix.sampling.ledger import DrawLedger
-from dpfix.sampling.loader import PrivateDataLoader
+from dpfix.sampling.loader import PrivateDataLoader, split_by_draws
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
@@ -189,7 +189,7 @@ def hand_off(
     handle.several_iterations = ledger is None
     if ledger is not None:
         handle.counts = lambda: ledger.counts
-    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks)
+    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks, ledger)
     guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks)
     guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
@@ -197,7 +197,9 @@ def hand_off(
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
-        ledger.at_start = lambda: guard.begin_pass(private_optimizer)
+        ledger.at_start = lambda begun: guard.draws.begin_pass(private_optimizer, begun)
+        ledger.at_end = accounting.complete
+        split_by_draws()
     in_training.begin(module, prepared)
     return prepared, private_optimizer, loader
 
@@ -218,6 +220,7 @@ def _private_loader(
         decided.augmentation,
         decided.known_rows,
         row_counter=decided.plan.row_counter,
+        ledger=ledger,
     )
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
@@ -242,7 +245,9 @@ def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
     privacy_engine.dataset = loader.dataset
 
 
-def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks) -> Accounting:
+def _account(
+    privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks, ledger: DrawLedger | None
+) -> Accounting:
     """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
     expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
@@ -250,7 +255,7 @@ def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any
     optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader)))
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
         privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
-    return Accounting(optimizer, accountant)
+    return Accounting(optimizer, accountant, sample_rate(loader), ledger)
 
 
 def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:

@@ -55,6 +55,10 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                 raise
             return released
 
+        def _check_skip_next_step(self, pop_next: bool = True) -> bool:
+            signalled = super()._check_skip_next_step(pop_next)
+            return signalled or not self.guard.draws.complete
+
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 

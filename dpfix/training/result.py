@@ -13,7 +13,7 @@ from dpfix.report.statement import NOT_COVERED, PrivacyStatement
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
-from dpfix.training.accounting import accounted_steps
+from dpfix.training.accounting import accounted_steps, complete
 from dpfix.training.epsilon import spent, steps_without_noise
 
 
@@ -97,6 +97,7 @@ class PrivateTraining(tuple[Any, ...]):
                 "the noise can be computed again from the seed or generator that the script gave: it protects nobody from "
                 "whoever knows that seed"
             )
+        complete(engine.accountant)
         steps, noiseless = accounted_steps(engine.accountant), steps_without_noise(engine.accountant)
         if noiseless:
             cautions.append(f"{noiseless} of {steps} steps were made without noise: there is no privacy")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
 
 from dpfix.engines.base import zeros
 from dpfix.instrument.grad_watch import GradWatch
-from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
-from dpfix.training.guards.draws import DrawnRows, NewDraw, OneBackward, SomethingArrived
+from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackward, SomethingArrived, WholeDraws
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
@@ -40,6 +38,7 @@ class StepGuard:
         ranks: the check that tells other processes of a failure.
         real_steps: the check that proves real steps.
         others: the check that has to know when the private optimizer is stepping.
+        draws: the check that knows which draw the step is made on, and whether it completes it.
         checks: all checks, in order.
         engine_clips: whether the engine clips in the step that is being made.
     """
@@ -52,6 +51,7 @@ class StepGuard:
         self.ranks = RanksAgree(guarded)
         self.real_steps = RealSteps(guarded, following)
         self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
+        self.draws = WholeDraws(guarded)
         self.checks: tuple[Check, ...] = (
             ClearedGradients(),
             NoGradScaler(),
@@ -62,6 +62,8 @@ class StepGuard:
             self.real_steps,
             ThroughTheEngine(guarded, watch),
             UneditedGradients(watch),
+            CalledDraw(guarded),
+            self.draws,
             OneBackward(guarded),
             NewDraw(guarded),
             SomethingArrived(),
@@ -114,7 +116,7 @@ class StepGuard:
             MisuseError: an assumption of the guarantee does not hold; nothing has moved.
         """
         guarded = self.guarded
-        guarded.accounting.new_step()
+        self.draws.turn_to_present()
         if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False
         for check in self._before_step:
@@ -122,7 +124,7 @@ class StepGuard:
         self.engine_clips = guarded.handle.clips and optimizer.flat  # type: ignore[attr-defined]
         self._norms = None
         counts = (guarded.handle.announce if self.engine_clips else guarded.handle.collect)(self._trained)
-        drawn = None if guarded.ledger is None else guarded.ledger.pending()
+        drawn = self.draws.turn_to_present(counts)
         for check in self._collected:
             check(optimizer, counts, drawn)
         self._counts = self._nothing_drawn() if drawn == 0 else counts
@@ -188,23 +190,9 @@ class StepGuard:
     def _settle(self) -> None:
         self.after_step(released=True)
 
-    def begin_pass(self, optimizer: Any) -> None:
-        """A new pass over the loader begins; what a BatchMemoryManager had signalled for the one before is forgotten.
-
-        Left inside a logical batch, its loop has summed up a part of one, which is not released.
-        """
-        if self.guarded.progress.partial:
-            warn_user(
-                "a BatchMemoryManager loop was left inside a logical batch; the part that was summed up so far is "
-                "discarded. Let the loop reach the end of a logical batch before leaving it."
-            )
-        optimizer._step_skip_queue.clear()
-        optimizer._is_last_step_skipped = False
-        self.guarded.progress.partial = 0
-        self.guarded.forget_sum()
-
     def detach(self) -> None:
         """Take everything off the model; the training is over."""
         for check in self.checks:
             check.detach()
         self.guarded.handle.detach()
+        self.guarded.accounting.end()

@@ -19,7 +19,19 @@ import dpfix
 from dpfix import AugmentationMultiplicity
 from tests.helpers import sgd
 from tests.reference import clipped_sum, gradients_one_by_one, norm, relative_error
-from tests.sampling.models import OWN, SAMPLES, Shifted, averaged, convolutional, made, one_draw, pairs, released, step
+from tests.sampling.models import (
+    OWN,
+    SAMPLES,
+    Shifted,
+    averaged,
+    convolutional,
+    deliver_again,
+    made,
+    one_draw,
+    pairs,
+    released,
+    step,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +64,7 @@ def test_clipped_sum_is_that_of_averaged_views(name: str, engine: str, k: int, r
         optimizer.pre_step()
         found = released(model, optimizer, reduction)
         assert relative_error(found, clipped_sum(wanted, clip_norm)) < 1e-9
-        loader.ledger.drew(SAMPLES)
-        loader.ledger.deliver()
+        deliver_again(loader, SAMPLES, batch)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +174,7 @@ def test_one_person_moves_the_sum_by_at_most_the_clip_norm(engine: str) -> None:
     x, y = next(iter(loader))
     found = []
     for kept in (SAMPLES, SAMPLES - 1):
-        loader.ledger.drew(kept)
-        loader.ledger.deliver()
+        deliver_again(loader, kept, (x, y))
         optimizer.zero_grad()
         step(private, (x[: kept * k], y[: kept * k])).backward()
         optimizer.pre_step()

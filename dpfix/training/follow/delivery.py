@@ -209,10 +209,12 @@ class Delivery:
     Attributes:
         tree: the batch, with weak references in the place of tensors and arrays.
         samples: how many it holds.
+        draw: the ledger's draw of it.
     """
 
     tree: Any
     samples: int
+    draw: Any = None
 
     @property
     def batch(self) -> Any:

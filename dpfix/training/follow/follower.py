@@ -61,6 +61,7 @@ class Follower(FollowingMode):
         seen: what this step did, as far as it tells steps of different kinds apart.
         broken: why the calls have a gap; empty if they have none.
         over: whether it is to be taken off.
+        on_draw: called with the draw that the model is called with, where several are under way.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Follower(FollowingMode):
         super().__init__()
         self.paused, self.over = True, True
         self._layouts, self._batches, self._on_backward = layouts, batches, on_backward
+        self.on_draw: Callable[[Any], None] = lambda draw: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
         self.sources: dict[int, Source] = {}
@@ -110,12 +112,17 @@ class Follower(FollowingMode):
 
     # -------------------------------------------------------------- deliveries
 
-    def deliver(self, batch: Any) -> None:
-        """The private loader hands out a batch."""
+    def deliver(self, batch: Any, draw: Any = None) -> None:
+        """The private loader hands out a batch.
+
+        Args:
+            draw: the ledger's draw of it.
+        """
         self._drop_old()
         found = delivered(batch, self._batches)
         if found is not None:
             delivery, sources = found
+            delivery.draw = draw
             self.deliveries[delivery] = sources
             self.sources.update(sources)
             self._marks.append((delivery, len(self.calls)))
@@ -206,6 +213,8 @@ class Follower(FollowingMode):
         call.deliveries = self._deliveries_in(args, kwargs)
         self._take(output)
         if grad:
+            if len(self.deliveries) > 1 and len(call.deliveries) == 1:
+                self.on_draw(next(iter(call.deliveries)).draw)
             dims = {} if layout is None else dict(layout.output)
             for path, t in pytree.leaves(output):
                 if isinstance(t, torch.Tensor) and t.requires_grad:

@@ -12,7 +12,7 @@ from torch import nn
 from dpfix.distributed import ALONE, Ranks
 from dpfix.engines.base import Handle
 from dpfix.plan import Plan
-from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.ledger import Draw, DrawLedger
 from dpfix.training.accounting import Accounting
 
 SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
@@ -26,10 +26,12 @@ class Progress:
     Attributes:
         partial: samples of the present logical batch that earlier physical batches of a ``BatchMemoryManager`` brought.
         released: logical batches that were released.
+        draw: what the private loader delivered of the step that is being made, or was made last.
     """
 
     partial: int = 0
     released: int = 0
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ class Guarded:
         return type(self.module).__name__
 
     def forget_sum(self) -> None:
-        """Drop the clipped sum."""
+        """Drop the clipped sum; a draw of which a part is lost in this way cannot be released."""
+        progress = self.progress
+        if progress.partial and progress.draw is not None:
+            progress.draw.whole.discarded = True
         for p in self.parameters.values():
             p.summed_grad = None  # type: ignore[attr-defined]
 
@@ -92,8 +97,8 @@ class Check:
         Args:
             optimizer: the private optimizer.
             counts: number of samples of every backward pass since the last step.
-            drawn: number of samples in the draw that the loop works on; ``None`` if nothing was drawn, or without Poisson
-                sampling.
+            drawn: number of samples in the draw that the loop works on, or in the part of it that a ``BatchMemoryManager``
+                has delivered; ``None`` if nothing was drawn, or without Poisson sampling.
         """
 
     def summed(self, norms: torch.Tensor | None) -> None:

@@ -73,6 +73,8 @@ class RegionsUntouched(Check):
             p.grad = None
             p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
         settle()
+        if optimizer.step_hook is not None:
+            optimizer.step_hook(optimizer)
         if virtual:
             optimizer._step_skip_queue.clear()
             raise PlanBrokenError(
@@ -81,8 +83,6 @@ class RegionsUntouched(Check):
                 "The call is an ordinary one from now on: go on with the next logical batch, or pass no_grad_regions=False.",
                 path=site.path,
             )
-        if optimizer.step_hook is not None:
-            optimizer.step_hook(optimizer)
         warn_user(
             f"{fact} This step is not applied: no parameter has moved, and the accountant has counted the draw. The call is "
             f"an ordinary one from the next step on; the loop has nothing to do. {_WAY_OUT}"

@@ -25,8 +25,8 @@ class RanksAgree(Check):
     @override
     def before_noise(self, optimizer: DPOptimizer) -> None:
         guarded = self._guarded
-        ledger = guarded.ledger
-        seed, number = (ledger.seed, ledger.number) if ledger else (0, guarded.progress.released)
+        draw = guarded.progress.draw
+        seed, number = (draw.of.seed, draw.number) if draw else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
         mine = [0.0, seed, number, guarded.accounting.steps, *settings]
         everyone = guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)

@@ -73,6 +73,7 @@ class RealSteps(Check):
             self._follower = Follower(guarded.module, guarded.plan.calls, following.batches, self._backward)
             if guarded.ledger is not None:
                 guarded.ledger.at_delivery = self._follower.deliver
+                self._follower.on_draw = guarded.ledger.work_on
 
     # -------------------------------------------------------------- moments
 
