@@ -98,10 +98,11 @@ class Accounting:
 
         Raises:
             CheckpointError: what it says about releases cannot be read; nothing has changed.
+            ArgumentError: the accountant cannot add up steps of several settings; nothing has changed.
         """
         entry = entry_of(state)
         if entry is not None:
-            read_state(entry)
+            book_of(self.engine).united(self.engine.accountant, *read_state(entry))
         load(without_entry(state))
         if entry is not None:
             self.take(entry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from dpfix.report.finding import Finding
 from dpfix.sampling.population import Population
 from dpfix.training.epsilon import Entry
 from dpfix.training.lineage import lineage_of, remember
-from dpfix.training.releases import Releases, Settings, book_of, read_state, settled
+from dpfix.training.releases import Releases, Settings, book_of, read_state
 
 ENTRY = "dpfix"
 """Under this key the saved state of an optimizer has the releases, in its first group: torch's optimizers keep it there."""
@@ -50,9 +49,7 @@ class Earlier:
         Raises:
             ArgumentError: the accountant cannot add up steps of several settings.
         """
-        accountant = copy.deepcopy(settled(engine))
-        book_of(engine).copy().take(accountant, self.releases, self.others)
-        return list(accountant.history)
+        return book_of(engine).united(engine.accountant, self.releases, self.others)
 
     def carry_on(self, engine: PrivacyEngine, optimizer: Any, given: bool) -> tuple[Finding, ...]:
         """Put it into the accountant of an engine, unless it is there.

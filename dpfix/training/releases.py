@@ -6,6 +6,7 @@ its own, so that histories are united instead of added up twice: of one training
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import secrets
@@ -54,7 +55,7 @@ class Releases:
         """Steps were made."""
         stretches = self.stretches
         if stretches and stretches[-1].setting == stretch.setting:
-            stretch = replace(stretch, steps=stretches.pop().steps + stretch.steps)
+            stretch = Stretch(stretches.pop().steps + stretch.steps, *stretch.setting)
         stretches.append(stretch)
 
 
@@ -75,13 +76,6 @@ class Book:
         """All steps, the earliest first."""
         others = (Stretch(steps, *setting) for setting, steps in self.others.items())
         return joined([*others, *(s for releases in self.trainings.values() for s in releases.stretches)])
-
-    def copy(self) -> Book:
-        """The book without its accountant, to try something out."""
-        book = Book()
-        book.trainings = {name: replace(r, stretches=list(r.stretches)) for name, r in self.trainings.items()}
-        book.others = self.others.copy()
-        return book
 
     # ------------------------------------------------------------------ the accountant
 
@@ -175,6 +169,27 @@ class Book:
         self.trainings = copies | self.trainings
         self.others = self.others | others
         self._write(accountant, before)
+
+    def united(self, accountant: Any, releases: Iterable[Releases], others: Settings | None = None) -> list[Entry]:
+        """The history that an accountant would have after :meth:`take`; nothing is changed.
+
+        Args:
+            accountant: the engine's.
+            releases: of trainings.
+            others: further steps.
+
+        Returns:
+            Noise multiplier, sampling rate and number of steps of every entry.
+
+        Raises:
+            ArgumentError: an accountant of kind ``gdp`` would hold steps of several settings.
+        """
+        self.settle(accountant)
+        trial, then = Book(), copy.deepcopy(accountant)
+        trial.trainings = {name: replace(r, stretches=list(r.stretches)) for name, r in self.trainings.items()}
+        trial.others = self.others.copy()
+        trial.take(then, releases, others)
+        return list(then.history)
 
     def steps_of(self, name: str) -> int:
         """Steps of the training of that name."""

@@ -176,6 +176,20 @@ def test_a_gdp_accountant_refuses_a_history_that_it_cannot_add_up() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
+def test_a_gdp_accountant_refuses_a_state_that_it_cannot_add_up() -> None:
+    state = after(2, (model := mlp()), optimizer=sgd(model, 0.5))[1].state_dict()
+    training = after(1, privacy_engine=PrivacyEngine(accountant="gdp"), noise_multiplier=2.0)
+    with pytest.raises(
+        dpfix.ArgumentError, match="its accountant is 'gdp', and what was released has several settings"
+    ):
+        training[1].load_state_dict(state)
+    assert history(training) == [(2.0, RATE, 1)] and training[1].param_groups[0]["lr"] == 0.1
+    training.privacy_engine.accountant.history.insert(0, (1.0, RATE, 5))
+    with pytest.warns(dpfix.DPFixWarning, match="it reads the last of several settings only"):
+        assert training.get_epsilon(1e-3) > epsilon(5)
+
+
 # ------------------------------------------------------------------ what is not counted on
 
 
