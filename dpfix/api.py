@@ -40,10 +40,13 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
+from dpfix.training.earlier import earlier_releases
+from dpfix.training.epsilon import noise_within
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.privacy_engine import CheckpointingEngine
+from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
 
@@ -143,6 +146,10 @@ def make_private_safe(
         with rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
+            earlier = earlier_releases(request.module, request.optimizer, data_loader)
+            refuse_mixture(
+                engine.accountant, [*earlier.history(engine), (noise_multiplier, sample_rate(data_loader), 1)]
+            )
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
@@ -172,7 +179,9 @@ def make_private_safe(
                 end_earlier(request.module)
                 raise
             surgery.commit()
+    carried = earlier.carry_on(engine, made[1], given=privacy_engine is not None)
     report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
+    report = replace(report, findings=report.findings + carried)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
 
@@ -224,7 +233,8 @@ def make_private_safe_with_epsilon(
         check_randomness(request.privacy, engine.secure_mode)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         try:
-            noise = get_noise_multiplier(
+            noise = noise_within(
+                earlier_releases(request.module, request.optimizer, data_loader).history(engine),
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
                 sample_rate=sample_rate(data_loader),
@@ -245,7 +255,7 @@ def make_private_safe_with_epsilon(
         data_loader=data_loader,
         noise_multiplier=noise,
         max_grad_norm=max_grad_norm,
-        privacy_engine=engine,
+        privacy_engine=privacy_engine,
         **arguments,
     )
 

@@ -24,6 +24,7 @@ CODES: Mapping[str, str] = {
     "DPF025": "forward keeps something of a batch in an attribute until its next call; it is put back after every step",
     "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
     "DPF030": "an activation is applied to the probabilities that another one has made",
+    "DPF033": "the model was trained privately before on the same data; its epsilon goes on",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

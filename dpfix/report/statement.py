@@ -5,6 +5,38 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+MOST_SHOWN = 100
+"""Entries of a schedule that are printed."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps in a row with equal settings.
+
+    Attributes:
+        steps: how many.
+        noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
+        sampling_rate: probability with which a sample enters a batch.
+        max_grad_norm: the clip norm; a word where it changes on every step, ``None`` where nobody wrote it down.
+    """
+
+    steps: int
+    noise_multiplier: float
+    sampling_rate: float
+    max_grad_norm: float | list[float] | str | None = None
+
+    @property
+    def setting(self) -> tuple[float, float, float | list[float] | str | None]:
+        """What the steps have in common."""
+        return self.noise_multiplier, self.sampling_rate, self.max_grad_norm
+
+    def __str__(self) -> str:
+        clip = "unknown" if self.max_grad_norm is None else self.max_grad_norm
+        return (
+            f"{self.steps} steps: noise multiplier {self.noise_multiplier:g}, sampling rate {self.sampling_rate:.6g}, clip "
+            f"norm {clip}"
+        )
+
 
 @dataclass(frozen=True)
 class PrivacyStatement:
@@ -28,6 +60,7 @@ class PrivacyStatement:
         secure_rng: whether noise came from a cryptographic generator.
         not_covered: what the guarantee does not speak about.
         cautions: what weakens the claim as it stands.
+        schedule: all steps, entry by entry; several where a setting has changed, or an earlier training had others.
     """
 
     epsilon: float
@@ -45,6 +78,7 @@ class PrivacyStatement:
     secure_rng: bool
     not_covered: tuple[str, ...]
     cautions: tuple[str, ...] = ()
+    schedule: tuple[Stretch, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -65,6 +99,10 @@ class PrivacyStatement:
             ),
         ]
         lines = ["privacy statement", *(f"  {name + ':':18s} {value}" for name, value in rows)]
+        if len(self.schedule) > 1:
+            shown = [str(stretch) for stretch in self.schedule[:MOST_SHOWN]]
+            more = [f"{len(self.schedule) - MOST_SHOWN} more; to_json() has all"] if self.schedule[MOST_SHOWN:] else []
+            lines += ["  schedule:"] + [f"    - {item}" for item in shown + more]
         lines += ["  not covered:"] + [f"    - {item}" for item in self.not_covered]
         if self.cautions:
             lines += ["  cautions:"] + [f"    - {item}" for item in self.cautions]

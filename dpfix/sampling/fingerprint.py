@@ -35,13 +35,27 @@ def data_fingerprint(loader: DataLoader[Any]) -> dict[str, str | bytes]:
         found["the DistributedSampler"] = f"seed {sampler.seed}, epoch {sampler.epoch}, shuffle {sampler.shuffle}"
     for position in (len(indices) // 3, len(indices) - 1):
         with rng_untouched():
-            readings = [_constant(loader.dataset[indices[position]]) for _ in range(READS)]
-        same = {path: value for path, value in readings[0].items() if all(r.get(path) == value for r in readings)}
+            same = constants(loader.dataset, indices[position], READS)
         found |= {f"sample {position} of the data, entry {path}": value for path, value in same.items()}
     return found
 
 
-def _constant(item: Any) -> dict[str, bytes]:
+def constants(dataset: Any, index: int, reads: int) -> dict[str, bytes]:
+    """What is the same in a sample whenever it is read.
+
+    Args:
+        dataset: the data set.
+        index: an index of it.
+        reads: how often the sample is read.
+
+    Returns:
+        Digests of numbers and arrays by their path in the sample.
+    """
+    first, *others = (_digests(dataset[index]) for _ in range(reads))
+    return {path: value for path, value in first.items() if all(o.get(path) == value for o in others)}
+
+
+def _digests(item: Any) -> dict[str, bytes]:
     arrays = ((path, torch.as_tensor(leaf)) for path, leaf in pytree.leaves(item) if _is_array(leaf))
     return {str(path): digest(tensor) for path, tensor in arrays}
 

@@ -24,21 +24,21 @@ def record(dataset: Any, index: Any) -> Hashable:
         Equal for two indices if these wrappers lead both to one index of one data set.
     """
     while True:
-        if _looks_up_as(dataset, Subset) and hasattr(dataset, "indices"):
+        if looks_up_as(dataset, Subset) and hasattr(dataset, "indices"):
             dataset, index = dataset.dataset, dataset.indices[index]
-        elif _looks_up_as(dataset, ConcatDataset):
+        elif looks_up_as(dataset, ConcatDataset):
             index = _from_the_front(dataset, index)
             part = bisect.bisect_right(dataset.cumulative_sizes, index)
             index -= dataset.cumulative_sizes[part - 1] if part else 0
             dataset = dataset.datasets[part]
-        elif _looks_up_as(dataset, StackDataset):
+        elif looks_up_as(dataset, StackDataset):
             parts: Any = dataset.datasets
             return tuple(record(part, index) for part in (parts.values() if isinstance(parts, dict) else parts))
         else:
             return id(dataset), _hashable(_from_the_front(dataset, index))
 
 
-def _looks_up_as(dataset: Any, kind: type[Any]) -> bool:
+def looks_up_as(dataset: Any, kind: type[Any]) -> bool:
     """Whether a data set finds its items as one of torch's wrappers does; a subclass may do so in its own way."""
     return isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
 

@@ -23,12 +23,13 @@ from dpfix.errors import CheckpointError
 from dpfix.instrument.rng import GeneratorStates
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Region
-from dpfix.training.accounting import complete
+from dpfix.training.earlier import ENTRY, without_entry
+from dpfix.training.lineage import remember
+from dpfix.training.releases import Book, book_of, read_state, settled
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import unwrap
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 
-ENTRY = "dpfix"
 _LOG = logging.getLogger("dpfix")
 
 
@@ -63,7 +64,7 @@ def save(
     """
     content = dict(more)
     content["module_state_dict"] = keyed_as_original(unwrap(objects.module))
-    content["privacy_accountant_state_dict"] = dict(_accountant_state(engine))
+    content["privacy_accountant_state_dict"] = dict(settled(engine).state_dict())
     optimizer = objects.optimizer
     states = {"optimizer": optimizer} | dict(objects.schedulers)
     content |= {f"{name}_state_dict": s.state_dict() for name, s in states.items() if s is not None}
@@ -72,6 +73,7 @@ def save(
         "randomness": _randomness(optimizer),
         "plan": _plan(optimizer),
         "privacy": _privacy(optimizer),
+        "releases": book_of(engine).state(),
     }
     torch.save(content, path, **options)
 
@@ -107,9 +109,15 @@ def load(
     added, optimizer = content.get(ENTRY, {}), objects.optimizer
     _compare_plans(added.get("plan"), _plan(optimizer))
     load_pretrained(objects.module, content["module_state_dict"], source=AS_IS, strict=strict)
-    engine.accountant.load_state_dict(content["privacy_accountant_state_dict"])
+    states = {f"{name}_state_dict": content.get(f"{name}_state_dict") for name in ("optimizer", *objects.schedulers)}
+    if "releases" in added:
+        states["optimizer_state_dict"] = without_entry(states["optimizer_state_dict"])
+    else:
+        _load_history(engine, content["privacy_accountant_state_dict"])
     for name, target in ({"optimizer": optimizer} | dict(objects.schedulers)).items():
-        _restore(name, target, content.get(f"{name}_state_dict"))
+        _restore(name, target, states[f"{name}_state_dict"])
+    if "releases" in added:
+        _take_releases(engine, objects, added["releases"])
     if not added:
         _warn(
             "it holds no generators and no plan (it was saved by Opacus): the training goes on, but not with the same noise."
@@ -122,12 +130,6 @@ def load(
     return content
 
 
-def _accountant_state(engine: PrivacyEngine) -> Mapping[str, Any]:
-    accountant: Any = engine.accountant
-    complete(accountant)
-    return accountant.state_dict()
-
-
 def _check(content: Any, engine: PrivacyEngine) -> None:
     needed = ("module_state_dict", "privacy_accountant_state_dict")
     if not isinstance(content, dict) or any(name not in content for name in needed):
@@ -136,6 +138,7 @@ def _check(content: Any, engine: PrivacyEngine) -> None:
             help="For weights alone there is dpfix.load_pretrained.",
             path="path",
         )
+    read_state(content.get(ENTRY, {}).get("releases", Book().state()))
     saved, here = content["privacy_accountant_state_dict"].get("mechanism"), engine.accountant.mechanism()
     if saved != here:
         raise CheckpointError(
@@ -144,6 +147,24 @@ def _check(content: Any, engine: PrivacyEngine) -> None:
             help=f"Use SafePrivacyEngine(accountant={saved!r}).",
             path="accountant",
         )
+
+
+def _take_releases(engine: PrivacyEngine, objects: Objects, releases: Any) -> None:
+    """Unite what was released before the file was saved with what was released here."""
+    guard = _guard(objects.optimizer)
+    if guard is not None:
+        guard.guarded.accounting.take(releases)
+        return
+    trainings, others = read_state(releases)
+    book_of(engine).take(engine.accountant, trainings, others)
+    remember(unwrap(objects.module).parameters(), trainings)
+
+
+def _load_history(engine: PrivacyEngine, state: Mapping[str, Any]) -> None:
+    """A file of Opacus's, or of an earlier version, has a plain history."""
+    accountant: Any = settled(engine)
+    accountant.load_state_dict(state)
+    settled(engine)
 
 
 def _restore(name: str, target: Any, state: Any) -> None:

@@ -11,14 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant, create_accountant
 from opacus.accountants.analysis.rdp import compute_rdp
+from opacus.accountants.utils import get_noise_multiplier
 
 from dpfix.instrument.source import warn_user
-from dpfix.training.accounting import complete
 
 MOST_POINTS = 10_000_000
 """Points on which the privacy losses of a history may be discretised; about 0.6 us each, 6 s in all."""
@@ -67,16 +67,29 @@ def spent(accountant: Any, delta: float) -> Spent:
     Returns:
         Epsilon, and the accounting that gave it.
     """
-    complete(accountant)
+    loss, reason = _loss(accountant, delta)
+    if reason:
+        warn_user(
+            f"the {accountant.mechanism()} accountant cannot answer here: {reason}. Epsilon comes from Renyi accounting (rdp) "
+            "instead, an upper bound for the same steps that is usually looser."
+        )
+    return loss
+
+
+def _loss(accountant: Any, delta: float) -> tuple[Spent, str]:
+    """The privacy loss, and why it is not the accountant's own answer."""
     history: list[Entry] = accountant.history
-    name = accountant.mechanism()
+    name, reason = accountant.mechanism(), ""
     if not history:
-        return Spent(0.0, name)
+        return Spent(0.0, name), ""
     if not all(noise >= SMALLEST_NOISE for noise, *_ in history) or not delta > 0:  # also where it is not a number
-        return Spent(math.inf, name)
+        return Spent(math.inf, name), ""
     if isinstance(accountant, RDPAccountant):
-        return Spent(renyi_epsilon(history, delta), name)
-    reason = _too_much(history, delta) if isinstance(accountant, PRVAccountant) else ""
+        return Spent(renyi_epsilon(history, delta), name), ""
+    if isinstance(accountant, PRVAccountant):
+        reason = _too_much(history, delta)
+    elif isinstance(accountant, GaussianAccountant) and len({entry[:2] for entry in history}) > 1:
+        reason = "it reads the last of several settings only"
     if not reason:
         try:
             with np.errstate(all="ignore"):  # what is not finite is seen below
@@ -85,13 +98,51 @@ def spent(accountant: Any, delta: float) -> Spent:
             reason = f"it failed ({error})"
         else:
             if math.isfinite(epsilon):
-                return Spent(max(0.0, epsilon), name)
+                return Spent(max(0.0, epsilon), name), ""
             reason = "its answer is not finite"
-    warn_user(
-        f"the {name} accountant cannot answer here: {reason}. Epsilon comes from Renyi accounting (rdp) instead, an upper "
-        "bound for the same steps that is usually looser."
-    )
-    return Spent(renyi_epsilon(history, delta), "rdp")
+    return Spent(renyi_epsilon(history, delta), "rdp"), reason
+
+
+def noise_within(earlier: list[Entry], *, epsilon_tolerance: float = 0.01, **search: Any) -> float:
+    """The noise with which planned steps stay within a budget, of which earlier steps have spent a part.
+
+    Args:
+        earlier: the history so far.
+        epsilon_tolerance: how much of the budget may be left.
+        **search: ``target_epsilon`` of all steps together, ``target_delta``, ``sample_rate`` and ``steps`` of those that are
+            planned, and the kind of ``accountant``, as in Opacus's ``get_noise_multiplier``.
+
+    Returns:
+        The noise multiplier.
+
+    Raises:
+        ValueError: no noise is enough.
+    """
+    if not earlier:
+        return get_noise_multiplier(epsilon_tolerance=epsilon_tolerance, **search)
+    target, accountant = search["target_epsilon"], cast(Any, create_accountant(search["accountant"]))
+
+    def total(*noise: float) -> float:
+        accountant.history = [*earlier, *((n, search["sample_rate"], search["steps"]) for n in noise)]
+        return _loss(accountant, search["target_delta"])[0].epsilon
+
+    if (so_far := total()) >= target:
+        raise ValueError(
+            f"the {sum(e[-1] for e in earlier)} steps that were made before have spent {so_far:.4g} already."
+        )
+    low, high = 0.0, 10.0
+    while (spends := total(high)) > target:
+        low, high = high, 2 * high
+        if high > LARGEST_NOISE:
+            raise ValueError("The privacy budget is too low.")
+    while target - spends > epsilon_tolerance and high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        trial = total(middle)
+        if trial < target:
+            high, spends = middle, trial
+        else:
+            low = middle
+    return high
 
 
 def steps_without_noise(accountant: Any) -> int:

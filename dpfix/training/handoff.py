@@ -30,6 +30,7 @@ from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder,
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader, split_by_draws
 from dpfix.sampling.poisson import Drawing
+from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
@@ -43,6 +44,7 @@ from dpfix.training.opacus_classes import (
     private_optimizer_class,
     private_wrapper_class,
 )
+from dpfix.training.releases import settled
 from dpfix.training.step_guard import StepGuard
 
 
@@ -251,13 +253,11 @@ def _account(
     """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
     expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
-    accountant = privacy_engine.accountant
-    optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader)))
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
         privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
-    return Accounting(optimizer, accountant, sample_rate(loader), ledger)
+    return Accounting(optimizer, privacy_engine, Population(loader), sample_rate(loader), ledger)
 
 
 def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:
     """What Opacus's own engine answers from now on."""
-    return spent(privacy_engine.accountant, delta).epsilon
+    return spent(settled(privacy_engine), delta).epsilon

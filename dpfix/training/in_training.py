@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from dpfix.training.lineage import note
+
 
 class InTraining:
     """Stands among the hooks of a model in private training and holds the object whose ``cleanup`` ends it.
@@ -20,6 +22,8 @@ class InTraining:
         """Nothing happens."""
 
     def __reduce__(self) -> Any:
+        if self.holder is not None:
+            note(self.holder._module.parameters())  # a copy of the model is being made
         return InTraining, ()
 
 

@@ -21,6 +21,7 @@ from dpfix.engines.base import drop_sample_gradients
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.lineage import note
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -58,6 +59,12 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def _check_skip_next_step(self, pop_next: bool = True) -> bool:
             signalled = super()._check_skip_next_step(pop_next)
             return signalled or not self.guard.draws.complete
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.guard.guarded.accounting.written(super().state_dict())
+
+        def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+            self.guard.guarded.accounting.load(state_dict, super().load_state_dict)
 
         def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
@@ -119,6 +126,7 @@ def _transparent_wrapper_class(cls: type[Any]) -> type[Any]:
             return target.load_state_dict(state_dict, *args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
+            note(self._module.parameters())
             return _not_in_training, (plain_copy(self._module), self.loss_reduction, self.training)
 
     return _named_like(Transparent, cls)
@@ -179,6 +187,7 @@ def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
     guard: StepGuard = holder.guard
     module = holder._module
     guard.detach()
+    note(module.parameters())
     opacus_cleanup()
     for name in guard.plan.frozen_parameters:
         module.get_parameter(name).requires_grad_(True)

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from dpfix.training import checkpoint
 from dpfix.training.epsilon import spent
+from dpfix.training.releases import settled
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -20,7 +21,7 @@ class CheckpointingEngine(PrivacyEngine):
 
     @override
     def get_epsilon(self, delta: float) -> float:
-        return spent(self.accountant, delta).epsilon
+        return spent(settled(self), delta).epsilon
 
     def save_checkpoint(  # type: ignore[override]
         self,

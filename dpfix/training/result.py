@@ -13,8 +13,9 @@ from dpfix.report.statement import NOT_COVERED, PrivacyStatement
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
-from dpfix.training.accounting import accounted_steps, complete
+from dpfix.training.accounting import accounted_steps
 from dpfix.training.epsilon import spent, steps_without_noise
+from dpfix.training.releases import book_of, settled
 
 
 class PrivateTraining(tuple[Any, ...]):
@@ -70,7 +71,7 @@ class PrivateTraining(tuple[Any, ...]):
                 f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
                 "would satisfy such a bound. Use a smaller delta."
             )
-        return spent(self.privacy_engine.accountant, delta).epsilon
+        return spent(settled(self.privacy_engine), delta).epsilon
 
     def statement(self, delta: float) -> PrivacyStatement:
         """The privacy statement for the steps made so far.
@@ -97,13 +98,13 @@ class PrivateTraining(tuple[Any, ...]):
                 "the noise can be computed again from the seed or generator that the script gave: it protects nobody from "
                 "whoever knows that seed"
             )
-        complete(engine.accountant)
-        steps, noiseless = accounted_steps(engine.accountant), steps_without_noise(engine.accountant)
+        accountant = settled(engine)
+        steps, noiseless = accounted_steps(accountant), steps_without_noise(accountant)
         if noiseless:
             cautions.append(f"{noiseless} of {steps} steps were made without noise: there is no privacy")
         elif optimizer.noise_multiplier == 0:
             cautions.append("no noise is added: there will be no privacy after the first step")
-        loss = spent(engine.accountant, delta)
+        loss = spent(accountant, delta)
         return PrivacyStatement(
             epsilon=loss.epsilon,
             delta=delta,
@@ -120,4 +121,5 @@ class PrivateTraining(tuple[Any, ...]):
             secure_rng=bool(engine.secure_mode),
             not_covered=NOT_COVERED,
             cautions=tuple(cautions),
+            schedule=tuple(book_of(engine).stretches()),
         )

@@ -1,0 +1,107 @@
+"""The records that a loader draws from, remembered without keeping the data alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset
+
+from dpfix.errors import USER_CODE_ERRORS
+from dpfix.instrument.rng import rng_untouched
+from dpfix.sampling.fingerprint import READS, constants
+from dpfix.sampling.rate import index_set
+from dpfix.sampling.records import looks_up_as
+
+
+class Population:
+    """The records that a loader draws from, so that a later loader can be compared.
+
+    Holds index sets and weak references to the data sets below torch's wrappers. Nothing is read before a comparison needs it.
+
+    Args:
+        loader: a loader over a data set with a length.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._parts = [_Part(*part) for part in _parts(loader.dataset, np.asarray(index_set(loader)))]
+
+    def overlaps(self, other: Population) -> bool:
+        """Whether some record may be in both.
+
+        Data sets are the same if they are one object, or if length, class and the samples that are compared agree, as in a
+        data set that a script makes twice. One that is gone cannot be compared and counts as the same if length and class do.
+
+        Returns:
+            ``False`` only if no record is known to both.
+        """
+        return any(mine.shares(its) for mine in self._parts for its in other._parts)
+
+
+class _Part:
+    """A data set that is no wrapper of torch's, and the indices of it that are drawn."""
+
+    def __init__(self, dataset: Any, indices: np.ndarray) -> None:
+        self.dataset = _weak(dataset)
+        self.kind = type(dataset).__qualname__, len(dataset) if isinstance(dataset, Sized) else None
+        drawn = np.unique(indices)
+        self._drawn = None if len(drawn) == self.kind[1] else drawn  # all of a large data set need no list
+
+    @property
+    def indices(self) -> np.ndarray:
+        return np.arange(self.kind[1] or 0) if self._drawn is None else self._drawn
+
+    def shares(self, other: _Part) -> bool:
+        return bool(np.isin(self.indices, other.indices).any()) and self._same(other)
+
+    def _same(self, other: _Part) -> bool:
+        mine, its = self.dataset(), other.dataset()
+        if mine is not None and its is not None:
+            return mine is its or (self.kind == other.kind and _same_content(mine, its, self.indices))
+        return self.kind == other.kind
+
+
+def _weak(dataset: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(dataset)
+    except TypeError:  # a list, say
+        return lambda: None
+
+
+def _parts(dataset: Any, indices: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    """The data sets below torch's wrappers, each with those of its indices that these indices stand for."""
+    if hasattr(dataset, "__len__"):
+        indices = np.where(indices < 0, indices + len(dataset), indices)
+    if looks_up_as(dataset, Subset) and _whole(dataset.indices):
+        yield from _parts(dataset.dataset, np.asarray(dataset.indices)[indices])
+    elif looks_up_as(dataset, ConcatDataset):
+        ends = np.asarray(dataset.cumulative_sizes)
+        of = np.searchsorted(ends, indices, side="right")
+        for number, part in enumerate(dataset.datasets):
+            yield from _parts(part, indices[of == number] - (ends[number - 1] if number else 0))
+    elif looks_up_as(dataset, StackDataset):
+        parts: Any = dataset.datasets
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from _parts(part, indices)
+    else:
+        yield dataset, indices
+
+
+def _whole(indices: Any) -> bool:
+    """Whether all are whole numbers; a ``Subset`` of a mapping may have keys of another kind."""
+    return np.asarray(indices).dtype.kind in "iu"
+
+
+def _same_content(one: Any, other: Any, indices: np.ndarray) -> bool:
+    """Whether what never changes in some samples is the same in two data sets; unknown counts as the same."""
+    for index in {int(indices[0]), int(indices[len(indices) // 2]), int(indices[-1])}:
+        try:
+            with rng_untouched():
+                mine, its = constants(one, index, READS), constants(other, index, READS)
+        except USER_CODE_ERRORS:
+            continue
+        if any(mine[path] != its[path] for path in mine.keys() & its.keys()):
+            return False
+    return True

@@ -1,0 +1,136 @@
+"""What was released before a call: with the model's parameters, or as the optimizer's loaded state says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opacus import PrivacyEngine
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpfix.instrument.source import warn_user
+from dpfix.report.finding import Finding
+from dpfix.sampling.population import Population
+from dpfix.training.epsilon import Entry
+from dpfix.training.lineage import lineage_of, remember
+from dpfix.training.releases import Releases, Settings, book_of, read_state
+
+ENTRY = "dpfix"
+"""Under this key the saved state of an optimizer has the releases, in its first group: torch's optimizers keep it there."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What was released before a call, about some of the records that it draws from.
+
+    Attributes:
+        held: by the model's parameters.
+        loaded: as the state says that was loaded into the optimizer.
+        others: further steps of that state.
+    """
+
+    held: list[Releases]
+    loaded: list[Releases]
+    others: Settings
+
+    @property
+    def releases(self) -> list[Releases]:
+        """All trainings."""
+        return [*self.held, *self.loaded]
+
+    def history(self, engine: PrivacyEngine) -> list[Entry]:
+        """What the accountant of an engine will hold before the call's first step; nothing is changed.
+
+        Returns:
+            Noise multiplier, sampling rate and number of steps of every entry.
+
+        Raises:
+            ArgumentError: the accountant cannot add up steps of several settings.
+        """
+        return book_of(engine).united(engine.accountant, self.releases, self.others)
+
+    def carry_on(self, engine: PrivacyEngine, optimizer: Any, given: bool) -> tuple[Finding, ...]:
+        """Put it into the accountant of an engine, unless it is there.
+
+        Args:
+            engine: the call's.
+            optimizer: the private optimizer.
+            given: whether the script has given the engine.
+
+        Returns:
+            Advice where steps were added.
+        """
+        book = book_of(engine)
+        steps = sum(r.steps for r in book.missing(self.held))
+        book.take(engine.accountant, self.releases, self.others)
+        remember(optimizer.params, [book.trainings[r.name] for r in self.releases])
+        optimizer.param_groups[0].pop(ENTRY, None)
+        if not steps:
+            return ()
+        fact = f"this model's weights hold {steps} private steps on the same data already; epsilon counts them too."
+        if given:
+            warn_user(
+                f"privacy_engine does not hold what was released before: {fact} Pass the privacy_engine of the earlier call, "
+                "or none. A training that begins anew needs a model that is not trained yet."
+            )
+        return (
+            Finding.advice(
+                "DPF033",
+                fact,
+                "what this training releases adds to what the weights hold.",
+                help="A training that begins anew needs a model that is not trained yet.",
+                path="module",
+            ),
+        )
+
+
+def earlier_releases(module: nn.Module, optimizer: Any, loader: DataLoader[Any]) -> Earlier:
+    """What was released before a call.
+
+    Args:
+        module: the model.
+        optimizer: the script's own optimizer.
+        loader: the script's loader.
+
+    Returns:
+        Trainings on data that this loader draws from too. A state that was loaded is the same training's, on the same data.
+    """
+    here = Population(loader)
+    held = [r for r in lineage_of(module) if r.data is None or here.overlaps(r.data)]
+    entry = entry_of({"param_groups": optimizer.param_groups})
+    loaded, others = ([], Settings()) if entry is None else read_state(entry)
+    return Earlier(held, [replace(r, data=here) for r in loaded], others)
+
+
+# ------------------------------------------------------------------ the state of an optimizer
+
+
+def with_entry(state: Mapping[str, Any], entry: Any) -> dict[str, Any]:
+    """The state of an optimizer, with an entry of ours in a copy of its first group."""
+    first, *others = state["param_groups"]
+    return {**state, "param_groups": [{**first, ENTRY: entry}, *others]}
+
+
+def without_entry(state: Any) -> Any:
+    """The state of an optimizer without our entry; the one that is given stays as it is."""
+    if entry_of(state) is None:
+        return state
+    first, *others = state["param_groups"]
+    return {**state, "param_groups": [{k: v for k, v in first.items() if k != ENTRY}, *others]}
+
+
+def entry_of(state: Any) -> Any:
+    """Our entry in the state of an optimizer; ``None`` if there is none."""
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    return groups[0].get(ENTRY) if groups else None
+
+
+def steps_shown(state: Mapping[str, Any]) -> int:
+    """How many steps the state of an optimizer shows at least: what it has counted itself, or one where it keeps averages."""
+    shown = 0
+    for values in state.get("state", {}).values():
+        counted = values.get("step") if isinstance(values, Mapping) else None
+        shown = max(shown, int(counted) if counted is not None else int(any(v is not None for v in values.values())))
+    return shown
