@@ -18,12 +18,16 @@ class Accounting:
     Args:
         optimizer: the private optimizer, with the accountant's step hook.
         accountant: Opacus's accountant.
+
+    Attributes:
+        at_release: looks at what is about to be released, before it is counted.
     """
 
     def __init__(self, optimizer: DPOptimizer, accountant: Any) -> None:
         self._accountant = accountant
         self._account: StepHook = optimizer.step_hook  # type: ignore[assignment]
         self._counted = False
+        self.at_release: Callable[[DPOptimizer], None] | None = None
         optimizer.step_hook = self.count
 
     def new_step(self) -> None:
@@ -33,6 +37,8 @@ class Accounting:
     def count(self, optimizer: DPOptimizer) -> None:
         """A batch is released."""
         if not self._counted:
+            if self.at_release is not None:
+                self.at_release(optimizer)
             self._counted = True
             self._account(optimizer)
 
