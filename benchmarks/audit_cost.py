@@ -239,7 +239,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     guard = optimizer.guard
     handle = guard.guarded.handle
     of_engine = ("collect", "announce", "clip_and_accumulate", "clear", "finish")
-    of_guard = ("cleared", "before_step", "clip", "summed", "before_noise", "after_step")
+    of_guard = ("cleared", "before_step", "clip", "summed", "before_noise", "noised", "after_step")
     engine = [(handle, name, "engine") for name in of_engine if hasattr(handle, name)]
     guarding = [(guard, name, "guards") for name in of_guard if hasattr(guard, name)]
     batch = torch.utils.data.default_collate(setup.items(setup.batch_size))

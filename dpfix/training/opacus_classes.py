@@ -18,9 +18,11 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -67,10 +69,13 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
 
         def add_noise(self) -> None:
             self.guard.before_noise(self)
-            if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
+            noise = self.randomness.noise
+            if isinstance(noise, Cryptographic):
+                add_cryptographic_noise(self, noise)
+            elif in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
-                with OwnNoise(self.randomness.noise):
+                with OwnNoise(noise):
                     super().add_noise()
 
     in_place = cls.add_noise is DPOptimizer.add_noise
