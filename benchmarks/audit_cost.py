@@ -85,7 +85,7 @@ def segment(model: nn.Module, batch: Any) -> Tensor:
 
 
 SETUPS = (
-    Setup("MLP 784-512-512-10, B=256", partial(mlp, 512), images(784), 256, classify),
+    Setup("MLP 784-1024-1024-10, B=256", mlp, images(784), 256, classify),
     Setup("CNN 28x28, B=256", cnn, images(1, 28, 28), 256, classify),
     Setup("transformer d=128 x2, T=64, B=16", TorchTransformer, texts(64, 1000), 16, next_word),
     Setup("char LSTM, T=64, B=64", partial(CharLSTM, 60, 32, 64, classes=10), texts(64, 60, 10), 64, classify),

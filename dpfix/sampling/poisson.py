@@ -11,8 +11,8 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
-from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.cryptographic import Cryptographic
+from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
 
 
@@ -55,13 +55,17 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __iter__(self) -> Iterator[list[int]]:
         source, seed = self.source, 0
         if self.ranks.size > 1:
-            assert not isinstance(source, Cryptographic)  # the ranks would draw different batches; the call has refused it
+            assert not isinstance(
+                source, Cryptographic
+            )  # the ranks would draw different batches; the call has refused it
             seed = new_seed(source.generator())
             source = Stream((seed,))
         self.ledger.start(seed)
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
-            drawn = self.indices[source.uniform(self.num_samples) < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
+            drawn = self.indices[source.uniform(self.num_samples) < self.sample_rate][
+                self.ranks.rank :: self.ranks.size
+            ].tolist()
             self.ledger.drew(len(drawn))
             yield drawn
 

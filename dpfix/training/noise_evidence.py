@@ -64,6 +64,7 @@ class SizeEvidence:
         self._bets = np.full(self._weights.shape, -np.inf)  # logarithms, weighted; 0 is an alarm
         self._yields = np.stack([-np.log(ratios), (1 - ratios**-2) / 2])
         self._seen = np.zeros((parts + 1, 2))
+        self._stake = np.empty_like(self._bets)
         self.steps = 0
 
     def add(self, numbers: NDArray[np.float64], squares: NDArray[np.float64]) -> tuple[int, float] | None:
@@ -78,11 +79,11 @@ class SizeEvidence:
             has; ``None`` if nothing is known to be wrong.
         """
         self.steps += 1
-        stake = self._weights - math.log(self.steps * (self.steps + 1.0))
         seen, bets = self._seen, self._bets
         seen[:-1, 0], seen[:-1, 1] = numbers, squares
         np.add.reduce(seen[:-1], 0, out=seen[-1])
-        np.logaddexp(bets, stake, out=bets)
+        np.subtract(self._weights, math.log(self.steps * (self.steps + 1.0)), out=self._stake)
+        np.logaddexp(bets, self._stake, out=bets)
         bets += seen @ self._yields
         if bets.max() < 0:  # false for a NaN, too
             return None
@@ -111,11 +112,10 @@ class Repeats:
     """
 
     def __init__(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        self._parts = np.flatnonzero(sizes >= PRINT)
-        self._places = starts[self._parts][:, None] + np.arange(PRINT)
-        self._all = tuple(self._parts.tolist())
         first = np.concatenate([start + np.arange(min(n, PRINT)) for start, n in zip(starts, sizes, strict=True)])
-        self._first = first[:PRINT] if len(first) >= PRINT else None
+        self._parts: list[int] = np.flatnonzero(sizes >= PRINT).tolist()
+        rows = [first[:PRINT], *(starts[part] + np.arange(PRINT) for part in self._parts)]
+        self._places = np.stack(rows) if len(first) >= PRINT else None
         self.forget()
 
     def forget(self) -> None:
@@ -134,23 +134,24 @@ class Repeats:
         Returns:
             Where noise is that was seen, and where it was seen before; ``None`` if there is no such noise.
         """
-        if self._first is not None and (known is None or known[self._first].all()):
-            before = self._by_step.setdefault(_print(noise[self._first]), (step, 0))
+        if self._places is None:
+            return None
+        cells = np.floor(noise[self._places] * CELLS).astype(np.int32).tobytes()
+        prints = [cells[at : at + _BYTES] for at in range(0, len(cells), _BYTES)]
+        usable = None if known is None else [bool(row.all()) for row in known[self._places]]
+        if usable is None or usable[0]:
+            before = self._by_step.setdefault(prints[0], (step, self._parts[0] if self._parts else 0))
             if before[0] != step:
                 return (step, before[1]), before
-        prints, size = _print(noise[self._places]), 4 * PRINT
-        unknown = frozenset[int]() if known is None else set(np.flatnonzero(~known[self._places].all(1)).tolist())
-        for row, part in enumerate(self._all):
-            if row in unknown:
-                continue
-            here = step, part
-            before = self._by_part.setdefault(prints[row * size : (row + 1) * size], here)
-            if before is not here:
-                return here, before
+        for row, part in enumerate(self._parts, 1):
+            if usable is None or usable[row]:
+                here = step, part
+                before = self._by_part.setdefault(prints[row], here)
+                if before is not here:
+                    return here, before
         while len(self._by_part) > KEPT:
             del self._by_part[next(iter(self._by_part))]
         return None
 
 
-def _print(noise: NDArray[np.float64]) -> bytes:
-    return np.floor(noise * CELLS).astype(np.int32).tobytes()
+_BYTES = 4 * PRINT
