@@ -54,9 +54,10 @@ class ProvenNoise(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        self.needed = bool(guarded.parameters)
+        parameters = {name: p for name, p in guarded.parameters.items() if p.numel()}
+        self.needed = bool(parameters)
         if self.needed:
-            self._numbers = Numbers(guarded.parameters)
+            self._numbers = Numbers(parameters)
             self._names, self._parameters = self._numbers.names, self._numbers.parameters
             self._size = SizeEvidence(len(self._parameters))
             self._repeats = Repeats(self._numbers.starts, self._numbers.counts)
@@ -80,10 +81,13 @@ class ProvenNoise(Check):
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
         summed, self._summed = self._summed, False
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
         std = noise_of_sums(optimizer) * float(optimizer.max_grad_norm)
-        if not summed or std == 0 or len(gradients) < len(self._parameters):
+        if not summed or std == 0:
             return
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if len(gradients) < len(self._parameters):
+            part = next(i for i, p in enumerate(self._parameters) if p.grad is None)
+            self._refuse_size(part, "not known, because p.grad is None,")
         scale = 1.0
         if optimizer.loss_reduction == "mean":
             scale = float(optimizer.expected_batch_size) * optimizer.accumulated_iterations  # type: ignore[arg-type]

@@ -324,6 +324,28 @@ def test_all_places_of_a_large_parameter_are_looked_at() -> None:
     assert seen.min() > 0 and seen[0] == 200
 
 
+def test_a_gradient_that_is_missing_is_refused() -> None:
+    def forget(params: list[nn.Parameter], sums: list[Tensor]) -> None:
+        params[1].grad = None
+
+    private = begin()
+    private[1][1].scale_grad = lambda: None
+    after_noise(private[1], forget)
+    assert steps_until_refused(private, "`0.bias` of Sequential is not known, because p.grad is None", 1) == 1
+
+
+def test_parameters_without_numbers_are_left_out() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing, self.net = nn.Parameter(torch.empty(0)), model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.nothing.sum()
+
+    rounds(begin("sum", model=Empty(), grad_sample_mode="auto")[1], 10)
+
+
 def test_a_training_with_a_seed_may_go_back_to_a_checkpoint(tmp_path: Any) -> None:
     training = begin(seed=1)[1]
     engine = training.privacy_engine
