@@ -41,15 +41,16 @@ class ProvenNoise(Check):
     Some numbers of every parameter, the first ones and as many at a place that is drawn anew in every step, are read in the
     clipped sum, and once more when noise and scaling are done: before the accountant counts, before the script's step hook,
     which may change ``p.grad``, and before any parameter moves. What has come in between, in units of the standard deviation
-    ``noise_multiplier * max_grad_norm``, is evidence for :class:`~dpfix.training.noise_evidence.SizeEvidence` and
-    :class:`~dpfix.training.noise_evidence.Repeats`. Together they refuse right noise with probability 1e-9 in a training,
+    ``noise_multiplier * max_grad_norm`` (the largest clip norm of the logical batch), is evidence for
+    :class:`~dpfix.training.noise_evidence.SizeEvidence` and :class:`~dpfix.training.noise_evidence.Repeats`. Together they refuse right noise with probability 1e-9 in a training,
     however long it is. On several ranks, rank 0 adds the noise; that the others add none is checked exactly.
 
     Catches: noise that is missing on one parameter (in the first step, if it has 8 numbers), scaled by the batch size, added
     twice (in the first step of a model with 400 numbers), 5 % too small or too large (in 4 steps of a model with 4096
     numbers, in inverse proportion for smaller ones), drawn again from a seed that was used, or shared by two parameters (in
     the step in which it happens). Nothing is looked at in a step without noise, and no number whose clipped sum is more than
-    1024 standard deviations large. Costs: two small copies per parameter; about 0.1 ms for a small model.
+    1024 standard deviations large. Costs: two small copies per parameter; about 0.3 ms for a small
+    model, and 6 us more for every further parameter.
     """
 
     def __init__(self, guarded: Guarded) -> None:
@@ -61,13 +62,18 @@ class ProvenNoise(Check):
             self._names, self._parameters = self._numbers.names, self._numbers.parameters
             self._size = SizeEvidence(len(self._parameters))
             self._repeats = Repeats(self._numbers.starts, self._numbers.counts)
-        self._summed = False
+        self._summed, self._clip_norm = False, 0.0
         self._wrong_size: Finding | None = None
 
     def went_back(self) -> None:
         """The script goes on from a checkpoint: with a seed, noise may come again."""
         if self.needed:
             self._repeats.forget()
+
+    @override
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
+        norm = float(optimizer.max_grad_norm)
+        self._clip_norm = max(norm, self._clip_norm) if self._guarded.progress.partial else norm
 
     @override
     def summed(self, norms: torch.Tensor | None) -> None:
@@ -81,7 +87,7 @@ class ProvenNoise(Check):
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
         summed, self._summed = self._summed, False
-        std = noise_of_sums(optimizer) * float(optimizer.max_grad_norm)
+        std = noise_of_sums(optimizer) * self._clip_norm
         if not summed or std == 0:
             return
         gradients = [p.grad for p in self._parameters if p.grad is not None]

@@ -286,6 +286,19 @@ def test_wrong_noise_on_a_logical_batch_is_refused() -> None:
     assert torch.equal(values(module), before)
 
 
+def test_a_clip_norm_that_is_lowered_inside_a_logical_batch_is_refused() -> None:
+    """The noise is for the lower one; the first part of the sum was clipped to the higher one."""
+    training = begin(data_loader=DataLoader(points(), batch_size=12))[1]
+    scheduler = ExponentialGradClip(training[1], gamma=0.5)
+    with (
+        pytest.raises(dpfix.NoiseError, match=r"about 0\.\d+ times|missing"),
+        BatchMemoryManager(data_loader=training[2], max_physical_batch_size=4, optimizer=training[1]) as loader,
+    ):
+        for batch in loader:
+            step(training, batch)
+            scheduler.step()
+
+
 def test_gradients_of_other_layouts() -> None:
     """Sums in channels-last memory have their numbers at the same places as gradients that are contiguous."""
     image = nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 8, 3, padding=1), nn.Flatten(), nn.Linear(8, 3))
