@@ -42,8 +42,9 @@ class ProvenNoise(Check):
     clipped sum, and once more when noise and scaling are done: before the accountant counts, before the script's step hook,
     which may change ``p.grad``, and before any parameter moves. What has come in between, in units of the standard deviation
     ``noise_multiplier * max_grad_norm`` (the largest clip norm of the logical batch), is evidence for
-    :class:`~dpfix.training.noise_evidence.SizeEvidence` and :class:`~dpfix.training.noise_evidence.Repeats`. Together they refuse right noise with probability 1e-9 in a training,
-    however long it is. On several ranks, rank 0 adds the noise; that the others add none is checked exactly.
+    :class:`~dpfix.training.noise_evidence.SizeEvidence` and :class:`~dpfix.training.noise_evidence.Repeats`. Together they
+    refuse right noise with probability 1e-9 in a training, however long it is. On several ranks, rank 0 adds the noise; that
+    the others add none is checked exactly.
 
     Catches: noise that is missing on one parameter (in the first step, if it has 8 numbers), scaled by the batch size, added
     twice (in the first step of a model with 400 numbers), 5 % too small or too large (in 4 steps of a model with 4096
