@@ -45,7 +45,7 @@ from dpfix.training.epsilon import noise_within
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
-from dpfix.training.privacy_engine import CheckpointingEngine
+from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
@@ -66,6 +66,7 @@ def make_private_safe(
     clipping: str = "flat",
     noise_generator: torch.Generator | None = None,
     seed: int | None = None,
+    secure_mode: bool = False,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
     wrap_model: bool = True,
@@ -99,6 +100,8 @@ def make_private_safe(
         noise_generator: source of the noise, for experiments that are to be repeated; see ``seed``.
         seed: makes noise and draws reproducible. Without it they come from generators of the training's own, which the
             operating system seeds. Noise that can be computed again protects nobody from whoever knows the seed.
+        secure_mode: draw noise and batches with the operating system's cryptographic generator, and keep the noise from
+            showing in the last bits of what is released; slower. As in ``SafePrivacyEngine(secure_mode=True)``.
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
         augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
@@ -137,7 +140,7 @@ def make_private_safe(
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
     request = _out_of_earlier(_as_trained(given))
-    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
+    engine = _engine(privacy_engine, secure_mode)
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
         check_randomness(request.privacy, engine.secure_mode)
@@ -155,7 +158,7 @@ def make_private_safe(
                 engine,
                 Originals(request.module, request.optimizer, data_loader),
                 Decided(
-                    Randomness.of(None if seed is None else int(seed), engine.secure_rng, request.ranks),
+                    Randomness.of(None if seed is None else int(seed), secure_source(engine), request.ranks),
                     prepared.plan,
                     prepared.placeholder,
                     prepared.known_rows,
@@ -225,7 +228,7 @@ def make_private_safe_with_epsilon(
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
     request = _out_of_earlier(_as_trained(Request(module, optimizer, data_loader, *loss, *options)))
-    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
+    engine = _engine(privacy_engine, arguments.get("secure_mode", False))
     with request.ranks.all_or_none():
         check_delta(target_delta)
         check_budget(target_epsilon, epochs)
@@ -351,6 +354,20 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
         {f.name: values[f.name] for f in fields(kind)} for kind in (PrivacyOptions, PerformanceOptions)
     )
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
+
+
+def _engine(given: PrivacyEngine | None, secure_mode: bool) -> PrivacyEngine:
+    """The engine of the call."""
+    if given is None:
+        return SafePrivacyEngine(secure_mode=secure_mode)
+    if secure_mode and not given.secure_mode:
+        raise ArgumentError(
+            "secure_mode=True with a privacy_engine that was made without it:",
+            "its noise would not be cryptographic.",
+            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
+            path="secure_mode",
+        )
+    return given
 
 
 def _as_trained(request: Request) -> Request:

@@ -13,6 +13,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
+from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger, part_sizes
 from dpfix.sampling.randomness import Given, Stream
 
@@ -28,7 +29,7 @@ class Drawing:
     """
 
     ledger: DrawLedger
-    source: Stream | Given
+    source: Stream | Given | Cryptographic
     ranks: Ranks = ALONE
 
 
@@ -56,13 +57,16 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __iter__(self) -> Iterator[list[int]]:
         source, seed = self.source, 0
         if self.ranks.size > 1:
+            assert not isinstance(
+                source, Cryptographic
+            )  # the ranks would draw different batches; the call has refused it
             seed = new_seed(source.generator())
             source = Stream((seed,))
         begun = self.ledger.start(seed)
         for _ in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
-            chance = torch.rand(self.num_samples, generator=source.generator(), dtype=torch.float64)
-            drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
+            chosen = source.uniform(self.num_samples) < self.sample_rate
+            drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             begun.drew(len(drawn))
             yield drawn
         if not begun.delivers:

@@ -37,6 +37,9 @@ class Accounting:
         data: the records that are drawn from.
         rate: probability with which a sample enters a draw.
         ledger: what was drawn; ``None`` without Poisson sampling.
+
+    Attributes:
+        at_release: looks at what is about to be released, before it is counted.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Accounting:
         self._without_step = 0
         self._warned = False
         self._lock = threading.RLock()  # a pass may end in another thread
+        self.at_release: Callable[[DPOptimizer], None] | None = None
         self._begin()
         optimizer.step_hook = self.count
         book_of(engine).accountings.add(self)
@@ -79,6 +83,8 @@ class Accounting:
         with self._lock:
             if self._counted:
                 return
+            if self.at_release is not None:
+                self.at_release(optimizer)
             self._counted = True
             if ENTRY in optimizer.param_groups[0]:  # a saved state was loaded into the optimizer inside
                 self.take(optimizer.param_groups[0].pop(ENTRY))

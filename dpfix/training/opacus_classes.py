@@ -18,9 +18,11 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
@@ -50,6 +52,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                 if not self.guard.before_step(self):
                     return False
                 released = bool(super().pre_step(closure))
+                if released:
+                    self.guard.noised(self)  # already done, unless the accountant's step hook has been taken off
                 self.guard.after_step(released)
             except Exception as error:
                 self.guard.ranks.tell_others(self, error)
@@ -76,10 +80,13 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
 
         def add_noise(self) -> None:
             self.guard.before_noise(self)
-            if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
+            noise = self.randomness.noise
+            if isinstance(noise, Cryptographic):
+                add_cryptographic_noise(self, noise)
+            elif in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
-                with OwnNoise(self.randomness.noise):
+                with OwnNoise(noise):
                     super().add_noise()
 
     in_place = cls.add_noise is DPOptimizer.add_noise

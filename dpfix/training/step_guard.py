@@ -16,6 +16,7 @@ from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackw
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
+from dpfix.training.guards.noise import ProvenNoise
 from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer
 from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree
@@ -37,6 +38,7 @@ class StepGuard:
         regions: the check that may leave out a step.
         ranks: the check that tells other processes of a failure.
         real_steps: the check that proves real steps.
+        noise: the check that remembers noise.
         others: the check that has to know when the private optimizer is stepping.
         draws: the check that knows which draw the step is made on, and whether it completes it.
         checks: all checks, in order.
@@ -50,6 +52,7 @@ class StepGuard:
         self.regions = RegionsUntouched(guarded)
         self.ranks = RanksAgree(guarded)
         self.real_steps = RealSteps(guarded, following)
+        self.noise = ProvenNoise(guarded)
         self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
         self.draws = WholeDraws(guarded)
         self.checks: tuple[Check, ...] = (
@@ -69,6 +72,7 @@ class StepGuard:
             SomethingArrived(),
             DrawnRows(guarded),
             FiniteSum(guarded),
+            self.noise,
             ScratchPutBack(guarded),
             self.regions,
             self.ranks,
@@ -77,12 +81,15 @@ class StepGuard:
         self.engine_clips = False
         self._trained = list(guarded.parameters.values())
         self._counts: list[int] = []
+        self._noise_due = False
         self._norms: torch.Tensor | None = None
         self._cleared = self._those_at("cleared")
         self._before_step = self._those_at("before_step")
         self._collected = self._those_at("collected")
         self._summed = self._those_at("summed")
         self._before_noise = self._those_at("before_noise")
+        self._noised = self._those_at("noised")
+        guarded.accounting.at_release = self.noised
         self._after_step = self._those_at("after_step")
 
     def _those_at(self, moment: str) -> tuple[Callable[..., None], ...]:
@@ -163,12 +170,21 @@ class StepGuard:
 
     def summed(self) -> None:
         """The clipped sum of a physical batch is there."""
+        self._noise_due = True
         for check in self._summed:
             check(self._norms)
 
     def before_noise(self, optimizer: DPOptimizer) -> None:
         """The logical batch is about to be released."""
         for check in self._before_noise:
+            check(optimizer)
+
+    def noised(self, optimizer: DPOptimizer) -> None:
+        """The release is complete, and about to be accounted; the second call for a release does nothing."""
+        if not self._noise_due:
+            return
+        self._noise_due = False
+        for check in self._noised:
             check(optimizer)
 
     def after_step(self, released: bool) -> None:
