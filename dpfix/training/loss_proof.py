@@ -29,6 +29,9 @@ from dpfix.report.finding import Finding
 STEPS = 3
 """Real steps with at least two samples on which the loss is followed."""
 
+POSTPONED = 30
+"""Steps for which the proof is put off since the gradient of a sample is not finite."""
+
 SAMPLES = 4
 """Samples of such a step whose gradient is compared."""
 
@@ -39,6 +42,10 @@ _TELLS_NOTHING = frozenset({"__get__", "data_ptr", "__repr__", "__format__", "__
 
 class _NotFollowedError(Exception):
     """The way from the output to the loss cannot be repeated; caught inside this file."""
+
+
+class _NotFiniteError(Exception):
+    """A sample in the batch has a gradient that is not finite, and cannot be compared; caught inside this file."""
 
 
 class LossProof:
@@ -57,7 +64,7 @@ class LossProof:
         self._mean = plan.loss_reduction == "mean"
         self._layouts = plan.calls
         self._trace = LossTrace(self._check)
-        self._left = STEPS
+        self._left, self._postponed = STEPS, 0
         self._seen = False  # a loss of the present step was followed
         self._hooks = [
             module.register_forward_pre_hook(self._enter, prepend=True),
@@ -124,6 +131,11 @@ class LossProof:
             other = "" if coupled is not None else replay.other_reduction(self._mean)
         except _NotFollowedError as why:
             self._give_up(str(why))
+            return
+        except _NotFiniteError:
+            self._seen, self._postponed = True, self._postponed + 1
+            if self._postponed > POSTPONED:
+                self._give_up("its gradient was not finite in each of the first steps")
             return
         finally:
             trace.entries.clear()  # they hold the loss's graph
@@ -193,6 +205,8 @@ class _Replay:
         self.rows = {key: _rows_of(value, self.samples, first) for key, value in trace.constants.items()}
         self.rows |= dict.fromkeys(trace.settings)
         self.plain = self._gradients(lambda t, rows: t)
+        if not all(bool(torch.isfinite(g).all()) for g in self.plain):
+            raise _NotFiniteError
         self._check_repeats()
 
     def _check_repeats(self) -> None:

@@ -59,8 +59,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            if not self.guard.clip(self):
-                super().clip_and_accumulate()
+            self.guard.clip(self, super().clip_and_accumulate)
             self.guard.summed()
 
         def add_noise(self) -> None:

@@ -179,11 +179,16 @@ class BookkeepingHandle(Handle):
             scale = self.plan.scale(samples, self.counts())
             scale = scale.to(norm) if isinstance(scale, torch.Tensor) else scale
             norm = norm * scale
-            every.append(norm)
+            every.append(norm.cpu())
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
+            left_out = None if bool(torch.isfinite(every[-1]).all()) else ~torch.isfinite(norm)
+            if left_out is not None:
+                factors = factors.masked_fill(left_out, 0)
             for p in parameters:
                 part = whole.pop(p, None)
                 if part is not None:
+                    if left_out is not None:
+                        part = part.without(left_out)
                     _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
                 elif getattr(p, "summed_grad", None) is None:
                     p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
