@@ -18,6 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.instrument.turn import TURN
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
@@ -41,7 +42,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             self.guard.cleared()
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with self.guard.others.stepping():
+            with TURN, self.guard.others.stepping():
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import finalize, ref
 
@@ -66,22 +69,22 @@ class NoGradScaler(Check):
 class NoOtherOptimizer(Check):
     """No other optimizer steps over parameters that are in private training.
 
-    Catches: gradients applied without clipping and noise. Costs: nothing in a private step; every step of another
-    optimizer in the process is compared with the trained parameters. Torch asks before the step of any optimizer, as
-    long as the private training lives.
+    Catches: gradients applied without clipping and noise. Costs: a look at the first parameter in a private step; every step
+    of another optimizer in the process looks its parameters up, however many trainings there are. Torch asks before the
+    step of any optimizer.
+
+    Attributes:
+        allowed: whether the private optimizer is making its step.
     """
 
     def __init__(self, guarded: Guarded) -> None:
-        self._allowed = False
-        self._trained = [ref(p) for p in guarded.parameters.values()]  # a WeakSet would compare tensors with ==
-        reference = ref(self)
-
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            this = reference()
-            if this is not None:
-                this._refuse(optimizer)
-
-        self._remove = finalize(self, register_optimizer_step_pre_hook(hook).remove)
+        self.allowed = False
+        self._trained = {id(p): ref(p) for p in guarded.parameters.values()}  # a WeakSet would compare tensors with ==
+        this = ref(self)
+        WATCHED.update(dict.fromkeys(self._trained, this))
+        self._forget = partial(_forget, tuple(self._trained), this)
+        finalize(self, self._forget).atexit = False
+        _watch()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -90,17 +93,50 @@ class NoOtherOptimizer(Check):
         Yields:
             Nothing.
         """
-        self._allowed = True
+        self.allowed = True
         try:
             yield
         finally:
-            self._allowed = False
+            self.allowed = False
 
-    def _refuse(self, optimizer: Optimizer) -> None:
-        if self._allowed:
-            return
-        trained = {id(p()) for p in self._trained}
-        if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+    @override
+    def cleared(self) -> None:
+        self.allowed = False  # an interrupt may have come in the way of it
+
+    def owns(self, p: Any) -> bool:
+        """Whether it is a parameter of this training: after it is gone, another may have its id."""
+        return self._trained[id(p)]() is p
+
+    @override
+    def detach(self) -> None:
+        self._forget()
+
+
+WATCHED: dict[int, ref[NoOtherOptimizer]] = {}
+"""The trainings that are alive, by the id of each of their parameters."""
+
+
+def _forget(ids: Iterable[int], training: ref[NoOtherOptimizer]) -> None:
+    for key in ids:
+        if WATCHED.get(key) is training:
+            del WATCHED[key]
+
+
+@functools.cache
+def _watch() -> None:
+    """One look before the step of any optimizer, for all trainings together."""
+    register_optimizer_step_pre_hook(_refuse_other)
+
+
+def _refuse_other(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not WATCHED:
+        return
+    for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        found = WATCHED.get(id(p))
+        training = None if found is None else found()
+        if training is None or not training.owns(p):
+            continue
+        if training.allowed:
             return
         raise MisuseError(
             f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "
@@ -109,7 +145,3 @@ class NoOtherOptimizer(Check):
             "Use the returned optimizer, or call to_standard_module() on the model first to end private training.",
             path="optimizer",
         )
-
-    @override
-    def detach(self) -> None:
-        self._remove()
