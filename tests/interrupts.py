@@ -29,6 +29,7 @@ class Lines:
     def __init__(self, at: int = 0, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.at, self.error = at, error
         self.count, self.place = 0, ""
+        self.last: dict[tuple[str, int], int] = {}
 
     def run(self, act: Callable[[], Any]) -> bool:
         """Run a function; returns whether the interrupt came out of it."""
@@ -48,16 +49,18 @@ class Lines:
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
             self.count += 1
+            self.last[frame.f_code.co_filename, frame.f_lineno] = self.count
             if self.count == self.at:
                 self.place = f"{frame.f_code.co_filename[len(ROOT) + 1 :]}:{frame.f_lineno}"
                 raise self.error
         return self._line
 
 
-def lines_of(act: Callable[[], Any]) -> int:
+def lines_of(act: Callable[[], Any]) -> list[int]:
+    """When each line of dpfix that a function runs is run for the last time."""
     counted = Lines()
     counted.run(act)
-    return counted.count
+    return sorted(counted.last.values())
 
 
 def fingerprint(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,14 +106,14 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(key for key in before.keys() | after.keys() if before.get(key, "none") != after.get(key, "none"))
 
 
-def spread(total: int, parts: int, seed: int = 0) -> Iterator[int]:
-    """Line numbers all over a run: one in each of so many parts of equal length, and its last lines."""
-    draw = torch.Generator().manual_seed(seed)
+def spread(lines: list[int], parts: int, seed: int = 0) -> Iterator[int]:
+    """Some of the lines of a run: one in each of so many parts of equal length, and the last ones."""
+    draw, total = torch.Generator().manual_seed(seed), len(lines)
     for part in range(parts):
         low, high = part * total // parts, (part + 1) * total // parts
         if high > low:
-            yield low + 1 + int(torch.randint(high - low, (), generator=draw))
-    yield from range(max(1, total - 9), total + 1)
+            yield lines[low + int(torch.randint(high - low, (), generator=draw))]
+    yield from lines[-10:]
 
 
 def in_thread(act: Callable[[], Any]) -> threading.Thread:

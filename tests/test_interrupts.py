@@ -181,6 +181,7 @@ def test_a_call_refused_in_the_middle_of_a_step_leaves_the_step_right() -> None:
         training[1].step()
     moved = torch.cat([(p - b).flatten() for p, b in zip(given["module"].parameters(), before, strict=True)])
     torch.testing.assert_close(moved.detach(), wanted)
+    assert training.statement(1e-3).steps == 2
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "hooks", "vmap"])
@@ -188,7 +189,7 @@ def test_an_interrupted_second_call_leaves_the_training_in_force(engine: str) ->
     given, training = in_training(engine, wrap=True)
     wanted = released(given, training, wrap=True)
     total = lines_of(lambda: call(in_training(engine, wrap=True)[0]))
-    for at in spread(total // 2, 8):
+    for at in spread(total[: len(total) // 2], 8):
         if not Lines(at).run(lambda: call(given)):
             given, training = in_training(engine, wrap=True)
         still_private(given, training, True, wanted)
