@@ -70,12 +70,15 @@ class BookkeepingHandle(Handle):
             The call.
         """
         samples = samples_in(layout, self.model, args, kwargs)
-        before, self._active = self._active, RootCall(samples, self._iterations.present(), self._iterations.late)
-        self._last = self._active
+        call, before = RootCall(samples, self._iterations.present(), self._iterations.late), self._active
+        calls = dict(call.iteration.calls)
         try:
-            yield self._active
-        finally:
+            self._active = self._last = call
+            yield call
             self._active = before
+        except BaseException:  # a call that was not finished does not count
+            self._active, call.iteration.calls = before, calls
+            raise
 
     def present_call(self) -> RootCall | None:
         """The call of the model that is going on; while checkpointing recomputes, the one that it repeats.

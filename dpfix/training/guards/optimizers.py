@@ -93,15 +93,17 @@ class NoOtherOptimizer(Check):
         Yields:
             Nothing.
         """
-        self.allowed = True
         try:
+            self.allowed = True
             yield
-        finally:
             self.allowed = False
+        except BaseException:
+            self.allowed = False
+            raise
 
     @override
     def cleared(self) -> None:
-        self.allowed = False  # an interrupt may have come in the way of it
+        self.allowed = False  # whatever has come in the way of it
 
     def owns(self, p: Any) -> bool:
         """Whether it is a parameter of this training: after it is gone, another may have its id."""
