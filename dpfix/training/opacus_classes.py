@@ -22,6 +22,7 @@ from dpfix.instrument.turn import TURN
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.copied_optimizer import reduced
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -40,6 +41,9 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def zero_grad(self, set_to_none: bool = True) -> None:  # torch's default: zeros would only take memory
             super().zero_grad(set_to_none)
             self.guard.cleared()
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return reduced(self)
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             with TURN, self.guard.others.stepping():
