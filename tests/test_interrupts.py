@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def check(name: str, engine: str, parts: int, error: type[BaseException] = Keybo
     left = {}
     for at in spread(total, parts):
         lines = Lines(at, error)
-        if not lines.run(lambda: call(given)):
+        if not lines.run(partial(call, given)):
             given = arguments(name, engine)  # a shorter run: timing decides how long it is
             before = fingerprint(given)
         elif found := differences(before, fingerprint(given)):
@@ -190,6 +191,6 @@ def test_an_interrupted_second_call_leaves_the_training_in_force(engine: str) ->
     wanted = released(given, training, wrap=True)
     total = lines_of(lambda: call(in_training(engine, wrap=True)[0]))
     for at in spread(total[: len(total) // 2], 8):
-        if not Lines(at).run(lambda: call(given)):
+        if not Lines(at).run(partial(call, given)):
             given, training = in_training(engine, wrap=True)
         still_private(given, training, True, wanted)

@@ -111,7 +111,9 @@ def test_noise_never_repeats_while_another_thread_makes_trainings(given: bool) -
     options = {"noise_generator": torch.Generator().manual_seed(1)} if given else {}
     with warnings.catch_warnings(action="ignore"):
         noises = Noises(**options)
-        over, thread, failed = run_beside(lambda: dpfix.make_private_safe(**setting(mlp(), grad_sample_mode="bookkeeping")))
+        over, thread, failed = run_beside(
+            lambda: dpfix.make_private_safe(**setting(mlp(), grad_sample_mode="bookkeeping"))
+        )
         noises.steps(30)
         over.set()
         thread.join(60)

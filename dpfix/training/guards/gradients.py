@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import nn
 from typing_extensions import override
 
 from dpfix.engines import BY_NAME
@@ -109,7 +108,7 @@ class FiniteSum(Check):
         Returns:
             One number per sample, not finite for those that were left out; ``None`` if none was.
         """
-        parameters = optimizer.params
+        parameters: list[Any] = optimizer.params
         earlier = [p.summed_grad for p in parameters]
         counted = {name: copy.deepcopy(value) for name, value in vars(optimizer).items() if name in _COUNTED}
         _forget_sum(parameters)
@@ -143,7 +142,9 @@ class FiniteSum(Check):
         self._left_out += left_out
         parameters = self._guarded.parameters.items()
         if left_out and (bad := [name for name, p in parameters if not bool(torch.isfinite(p).all())]):
-            self._refuse(f"parameter `{bad[0]}` of {self._guarded.name} is not finite ({len(bad)} parameter(s))", bad[0])
+            self._refuse(
+                f"parameter `{bad[0]}` of {self._guarded.name} is not finite ({len(bad)} parameter(s))", bad[0]
+            )
         if not self._is_finite():
             self._check_sum()
 
@@ -191,26 +192,25 @@ _COUNTED = ("sample_size", "unclipped_num")
 """What adaptive clipping counts while it clips."""
 
 
-def _forget_sum(parameters: list[nn.Parameter]) -> None:
+def _forget_sum(parameters: list[Any]) -> None:
     for p in parameters:
-        p.summed_grad = None  # type: ignore[attr-defined]
+        p.summed_grad = None
 
 
-def _iterations(p: nn.Parameter) -> list[torch.Tensor]:
-    found: Any = p.grad_sample
-    return found if isinstance(found, list) else [found]
+def _iterations(p: Any) -> list[torch.Tensor]:
+    return p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]
 
 
-def _not_finite(parameters: list[nn.Parameter]) -> torch.Tensor:
+def _not_finite(parameters: list[Any]) -> torch.Tensor:
     """Which samples have a gradient that is not finite, shape ``[samples]``, on the CPU."""
     every = [torch.cat([torch.isfinite(g.flatten(1)).all(1) for g in _iterations(p)]).cpu() for p in parameters]
     return ~torch.stack(every).all(0)
 
 
-def _drop_samples(parameters: list[nn.Parameter], left_out: torch.Tensor) -> None:
+def _drop_samples(parameters: list[Any], left_out: torch.Tensor) -> None:
     """Take the rows of some samples out of the per-sample gradients."""
     for p in parameters:
         parts = _iterations(p)
         masks = left_out.to(p.device).split([len(g) for g in parts])
         kept = [g[~mask] for g, mask in zip(parts, masks, strict=True)]
-        p.grad_sample = kept if isinstance(p.grad_sample, list) else kept[0]  # type: ignore[attr-defined]
+        p.grad_sample = kept if isinstance(p.grad_sample, list) else kept[0]

@@ -80,7 +80,7 @@ class NoOtherOptimizer(Check):
     def __init__(self, guarded: Guarded) -> None:
         self.allowed = False
         self._trained = {id(p): ref(p) for p in guarded.parameters.values()}  # a WeakSet would compare tensors with ==
-        this = ref(self)
+        this: ref[NoOtherOptimizer] = ref(self)
         WATCHED.update(dict.fromkeys(self._trained, this))
         self._forget = partial(_forget, tuple(self._trained), this)
         finalize(self, self._forget).atexit = False
