@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _python_dispatch as dispatch
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from dpfix.instrument.module_state import same
 from dpfix.instrument.rng import GeneratorStates
 
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 _OBJECTS = (nn.Module, Optimizer, DataLoader, Sampler)
 _OWN = ("dpfix", "opacus")
@@ -140,7 +140,7 @@ def _tensors_of(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
         found |= {id(t): t for t in held if isinstance(t, torch.Tensor)}
     for tensor in found.values():
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
-        if not isinstance(tensor, UninitializedTensorMixin) and not wrapped:
+        if not is_lazy(tensor) and not wrapped:
             yield tensor
 
 
@@ -188,7 +188,7 @@ def _tensor(t: torch.Tensor) -> Undo:
     refill = [_container(vars(t)), *(_container(content) for _, content in hooks if content is not None)]
 
     def undo() -> None:
-        lazy = isinstance(t, UninitializedTensorMixin)
+        lazy = is_lazy(t)
         if type(t) is not cls or (not lazy and (t.data_ptr() != data.data_ptr() or t.shape != data.shape)):
             t.data = data
             t.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]

@@ -169,7 +169,7 @@ def test_in_a_batch_that_is_split(physical: int, engine: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_draw_of_the_bad_record_alone_is_noise_alone(scheme: str, engine: str) -> None:
     options: dict[str, Any] = SCHEMES[scheme] | {"max_grad_norm": [0.1] * 6 if scheme == "per_layer" else 0.3}
-    module, training = start(engine, draws=[[BAD]], **options | {"noise_multiplier": 1.0})
+    module, training = start(engine, draws=[[BAD]], **dict[str, Any](options, noise_multiplier=1.0))
     assert bool(torch.isfinite(moved(module, training)).all())
     assert float(moved(module, training).norm()) > 0
     assert training.statement(1e-3).steps == 2
