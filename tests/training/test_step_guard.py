@@ -105,7 +105,7 @@ def not_finite(model: nn.Module, training: Any) -> None:
         (with_another_layer, "3"),
         (with_a_frozen_layer, "0.weight"),
         (past_the_guard, "optimizer"),
-        (not_finite, "0.weight"),
+        (not_finite, "module"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

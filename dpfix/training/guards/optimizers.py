@@ -101,10 +101,6 @@ class NoOtherOptimizer(Check):
             self.allowed = False
             raise
 
-    @override
-    def cleared(self) -> None:
-        self.allowed = False  # whatever has come in the way of it
-
     def owns(self, p: Any) -> bool:
         """Whether it is a parameter of this training: after it is gone, another may have its id."""
         return self._trained[id(p)]() is p
