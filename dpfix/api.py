@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.errors import ArgumentError, DPFixError, RankError
+from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
 from dpfix.pipeline import prepare, refuse, versions, warn_blocked
@@ -40,6 +40,7 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
+from dpfix.training.all_or_nothing import all_or_nothing
 from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import noise_within
 from dpfix.training.follow.agenda import SHARE
@@ -50,6 +51,7 @@ from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
 
+@all_or_nothing
 def make_private_safe(
     *,
     module: nn.Module,
@@ -146,7 +148,7 @@ def make_private_safe(
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
+        with Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, data_loader)
@@ -176,11 +178,7 @@ def make_private_safe(
                     **options,
                 },
             )
-            try:
-                request.ranks.exchange("handed off")
-            except RankError:
-                end_earlier(request.module)
-                raise
+            request.ranks.exchange("handed off")
             surgery.commit()
     carried = earlier.carry_on(engine, made[1], given=privacy_engine is not None)
     report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
@@ -193,6 +191,7 @@ _ARGUMENTS = inspect.signature(make_private_safe).parameters
 """The arguments of the call; nowhere else are their defaults written."""
 
 
+@all_or_nothing
 def make_private_safe_with_epsilon(
     *,
     module: nn.Module,
@@ -252,7 +251,7 @@ def make_private_safe_with_epsilon(
                 "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate).",
                 path="target_epsilon",
             ) from error
-    return make_private_safe(
+    return inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,
         data_loader=data_loader,
@@ -263,6 +262,7 @@ def make_private_safe_with_epsilon(
     )
 
 
+@all_or_nothing
 def diagnose(
     *,
     module: nn.Module,

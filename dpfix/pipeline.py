@@ -38,7 +38,7 @@ from dpfix.observe.run import frozen, observe
 from dpfix.observe.training_step import Subject, TrainingStep, infer, unknown_loss
 from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
-from dpfix.repair.lazy import materialise, remembered_lazy
+from dpfix.repair.lazy import materialise
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
@@ -166,7 +166,6 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
     step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
     subject = Subject(request.module, step)
-    surgery.undo_with(remembered_lazy(subject.module))
     if _materialised(subject, samples):
         findings += [f for f in _repair(request, surgery) if f not in findings]
     _check_validator(request, findings)

@@ -18,10 +18,12 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.instrument.turn import TURN
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
 from dpfix.training.step_guard import StepGuard
@@ -43,8 +45,11 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().zero_grad(set_to_none)
             self.guard.cleared()
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return reduced(self)
+
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with self.guard.others.stepping():
+            with TURN, self.guard.others.stepping():
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -74,8 +79,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            if not self.guard.clip(self):
-                super().clip_and_accumulate()
+            self.guard.clip(self, super().clip_and_accumulate)
             self.guard.summed()
 
         def add_noise(self) -> None:

@@ -35,6 +35,7 @@ class StepGuard:
     Attributes:
         guarded: the training.
         called: what the call said, by attribute of the optimizer, which a scheduler may change.
+        finite: the check that clips without samples whose gradient is not finite.
         regions: the check that may leave out a step.
         ranks: the check that tells other processes of a failure.
         real_steps: the check that proves real steps.
@@ -49,6 +50,7 @@ class StepGuard:
         self.guarded = guarded
         self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
         watch = GradWatch(guarded.parameters)
+        self.finite = FiniteSum(guarded)
         self.regions = RegionsUntouched(guarded)
         self.ranks = RanksAgree(guarded)
         self.real_steps = RealSteps(guarded, following)
@@ -71,7 +73,7 @@ class StepGuard:
             NewDraw(guarded),
             SomethingArrived(),
             DrawnRows(guarded),
-            FiniteSum(guarded),
+            self.finite,
             self.noise,
             ScratchPutBack(guarded),
             self.regions,
@@ -143,25 +145,23 @@ class StepGuard:
             p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
         return [0]
 
-    def clip(self, optimizer: DPOptimizer) -> bool:
-        """Let the engine clip, if it can do so without per-sample gradients.
+    def clip(self, optimizer: DPOptimizer, by_opacus: Callable[[], None]) -> None:
+        """Make the clipped sum: by the engine, if it can do so without per-sample gradients; it is zero for an empty draw.
 
         Args:
             optimizer: the private optimizer.
-
-        Returns:
-            Whether the sum is there; for an empty draw it is zero, whatever the clipping.
+            by_opacus: the optimizer's own clipping.
         """
         if self._counts == [0]:
             self._add_nothing()
-            return True
+            return
         if not self.engine_clips:
-            return False
+            self._norms = self.finite.clip(optimizer, by_opacus)
+            return
         for p in self._trained:
             p.grad = None  # of the step before; the noise is about to make a new one
         clip_and_accumulate = self.guarded.handle.clip_and_accumulate
         self._norms = clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)  # type: ignore[arg-type]
-        return True
 
     def _add_nothing(self) -> None:
         for p in self._trained:

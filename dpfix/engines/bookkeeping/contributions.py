@@ -43,6 +43,17 @@ class Contribution(ABC):
             Shape of the parameter.
         """
 
+    def without(self, samples: torch.Tensor) -> Contribution:
+        """The same with zeros for some samples whose gradients are not finite: zero times NaN would be NaN.
+
+        Args:
+            samples: shape ``[samples]``, true where a sample is left out.
+
+        Returns:
+            A new contribution; this one may share its memory with others.
+        """
+        return Kept(zeroed(self.per_sample(), samples))
+
 
 class Kept(Contribution):
     """Gradients that are kept as they are.
@@ -99,6 +110,10 @@ class Part(Contribution):
         whole[self.first : self.last] = rows
         return whole
 
+    @override
+    def without(self, samples: torch.Tensor) -> Part:
+        return Part(self.inner.without(samples), self.first, self.last, self.shape)
+
 
 class Apart(Contribution):
     """Parts of a parameter that do not overlap, so that their squared norms add up."""
@@ -117,6 +132,23 @@ class Apart(Contribution):
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         return torch.stack([p.weighted_sum(factors) for p in self.parts]).sum(0)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Apart:
+        return Apart([p.without(samples) for p in self.parts])
+
+
+def zeroed(tensor: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros for some samples.
+
+    Args:
+        tensor: shape ``[samples, ...]``.
+        samples: shape ``[samples]``, true where zeros are wanted.
+
+    Returns:
+        The copy.
+    """
+    return tensor.masked_fill(samples.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:

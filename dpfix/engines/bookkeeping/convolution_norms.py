@@ -21,7 +21,7 @@ import torch
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune, rounded
-from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
+from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared, zeroed
 from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
 
 KEEP_RATIO = 2.0
@@ -263,6 +263,12 @@ class Correlation(Contribution):
         else:
             g = g * scale
         return weight_gradient(x, g, self.shape, self.geometry)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Correlation:
+        by_row = samples.repeat_interleave(self.rows)
+        x, g = zeroed(self.x, by_row), zeroed(self.g, by_row)
+        return Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
 
 
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> torch.Tensor:

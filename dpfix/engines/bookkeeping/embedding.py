@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.bookkeeping.contributions import Contribution, full_precision, squared
+from dpfix.engines.bookkeeping.contributions import Contribution, full_precision, squared, zeroed
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 from dpfix.engines.bookkeeping.linear import Outer
 
@@ -60,6 +60,10 @@ class Lookup(Contribution):
         scaled = self.g * factors.to(self.g.dtype)[:, None, None]
         return torch.ops.aten.embedding_dense_backward(scaled, self.ids, self.rows, -1, False)
 
+    @override
+    def without(self, samples: torch.Tensor) -> Lookup:
+        return Lookup(self.ids, zeroed(self.g, samples), self.rows)
+
 
 class Tied(Contribution):
     """A table that is looked up and also multiplies, as the input and output embedding of a language model.
@@ -87,6 +91,10 @@ class Tied(Contribution):
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         return self.lookup.weighted_sum(factors).add_(self.product.weighted_sum(factors))
+
+    @override
+    def without(self, samples: torch.Tensor) -> Tied:
+        return Tied(self.lookup.without(samples), self.product.without(samples))
 
 
 class Embedding(LayerRule):

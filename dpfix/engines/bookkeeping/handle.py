@@ -70,12 +70,15 @@ class BookkeepingHandle(Handle):
             The call.
         """
         samples = samples_in(layout, self.model, args, kwargs)
-        before, self._active = self._active, RootCall(samples, self._iterations.present(), self._iterations.late)
-        self._last = self._active
+        call, before = RootCall(samples, self._iterations.present(), self._iterations.late), self._active
+        calls = dict(call.iteration.calls)
         try:
-            yield self._active
-        finally:
+            self._active = self._last = call
+            yield call
             self._active = before
+        except BaseException:  # a call that was not finished does not count
+            self._active, call.iteration.calls = before, calls
+            raise
 
     def present_call(self) -> RootCall | None:
         """The call of the model that is going on; while checkpointing recomputes, the one that it repeats.
@@ -179,11 +182,16 @@ class BookkeepingHandle(Handle):
             scale = self.plan.scale(samples, self.counts())
             scale = scale.to(norm) if isinstance(scale, torch.Tensor) else scale
             norm = norm * scale
-            every.append(norm)
+            every.append(norm.cpu())
             factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
+            left_out = None if bool(torch.isfinite(every[-1]).all()) else ~torch.isfinite(norm)
+            if left_out is not None:
+                factors = factors.masked_fill(left_out, 0)
             for p in parameters:
                 part = whole.pop(p, None)
                 if part is not None:
+                    if left_out is not None:
+                        part = part.without(left_out)
                     _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
                 elif getattr(p, "summed_grad", None) is None:
                     p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
+from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared, zeroed
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
 
 KEEP_RATIO = 1.8
@@ -72,6 +72,10 @@ class Outer(Contribution):
         else:
             g = g * scale
         return torch.mm(g.flatten(0, 1).mT, a.flatten(0, 1)).view(self.shape)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Outer:
+        return Outer(zeroed(self.a, samples), zeroed(self.g, samples), self.shape)
 
 
 def gram_cost(positions: int, wide: int, high: int) -> int:
