@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import Handle, no_counts, per_sample, zeros
+from dpfix.engines.bookkeeping.cancellation import EPS, certain
 from dpfix.engines.bookkeeping.iteration import LayerIteration, RootCall
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
@@ -18,8 +19,6 @@ from dpfix.engines.replaced import Replaced
 from dpfix.errors import PlanBrokenError
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
-
-_EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
 
 
 class BookkeepingHandle(Handle):
@@ -174,13 +173,12 @@ class BookkeepingHandle(Handle):
             whole = {p: add_up(found[p]) for p in parameters if p in found}
             if not keep:
                 found.clear()  # what is not needed any more is given up piece by piece
-            norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
-            norm = torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
             scale = self.plan.scale(samples, self.counts())
-            scale = scale.to(norm) if isinstance(scale, torch.Tensor) else scale
-            norm = norm * scale
+            whole, squared = certain(whole, max_grad_norm, scale)
+            scale = scale.to(squared) if isinstance(scale, torch.Tensor) else scale
+            norm = squared.sqrt() * scale
             every.append(norm)
-            factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
+            factors = (max_grad_norm / (norm + EPS)).clamp(max=1.0) * scale
             for p in parameters:
                 part = whole.pop(p, None)
                 if part is not None:
