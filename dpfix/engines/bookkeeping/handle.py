@@ -17,6 +17,7 @@ from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
 from dpfix.engines.replaced import Replaced
 from dpfix.errors import PlanBrokenError
+from dpfix.instrument.parameter_uses import MARK, function_in, used_in
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
 
@@ -98,6 +99,10 @@ class BookkeepingHandle(Handle):
         calls[path] = calls.get(path, 0) + 1
         return calls[path] - 1
 
+    def shown(self, path: str) -> bool:
+        """Whether the probe has shown a call of a layer, or a use of a parameter."""
+        return path in self._layers
+
     def layout(self, path: str, number: int) -> LayerLayout:
         """How a call of a layer carries its samples.
 
@@ -113,7 +118,7 @@ class BookkeepingHandle(Handle):
         known = self._layers.get(path, [])
         if not known or (number >= len(known) and any(_form(c) != _form(known[0]) for c in known)):
             raise PlanBrokenError(
-                f"layer `{path}` of {type(self.model).__name__} was called {number + 1} time(s) in one step, but "
+                f"{_described(path)} of {type(self.model).__name__} was called {number + 1} time(s) in one step, but "
                 f"{len(known)} time(s) in the training step that was checked.",
                 help="Pass the training_step your loop really makes to make_private_safe.",
                 path=path,
@@ -121,7 +126,7 @@ class BookkeepingHandle(Handle):
         found = known[min(number, len(known) - 1)]
         if found.problem:
             raise PlanBrokenError(
-                f"it cannot be told which rows of layer `{path}` of {type(self.model).__name__} belong to which sample "
+                f"it cannot be told which rows of {_described(path)} of {type(self.model).__name__} belong to which sample "
                 f"({found.problem}).",
                 path=path,
             )
@@ -193,6 +198,10 @@ def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:
         p.summed_grad = total  # type: ignore[attr-defined]
     else:
         p.summed_grad += total  # type: ignore[attr-defined]
+
+
+def _described(path: str) -> str:
+    return f"function `{function_in(path)}` on `{'`, `'.join(used_in(path))}`" if MARK in path else f"layer `{path}`"
 
 
 def _form(call: LayerLayout) -> Any:
