@@ -130,9 +130,6 @@ def test_nothing_is_mapped(name: str) -> None:
     assert UnknownModuleForward not in attached(model(), make)
 
 
-SHAPES = st.lists(st.booleans(), min_size=0, max_size=2)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from([(), (1,), (D,), (1, D), (T, 1), (T, D), (1, 1, 1), (1, T, D), (1, 1, D)]),
