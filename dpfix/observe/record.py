@@ -76,7 +76,8 @@ class StepRecord:
         alone: the step on every sample alone: the batch-of-one reference.
         calls: how each call of the model carries its samples.
         layout_problem: why that could not be told, or empty.
-        layers: how each call of a module that owns trainable parameters carries its samples.
+        layers: how each call of a module that owns trainable parameters, and of a function on such parameters
+            (:mod:`dpfix.instrument.parameter_uses`), carries its samples.
         modules: every module call, in order.
         unused: trainable parameters that no gradient reached in any run.
         functional: trainable parameters used outside their own module, with the first line.
