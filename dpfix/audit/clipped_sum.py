@@ -16,7 +16,7 @@ from dpfix.audit.released import released_sums
 from dpfix.engines import Engine
 from dpfix.errors import USER_CODE_ERRORS, DPFixError
 from dpfix.instrument.gradients import Gradients, gap, relative_error
-from dpfix.observe.one_step import one_by_one
+from dpfix.observe.one_step import alone_and_together
 from dpfix.observe.probe import Probe
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
@@ -95,7 +95,7 @@ def _equal_in_double(engine: Engine, subject: Subject, trial: Trial, plan: Plan,
 def _in_double(subject: Subject, probe: Probe, plan: Plan) -> InDouble:
     exact = Subject(copy.deepcopy(subject.module).double(), subject.step)
     samples = probe.changed(lambda i, path, leaf: _double(leaf), len(probe))
-    return InDouble(exact, samples, reference_of(one_by_one(exact, samples), plan.frozen_parameters, plan.share))
+    return InDouble(exact, samples, reference_of(alone_and_together(exact, samples)[0], plan.frozen_parameters, plan.share))
 
 
 def _double(leaf: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from dpfix.engines.base import Engine, Handle, drop_sample_gradients
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
-from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.fixed_randomness import DRAWS, FixedRandomness
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.instrument.gradients import Gradients
 from dpfix.instrument.module_state import traceless
@@ -57,6 +57,7 @@ def _released(
         regions = NoGradRegions(module, plan.no_grad_regions)
         watch = GradWatch(parameters)
         try:
+            DRAWS[0].seed_outside()
             generators = generator_states()
             with FixedRandomness() if fixed else nullcontext():
                 subject.step.loss(handle.model, probe.batch).backward()
