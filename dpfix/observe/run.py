@@ -29,9 +29,7 @@ from dpfix.observe.writes import constant_and_dependent, dotted, overwritten_by_
 from dpfix.report.finding import Finding, Fixability, Severity
 
 
-def observe(
-    subject: Subject, probe: Probe, known: StepRecord | None = None, draw: Draw = DRAWS[0]
-) -> StepRecord:
+def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, draw: Draw = DRAWS[0]) -> StepRecord:
     """Run the step on every sample alone and on all together.
 
     Args:
