@@ -166,9 +166,9 @@ def _calls(subject: Subject, batch: Any, draw: Draw) -> list[Call]:
     """All module calls of one forward pass, in the order in which they returned."""
     seen: list[Call] = []
     double = any(p.dtype is torch.float64 for p in subject.module.parameters())
-    with traceless(subject.module), _watched(subject.module, seen), FixedRandomness(draw=draw):
-        with DoublePrecision() if double else nullcontext():
-            subject.step.run(subject.module, batch)
+    precision = DoublePrecision() if double else nullcontext()
+    with traceless(subject.module), _watched(subject.module, seen), FixedRandomness(draw=draw), precision:
+        subject.step.run(subject.module, batch)
     return seen
 
 

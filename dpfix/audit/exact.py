@@ -36,25 +36,34 @@ def in_double(subject: Subject, trial: Trial, plan: Plan) -> InDouble | None:
         training step that does not use the model it is given.
     """
     if not trial.wanted.in_double:
-        trial.wanted.in_double.append(_run(subject, trial, plan))
+        trial.wanted.in_double.append(run_in_double(subject, trial, plan, len(trial.samples)))
     return trial.wanted.in_double[0]
 
 
-def _run(subject: Subject, trial: Trial, plan: Plan) -> InDouble | None:
+def run_in_double(subject: Subject, trial: Trial, plan: Plan, samples: int) -> InDouble | None:
+    """As :func:`in_double`, on so many of the samples only.
+
+    Returns:
+        What it showed.
+    """
     if {p.dtype for p in subject.module.parameters()} != {torch.float32} or trial.record.low_precision:
         return None
     try:
         exact = Subject(copy.deepcopy(subject.module).double(), subject.step)
-        samples = trial.samples.changed(lambda i, path, leaf: _double(leaf), len(trial.samples))
+        probe = trial.samples.changed(lambda i, path, leaf: _double(leaf), samples)
         with DoublePrecision() as precision:
-            alone, together = alone_and_together(exact, samples, trial.draw)
+            alone, together = alone_and_together(exact, probe, trial.record.together, trial.draw)
         wanted = reference_of(alone, plan.frozen_parameters, plan.share)
     except (DPFixError, *USER_CODE_ERRORS):
         return None
-    if precision.half or wanted.tolerance > 1e-5 or not _same_function(wanted.gradients, trial.wanted.gradients):
+    if (
+        precision.half
+        or wanted.tolerance > 1e-5
+        or not _same_function(wanted.gradients, trial.wanted.gradients[:samples])
+    ):
         return None
-    record = replace(trial.record, together=together, alone=alone)
-    return InDouble(exact, Trial(samples, record, wanted, draw=trial.draw))
+    record = replace(trial.record, together=together, alone=alone, counts=trial.record.counts[:samples])
+    return InDouble(exact, Trial(probe, record, wanted, draw=trial.draw))
 
 
 def _same_function(exact: Any, single: Any) -> bool:

@@ -89,6 +89,10 @@ class Harder:
 
         Returns:
             The trial; ``None`` if the step cannot take it, or if it is the ordinary one.
+
+        Raises:
+            CoupledModelError: an output of the model mixes samples.
+            LossError: the loss does.
         """
         subject, plan = self.subject, self.plan
         try:

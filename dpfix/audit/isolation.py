@@ -6,6 +6,7 @@ the model can run in double precision and that is cheap, or where single precisi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +14,14 @@ from typing import Any
 import torch
 
 from dpfix.audit.blame import differs, mixing
-from dpfix.audit.exact import in_double, is_small
+from dpfix.audit.exact import in_double, is_small, run_in_double
 from dpfix.audit.loss_causes import coupling_causes, telling_numbers
 from dpfix.audit.loss_probes import Coupling, LossProbes, try_losses
 from dpfix.audit.reference import Trial
 from dpfix.audit.way_out import way_out
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, TrainingStepError
 from dpfix.instrument import pytree
-from dpfix.instrument.gradients import gap, norm_of, weighted_sum
+from dpfix.instrument.gradients import gap, squared_norm, weighted_sum
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
@@ -30,8 +31,13 @@ _DOUBT = 1e-4
 """Relative difference of an output in single precision from which on double precision is asked, where it is dear."""
 _DOUBT_GRADIENT = 2e-3
 """The same for the gradient of a parameter, relative to its own size."""
-_FLOOR = 1e-8
-"""A parameter's gradient that is so much smaller than that of all parameters is rounding."""
+_EXACT = 1e-7
+"""Relative difference in double precision that is rounding."""
+_DOUBT_FLOOR = 1e-2
+_FLOOR = 1e-6
+"""The gradient of a parameter may be zero but for rounding; it counts for so much of that of all at least."""
+_PAIR = 2
+"""Samples that double precision is tried on where nothing is in doubt."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +73,25 @@ def check_ordinary(subject: Subject, trial: Trial, plan: Plan, criterion: Callab
         TrainingStepError: no parameter gets a gradient.
     """
     step, told = subject.step, telling_numbers(criterion, subject.step.run)
-    who, judged = _judged(subject, trial, plan, always=is_small(subject, trial))
-    _check_model(who, judged)
+    judged = _judged(subject, trial, plan, always=is_small(subject, trial))
+    judged.check_model()
     refuse = _Refusal(subject, trial, plan, criterion)
     try:
-        size = _check_loss(who, judged, plan, refuse)
+        judged.check_loss(plan, refuse)
     except _OtherReductionError as other:
         tried = try_losses(subject, trial, replace(plan, loss_reduction=other.reduction), told)
         raise (refuse.coupled(tried.coupling) if tried.coupling else refuse.other_reduction(other.reduction)) from None
     tried = try_losses(subject, trial, plan, told)
     if tried.coupling is not None:
         raise refuse.coupled(tried.coupling)
-    if size == 0:
+    if judged.errors.size == 0:
         raise TrainingStepError(
             f"no parameter of {type(subject.module).__name__} gets a gradient from training_step ({step.origin}).",
             help="Check the loss, requires_grad of the parameters, and detach or no_grad in forward.",
             path="training_step",
         )
     kind = "loss" if step.loss_known else "stand-in loss"
-    precision = "double precision" if judged is not trial else "single precision"
+    precision = "double precision" if judged.exact else "single precision"
     return Isolated(
         [
             f"isolated: outputs of the model in a batch of {len(trial.samples)} equal those of single samples ({precision})",
@@ -113,37 +119,69 @@ def check_isolation(subject: Subject, trial: Trial, plan: Plan, criterion: Calla
         CoupledModelError: an output of the model mixes samples.
         CoupledLossError: the loss does.
     """
-    who, judged = _judged(subject, trial, plan)
-    _check_model(who, judged)
+    judged = _judged(subject, trial, plan)
+    judged.check_model()
     refuse = _Refusal(subject, trial, plan, criterion)
     try:
-        _check_loss(who, judged, plan, refuse)
+        judged.check_loss(plan, refuse)
     except _OtherReductionError as other:
         raise refuse.other_reduction(other.reduction) from None
 
 
-def _judged(subject: Subject, trial: Trial, plan: Plan, *, always: bool = False) -> tuple[Subject, Trial]:
-    """What is judged: the trial on a copy in double precision if it is small or in doubt, and can be run so."""
-    if always or _doubtful(trial, plan):
+@dataclass(frozen=True)
+class _Judged:
+    """What is judged: a trial, or the same on a copy of the model in double precision.
+
+    Attributes:
+        subject: the model and the step.
+        trial: the samples and what they showed.
+        errors: how far the batch's gradient is off.
+        exact: whether it is the copy.
+    """
+
+    subject: Subject
+    trial: Trial
+    errors: _Errors
+    exact: bool = False
+
+    def check_model(self) -> None:
+        """No output of the model may mix the samples.
+
+        Raises:
+            CoupledModelError: one does.
+        """
+        allowed = _EXACT if self.exact else 10 * self.trial.wanted.tolerance
+        coupled = _coupled_output(self.trial, allowed)
+        if coupled:
+            raise CoupledModelError(mixing(self.subject, self.trial, coupled, allowed))
+
+    def check_loss(self, plan: Plan, refuse: _Refusal) -> None:
+        """The batch's gradient has to be the mean (or sum) of the single samples' gradients.
+
+        Raises:
+            _OtherReductionError: it is a sum where a mean was announced, or the other way round.
+            CoupledLossError: it is neither.
+        """
+        allowed = _EXACT if self.exact else 5 * self.trial.wanted.tolerance
+        error = self.errors.own if self.exact else self.errors.of_all
+        if error <= allowed:
+            return
+        other = replace(plan, loss_reduction="sum" if plan.loss_reduction == "mean" else "mean")
+        if _errors(self.trial.record, other).of_all <= allowed:
+            raise _OtherReductionError(other.loss_reduction)
+        raise refuse.coupled(Coupling(error), self.errors.name)
+
+
+def _judged(subject: Subject, trial: Trial, plan: Plan, *, always: bool = False) -> _Judged:
+    """The trial on a copy in double precision if it is small or in doubt, and can be run so; else the trial."""
+    found, exact = _errors(trial.record, plan), None
+    if found.own > _DOUBT_GRADIENT * trial.slack or _coupled_output(trial, _DOUBT * trial.slack):
         exact = in_double(subject, trial, plan)
-        if exact is not None:
-            return exact.subject, exact.trial
-    return subject, trial
-
-
-def _doubtful(trial: Trial, plan: Plan) -> bool:
-    record = trial.record
-    if _coupled_output(trial, _DOUBT):
-        return True
-    weight = plan.weight(len(record.alone), record.counts)
-    return _batch_error(record, weight, own=True)[0] > _DOUBT_GRADIENT
-
-
-def _check_model(subject: Subject, trial: Trial) -> None:
-    allowed = 10 * trial.wanted.tolerance
-    coupled = _coupled_output(trial, allowed)
-    if coupled:
-        raise CoupledModelError(mixing(subject, trial, coupled, allowed))
+    elif always:
+        exact = run_in_double(subject, trial, plan, _PAIR)
+    if exact is None:
+        return _Judged(subject, trial, found)
+    return _Judged(exact.subject, exact.trial, _errors(exact.trial.record, plan, _FLOOR), exact=True)
 
 
 def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
@@ -155,8 +193,7 @@ def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
     record, tolerance = trial.record, trial.wanted.tolerance
     if not record.counts or plan.loss_reduction == "sum":
         return False
-    plans = [replace(plan, weighted_by_rows=by_rows) for by_rows in (False, True)]
-    equal, by_rows = (_batch_error(record, p.weight(len(record.alone), record.counts))[0] for p in plans)
+    equal, by_rows = (_errors(record, replace(plan, weighted_by_rows=by)).of_all for by in (False, True))
     return equal > 5 * tolerance >= by_rows
 
 
@@ -177,27 +214,6 @@ class _OtherReductionError(Exception):
     def __init__(self, reduction: str) -> None:
         super().__init__(reduction)
         self.reduction = reduction
-
-
-def _check_loss(subject: Subject, trial: Trial, plan: Plan, refuse: _Refusal) -> float:
-    """The batch's gradient has to be the mean (or sum) of the single samples' gradients.
-
-    Returns:
-        The size of the gradients.
-    """
-    record, allowed = trial.record, 5 * trial.wanted.tolerance
-    exact = trial.wanted.tolerance < 1e-5
-    samples = len(record.alone)
-    error, name, size = _batch_error(record, plan.weight(samples, record.counts), own=exact)
-    if error <= allowed:
-        return size
-    other = "sum" if plan.loss_reduction == "mean" else "mean"
-    if (
-        _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts), own=exact)[0]
-        <= allowed
-    ):
-        raise _OtherReductionError(other)
-    raise refuse.coupled(Coupling(error), name)
 
 
 @dataclass(frozen=True)
@@ -250,23 +266,44 @@ def _by(error: float) -> str:
     return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
 
 
-def _batch_error(record: StepRecord, weight: float | torch.Tensor, *, own: bool = False) -> tuple[float, str, float]:
+@dataclass(frozen=True)
+class _Errors:
+    """How far a batch's gradient is from what the single samples' give: the largest error of a parameter.
+
+    Attributes:
+        own: relative to the size of its own gradients.
+        of_all: relative to that of the gradients of all parameters.
+        name: its name.
+        size: the size of all gradients.
+    """
+
+    own: float
+    of_all: float
+    name: str
+    size: float
+
+
+def _errors(record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR) -> _Errors:
     """How far the batch's gradient is from the weighted sum of the single samples'.
 
     Args:
-        own: relative to the size of every parameter's own gradients, not to that of all parameters.
+        floor: the gradients of a parameter count for so much of that of all at least.
 
     Returns:
-        The largest error of a parameter, its name, and the size of all gradients.
+        The errors.
     """
+    weight = plan.weight(len(record.alone), record.counts)
     weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(record.alone)
     mean = sum(weights) / len(weights)
     parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
-    size = float(sum(norm_of(run.gradients) for run in record.alone))
-    worst, where = 0.0, ""
+    norms = [{name: squared_norm(g) ** 0.5 for name, g in run.gradients.items()} for run in record.alone]
+    size = sum(math.hypot(*of_run.values()) for of_run in norms)
+    own, of_all, where = 0.0, 0.0, ""
     for name, value in parts.items():
-        of = max(sum(norm_of({name: run.gradients[name]}) for run in record.alone), _FLOOR * size) if own else size
-        error = gap(record.together.gradients[name], value, 1 / mean) / max(of, 1e-12)
-        if not error <= worst:
-            worst, where = (error if error == error else float("inf")), name
-    return worst, where, size
+        error = gap(record.together.gradients[name], value, 1 / mean)
+        error = error if error == error else math.inf
+        of_all = max(of_all, error / max(size, 1e-12))
+        relative = error / max(sum(of_run[name] for of_run in norms), floor * size, 1e-12)
+        if relative > own:
+            own, where = relative, name
+    return _Errors(own, of_all, where, size)

@@ -72,7 +72,7 @@ def try_losses(subject: Subject, trial: Trial, plan: Plan, telling: Sequence[Num
     if made is None or draws_for_each(record.alone[0], record.together):
         return LossProbes(inputs=every)
     weight = plan.weight(len(probe), record.counts)
-    weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(probe)
+    weights: list[float] = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(probe)
     with traceless(subject.module):
         for replay in (made, Replay(subject, made.together, made.alone, made.rows, double=False)):
             comparison = _Comparison(replay, probe, weights)

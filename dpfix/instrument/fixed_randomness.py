@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpfix.instrument.rng import GeneratorStates
 
 _FEW = 16
-"""A draw of so few numbers may decide a branch; one that gives every element a number of its own does not."""
+"""A draw of so few numbers, one for all or one for each sample, may decide a branch."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,17 @@ class FixedRandomness(TorchDispatchMode):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 drawn = _fixed(func, args, kwargs, seed)
-            self.decides |= isinstance(drawn, torch.Tensor) and drawn.numel() <= _FEW
+            self.decides |= _may_decide(func, drawn)
             return drawn
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.dtype in (torch.bfloat16, torch.float16):
             self.low_precision = True
         return out
+
+
+def _may_decide(func: Any, drawn: Any) -> bool:
+    few = isinstance(drawn, torch.Tensor) and drawn.numel() <= _FEW and drawn.shape[1:].numel() == 1
+    return few and "bernoulli" not in func.__name__  # a mask that is one number keeps everything, in every draw
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def numbers_of(leaf: Any) -> torch.Tensor | None:
     return values.to(torch.uint8) if values.dtype is torch.bool else values  # round() knows no booleans
 
 
-def look(items: Sequence[Any], more: Iterable[Callable[[], Any]]) -> Held:
+def look(items: Sequence[Any], more: Iterable[Callable[[], Any]]) -> tuple[Held, list[Any]]:
     """What the samples of a probe hold, and some others of the dataset.
 
     Args:
@@ -109,7 +109,8 @@ def look(items: Sequence[Any], more: Iterable[Callable[[], Any]]) -> Held:
         more: reads others, one each.
 
     Returns:
-        The values.
+        The values, and the samples of the probe: the last one is another where all have the same shapes and that one has
+        others.
     """
     seen = list(items)
     numbers = sum(map(_size, seen))
@@ -118,7 +119,15 @@ def look(items: Sequence[Any], more: Iterable[Callable[[], Any]]) -> Held:
             break
         seen.append(read())
         numbers += _size(seen[-1])
-    return held_by(seen)
+    chosen, shapes = list(items), [_shapes(item) for item in seen]
+    other = next((item for item, own in zip(seen, shapes, strict=True) if own != shapes[0]), None)
+    if other is not None and shapes[: len(chosen)] == shapes[:1] * len(chosen):
+        chosen[-1] = other
+    return held_by(seen), chosen
+
+
+def _shapes(item: Any) -> list[Any]:
+    return [(path, tuple(getattr(leaf, "shape", ()))) for path, leaf in pytree.leaves(item)]
 
 
 def _size(item: Any) -> int:

@@ -102,8 +102,14 @@ def run_like(
     return run_step(subject, batch, before, log, draw=draw)
 
 
-def alone_and_together(subject: Subject, probe: Probe, draw: Draw = DRAWS[0]) -> tuple[tuple[Run, ...], Run]:
+def alone_and_together(
+    subject: Subject, probe: Probe, earlier: Run | None = None, draw: Draw = DRAWS[0]
+) -> tuple[tuple[Run, ...], Run]:
     """Run the step on every sample alone and on all together, without a look at what happens inside.
+
+    Args:
+        earlier: a run of the same step, to tell what has to be watched.
+        draw: what is drawn.
 
     Returns:
         One run per sample, and that on all. The model is afterwards as before.
@@ -111,7 +117,7 @@ def alone_and_together(subject: Subject, probe: Probe, draw: Draw = DRAWS[0]) ->
     runs: list[Run] = []
     with traceless(subject.module) as before:
         for batch in (*probe.singles, probe.batch):
-            runs.append(run_like(runs[0] if runs else None, subject, batch, before, StepLog(), draw))
+            runs.append(run_like(earlier or runs[0] if runs else earlier, subject, batch, before, StepLog(), draw))
             put_back(subject.module, before)
         *alone, together = runs
         if draws_for_each(alone[0], together):
@@ -125,6 +131,9 @@ def draws_for_each(single: Run, together: Run) -> bool:
     """Whether the step draws from Python's or NumPy's generator as often as there are samples.
 
     The samples alone then go on drawing one after the other, as the batch does.
+
+    Returns:
+        Whether it does.
     """
     return together.outside != single.outside
 

@@ -128,7 +128,7 @@ def take(
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
         further = [indices[i] for i in order[len(chosen) : len(chosen) + LOOKED_AT]]
-        held = look(items, (partial(_read, loader, collate, i) for i in further))
+        held, items = look(items, (partial(_read, loader, collate, i) for i in further))
         made = _collated([_redraw(item, held, generator) for item in items], collate.collated)
         return replace(made, held=held)
     except USER_CODE_ERRORS as error:
