@@ -13,7 +13,8 @@ from dpfix.audit.reference import InDouble, Trial, reference_of
 from dpfix.errors import USER_CODE_ERRORS, DPFixError
 from dpfix.instrument.double_precision import DoublePrecision
 from dpfix.instrument.gradients import norm_of, relative_error
-from dpfix.observe.one_step import alone_and_together
+from dpfix.instrument.module_state import traceless
+from dpfix.observe.one_step import alone_and_together, run_step
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 
@@ -64,6 +65,17 @@ def run_in_double(subject: Subject, trial: Trial, plan: Plan, samples: int) -> I
         return None
     record = replace(trial.record, together=together, alone=alone, counts=trial.record.counts[:samples])
     return InDouble(exact, Trial(probe, record, wanted, draw=trial.draw))
+
+
+def drift(subject: Subject, trial: Trial) -> float:
+    """How much the step on the first sample has changed since it was run: a weight that every call anneals, for example.
+
+    Returns:
+        The relative change of its gradient.
+    """
+    with traceless(subject.module) as before, DoublePrecision():
+        again = run_step(subject, trial.samples.singles[0], before, draw=trial.draw).gradients
+    return relative_error(again, trial.record.alone[0].gradients)[0]
 
 
 def _same_function(exact: Any, single: Any) -> bool:

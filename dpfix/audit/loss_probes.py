@@ -145,6 +145,12 @@ class _Comparison:
     def _alone(self, batch: Any, sample: int) -> Gradients:
         return self.replay.gradients(batch, self.replay.alone[sample])
 
+    def _drift(self) -> float:
+        """How much the loss of the first sample has changed since it was computed, relatively."""
+        before, after = self.unchanged[0], self._alone(self.probe.singles[0], 0)
+        scale = max((float(g.abs().max()) for g in before if g.numel()), default=0.0)
+        return max((_difference(a, b) for a, b in zip(after, before, strict=True)), default=0.0) / max(scale, 1e-12)
+
     def _compare(self, batch: Any, alone: list[Gradients], when: str = "") -> Coupling | None:
         whole = self.replay.gradients(batch, self.replay.together)
         scales = [
@@ -158,7 +164,9 @@ class _Comparison:
             for got, one, scale, rows in zip(found, wanted, scales, self.replay.rows, strict=True):
                 if rows is not None:
                     worst = max(worst, _difference(got / weight, one) / max(scale, 1e-12))
-        return Coupling(worst, when) if worst > (_IN_DOUBLE if self.replay.double else _IN_SINGLE) else None
+        if worst <= (_IN_DOUBLE if self.replay.double else _IN_SINGLE) or worst <= 10 * self._drift():
+            return None
+        return Coupling(worst, when)
 
 
 def _difference(got: torch.Tensor, one: torch.Tensor) -> float:

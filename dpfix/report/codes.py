@@ -23,9 +23,9 @@ CODES: Mapping[str, str] = {
     "DPF024": "a sample enters the model as several rows; they count as one sample",
     "DPF025": "forward keeps something of a batch in an attribute until its next call; it is put back after every step",
     "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
+    "DPF030": "an activation is applied to the probabilities that another one has made",
     "DPF041": "training_step or collate_fn mixes the samples before the model is called",
     "DPF042": "a hook on a module mixes the samples of a batch",
-    "DPF030": "an activation is applied to the probabilities that another one has made",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

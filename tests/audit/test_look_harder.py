@@ -152,7 +152,12 @@ COUPLED: dict[str, tuple[nn.Module, Step, list[Any], dict[str, Any]]] = {
     "balanced over the batch": (mlp(), balanced, labelled(3), {}),
     "pairs of one label among many": (mlp(60), same_label_pairs, labelled(60), {}),
     "sum of lengths": (nn.Linear(6, 3), by_lengths, long_and_short(), {"collate": with_lengths}),
-    "listed targets": (mlp(), by_listed_targets, [(x, y if i % 12 else -1) for i, (x, y) in enumerate(labelled(3))], {"collate": listed}),
+    "listed targets": (
+        mlp(),
+        by_listed_targets,
+        [(x, y if i % 12 else -1) for i, (x, y) in enumerate(labelled(3))],
+        {"collate": listed},
+    ),
 }  # fmt: skip
 
 
@@ -330,6 +335,18 @@ def squeezed(model: nn.Module, batch: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(model(batch[0]).squeeze(1), (batch[1] > 0).float())
 
 
+class Annealed:
+    """A term whose weight grows with every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        out = model(batch[0])
+        return F.cross_entropy(out, batch[1]) + self.calls / 1e5 * out.square().sum(1).mean()
+
+
 def fixed_count(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="sum") / len(batch[1])
 
@@ -344,6 +361,7 @@ RIGHT: dict[str, tuple[nn.Module, Step, list[Any]]] = {
     "missing targets left out of each sample": (mlp(4), missing_left_out, with_missing(float("nan"))),
     "outputs of shape (B,)": (mlp(1), squeezed, labelled(3)),
     "a sum over a fixed count": (mlp(), fixed_count, labelled(3)),
+    "a term that every call weighs more": (mlp(), Annealed(), labelled(3)),
     "PerSampleLoss with weights": (
         mlp(4),
         (lambda loss: lambda m, b: loss(m(b[0]), b[1]))(dpfix.PerSampleLoss(nn.CrossEntropyLoss(weight=RARE_WEIGHT))),
