@@ -20,6 +20,8 @@ from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
 from dpfix.errors import LoaderError, ModelError, TrainingStepError
+from dpfix.instrument.fixed_randomness import DRAWS
+from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
 from dpfix.layout.row_count import RowCounter, find_row_counters
@@ -142,7 +144,8 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """
     loss_trace.switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
-    with undone_after(outside):
+    own = own_generators(request.module, request.training_step or request.criterion)
+    with undone_after(outside), drawing(own, DRAWS[0]):
         return _prepare(request, surgery, outside)
 
 

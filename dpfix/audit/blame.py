@@ -15,6 +15,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.double_precision import DoublePrecision
 from dpfix.instrument.fixed_randomness import Draw, FixedRandomness
 from dpfix.instrument.module_state import traceless
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.source import describe_module, line_of_code
 from dpfix.layout.infer import sample_dim
 from dpfix.layout.rows import Rows
@@ -167,7 +168,13 @@ def _calls(subject: Subject, batch: Any, draw: Draw) -> list[Call]:
     seen: list[Call] = []
     double = any(p.dtype is torch.float64 for p in subject.module.parameters())
     precision = DoublePrecision() if double else nullcontext()
-    with traceless(subject.module), _watched(subject.module, seen), FixedRandomness(draw=draw), precision:
+    with (
+        traceless(subject.module),
+        _watched(subject.module, seen),
+        FixedRandomness(draw=draw),
+        precision,
+        drawing(subject.generators, draw),
+    ):
         subject.step.run(subject.module, batch)
     return seen
 

@@ -77,7 +77,7 @@ class Harder:
         Returns:
             One line for the report if there are any.
         """
-        tried = [self.attempt(self._pair, draw) for draw in _telling(self.ordinary.record)]
+        tried = [self.attempt(self._pair, draw) for draw in _telling(self.subject, self.ordinary.record)]
         count = sum(trial is not None for trial in tried)
         return [f"isolated: the same under {count} other draw(s) of what is random"] if count else []
 
@@ -115,10 +115,10 @@ class Harder:
         return trial
 
 
-def _telling(record: StepRecord) -> Iterator[Draw]:
+def _telling(subject: Subject, record: StepRecord) -> Iterator[Draw]:
     """Draws under which a step may go another way."""
     together, single = record.together, record.alone[0]
-    if not (together.decides or single.decides or together.outside):
+    if not (together.decides or single.decides or together.outside or subject.generators):
         return
     for draw in DRAWS[1:]:
         # operations that draw for one sample after the other are more in the batch than for a sample alone

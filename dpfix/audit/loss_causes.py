@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from dpfix.instrument import pytree
+from dpfix.instrument.reachable import is_number, reachable
 from dpfix.repair.per_sample_loss import (
     PerSampleLoss,
 )
@@ -49,7 +49,7 @@ def telling_numbers(criterion: Any, training_step: Any) -> tuple[int | float, ..
     """
     found: list[int | float] = []
     mentioned: list[int | float] = []
-    for thing in _reachable(criterion, training_step):
+    for thing in reachable(criterion, training_step):
         if isinstance(thing, nn.Module):
             for loss in thing.modules() if next(thing.parameters(), None) is None else ():
                 own = vars(loss).get("ignore_index")
@@ -57,13 +57,13 @@ def telling_numbers(criterion: Any, training_step: Any) -> tuple[int | float, ..
                 for weight in (*loss._buffers.values(), *vars(loss).values()):
                     found += _heaviest_and_lightest(weight)
                 if not type(loss).__module__.startswith(("torch", "dpfix")):
-                    mentioned += [v for v in vars(loss).values() if _is_number(v)]
+                    mentioned += [v for v in vars(loss).values() if is_number(v)]
                     mentioned += _constants(getattr(type(loss).forward, "__code__", None))
         elif isinstance(thing, torch.Tensor):
             found += _heaviest_and_lightest(thing)
-        elif _is_number(thing):
+        elif is_number(thing):
             mentioned.append(thing)
-        elif not (thing.__module__ or "").startswith("dpfix"):
+        elif inspect.isfunction(thing) and not (thing.__module__ or "").startswith("dpfix"):
             mentioned += _constants(thing.__code__)
     return tuple({str(float(v)): v for v in (*found, *mentioned) if abs(v) < 2**31 or v != v}.values())[:_MOST_TOLD]
 
@@ -80,10 +80,6 @@ def _heaviest_and_lightest(weight: Any) -> list[int | float]:
     return [int(weight.argmax()), int(weight.argmin())]
 
 
-def _is_number(thing: Any) -> bool:
-    return isinstance(thing, (int, float)) and not isinstance(thing, bool)
-
-
 def _constants(code: CodeType | None) -> Iterator[int | float]:
     """Numbers in the code of a function, and NaN where it asks for missing values."""
     if code is None:
@@ -93,7 +89,7 @@ def _constants(code: CodeType | None) -> Iterator[int | float]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _constants(constant)
-        elif _is_number(constant):
+        elif is_number(constant):
             yield constant
 
 
@@ -112,28 +108,7 @@ def referenced(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
     Returns:
         The criterion, if it is a module, and modules that the functions refer to.
     """
-    return (thing for thing in _reachable(criterion, training_step) if isinstance(thing, nn.Module))
-
-
-def _reachable(criterion: Any, training_step: Any) -> Iterator[Any]:
-    """Modules, functions, tensors and numbers that a criterion and a training step are made of."""
-    todo, seen = [criterion, training_step], set[int]()
-    while todo:
-        thing = todo.pop(0)
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, (nn.Module, torch.Tensor)) or _is_number(thing):
-            yield thing
-        elif isinstance(thing, partial):
-            todo += [thing.func, *thing.args, *thing.keywords.values()]
-        elif inspect.ismethod(thing):
-            own = thing.__self__
-            todo += [thing.__func__, *([own] if isinstance(own, nn.Module) else getattr(own, "__dict__", {}).values())]
-        elif inspect.isfunction(thing) and not (thing.__module__ or "").startswith("torch"):
-            yield thing
-            variables = inspect.getclosurevars(thing)
-            todo += [*variables.nonlocals.values(), *variables.globals.values(), *(thing.__defaults__ or ())]
+    return (thing for thing in reachable(criterion, training_step) if isinstance(thing, nn.Module))
 
 
 def _causes(loss: nn.Module) -> Iterator[str]:

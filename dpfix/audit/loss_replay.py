@@ -17,7 +17,8 @@ from dpfix.audit.reference import Trial
 from dpfix.errors import USER_CODE_ERRORS, DPFixError
 from dpfix.instrument import pytree
 from dpfix.instrument.double_precision import DoublePrecision
-from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.fixed_randomness import DRAWS, FixedRandomness
+from dpfix.instrument.own_generators import drawing
 from dpfix.layout.infer import sample_dim
 from dpfix.layout.rows import Rows
 from dpfix.observe.recorder import RecordedCall
@@ -76,6 +77,7 @@ class Replay:
         with ExitStack() as stack:
             leaves = stack.enter_context(_standing_in(self.subject.module, calls))
             stack.enter_context(FixedRandomness())
+            stack.enter_context(drawing(self.subject.generators, DRAWS[0]))
             if self.double:
                 stack.enter_context(DoublePrecision())
             loss = self.subject.step.run(self.subject.module, batch)

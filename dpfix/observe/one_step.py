@@ -11,6 +11,7 @@ from torch import nn
 
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness, outside_states
 from dpfix.instrument.module_state import Key, put_back, traceless, written
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.rng import generator_states
 from dpfix.observe import double_activation
 from dpfix.observe.failures import described_failures
@@ -47,7 +48,12 @@ def run_step(
     mode = FixedRandomness(log.stack, draw)
     draw.seed_outside()
     outside = outside_states()
-    with recorder(subject.module, log), mode if watched else nullcontext(), described_failures(subject.step):
+    with (
+        drawing(subject.generators, draw),
+        recorder(subject.module, log),
+        mode if watched else nullcontext(),
+        described_failures(subject.step),
+    ):
         loss = subject.loss(batch)
         repeated = double_activation.repeated(loss, log.activations) if log.details else ()
         loss.backward()

@@ -7,7 +7,7 @@ singles are at the same time the batch-of-one reference that the audit compares 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from dpfix.errors import CoupledModelError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, traceless
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import layout_of_calls, layout_of_layers
 from dpfix.layout.row_count import row_counts
@@ -66,7 +67,8 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
                 alone[number] = run_step(subject, batch, before, StepLog(layers=first), draw=going_on)
                 put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
-        if first and (together.drew or together.outside) and not used >= set(trainable):
+        drew = together.drew or together.outside or subject.generators
+        if first and drew and not used >= set(trainable):
             used |= _used_by_chance(subject, probe, before)
         constant, dependent = constant_and_dependent([*alone, together])
         scratch = known.scratch if known else overwritten_by_every_step(subject, probe, before, alone[0], dependent)
@@ -127,11 +129,15 @@ def _used_by_chance(subject: Subject, probe: Probe, before: dict[Key, Any]) -> f
     """Parameters reached under other draws: a layer that is dropped at random is not unused."""
     used: set[str] = set()
     parameters = subject.trained()
-    for fixed in (nullcontext(), nullcontext(), *(FixedRandomness(draw=draw) for draw in DRAWS[1:3])):
+    for draw in (None, None, *DRAWS[1:3]):
         for p in parameters.values():
             p.grad = None
-        # a draw that drops every layer leaves no loss
-        with suppress(TrainingStepError), fixed, described_failures(subject.step):
+        with ExitStack() as stack:
+            stack.enter_context(suppress(TrainingStepError))  # a draw that drops every layer leaves no loss
+            if draw is not None:
+                stack.enter_context(FixedRandomness(draw=draw))
+                stack.enter_context(drawing(subject.generators, draw))
+            stack.enter_context(described_failures(subject.step))
             subject.loss(probe.batch).backward()
         used |= {name for name, p in parameters.items() if p.grad is not None}
         put_back(subject.module, before)

@@ -245,6 +245,7 @@ class Mixing(nn.Module):
         return 0.7 * x + 0.3 * x.flip(0) if self.chance() else x
 
 
+OWN, OWN_PYTHON = np.random.default_rng(0), random.Random(0)
 CHANCES: dict[str, Callable[[], bool]] = {
     "torch, half": lambda: torch.rand(1).item() < 0.5,
     "torch, the other half": lambda: torch.rand(1).item() > 0.6,
@@ -252,6 +253,8 @@ CHANCES: dict[str, Callable[[], bool]] = {
     "Python": lambda: random.random() < 0.1,
     "Python, the other end": lambda: random.random() > 0.9,
     "NumPy": lambda: bool(np.random.rand() < 0.1),
+    "a generator of NumPy": lambda: OWN.random() < 0.5,
+    "a generator of Python": lambda: OWN_PYTHON.random() < 0.5,
 }
 
 
@@ -278,10 +281,12 @@ class Dropped(nn.Module):
 def test_layer_that_is_dropped_for_the_whole_batch_is_accepted_and_trained(name: str) -> None:
     model = Dropped(CHANCES[name])
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
+    own = OWN.bit_generator.state, OWN_PYTHON.getstate()
     training = make(model)
     assert training.plan.frozen_parameters == ()
     assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]  # type: ignore[union-attr]
     assert torch.equal(torch.get_rng_state(), state[2])
+    assert OWN.bit_generator.state == own[0] and OWN_PYTHON.getstate() == own[1]
 
 
 def test_draws_of_python_and_numpy_for_one_sample_after_the_other_are_accepted() -> None:
