@@ -38,6 +38,7 @@ from benchmarks.common import tables
 from benchmarks.common.models import CharLSTM, TorchTransformer, classify, cnn, mlp, unet
 from benchmarks.common.process import cpu_seconds, quiet
 from dpfix import pipeline
+from dpfix.audit import harder
 from dpfix.choose import select, timing
 
 MOST_STEPS = 12.0
@@ -166,8 +167,13 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
 PROVING = (
     (pipeline, "observe", "observe"),
     (pipeline, "check_inside", "isolate"),
-    (pipeline, "check_isolation", "isolate"),
+    (pipeline, "check_ordinary", "isolate"),
     (pipeline, "reference", "isolate"),
+    (harder, "observe", "observe"),
+    (harder, "check_inside", "isolate"),
+    (harder, "check_isolation", "isolate"),
+    (harder, "decided_by_rounding", "isolate"),
+    (harder, "reference", "isolate"),
     (select, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),
