@@ -259,3 +259,23 @@ def graph_edges(nodes: list[Any], limit: int = 20_000) -> set[tuple[str, str]]:
                 seen.add(following)
                 todo.append((following, next_name))
     return found
+
+
+def inner_nodes(nodes: list[Any]) -> set[Any]:
+    """The nodes of a graph that others of the same list are made of.
+
+    Args:
+        nodes: of a model's outputs.
+
+    Returns:
+        Those behind others.
+    """
+    wanted = set(nodes)
+    todo = [following for node in wanted for following, _ in node.next_functions if following is not None]
+    seen = set(todo)
+    while todo:
+        for following, _ in todo.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return wanted & seen

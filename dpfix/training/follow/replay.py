@@ -120,21 +120,12 @@ class Replay:
             for (_, t), (_, again) in zip(tensors_of((call.args, call.kwargs)), tensors_of(arguments), strict=True):
                 if not close(again.detach(), self._kept.get(id(t), t).detach()):
                     raise NotFollowedError("the arguments of the model are not made by torch functions from the batch")
-        inner = self._inner()
-        for number, (real, again) in enumerate(zip(self._step.gradients, self.base.gradients, strict=True)):
-            if number in inner:
-                continue  # its gradient comes through a later call, too
+        for real, again in zip(self._step.gradients, self.base.gradients, strict=True):
             for a, b in zip(real, again, strict=True):
                 if a is not None and not close(b, a):
                     raise NotFollowedError(
                         "its gradient is not the one of the functions it calls (a custom autograd.Function)"
                     )
-
-    def _inner(self) -> set[int]:
-        """Calls of the model whose outputs are arguments of later calls, with gradient."""
-        last = max((k for k, c in enumerate(self._step.calls) if c), default=0)
-        fed = {k for k, c in enumerate(self._step.calls) if pytree.gradient_tensors((c.args, c.kwargs))}
-        return set(range(last)) if fed - {0} else set()
 
     # -------------------------------------------------------------- repeating
 

@@ -189,6 +189,7 @@ class RealSteps(Check):
             return
         model = PlainModel(plain_copy(guarded.module), real)
         way, replay = self._way(real, model)
+        model.step = real = real.completed(way.repeat(None))
         found = coupled(way, real, draw)
         if found is not None:
             raise self._refusal(found, real, replay)
@@ -282,4 +283,4 @@ def _norms(parameters: Any) -> torch.Tensor | None:
     left = [getattr(p, "grad_sample", None) for p in parameters]
     if not left or not all(isinstance(g, torch.Tensor) for g in left):
         return None
-    return torch.stack([g.detach().flatten(1).norm(dim=1) for g in left]).norm(dim=0)
+    return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)
