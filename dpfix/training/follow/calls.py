@@ -168,6 +168,7 @@ class Call:
         grad: whether gradients were enabled.
         state: state of torch's generator before it, if it draws.
         autocast: devices and types of the autocast regions around it.
+        version: how often the result had been written to.
     """
 
     function: Callable[..., Any]
@@ -179,6 +180,7 @@ class Call:
     grad: bool
     state: torch.Tensor | None = None
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    version: int = 0
 
     @property
     def tells(self) -> bool:

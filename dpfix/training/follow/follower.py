@@ -282,7 +282,8 @@ class Follower(FollowingMode):
             return result
         place = _users_place(frame)
         grad = torch.is_grad_enabled()
-        self.calls.append(Call(func, name, args, kwargs, result, place, grad, state, autocast_regions()))
+        version = result._version if isinstance(result, torch.Tensor) else 0
+        self.calls.append(Call(func, name, args, kwargs, result, place, grad, state, autocast_regions(), version))
         self._take(result)
         if writes(name, kwargs):
             self._take((args[:1], kwargs.get("out")))

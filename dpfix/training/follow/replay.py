@@ -178,11 +178,8 @@ class _Run:
 
     def _function(self, number: int, call: Call) -> None:
         hooked = _by_a_backward_hook(call.result)
-        made = (
-            isinstance(call.result, torch.Tensor)
-            and call.result.grad_fn is not None
-            and not writes(call.name, call.kwargs)
-        )
+        made = isinstance(call.result, torch.Tensor) and call.result.grad_fn is not None
+        made = made and call.result._version == call.version and not writes(call.name, call.kwargs)
         if made and not call.grad and not hooked:
             raise NotFollowedError("it calls a custom autograd.Function, whose forward does not tell its gradient")
         args, kwargs = self.swapped(call.args), self.swapped(call.kwargs)
@@ -325,8 +322,9 @@ class _Run:
 
 
 def _by_a_backward_hook(result: Any) -> bool:
-    """Whether torch made a tensor so that a backward hook of a module sees its gradient: it is the same tensor to the loss."""
-    return isinstance(result, torch.Tensor) and "BackwardHookFunction" in type(result.grad_fn).__name__
+    """Whether a tensor is another one only so that its gradient is seen, by a hook of a module or behind a no-grad region."""
+    kind = type(result.grad_fn).__name__ if isinstance(result, torch.Tensor) else ""
+    return "BackwardHookFunction" in kind or "_Tripwire" in kind
 
 
 def _first_line(error: Exception) -> str:
