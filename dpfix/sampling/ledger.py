@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from dpfix.sampling.position import Position
+
 
 class DrawLedger:
     """How many samples every batch holds, in order: the loader writes it, the optimizer reads it at every step.
@@ -15,6 +17,7 @@ class DrawLedger:
         seed: seed of the present round, where several ranks draw it together.
         number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
         at_start: called when a sampler begins a new pass.
+        position: where the training is in its pass, for checkpoints.
     """
 
     def __init__(self) -> None:
@@ -22,16 +25,22 @@ class DrawLedger:
         self.seed = 0
         self.number = 0
         self.at_start: Callable[[], None] = lambda: None
+        self.position = Position()
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
         self.counts: tuple[int, ...] = ()
         self._delivers = False  # whether the private loader itself hands out this round, or a BatchMemoryManager's
 
-    def start(self, seed: int = 0) -> None:
-        """A sampler begins a new pass; on several ranks, with a seed of its own."""
+    def start(self, seed: int = 0, done: int = 0) -> None:
+        """A sampler begins a new pass, or the rest of one.
+
+        Args:
+            seed: of the pass, where several ranks draw it together.
+            done: batches of it that were released before a checkpoint.
+        """
         self.at_start()
         self.rounds += 1
-        self.seed, self.number = seed, 0
+        self.seed, self.number = seed, done
         self._drawn.clear()
         self._delivered = None
         self._delivers = False
@@ -61,3 +70,4 @@ class DrawLedger:
         elif self._drawn:
             self._drawn.popleft()
             self.number += 1
+        self.position.done = self.number

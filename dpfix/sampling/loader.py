@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,19 +93,24 @@ class PrivateDataLoader(DPDataLoader):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         collate = self.collate_fn
-        if not isinstance(collate, CollateOrPlaceholder) or collate.row_counter is None:
-            for batch in super().__iter__():
-                self.ledger.deliver()
-                yield batch
-            return
-        self.collate_fn = collate.with_counts
+        counted = isinstance(collate, CollateOrPlaceholder) and collate.row_counter is not None
+        position = self.ledger.position
+        if counted:
+            self.collate_fn = collate.with_counts
         try:
-            batches = super().__iter__()  # it takes the collate function with it
+            with position.seeding_workers(self) as read_again:
+                batches = super().__iter__()  # it takes the collate function with it
         finally:
             self.collate_fn = collate
-        for batch, counts in batches:
-            self.ledger.deliver(tuple(counts))
-            yield batch
+        number = -1
+        try:
+            for delivered in itertools.islice(batches, read_again, None):
+                number = position.passes
+                batch, counts = delivered if counted else (delivered, ())
+                self.ledger.deliver(tuple(counts))
+                yield batch
+        finally:
+            position.leave(number)
 
 
 def _nominal(loader: DataLoader[Any]) -> tuple[int | None, bool]:

@@ -47,22 +47,26 @@ class PoissonSampler(UniformWithReplacementSampler):
         super().__init__(num_samples=len(indices), sample_rate=sample_rate, steps=steps)
         self.indices = torch.as_tensor(indices)
         self.ledger = drawing.ledger
+        self.ledger.position.batches = steps
         self.ranks = drawing.ranks
         self.source = drawing.source
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
         source, seed = self.source, 0
+        done, read_again = self.ledger.position.begin(source)
         if self.ranks.size > 1:
             seed = new_seed(source.generator())
             source = Stream((seed,))
-        self.ledger.start(seed)
-        for _ in range(self.steps):
+        self.ledger.start(seed, done)
+        for number in range(self.steps):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
             chance = torch.rand(self.num_samples, generator=source.generator(), dtype=torch.float64)
             drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
-            self.ledger.drew(len(drawn))
-            yield drawn
+            if number >= done:
+                self.ledger.drew(len(drawn))
+            if number >= done - read_again:
+                yield drawn
 
 
 class RecordedBatches:

@@ -215,6 +215,7 @@ def _private_loader(
         decided.known_rows,
         row_counter=decided.plan.row_counter,
     )
+    ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
 
