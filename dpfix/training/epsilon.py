@@ -10,14 +10,17 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
+from dpfix.errors import ArgumentError
 from dpfix.instrument.source import warn_user
+from dpfix.scan.values import number, number_in, plain, shown
 
 MOST_POINTS = 10_000_000
 """Points on which the privacy losses of a history may be discretised; about 0.6 us each, 6 s in all."""
@@ -33,7 +36,12 @@ EPS_ERROR = 0.01
 """The default of Opacus's PRV accountant."""
 MOST_ENTRIES = 50
 """Different noise levels or rates that are computed exactly; each takes up to 0.1 s."""
+LARGEST_ORDER = 10_000
+"""Of Renyi accounting; a whole order takes time in proportion to it."""
 ORDERS = np.array(RDPAccountant.DEFAULT_ALPHAS, dtype=float)
+
+ACCURACY = ("alphas", "eps_error", "delta_error")
+"""Options of Opacus's accountants that say how exactly they are asked."""
 
 Entry = tuple[float, float, int]
 """Noise multiplier, sampling rate, steps."""
@@ -52,7 +60,65 @@ class Spent:
     mechanism: str
 
 
-def spent(accountant: Any, delta: float) -> Spent:
+@dataclass(frozen=True)
+class Accuracy:
+    """How exactly an accountant is asked; what another accountant would need is left alone.
+
+    Attributes:
+        alphas: orders of Renyi accounting.
+        eps_error: of the PRV accountant.
+        delta_error: of the PRV accountant; a thousandth of delta if ``None``.
+    """
+
+    alphas: tuple[float, ...] = tuple(ORDERS.tolist())
+    eps_error: float = EPS_ERROR
+    delta_error: float | None = None
+
+    @classmethod
+    def of(cls, delta: float, *, alphas: Any = None, eps_error: Any = None, delta_error: Any = None) -> Accuracy:
+        """Check what was asked for.
+
+        Args:
+            delta: of the question.
+            alphas: orders, each above 1; Opacus's if ``None``.
+            eps_error: Opacus's if ``None``.
+            delta_error: below ``delta``; Opacus's if ``None``.
+
+        Returns:
+            The options with their defaults.
+
+        Raises:
+            ArgumentError: one is not legal.
+        """
+        found = cls()
+        if alphas is not None:
+            found = replace(found, alphas=_orders(alphas))
+        if eps_error is not None:
+            help = "It is by how much epsilon may be overstated; 0.01 is usual, and less takes longer."
+            found = replace(found, eps_error=number_in("eps_error", eps_error, (0, 100), help, open_at="low"))
+        if delta_error is not None:
+            help = "It is the part of delta that the computation may use up; a thousandth of it is usual."
+            legal = number_in("delta_error", delta_error, (0, delta), help, open_at="low high")
+            found = replace(found, delta_error=legal)
+        return found
+
+
+def _orders(alphas: Any) -> tuple[float, ...]:
+    given = plain(alphas)
+    given = given.tolist() if isinstance(given, (np.ndarray, torch.Tensor)) else given
+    found = [number(order) for order in given] if isinstance(given, (list, tuple, range)) else []
+    orders = tuple(float(order) for order in found if order is not None and 1 < order <= LARGEST_ORDER)
+    if not orders or len(orders) < len(found) or sum(orders) > 100 * LARGEST_ORDER:
+        raise ArgumentError(
+            f"alphas={shown(alphas)} is no list of orders above 1 and up to {LARGEST_ORDER}.",
+            "Renyi accounting bounds epsilon at each order and takes the best.",
+            "Leave it out, or pass for example alphas=[1.5, 2, 4, 8, 16, 32, 64, 128].",
+            path="alphas",
+        )
+    return orders
+
+
+def spent(accountant: Any, delta: float, accuracy: Accuracy | None = None) -> Spent:
     """The privacy loss of the steps that an accountant has counted.
 
     A tighter accountant hands over to Renyi accounting, which bounds the same steps from above, where it would not answer:
@@ -62,34 +128,63 @@ def spent(accountant: Any, delta: float) -> Spent:
     Args:
         accountant: one of Opacus's.
         delta: probability that the bound does not hold.
+        accuracy: how exactly it is asked.
 
     Returns:
         Epsilon, and the accounting that gave it.
     """
+    found, reason, _ = answer(accountant, delta, accuracy or Accuracy())
+    if reason:
+        warn_user(
+            f"the {accountant.mechanism()} accountant cannot answer here: {reason}. Epsilon comes from Renyi accounting (rdp) "
+            "instead, an upper bound for the same steps that is usually looser."
+        )
+    return found
+
+
+def answer(
+    accountant: Any, delta: float, accuracy: Accuracy, most_points: float = MOST_POINTS
+) -> tuple[Spent, str, float]:
+    """As :func:`spent`, without a warning.
+
+    Args:
+        accountant: one of Opacus's.
+        delta: probability that the bound does not hold.
+        accuracy: how exactly it is asked.
+        most_points: points that the grid of the PRV accountant may have.
+
+    Returns:
+        The answer, why it comes from Renyi accounting where another was asked for, and the points of the grid.
+    """
     history: list[Entry] = accountant.history
-    name = accountant.mechanism()
+    name, reason, points = accountant.mechanism(), "", 0.0
     if not history:
-        return Spent(0.0, name)
+        return Spent(0.0, name), "", 0.0
     if not all(noise >= SMALLEST_NOISE for noise, *_ in history) or not delta > 0:  # also where it is not a number
-        return Spent(math.inf, name)
+        return Spent(math.inf, name), "", 0.0
     if isinstance(accountant, RDPAccountant):
-        return Spent(renyi_epsilon(history, delta), name)
-    reason = _too_much(history, delta) if isinstance(accountant, PRVAccountant) else ""
+        return Spent(renyi_epsilon(history, delta, accuracy.alphas), name), "", 0.0
+    options: dict[str, Any] = {}
+    if isinstance(accountant, PRVAccountant):
+        reason, points = _too_much(history, delta, accuracy, most_points)
+        options = {"eps_error": accuracy.eps_error, "delta_error": accuracy.delta_error}
     if not reason:
         try:
             with np.errstate(all="ignore"):  # what is not finite is seen below
-                epsilon = float(accountant.get_epsilon(delta))
-        except (ValueError, RuntimeError, ArithmeticError) as error:
-            reason = f"it failed ({error})"
+                epsilon = float(accountant.get_epsilon(delta, **options))
+        except FAILURES as error:
+            reason = _FAILED.get(name, f"it failed ({error})")
         else:
             if math.isfinite(epsilon):
-                return Spent(max(0.0, epsilon), name)
+                return Spent(max(0.0, epsilon), name), "", points
             reason = "its answer is not finite"
-    warn_user(
-        f"the {name} accountant cannot answer here: {reason}. Epsilon comes from Renyi accounting (rdp) instead, an upper "
-        "bound for the same steps that is usually looser."
-    )
-    return Spent(renyi_epsilon(history, delta), "rdp")
+    return Spent(renyi_epsilon(history, delta, accuracy.alphas), "rdp"), reason, 0.0
+
+
+FAILURES = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, MemoryError)
+"""What an accountant of Opacus raises where its arithmetic fails."""
+_FAILED = {"gdp": "it looks for an epsilon between 0 and 500, and there is none"}
+"""What it means that an accountant failed."""
 
 
 def steps_without_noise(accountant: Any) -> int:
@@ -101,7 +196,7 @@ def steps_without_noise(accountant: Any) -> int:
     return sum(steps for noise, _, steps in accountant.history if not noise > 0)
 
 
-def renyi_epsilon(history: list[Entry], delta: float) -> float:
+def renyi_epsilon(history: list[Entry], delta: float, alphas: tuple[float, ...] | None = None) -> float:
     """An upper bound on epsilon from Renyi differential privacy, in seconds for any noise and any number of steps.
 
     Mironov et al. 2019, https://arxiv.org/abs/1908.10530, for the Renyi divergence of a step; Balle et al. 2020,
@@ -111,23 +206,27 @@ def renyi_epsilon(history: list[Entry], delta: float) -> float:
     Args:
         history: noise multiplier, sampling rate and number of steps of every entry.
         delta: probability that the bound does not hold.
+        alphas: orders of the divergence; Opacus's if not given.
 
     Returns:
         Epsilon, at least 0.
     """
+    orders = ORDERS if alphas is None else np.array(alphas)
     steps: Counter[tuple[float, float]] = Counter()
     history = [(min(noise, LARGEST_NOISE), rate, times) for noise, rate, times in history]
     for noise, rate, times in history if len(history) <= MOST_ENTRIES else _coarser(history):
         steps[float(noise), float(rate)] += times
-    divergence = sum(times * _divergence(*setting) for setting, times in steps.items())
-    epsilons = divergence - (np.log(delta) + np.log(ORDERS)) / (ORDERS - 1) + np.log((ORDERS - 1) / ORDERS)
+    divergence = sum(times * _divergence(*setting, alphas) for setting, times in steps.items())
+    epsilons = divergence - (np.log(delta) + np.log(orders)) / (orders - 1) + np.log((orders - 1) / orders)
     return max(0.0, float(np.min(epsilons)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _divergence(noise: float, rate: float) -> Any:
+def _divergence(noise: float, rate: float, alphas: tuple[float, ...] | None) -> Any:
     """Renyi divergence of one step, for all orders."""
-    return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=ORDERS.tolist())
+    return compute_rdp(
+        q=rate, noise_multiplier=noise, steps=1, orders=ORDERS.tolist() if alphas is None else list(alphas)
+    )
 
 
 def _coarser(history: list[Entry]) -> Iterator[Entry]:
@@ -138,19 +237,19 @@ def _coarser(history: list[Entry]) -> Iterator[Entry]:
         yield min(coarse[0], noise), min(max(coarse[1], rate), 1.0), steps
 
 
-def _too_much(history: list[Entry], delta: float) -> str:
-    """Why the PRV accountant would not answer; its grid is that of Gopi et al. 2021, https://arxiv.org/abs/2106.02848."""
+def _too_much(history: list[Entry], delta: float, accuracy: Accuracy, most_points: float) -> tuple[str, float]:
+    """Why the PRV accountant would not answer, and the points of its grid: Gopi et al. 2021, arXiv 2106.02848."""
     if delta < SMALLEST_DELTA:
-        return f"delta={delta:g} is as small as the rounding in it"
-    delta_error = delta / 1000
+        return f"delta={delta:g} is as small as the rounding in it", 0.0
+    delta_error = accuracy.delta_error or delta / 1000
     steps = sum(entry[-1] for entry in history)
-    grid_points_per_loss = math.sqrt(steps * math.log(12 / delta_error) / 2) / EPS_ERROR
+    grid_points_per_loss = math.sqrt(steps * math.log(12 / delta_error) / 2) / accuracy.eps_error
     hardest = (min(noise for noise, *_ in history), max(rate for _, rate, _ in history), 1)
     single = renyi_epsilon([hardest], delta_error / (8 * steps))
     largest = max(renyi_epsilon(history, delta_error / 4), single) + 3
     if largest > LARGEST_LOSS:
-        return f"privacy losses of up to {largest:.3g} are beyond its arithmetic"
+        return f"privacy losses of up to {largest:.3g} are beyond its arithmetic", 0.0
     points = 2 * largest * grid_points_per_loss * len(history)
-    if points > MOST_POINTS:
-        return f"its grid would have {points:.2g} points"
-    return ""
+    if points > most_points:
+        return f"its grid would have {points:.2g} points", 0.0
+    return "", points

@@ -33,8 +33,7 @@ from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
-from dpfix.training.accounting import Accounting
-from dpfix.training.epsilon import spent
+from dpfix.training.accounting import Accounting, answer_of
 from dpfix.training.guards.check import Guarded
 from dpfix.training.opacus_classes import (
     PrivateModule,
@@ -246,10 +245,5 @@ def _account(privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any
     accountant = privacy_engine.accountant
     optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=sample_rate(loader)))
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
-        privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
+        privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)
     return Accounting(optimizer, accountant)
-
-
-def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:
-    """What Opacus's own engine answers from now on."""
-    return spent(privacy_engine.accountant, delta).epsilon

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.training import checkpoint
-from dpfix.training.epsilon import spent
+from dpfix.training.accounting import answer_of
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -19,8 +19,8 @@ class CheckpointingEngine(PrivacyEngine):
     """
 
     @override
-    def get_epsilon(self, delta: float) -> float:
-        return spent(self.accountant, delta).epsilon
+    def get_epsilon(self, delta: float, **accuracy: Any) -> float:
+        return answer_of(self, delta, **accuracy)
 
     def save_checkpoint(  # type: ignore[override]
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opacus.accountants.utils import get_noise_multiplier
+from opacus.accountants import create_accountant
 from torch.utils.data import DataLoader
 
 import dpfix
@@ -19,6 +19,7 @@ from dpfix.integrations.nnunet.patients import PatientPatches, mean_over_patient
 from dpfix.integrations.nnunet.settings import Settings, read_settings
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import sample_rate
+from dpfix.training.noise_search import Budget, noise_for
 
 KEY = "dpfix"
 """Under this key a checkpoint has the accountant and what was logged, beside nnU-Net's own keys."""
@@ -146,21 +147,9 @@ class PrivateTrainer:
         this: Any = self
         if self.settings.noise_multiplier is not None:
             return self.settings.noise_multiplier
-        try:
-            return get_noise_multiplier(
-                target_epsilon=self.settings.target_epsilon or 0.0,
-                target_delta=self._delta,
-                sample_rate=sample_rate(loader),
-                steps=this.num_epochs * this.num_iterations_per_epoch,
-                accountant=self.settings.accountant,
-            )
-        except ValueError as error:
-            raise ArgumentError(
-                f"nnU-Net: target_epsilon={self.settings.target_epsilon} at delta={self._delta:.3g} cannot be reached in "
-                f"{this.num_epochs} epochs of {this.num_iterations_per_epoch} steps: {error}.",
-                help="Train fewer steps, draw fewer patients per step, or raise the budget.",
-                path="target_epsilon",
-            ) from error
+        steps = this.num_epochs * this.num_iterations_per_epoch
+        budget = Budget(self.settings.target_epsilon or 0.0, self._delta, sample_rate(loader), steps)
+        return noise_for(budget, create_accountant(self.settings.accountant))
 
     # ------------------------------------------------------------------ training
 
