@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError, RankError
+from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
 from dpfix.pipeline import prepare, refuse, versions, warn_blocked
@@ -136,7 +137,7 @@ def make_private_safe(
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
+        with no_meta_default(), rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             made = hand_off(
@@ -278,7 +279,7 @@ def diagnose(
     check_objects(module, optimizer, data_loader)
     request = _as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
     request, _ = _checked(request, 0.0, {})
-    with rng_untouched(), Surgery(request.scan) as surgery:
+    with no_meta_default(), rng_untouched(), Surgery(request.scan) as surgery:
         try:
             prepared = prepare(request, surgery)
         except DPFixError as error:
