@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 
 import dpfix
 from dpfix.errors import ArgumentError
-from dpfix.integrations.nnunet import plot
+from dpfix.integrations.nnunet import checkpoints, plot
 from dpfix.integrations.nnunet.patients import PatientPatches, mean_over_patients, stock_loader
 from dpfix.integrations.nnunet.settings import Settings, read_settings
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import sample_rate
 from dpfix.training.noise_search import Budget, noise_for
+from dpfix.weights.files import written_whole
 
 KEY = "dpfix"
 """Under this key a checkpoint has the accountant and what was logged, beside nnU-Net's own keys."""
@@ -220,11 +221,16 @@ class PrivateTrainer:
 
         The trainer's name in it is nnU-Net's own, so that a stock predictor loads it without dpfix.
         """
-        super().save_checkpoint(filename)  # type: ignore[misc]
         this: Any = self
         if this.disable_checkpointing or self.private is None:
+            super().save_checkpoint(filename)  # type: ignore[misc]
             return
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+        stock = f"{filename}.part"
+        try:
+            super().save_checkpoint(stock)  # type: ignore[misc]
+            checkpoint = checkpoints.read(stock)
+        finally:
+            Path(stock).unlink(missing_ok=True)
         checkpoint["trainer_name"] = "nnUNetTrainer"
         accountant: Any = self.private.privacy_engine.accountant
         checkpoint[KEY] = {
@@ -232,8 +238,8 @@ class PrivateTrainer:
             "epsilons": self._epsilons,
             "version": dpfix.__version__,
         }
-        torch.save(checkpoint, f"{filename}.new")
-        os.replace(f"{filename}.new", filename)
+        with written_whole(filename) as file:
+            torch.save(checkpoint, file)
         Path(filename).with_name("privacy_statement.json").write_text(self.statement().to_json())
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
@@ -242,10 +248,9 @@ class PrivateTrainer:
         Raises:
             ArgumentError: the checkpoint was not made by private training.
         """
-        super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
         checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        if isinstance(checkpoint, str):  # nnU-Net would run what is in it; nothing is, if this reads it
+            checkpoint = checkpoints.read(checkpoint)
         if KEY not in checkpoint:
             raise ArgumentError(
                 "nnU-Net: the checkpoint was not made by private training: it has no accountant, so its steps cannot be "
@@ -253,6 +258,7 @@ class PrivateTrainer:
                 help="Start anew; -pretrained_weights takes weights that were trained on other, public data.",
                 path="checkpoint",
             )
+        super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
         self._accounted = checkpoint[KEY]
 
     # ------------------------------------------------------------------ words
