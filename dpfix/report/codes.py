@@ -25,6 +25,8 @@ CODES: Mapping[str, str] = {
     "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
     "DPF030": "an activation is applied to the probabilities that another one has made",
     "DPF033": "the model was trained privately before on the same data; its epsilon goes on",
+    "DPF039": "a checkpoint cannot be read, or holds what no training has saved",
+    "DPF040": "there is no checkpoint of that name",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

@@ -34,8 +34,7 @@ from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
-from dpfix.training.accounting import Accounting
-from dpfix.training.epsilon import spent
+from dpfix.training.accounting import Accounting, answer_of
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.opacus_classes import (
@@ -44,7 +43,6 @@ from dpfix.training.opacus_classes import (
     private_optimizer_class,
     private_wrapper_class,
 )
-from dpfix.training.releases import settled
 from dpfix.training.step_guard import StepGuard
 
 
@@ -224,6 +222,7 @@ def _private_loader(
         row_counter=decided.plan.row_counter,
         ledger=ledger,
     )
+    ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
 
@@ -254,10 +253,5 @@ def _account(
     expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
-        privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
+        privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)
     return Accounting(optimizer, privacy_engine, Population(loader), sample_rate(loader), ledger)
-
-
-def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:
-    """What Opacus's own engine answers from now on."""
-    return spent(settled(privacy_engine), delta).epsilon

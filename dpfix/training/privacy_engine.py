@@ -9,8 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.training import checkpoint
-from dpfix.training.epsilon import spent
-from dpfix.training.releases import settled
+from dpfix.training.accounting import answer_of
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -20,8 +19,8 @@ class CheckpointingEngine(PrivacyEngine):
     """
 
     @override
-    def get_epsilon(self, delta: float) -> float:
-        return spent(settled(self), delta).epsilon
+    def get_epsilon(self, delta: float, **accuracy: Any) -> float:
+        return answer_of(self, delta, **accuracy)
 
     def save_checkpoint(  # type: ignore[override]
         self,
@@ -35,9 +34,11 @@ class CheckpointingEngine(PrivacyEngine):
         checkpoint_dict: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
+        """Save a private training so that it goes on, from any step, exactly as it would have.
 
         With ``seed=`` in the call that includes noise and draws; without, these are new ones whenever the file is loaded.
+        In the middle of an epoch, the next pass over the loader has the batches that were left. The file is there whole, or
+        as it was before.
 
         Args:
             path: file name or binary file.
@@ -80,6 +81,9 @@ class CheckpointingEngine(PrivacyEngine):
 
         Returns:
             What the file holds.
+
+        Raises:
+            CheckpointError: the file is damaged, is no checkpoint, or does not fit; nothing is changed.
         """
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         strict = bool((module_load_dict_kwargs or {}).get("strict", True))

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -196,6 +196,18 @@ class Book:
     def steps_of(self, name: str) -> int:
         """Steps of the training of that name."""
         return self.trainings[name].steps if name in self.trainings else 0
+
+    def put_back(self) -> Callable[[], None]:
+        """A function that makes the book what it is now."""
+        trainings, others, seen = dict(self.trainings), self.others.copy(), self._seen
+        stretches = {name: list(r.stretches) for name, r in trainings.items()}
+
+        def undo() -> None:
+            self.trainings, self.others, self._seen = trainings, others, seen
+            for name, r in trainings.items():
+                r.stretches = stretches[name]
+
+        return undo
 
     # ------------------------------------------------------------------ plain values
 
