@@ -38,6 +38,7 @@ from benchmarks.common import tables
 from benchmarks.common.models import CharLSTM, TorchTransformer, classify, cnn, mlp, unet
 from benchmarks.common.process import cpu_seconds, quiet
 from dpfix import pipeline
+from dpfix.audit import harder
 from dpfix.choose import select, timing
 
 MOST_STEPS = 12.0
@@ -85,7 +86,7 @@ def segment(model: nn.Module, batch: Any) -> Tensor:
 
 
 SETUPS = (
-    Setup("MLP 784-512-512-10, B=256", partial(mlp, 512), images(784), 256, classify),
+    Setup("MLP 784-1024-1024-10, B=256", mlp, images(784), 256, classify),
     Setup("CNN 28x28, B=256", cnn, images(1, 28, 28), 256, classify),
     Setup("transformer d=128 x2, T=64, B=16", TorchTransformer, texts(64, 1000), 16, next_word),
     Setup("char LSTM, T=64, B=64", partial(CharLSTM, 60, 32, 64, classes=10), texts(64, 60, 10), 64, classify),
@@ -166,8 +167,13 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
 PROVING = (
     (pipeline, "observe", "observe"),
     (pipeline, "check_inside", "isolate"),
-    (pipeline, "check_isolation", "isolate"),
+    (pipeline, "check_ordinary", "isolate"),
     (pipeline, "reference", "isolate"),
+    (harder, "observe", "observe"),
+    (harder, "check_inside", "isolate"),
+    (harder, "check_isolation", "isolate"),
+    (harder, "decided_by_rounding", "isolate"),
+    (harder, "reference", "isolate"),
     (select, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),
@@ -239,7 +245,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     guard = optimizer.guard
     handle = guard.guarded.handle
     of_engine = ("collect", "announce", "clip_and_accumulate", "clear", "finish")
-    of_guard = ("cleared", "before_step", "clip", "summed", "before_noise", "after_step")
+    of_guard = ("cleared", "before_step", "clip", "summed", "before_noise", "noised", "after_step")
     engine = [(handle, name, "engine") for name in of_engine if hasattr(handle, name)]
     guarding = [(guard, name, "guards") for name in of_guard if hasattr(guard, name)]
     batch = torch.utils.data.default_collate(setup.items(setup.batch_size))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.errors import ArgumentError, DPFixError, RankError
+from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
@@ -42,17 +42,19 @@ from dpfix.scan.arguments import (
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
 from dpfix.scan.values import plain, plain_options, plain_performance, plain_privacy, truth
+from dpfix.training.all_or_nothing import all_or_nothing
 from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import ACCURACY, Accuracy
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
-from dpfix.training.privacy_engine import CheckpointingEngine
+from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
 
+@all_or_nothing
 def make_private_safe(
     *,
     module: nn.Module,
@@ -69,6 +71,7 @@ def make_private_safe(
     clipping: str = "flat",
     noise_generator: torch.Generator | None = None,
     seed: int | None = None,
+    secure_mode: bool = False,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
     wrap_model: bool = True,
@@ -102,6 +105,8 @@ def make_private_safe(
         noise_generator: source of the noise, for experiments that are to be repeated; see ``seed``.
         seed: makes noise and draws reproducible. Without it they come from generators of the training's own, which the
             operating system seeds. Noise that can be computed again protects nobody from whoever knows the seed.
+        secure_mode: draw noise and batches with the operating system's cryptographic generator, and keep the noise from
+            showing in the last bits of what is released; slower. As in ``SafePrivacyEngine(secure_mode=True)``.
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
         augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
@@ -140,7 +145,7 @@ def make_private_safe(
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
     request = _out_of_earlier(given)
-    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
+    engine = _engine(privacy_engine, secure_mode)
     with request.ranks.all_or_none():
         request, options = _checked(request, noise_multiplier, options, engine)
         noise_multiplier, wrap_model = float(plain(noise_multiplier)), truth("wrap_model", wrap_model)
@@ -148,7 +153,7 @@ def make_private_safe(
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with no_meta_default(), rng_untouched(only_on_error=True), Surgery(request.scan) as surgery:
+        with no_meta_default(), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, data_loader)
@@ -160,7 +165,7 @@ def make_private_safe(
                 engine,
                 Originals(request.module, request.optimizer, data_loader),
                 Decided(
-                    Randomness.of(request.privacy.seed, engine.secure_rng, request.ranks),
+                    Randomness.of(request.privacy.seed, secure_source(engine), request.ranks),
                     prepared.plan,
                     prepared.placeholder,
                     prepared.known_rows,
@@ -178,11 +183,7 @@ def make_private_safe(
                     **options,
                 },
             )
-            try:
-                request.ranks.exchange("handed off")
-            except RankError:
-                end_earlier(request.module)
-                raise
+            request.ranks.exchange("handed off")
             surgery.commit()
     carried = earlier.carry_on(engine, made[1], given=privacy_engine is not None)
     report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
@@ -195,6 +196,7 @@ _ARGUMENTS = inspect.signature(make_private_safe).parameters
 """The arguments of the call; nowhere else are their defaults written."""
 
 
+@all_or_nothing
 def make_private_safe_with_epsilon(
     *,
     module: nn.Module,
@@ -231,7 +233,7 @@ def make_private_safe_with_epsilon(
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
     request = _out_of_earlier(Request(module, optimizer, data_loader, *loss, *options))
-    engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
+    engine = _engine(privacy_engine, arguments.get("secure_mode", False))
     with request.ranks.all_or_none():
         delta, (epsilon, passes) = check_delta(target_delta), check_budget(target_epsilon, epochs)
         further = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
@@ -243,7 +245,7 @@ def make_private_safe_with_epsilon(
         earlier = tuple(earlier_releases(request.module, request.optimizer, data_loader).history(engine))
         budget = Budget(epsilon, delta, sample_rate(data_loader), math.ceil(passes * len(data_loader)), earlier)
         noise = noise_for(replace(budget, tolerance=tolerance, accuracy=accuracy), engine.accountant)
-    return make_private_safe(
+    return inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,
         data_loader=data_loader,
@@ -254,6 +256,7 @@ def make_private_safe_with_epsilon(
     )
 
 
+@all_or_nothing
 def diagnose(
     *,
     module: nn.Module,
@@ -346,6 +349,21 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
         {f.name: values[f.name] for f in fields(kind)} for kind in (PrivacyOptions, PerformanceOptions)
     )
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
+
+
+def _engine(given: PrivacyEngine | None, secure_mode: Any) -> PrivacyEngine:
+    """The engine of the call."""
+    secure_mode = truth("secure_mode", secure_mode)
+    if given is None:
+        return SafePrivacyEngine(secure_mode=secure_mode)
+    if secure_mode and not getattr(given, "secure_mode", True):  # what is no engine is told in a moment
+        raise ArgumentError(
+            "secure_mode=True with a privacy_engine that was made without it:",
+            "its noise would not be cryptographic.",
+            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
+            path="secure_mode",
+        )
+    return given
 
 
 def _as_trained(request: Request) -> Request:

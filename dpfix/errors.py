@@ -26,6 +26,7 @@
         ├── AccumulationError       several backward passes before one step (also a ValueError)
         ├── ForeignBatchError       a batch that the private loader did not draw
         ├── NonFiniteGradientError  the clipped sum is not finite
+        ├── NoiseError              a release without the noise that is accounted
         └── PlanBrokenError         model or optimizer are no longer those that were audited
 
     DPFixWarning                    base of all warnings
@@ -207,6 +208,12 @@ class NonFiniteGradientError(MisuseError):
     """The clipped sum is not finite."""
 
     code = "DPF123"
+
+
+class NoiseError(MisuseError):
+    """What is about to be released does not hold the noise that is accounted, or holds noise that was released before."""
+
+    code = "DPF035"
 
 
 class PlanBrokenError(MisuseError):

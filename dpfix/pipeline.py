@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -13,32 +13,27 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpfix.audit.isolation import check_isolation, weighted_by_rows
+from dpfix.audit.harder import Harder
+from dpfix.audit.isolation import check_ordinary, weighted_by_rows
 from dpfix.audit.persistent_state import check_inside, check_outside, modules_outside, undone_after
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
-from dpfix.errors import (
-    USER_CODE_ERRORS,
-    CoupledModelError,
-    LoaderError,
-    LossError,
-    ModelError,
-    TrainingStepError,
-)
+from dpfix.errors import LoaderError, ModelError, TrainingStepError
+from dpfix.instrument.fixed_randomness import DRAWS
+from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
 from dpfix.layout.row_count import RowCounter, find_row_counters
 from dpfix.observe import double_activation, no_grad_search, probe
 from dpfix.observe.failures import described_failures
-from dpfix.observe.one_step import decided_by_rounding
 from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
 from dpfix.observe.training_step import Subject, TrainingStep, infer, unknown_loss
 from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
-from dpfix.repair.lazy import materialise, remembered_lazy
+from dpfix.repair.lazy import materialise
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
@@ -155,7 +150,8 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """
     switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
-    with undone_after(outside):
+    own = own_generators(request.module, request.training_step or request.criterion)
+    with undone_after(outside), drawing(own, DRAWS[0]):
         return _prepare(request, surgery, outside)
 
 
@@ -166,7 +162,6 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
     step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
     subject = Subject(request.module, step)
-    surgery.undo_with(remembered_lazy(subject.module))
     if _materialised(subject, samples):
         findings += [f for f in _repair(request, surgery) if f not in findings]
     _check_validator(request, findings)
@@ -187,9 +182,10 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         regions = no_grad_search.find(subject, samples, record, plan.frozen_parameters)
         plan = replace(plan, no_grad_regions=regions)
         findings += [no_grad_search.finding(region, len(samples)) for region in regions]
-    proofs = check_isolation(subject, ordinary, plan, request.criterion)
-    trials = Trials(ordinary, _provoke(request, subject, ordinary, plan))
-    empty = _attempt(request, subject, partial(probe.emptied, samples), ordinary, plan)
+    isolated = check_ordinary(subject, ordinary, plan, request.criterion)
+    proofs, harder = isolated.lines, Harder(subject, ordinary, plan, request.criterion)
+    trials, empty = Trials(ordinary, harder.provoked(isolated.inputs)), harder.emptied()
+    proofs += harder.drawn_otherwise()
     plan, evidence = _choose(request, subject, trials, plan)
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
@@ -312,31 +308,6 @@ def _known_rows(samples: probe.Probe, record: StepRecord) -> KnownRows | None:
     return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
-_LARGER = 1e6
-"""A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
-
-
-_SLACK = 5.0
-"""How many times more rounding is allowed on the harder probes."""
-
-
-def _provoke(request: Request, subject: Subject, ordinary: Trial, plan: Plan) -> tuple[Trial, ...]:
-    """Harder probes, as far as the step takes them: the model and the loss are checked on each.
-
-    Returns:
-        Those on which an engine is to be checked too. A sample of zeros belongs to none of them: behind a normalisation
-        its gradient is made of rounding errors, on which two right engines need not agree.
-    """
-    trials: list[Trial] = []
-    for number, make in enumerate(probe.provoked(ordinary.samples)):
-        if number == 1 and trials:
-            break  # the first one has every provocation in it
-        trial = _attempt(request, subject, make, ordinary, plan)
-        if trial is not None:
-            trials.append(trial)
-    return tuple(trials)
-
-
 def _placeholder(trial: Trial, plan: Plan) -> Placeholder:
     """What an empty draw delivers: one sample without data, whose gradient is dropped, on which the step runs.
 
@@ -359,30 +330,6 @@ def _choose(request: Request, subject: Subject, trials: Trials, plan: Plan) -> t
     chosen = choose() if request.ranks.rank == 0 else None
     name = request.ranks.first(chosen[0].engine if chosen else "")
     return chosen or choose(chosen_by_rank_0=name)
-
-
-def _attempt(
-    request: Request, subject: Subject, make: Callable[[], probe.Probe], ordinary: Trial, plan: Plan
-) -> Trial | None:
-    """Check model and loss on a harder probe; ``None`` if the step cannot take it, or if it is the ordinary one."""
-    try:
-        changed = make()
-        if None not in changed.unchanged:
-            return None
-        record = observe(subject, changed, ordinary.record)
-        trial = Trial(changed, record, reference(record, plan.frozen_parameters, plan.share), _SLACK)
-    except (TrainingStepError, CoupledModelError, *USER_CODE_ERRORS):
-        return None  # no legal sample for this model: an index out of range, a division by zero
-    if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):
-        return None
-    check_inside(subject.module, record)
-    try:
-        check_isolation(subject, trial, plan, request.criterion)
-    except (CoupledModelError, LossError):
-        if decided_by_rounding(subject, changed, trial.wanted.tolerance):
-            return None
-        raise
-    return trial
 
 
 def warn_blocked(report: Report) -> None:

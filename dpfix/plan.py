@@ -40,7 +40,7 @@ class Plan:
         engine: name of the engine.
         opacus_mode: the ``grad_sample_mode`` handed to Opacus.
         calls: how the calls of ``forward`` carry their samples.
-        layers: how the calls of the modules that own parameters carry theirs.
+        layers: how the calls of the modules that own parameters, and the functions on parameters, carry theirs.
         elsewhere: trainable parameters that modules use which do not own them, with the paths of these modules.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         loss_known: whether the loss was checked; if not, that is done on the first real steps.

@@ -315,6 +315,15 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
             next(iter(training[2]))
         loop(training, training[2])
 
+    def noise_of(number: int) -> Callable[[dpfix.PrivateTraining], None]:
+        """All ranks add noise as that rank does."""
+
+        def act(training: dpfix.PrivateTraining) -> None:
+            training[1].rank = number
+            loop(training, training[2])
+
+        return act
+
     gated = Gated()
     found = {
         "region": misuse(call(module=DPDDP(gated)), region),
@@ -323,6 +332,8 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
         "scheduler": misuse(call(), schedule),
         "load": misuse(call(poisson_sampling=False, data_loader=repeating(rank, size, 60)), load),
         "peek": misuse(call(), peek),
+        "noise on every rank": misuse(call(noise_multiplier=1.0), noise_of(0)),
+        "noise on no rank": misuse(call(noise_multiplier=1.0), noise_of(1)),
     }
     training = dpfix.make_private_safe(**call())
     for _ in islice(training[2], 1 + rank):

@@ -221,6 +221,8 @@ def test_what_one_rank_cannot_do_no_rank_does(refused: Seen, name: str, errors: 
         ("scheduler", ("RankError",) * 2, "max_grad_norm is 0.25 on rank 0 and 0.5 on rank 1"),
         ("load", ("RankError",) * 2, "the number of accounted steps is 2 on rank 0 and 4 on rank 1"),
         ("peek", ("RankError",) * 2, "the pass over the data_loader is "),
+        ("noise on every rank", ("RankError", "NoiseError"), ""),
+        ("noise on no rank", ("NoiseError", "RankError"), ""),
     ],
 )
 def test_a_step_that_one_rank_does_not_make_is_released_nowhere(

@@ -5,27 +5,18 @@ Clipping is the optimizer's own, so what is compared is what would be released.
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
-import numpy as np
-import torch
-
-from dpfix.audit.reference import InDouble, Trial, reference_of
+from dpfix.audit.exact import ROUNDING, in_double
+from dpfix.audit.reference import Trial
 from dpfix.audit.released import released_sums
 from dpfix.engines import Engine
 from dpfix.errors import USER_CODE_ERRORS, DPFixError
 from dpfix.instrument.gradients import Gradients, gap, relative_error
-from dpfix.observe.one_step import one_by_one
-from dpfix.observe.probe import Probe
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.report import EngineEvidence
 
 SLACK = 1e-3
 """How much more than C a sample may move the clipped sum, relatively: rounding."""
-ROUNDING = 5e-2
-"""Up to this error in single precision, double precision decides whether it is one of rounding."""
 
 
 def check_engine(
@@ -77,32 +68,16 @@ def check_engine(
 
 def _equal_in_double(engine: Engine, subject: Subject, trial: Trial, plan: Plan, clip_norms: tuple[float, ...]) -> bool:
     """Whether the engine equals the reference on a copy in double precision: what is left is then rounding."""
-    if {p.dtype for p in subject.module.parameters()} != {torch.float32}:
+    exact = in_double(subject, trial, plan)
+    if exact is None:
         return False
-    known = trial.wanted.in_double
+    samples, wanted = exact.trial.samples, exact.trial.wanted
     try:
-        if not known:
-            known.append(_in_double(subject, trial.samples, plan))
-        exact = known[0]
-        sums = released_sums(engine, exact.subject, exact.samples, plan, clip_norms, drew=exact.wanted.drew)
+        sums = released_sums(engine, exact.subject, samples, plan, clip_norms, drew=wanted.drew)
     except (DPFixError, *USER_CODE_ERRORS):
         return False  # a model or a loss with single precision written into it
-    tolerance = exact.wanted.tolerance
-    errors = [relative_error(s, exact.wanted.clipped_sum(c))[0] for s, c in zip(sums, clip_norms, strict=True)]
-    return tolerance < 1e-5 and max(errors) <= tolerance
-
-
-def _in_double(subject: Subject, probe: Probe, plan: Plan) -> InDouble:
-    exact = Subject(copy.deepcopy(subject.module).double(), subject.step)
-    samples = probe.changed(lambda i, path, leaf: _double(leaf), len(probe))
-    return InDouble(exact, samples, reference_of(one_by_one(exact, samples), plan.frozen_parameters, plan.share))
-
-
-def _double(leaf: Any) -> Any:
-    floating = isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.dtype in {torch.float32, np.dtype("float32")}
-    if not floating:
-        return leaf
-    return leaf.double() if isinstance(leaf, torch.Tensor) else leaf.astype(np.float64)
+    errors = [relative_error(s, wanted.clipped_sum(c))[0] for s, c in zip(sums, clip_norms, strict=True)]
+    return max(errors) <= wanted.tolerance
 
 
 def movement(every: Gradients, fewer: Gradients, clip_norm: float) -> float:

@@ -1,37 +1,62 @@
 """Sample i must not feel sample j: not in the model, not in the loss.
 
-What is compared are outputs and gradients, not loss values: gradients can differ by a hundred times more than values.
+What is compared are outputs and gradients, not loss values: gradients can differ by a hundred times more than values. Where
+the model can run in double precision and that is cheap, or where single precision leaves a doubt, double precision decides.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from dpfix.audit.loss_causes import coupling_causes
+from dpfix.audit.blame import differs, mixing
+from dpfix.audit.exact import drift, in_double, is_small, run_in_double
+from dpfix.audit.loss_causes import coupling_causes, telling_numbers
+from dpfix.audit.loss_probes import Coupling, LossProbes, try_losses
 from dpfix.audit.reference import Trial
+from dpfix.audit.way_out import way_out
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, TrainingStepError
 from dpfix.instrument import pytree
-from dpfix.instrument.fixed_randomness import FixedRandomness
-from dpfix.instrument.gradients import gap, norm_of, weighted_sum
-from dpfix.instrument.module_state import traceless
-from dpfix.instrument.source import describe_module
-from dpfix.layout.infer import sample_dim
-from dpfix.layout.rows import Rows
+from dpfix.instrument.gradients import gap, squared_norm, weighted_sum
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.finding import Finding
 
+_DOUBT = 1e-4
+"""Relative difference of an output in single precision from which on double precision is asked, where it is dear."""
+_DOUBT_GRADIENT = 2e-3
+"""The same for the gradient of a parameter, relative to its own size."""
+_EXACT = 1e-7
+"""Relative difference in double precision that is rounding."""
+_DOUBT_FLOOR = 1e-2
+_FLOOR = 1e-6
+"""The gradient of a parameter may be zero but for rounding; it counts for so much of that of all at least."""
+_PAIR = 2
+"""Samples that double precision is tried on where nothing is in doubt."""
 
-def check_isolation(
-    subject: Subject, trial: Trial, plan: Plan, criterion: Callable[..., Any] | None = None
-) -> list[str]:
-    """Sample i must not feel sample j: first in the model's outputs, then in the loss.
+
+@dataclass(frozen=True)
+class Isolated:
+    """No sample feels another one.
+
+    Attributes:
+        lines: one per proof, for the report.
+        inputs: places in a sample that the model sees, or that may be such.
+    """
+
+    lines: list[str]
+    inputs: tuple[pytree.Path, ...]
+
+
+def check_ordinary(subject: Subject, trial: Trial, plan: Plan, criterion: Callable[..., Any] | None) -> Isolated:
+    """The ordinary probe: sample i must not feel sample j, first in the model's outputs, then in the loss.
+
+    The loss is tried on many other labels, too.
 
     Args:
         trial: the samples, what they showed, and the reference.
@@ -39,7 +64,7 @@ def check_isolation(
         criterion: the criterion of the call, to name the cause of a coupling.
 
     Returns:
-        One line per proof, for the report.
+        The proofs.
 
     Raises:
         CoupledModelError: an output of the model mixes samples.
@@ -47,27 +72,123 @@ def check_isolation(
         LossError: it is a sum where a mean was announced, or the other way round.
         TrainingStepError: no parameter gets a gradient.
     """
-    coupled = _coupled_output(trial)
-    if coupled:
-        culprit = _first_coupled_module(subject, trial)
-        raise CoupledModelError(
-            Finding.refusal(
-                "DPF013",
-                f"{describe_module(subject.module, culprit)} mixes the samples of a batch: {coupled}.",
-                "sample i's output depends on sample j, so clipping per sample bounds nothing.",
-                "replace what is computed over the batch (a mean, a normalisation, an attention over dimension 0) by "
-                "something per sample. training_step was run on the whole probe batch and on single samples.",
-                path=culprit,
-            )
+    step, told = subject.step, telling_numbers(criterion, subject.step.run)
+    judged = _judged(subject, trial, plan, always=is_small(subject, trial))
+    judged.check_model()
+    refuse = _Refusal(subject, trial, plan, criterion)
+    try:
+        judged.check_loss(plan, refuse)
+    except _OtherReductionError as other:
+        tried = try_losses(subject, trial, replace(plan, loss_reduction=other.reduction), told)
+        raise (refuse.coupled(tried.coupling) if tried.coupling else refuse.other_reduction(other.reduction)) from None
+    tried = try_losses(subject, trial, plan, told)
+    if tried.coupling is not None:
+        raise refuse.coupled(tried.coupling)
+    if judged.errors.size == 0:
+        raise TrainingStepError(
+            f"no parameter of {type(subject.module).__name__} gets a gradient from training_step ({step.origin}).",
+            help="Check the loss, requires_grad of the parameters, and detach or no_grad in forward.",
+            path="training_step",
         )
-    step = subject.step
-    _check_loss(subject, trial, plan, lambda: coupling_causes(criterion, step.run, trial.samples.batch))
     kind = "loss" if step.loss_known else "stand-in loss"
+    precision = "double precision" if judged.exact else "single precision"
+    return Isolated(
+        [
+            f"isolated: outputs of the model in a batch of {len(trial.samples)} equal those of single samples ({precision})",
+            f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
+            f"{step.origin})",
+            *_other_labels(tried),
+        ],
+        tried.inputs,
+    )
+
+
+def _other_labels(tried: LossProbes) -> list[str]:
+    if tried.tried < 2:
+        return []
     return [
-        f"isolated: outputs of the model in a batch of {len(trial.samples)} equal those of single samples",
-        f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
-        f"{step.origin})",
+        f"isolated: the same for the loss on {tried.tried - 1} other set(s) of labels: rare, missing, ignored, alike, all "
+        "different, as far as samples, settings and code name such values"
     ]
+
+
+def check_isolation(subject: Subject, trial: Trial, plan: Plan, criterion: Callable[..., Any] | None = None) -> None:
+    """The same on a harder probe, or under another draw, on its own labels.
+
+    Raises:
+        CoupledModelError: an output of the model mixes samples.
+        CoupledLossError: the loss does.
+    """
+    judged = _judged(subject, trial, plan)
+    judged.check_model()
+    refuse = _Refusal(subject, trial, plan, criterion)
+    try:
+        judged.check_loss(plan, refuse)
+    except _OtherReductionError as other:
+        raise refuse.other_reduction(other.reduction) from None
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What is judged: a trial, or the same on a copy of the model in double precision.
+
+    Attributes:
+        subject: the model and the step.
+        trial: the samples and what they showed.
+        errors: how far the batch's gradient is off.
+        exact: whether it is the copy.
+    """
+
+    subject: Subject
+    trial: Trial
+    errors: _Errors
+    exact: bool = False
+
+    def check_model(self) -> None:
+        """No output of the model may mix the samples.
+
+        Raises:
+            CoupledModelError: one does.
+        """
+        allowed = _EXACT if self.exact else 10 * self.trial.wanted.tolerance
+        coupled = _coupled_output(self.trial, allowed)
+        if coupled and self.exact:
+            allowed = self._exact()
+            coupled = _coupled_output(self.trial, allowed)
+        if coupled:
+            raise CoupledModelError(mixing(self.subject, self.trial, coupled, allowed))
+
+    def _exact(self) -> float:
+        """What is rounding in double precision: more where the step itself changes from call to call."""
+        return max(_EXACT, 10 * drift(self.subject, self.trial))
+
+    def check_loss(self, plan: Plan, refuse: _Refusal) -> None:
+        """The batch's gradient has to be the mean (or sum) of the single samples' gradients.
+
+        Raises:
+            _OtherReductionError: it is a sum where a mean was announced, or the other way round.
+            CoupledLossError: it is neither.
+        """
+        allowed = _EXACT if self.exact else 5 * self.trial.wanted.tolerance
+        error = self.errors.own if self.exact else self.errors.of_all
+        if error <= allowed or (self.exact and error <= self._exact()):
+            return
+        other = replace(plan, loss_reduction="sum" if plan.loss_reduction == "mean" else "mean")
+        if _errors(self.trial.record, other).of_all <= allowed:
+            raise _OtherReductionError(other.loss_reduction)
+        raise refuse.coupled(Coupling(error), self.errors.name)
+
+
+def _judged(subject: Subject, trial: Trial, plan: Plan, *, always: bool = False) -> _Judged:
+    """The trial on a copy in double precision if it is small or in doubt, and can be run so; else the trial."""
+    found, exact = _errors(trial.record, plan), None
+    if found.own > _DOUBT_GRADIENT * trial.slack or _coupled_output(trial, _DOUBT * trial.slack):
+        exact = in_double(subject, trial, plan)
+    elif always:
+        exact = run_in_double(subject, trial, plan, _PAIR)
+    if exact is None:
+        return _Judged(subject, trial, found)
+    return _Judged(exact.subject, exact.trial, _errors(exact.trial.record, plan, _FLOOR), exact=True)
 
 
 def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
@@ -79,139 +200,117 @@ def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
     record, tolerance = trial.record, trial.wanted.tolerance
     if not record.counts or plan.loss_reduction == "sum":
         return False
-    plans = [replace(plan, weighted_by_rows=by_rows) for by_rows in (False, True)]
-    equal, by_rows = (_batch_error(record, p.weight(len(record.alone), record.counts))[0] for p in plans)
+    equal, by_rows = (_errors(record, replace(plan, weighted_by_rows=by)).of_all for by in (False, True))
     return equal > 5 * tolerance >= by_rows
 
 
-def _coupled_output(trial: Trial) -> str:
-    record, tolerance = trial.record, trial.wanted.tolerance
+def _coupled_output(trial: Trial, allowed: float) -> str:
+    record = trial.record
     for number, call in enumerate(record.together.calls[""]):
         parts = [pytree.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
         for k, tensor in enumerate(pytree.tensors(call.output)):
-            problem = _differs(tensor, [p[k] for p in parts if k < len(p)], tolerance, record.counts)
+            problem = differs(tensor, [p[k] for p in parts if k < len(p)], allowed, record.counts)
             if problem:
                 return problem
     return ""
 
 
-def _differs(whole: torch.Tensor, parts: list[torch.Tensor], tolerance: float, counts: tuple[int, ...]) -> str:
-    """Why a tensor of the batch is not made of those of single samples; empty if it is, or if it cannot be told."""
-    if not whole.is_floating_point():
-        return ""
-    dim, problem = sample_dim(whole, parts, counts)
-    if problem or dim is None:
-        return ""
-    rows = Rows.of(dim, len(parts))
-    for i, part in enumerate(parts):
-        taken = rows.take(whole, i)
-        if taken.shape != part.shape or not part.numel():
-            return ""
-        scale = max(float(part.abs().max()), 1e-6)
-        gap = float((taken - part).abs().max()) / scale
-        if not gap <= 10 * tolerance and torch.isfinite(part).all():
-            return f"the output for one sample alone differs by {gap:.1e} (relative) from the one in a batch"
-    return ""
+class _OtherReductionError(Exception):
+    """The loss is a sum where a mean was announced, or the other way round; caught inside this file."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__(reduction)
+        self.reduction = reduction
 
 
-def _first_coupled_module(subject: Subject, trial: Trial) -> str:
-    """Path of the first module, in the order of execution, whose output mixes samples; the root's if it cannot be told."""
-    tolerance, counts = trial.wanted.tolerance, trial.record.counts
-    whole = _outputs(subject, trial.samples.batch)
-    singles = [_outputs(subject, batch) for batch in trial.samples.singles]
-    for number, (path, tensors) in enumerate(whole):
-        if any(number >= len(s) or s[number][0] != path for s in singles):
-            return ""
-        for k, tensor in enumerate(tensors):
-            parts = [s[number][1][k] for s in singles if k < len(s[number][1])]
-            if len(parts) == len(singles) and _differs(tensor, parts, tolerance, counts):
-                return path
-    return ""
+@dataclass(frozen=True)
+class _Refusal:
+    """Says what is wrong with a loss, and how to get out."""
 
+    subject: Subject
+    trial: Trial
+    plan: Plan
+    criterion: Callable[..., Any] | None
 
-def _outputs(subject: Subject, batch: Any) -> list[tuple[str, list[torch.Tensor]]]:
-    """Path and output tensors of every module call of one forward pass."""
-    seen: list[tuple[str, list[torch.Tensor]]] = []
-
-    def hook(path: str) -> Any:
-        def note(m: nn.Module, args: Any, output: Any) -> None:
-            seen.append((path, [t.detach().as_subclass(torch.Tensor) for t in pytree.tensors(output)]))
-
-        return note
-
-    handles = [m.register_forward_hook(hook(path)) for path, m in subject.module.named_modules()]
-    try:
-        with traceless(subject.module), FixedRandomness():
-            subject.step.run(subject.module, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _check_loss(subject: Subject, trial: Trial, plan: Plan, causes: Callable[[], list[str]]) -> None:
-    """The batch's gradient has to be the mean (or sum) of the single samples' gradients."""
-    record, allowed, origin = trial.record, 5 * trial.wanted.tolerance, subject.step.origin
-    samples = len(record.alone)
-    error, name, size = _batch_error(record, plan.weight(samples, record.counts))
-    if error <= allowed:
-        if size == 0:
-            raise TrainingStepError(
-                f"no parameter of {type(subject.module).__name__} gets a gradient from training_step ({origin}).",
-                help="Check the loss, requires_grad of the parameters, and detach or no_grad in forward.",
-                path="training_step",
-            )
-        return
-    other = "sum" if plan.loss_reduction == "mean" else "mean"
-    if _batch_error(record, replace(plan, loss_reduction=other).weight(samples, record.counts))[0] <= allowed:
-        raise LossError(
+    def other_reduction(self, other: str) -> LossError:
+        """The loss is a sum over the samples where a mean was announced, or the other way round."""
+        announced = self.plan.loss_reduction
+        return LossError(
             Finding.refusal(
                 "DPF015",
-                f"the loss in training_step is a {other} over the samples, but loss_reduction='{plan.loss_reduction}' was "
-                "announced.",
+                f"the loss in training_step is a {other} over the samples, but loss_reduction='{announced}' was announced.",
                 "per-sample gradients would be scaled by the batch size before clipping.",
-                f"pass loss_reduction='{other}', or use reduction='{plan.loss_reduction}' in the criterion.",
+                f"pass loss_reduction='{other}', or use reduction='{announced}' in the criterion.",
                 path="loss_reduction",
             )
         )
-    told = causes()
-    known = (
-        "; ".join(told)
-        if told
-        else "a mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in "
-        "a Dice loss, a contrastive or rank loss"
-    )
-    raise CoupledLossError(
-        Finding.refusal(
-            "DPF014",
-            f"the loss of the batch is not the {plan.loss_reduction} of the losses of its samples: the gradient of `{name}` "
-            f"differs {_by(error)} ({origin}).",
-            "one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
-            f"{'Cause' if told else 'Known causes'}: {known}.",
-            "criterion = dpfix.PerSampleLoss(criterion)  # applies any criterion to every sample alone, then averages; use it "
-            "in the loop and in training_step.",
-            path=name,
+
+    def coupled(self, coupling: Coupling, name: str = "") -> CoupledLossError:
+        """The loss couples the samples."""
+        step, reduction = self.subject.step, self.plan.loss_reduction
+        causes = coupling_causes(self.criterion, step.run, self.trial.samples.batch)
+        known = "; ".join(causes) or (
+            "a mean over the valid elements of the batch (ignore_index), class weights with reduction='mean', batch=True in "
+            "a Dice loss, a contrastive or rank loss"
         )
-    )
+        what = f"the gradient of `{name}`" if name else "the gradient of one sample's output"
+        when = f", {coupling.when}" if coupling.when else ""
+        given = "criterion" if self.criterion is not None else "training_step"
+        return CoupledLossError(
+            Finding.refusal(
+                "DPF014",
+                f"the loss of the batch is not the {reduction} of the losses of its samples: {what} differs "
+                f"{_by(coupling.error)}{when} ({step.origin}).",
+                "one sample's share of the loss depends on the others, so clipping per sample bounds nothing. "
+                f"{'Cause' if causes else 'Known causes'}: {known}.",
+                way_out(self.subject, self.trial, self.plan, self.criterion),
+                path=name or given,
+            )
+        )
 
 
 def _by(error: float) -> str:
     return f"by {error:.1e} (relative)" if error < 10 else "more than tenfold"
 
 
-def _batch_error(record: StepRecord, weight: float | torch.Tensor) -> tuple[float, str, float]:
-    """How far the batch's gradient is from the weighted sum of the single samples', relative to the size of these.
+@dataclass(frozen=True)
+class _Errors:
+    """How far a batch's gradient is from what the single samples' give: the largest error of a parameter.
+
+    Attributes:
+        own: relative to the size of its own gradients.
+        of_all: relative to that of the gradients of all parameters.
+        name: its name.
+        size: the size of all gradients.
+    """
+
+    own: float
+    of_all: float
+    name: str
+    size: float
+
+
+def _errors(record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR) -> _Errors:
+    """How far the batch's gradient is from the weighted sum of the single samples'.
+
+    Args:
+        floor: the gradients of a parameter count for so much of that of all at least.
 
     Returns:
-        The largest error of a parameter, its name, and the size.
+        The errors.
     """
+    weight = plan.weight(len(record.alone), record.counts)
     weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(record.alone)
     mean = sum(weights) / len(weights)
     parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
-    size = float(sum(norm_of(run.gradients) for run in record.alone))
-    worst, where = 0.0, ""
+    norms = [{name: squared_norm(g) ** 0.5 for name, g in run.gradients.items()} for run in record.alone]
+    size = sum(math.hypot(*of_run.values()) for of_run in norms)
+    own, of_all, where = 0.0, 0.0, ""
     for name, value in parts.items():
-        error = gap(record.together.gradients[name], value, 1 / mean) / max(size, 1e-12)
-        if not error <= worst:
-            worst, where = (error if error == error else float("inf")), name
-    return worst, where, size
+        error = gap(record.together.gradients[name], value, 1 / mean)
+        error = error if error == error else math.inf
+        of_all = max(of_all, error / max(size, 1e-12))
+        relative = error / max(sum(of_run[name] for of_run in norms), floor * size, 1e-12)
+        if relative > own:
+            own, where = relative, name
+    return _Errors(own, of_all, where, size)

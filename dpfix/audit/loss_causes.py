@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpfix.instrument import pytree
+from dpfix.instrument.reachable import is_number, reachable
 from dpfix.repair.per_sample_loss import (
     PerSampleLoss,
 )
@@ -36,6 +38,61 @@ def coupling_causes(
     return list(dict.fromkeys(found))
 
 
+def telling_numbers(criterion: Any, training_step: Any) -> tuple[int | float, ...]:
+    """Numbers that may mean something to a loss: labels that are ignored, weighted most and least, or stand in its code.
+
+    Args:
+        training_step: the training step; what it refers to is looked at too.
+
+    Returns:
+        At most a dozen, most telling first.
+    """
+    found: list[int | float] = []
+    mentioned: list[int | float] = []
+    for thing in reachable(criterion, training_step):
+        if isinstance(thing, nn.Module):
+            for loss in thing.modules() if next(thing.parameters(), None) is None else ():
+                own = vars(loss).get("ignore_index")
+                found += [own] if isinstance(own, int) and own != -100 else []  # the default says nothing
+                for weight in (*loss._buffers.values(), *vars(loss).values()):
+                    found += _heaviest_and_lightest(weight)
+                if not type(loss).__module__.startswith(("torch", "dpfix")):
+                    mentioned += [v for v in vars(loss).values() if is_number(v)]
+                    mentioned += _constants(getattr(type(loss).forward, "__code__", None))
+        elif isinstance(thing, torch.Tensor):
+            found += _heaviest_and_lightest(thing)
+        elif is_number(thing):
+            mentioned.append(thing)
+        elif inspect.isfunction(thing) and not (thing.__module__ or "").startswith("dpfix"):
+            mentioned += _constants(thing.__code__)
+    return tuple({str(float(v)): v for v in (*found, *mentioned) if abs(v) < 2**31 or v != v}.values())[:_MOST_TOLD]
+
+
+_MOST_TOLD = 12
+
+
+def _heaviest_and_lightest(weight: Any) -> list[int | float]:
+    """The classes with the largest and the smallest weight, if this is one weight per class."""
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not 2 <= len(weight) <= 2**16:
+        return []
+    if isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bool((weight == weight[0]).all()):
+        return []
+    return [int(weight.argmax()), int(weight.argmin())]
+
+
+def _constants(code: CodeType | None) -> Iterator[int | float]:
+    """Numbers in the code of a function, and NaN where it asks for missing values."""
+    if code is None:
+        return
+    if any("nan" in name or "finite" in name for name in code.co_names):
+        yield float("nan")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _constants(constant)
+        elif is_number(constant):
+            yield constant
+
+
 def _losses(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
     for thing in referenced(criterion, training_step):
         if not isinstance(thing, PerSampleLoss) and next(thing.parameters(), None) is None:
@@ -48,25 +105,10 @@ def referenced(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
     Args:
         training_step: the training step of the call, if any: a function, a method, or a ``functools.partial``.
 
-    Yields:
+    Returns:
         The criterion, if it is a module, and modules that the functions refer to.
     """
-    todo, seen = [criterion, training_step], set[int]()
-    while todo:
-        thing = todo.pop(0)
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            yield thing
-        elif isinstance(thing, partial):
-            todo += [thing.func, *thing.args, *thing.keywords.values()]
-        elif inspect.ismethod(thing):
-            own = thing.__self__
-            todo += [thing.__func__, *([own] if isinstance(own, nn.Module) else getattr(own, "__dict__", {}).values())]
-        elif inspect.isfunction(thing) and not (thing.__module__ or "").startswith("torch"):
-            variables = inspect.getclosurevars(thing)
-            todo += [*variables.nonlocals.values(), *variables.globals.values()]
+    return (thing for thing in reachable(criterion, training_step) if isinstance(thing, nn.Module))
 
 
 def _causes(loss: nn.Module) -> Iterator[str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from dpfix.errors import CoupledModelError
+from dpfix.instrument.fixed_randomness import DRAWS, Draw
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import Run, StepRecord
@@ -29,14 +30,14 @@ class Reference:
         norms: their Euclidean norms, shape ``[samples]``.
         tolerance: relative error that is allowed for this precision.
         drew: whether something random was drawn in the model or in the loss.
-        in_double: the same on a copy of the model in double precision, once an engine has needed it.
+        in_double: the same on a copy of the model in double precision, once it has been run (:mod:`dpfix.audit.exact`).
     """
 
     gradients: tuple[Gradients, ...]
     norms: torch.Tensor
     tolerance: float
     drew: bool = True
-    in_double: list[InDouble] = field(default_factory=list, compare=False)
+    in_double: list[InDouble | None] = field(default_factory=list, compare=False)
 
     @cached_property
     def clip_norms(self) -> tuple[float, float, float]:
@@ -53,11 +54,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class InDouble:
-    """A model, its probe and its reference in double precision."""
+    """A copy of a model in double precision, and what the probe showed on it."""
 
     subject: Subject
-    samples: Probe
-    wanted: Reference
+    trial: Trial
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class Trial:
         record: what the step showed.
         wanted: the reference.
         slack: how many times the reference's tolerance an error may be.
+        draw: what random operations gave.
     """
 
     samples: Probe
     record: StepRecord
     wanted: Reference
     slack: float = 1.0
+    draw: Draw = DRAWS[0]
 
 
 @dataclass(frozen=True)

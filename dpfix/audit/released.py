@@ -12,10 +12,11 @@ from torch import nn
 from dpfix.engines.base import Engine, Handle, drop_sample_gradients
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
-from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.fixed_randomness import DRAWS, FixedRandomness
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.instrument.gradients import Gradients
 from dpfix.instrument.module_state import traceless
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.rng import generator_states
 from dpfix.observe.probe import Probe
 from dpfix.observe.training_step import Subject
@@ -57,8 +58,9 @@ def _released(
         regions = NoGradRegions(module, plan.no_grad_regions)
         watch = GradWatch(parameters)
         try:
+            DRAWS[0].seed_outside()
             generators = generator_states()
-            with FixedRandomness() if fixed else nullcontext():
+            with drawing(subject.generators, DRAWS[0]), FixedRandomness() if fixed else nullcontext():
                 subject.step.loss(handle.model, probe.batch).backward()
             if not fixed and not all(map(torch.equal, generators, generator_states())):
                 raise _DrewError

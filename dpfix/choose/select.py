@@ -16,7 +16,7 @@ from dpfix.choose import plan_cache, timing
 from dpfix.engines import BY_NAME, ENGINES, Engine
 from dpfix.errors import NoEngineError
 from dpfix.instrument.source import describe_module
-from dpfix.observe.probe import SCALED
+from dpfix.observe.provoke import SCALED
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.finding import Finding

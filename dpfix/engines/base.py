@@ -72,11 +72,14 @@ class Handle(ABC):
     ) -> torch.Tensor | None:
         """Add ``sum_i min(1, C / (|g_i| + 1e-6)) g_i`` to ``summed_grad``, in place where there is one already.
 
+        A sample whose gradient is not finite contributes exactly nothing.
+
         Args:
             keep: whether what has arrived is needed again before :meth:`finish`.
 
         Returns:
-            Norms of the samples' gradients, shape ``[samples]``, for the check that they are finite; ``None`` if unknown.
+            Norms of the samples' gradients, shape ``[samples]``, on the CPU: for the check that they are finite; ``None`` if
+            unknown.
 
         Raises:
             NotImplementedError: the engine does not clip (:attr:`clips`).

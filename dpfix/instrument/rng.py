@@ -56,23 +56,17 @@ class GeneratorStates:
 
 
 @contextmanager
-def rng_untouched(*, only_on_error: bool = False) -> Iterator[None]:
+def rng_untouched() -> Iterator[None]:
     """Python's, NumPy's and torch's generators (CPU and CUDA) are afterwards as they were before.
-
-    Args:
-        only_on_error: put them back only if the body raises.
 
     Yields:
         Nothing.
     """
     before = GeneratorStates.now()
-    done = False
     try:
         yield
-        done = True
     finally:
-        if not (done and only_on_error):
-            before.put_back()
+        before.put_back()
 
 
 def generator_states() -> list[torch.Tensor]:

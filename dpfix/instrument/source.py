@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import warnings
+from typing import Any
 
 import opacus
 import torch
@@ -75,6 +76,12 @@ def describe_module(root: nn.Module, path: str) -> str:
             break
         above = above.rpartition(".")[0]
     return f"{name} at `{path}` (in {type(owner).__name__}{_source(owner)})"
+
+
+def line_of_code(function: Any) -> str:
+    """Where a function is defined: ``file:line``; the name of its class if it is an object."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else type(function).__name__
 
 
 def _source(module: nn.Module) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness, outside_states
 from dpfix.instrument.module_state import Key, put_back, traceless, written
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.rng import generator_states
 from dpfix.observe import double_activation
 from dpfix.observe.failures import described_failures
@@ -20,14 +22,21 @@ from dpfix.observe.training_step import Subject
 
 
 def run_step(
-    subject: Subject, batch: Any, before: dict[Key, Any], log: StepLog | None = None, *, watched: bool = True
+    subject: Subject,
+    batch: Any,
+    before: dict[Key, Any],
+    log: StepLog | None = None,
+    *,
+    watched: bool = True,
+    draw: Draw = DRAWS[0],
 ) -> Run:
     """One forward and backward pass on the plain model with fixed randomness.
 
     Args:
         before: snapshot of the model's state, to tell what was written.
         log: where it is written down, if that is wanted.
-        watched: whether to fix randomness, by a look at every operation; if not, the step must draw nothing.
+        watched: whether to fix torch's randomness, by a look at every operation; if not, the step must draw nothing.
+        draw: what is drawn.
 
     Returns:
         What happened.
@@ -36,11 +45,19 @@ def run_step(
     parameters = subject.trained()
     for p in parameters.values():
         p.grad = None
-    mode = FixedRandomness(log.stack)
-    with recorder(subject.module, log), mode if watched else nullcontext(), described_failures(subject.step):
+    mode = FixedRandomness(log.stack, draw)
+    draw.seed_outside()
+    outside = outside_states()
+    with (
+        drawing(subject.generators, draw),
+        recorder(subject.module, log),
+        mode if watched else nullcontext(),
+        described_failures(subject.step),
+    ):
         loss = subject.loss(batch)
         repeated = double_activation.repeated(loss, log.activations) if log.details else ()
         loss.backward()
+    outside_after = outside_states()
     gradients = {n: _dense(p) for n, p in parameters.items()}
     used = frozenset(n for n, p in parameters.items() if p.grad is not None)
     for p in parameters.values():
@@ -55,6 +72,9 @@ def run_step(
         mode.low_precision,
         bool(mode.random_ops),
         repeated,
+        mode.drawn,
+        mode.decides,
+        outside_after if outside_after != outside else 0,
     )
 
 
@@ -65,34 +85,63 @@ def _dense(p: nn.Parameter) -> torch.Tensor:
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def run_like(earlier: Run | None, subject: Subject, batch: Any, before: dict[Key, Any], log: StepLog) -> Run:
+def run_like(
+    earlier: Run | None,
+    subject: Subject,
+    batch: Any,
+    before: dict[Key, Any],
+    log: StepLog,
+    draw: Draw = DRAWS[0],
+) -> Run:
     """The step on other samples; where an earlier run drew nothing, no operation is watched unless this one draws.
 
     Returns:
         What happened.
     """
-    if earlier is not None and not (earlier.drew or earlier.low_precision):
+    if earlier is not None and not (earlier.drew or earlier.low_precision or draw.goes_on):
         generators = generator_states()
-        run = run_step(subject, batch, before, log, watched=False)
+        run = run_step(subject, batch, before, log, watched=False, draw=draw)
         if all(map(torch.equal, generators, generator_states())):
             return run
         put_back(subject.module, before)
         log.forget()
-    return run_step(subject, batch, before, log)
+    return run_step(subject, batch, before, log, draw=draw)
 
 
-def one_by_one(subject: Subject, probe: Probe) -> tuple[Run, ...]:
-    """Run the step on every sample alone, without a look at what happens inside.
+def alone_and_together(
+    subject: Subject, probe: Probe, earlier: Run | None = None, draw: Draw = DRAWS[0]
+) -> tuple[tuple[Run, ...], Run]:
+    """Run the step on every sample alone and on all together, without a look at what happens inside.
+
+    Args:
+        earlier: a run of the same step, to tell what has to be watched.
+        draw: what is drawn.
 
     Returns:
-        One run per sample. The model is afterwards as before.
+        One run per sample, and that on all. The model is afterwards as before.
     """
     runs: list[Run] = []
     with traceless(subject.module) as before:
-        for batch in probe.singles:
-            runs.append(run_like(runs[0] if runs else None, subject, batch, before, StepLog()))
+        for batch in (*probe.singles, probe.batch):
+            runs.append(run_like(earlier or runs[0] if runs else earlier, subject, batch, before, StepLog(), draw))
             put_back(subject.module, before)
-    return tuple(runs)
+        *alone, together = runs
+        if draws_for_each(alone[0], together):
+            for number, batch in enumerate(probe.singles):
+                alone[number] = run_step(subject, batch, before, draw=replace(draw, goes_on=number > 0))
+                put_back(subject.module, before)
+    return tuple(alone), together
+
+
+def draws_for_each(single: Run, together: Run) -> bool:
+    """Whether the step draws from Python's or NumPy's generator as often as there are samples.
+
+    The samples alone then go on drawing one after the other, as the batch does.
+
+    Returns:
+        Whether it does.
+    """
+    return together.outside != single.outside
 
 
 def decided_by_rounding(subject: Subject, probe: Probe, tolerance: float) -> bool:

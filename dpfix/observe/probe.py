@@ -7,7 +7,7 @@ with zeros kept, since padding and empty regions are structure. None of it is st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from dpfix.errors import USER_CODE_ERRORS, LoaderError
 from dpfix.instrument import pytree
 from dpfix.layout.row_count import RowCounter
+from dpfix.observe.held import LOOKED_AT, Held, look
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder, Placeholder, user_collate
 from dpfix.sampling.rate import index_set
@@ -38,6 +39,7 @@ class Probe:
         collate: the loader's collate function.
         items: the samples themselves.
         unchanged: for every sample its number in the probe that this one was made from; ``None`` if it is another.
+        held: what these samples, and some others of the dataset, hold.
     """
 
     batch: Any
@@ -45,6 +47,7 @@ class Probe:
     collate: Callable[[list[Any]], Any]
     items: tuple[Any, ...]
     unchanged: tuple[int | None, ...] = ()
+    held: Held = field(default_factory=Held)
 
     def __len__(self) -> int:
         return len(self.singles)
@@ -91,7 +94,7 @@ class Probe:
 
             items.append(pytree.map_leaves(leaf_of, item))
             unchanged.append(None if any(new) else i)
-        return replace(_collated(items, self.collate), unchanged=tuple(unchanged))
+        return replace(_collated(items, self.collate), unchanged=tuple(unchanged), held=self.held)
 
     def without(self, sample: int) -> Probe:
         """The probe with the sample of that number left out."""
@@ -100,102 +103,6 @@ class Probe:
 
 def _collated(items: list[Any], collate: Callable[[list[Any]], Any]) -> Probe:
     return Probe(collate(list(items)), tuple(collate([item]) for item in items), collate, tuple(items))
-
-
-SCALED = 1
-"""Number of the sample that :func:`provoked` scales (the last one of a smaller probe)."""
-
-_PROVOKED = 3
-"""Size of a harder probe: beside an empty and a rare sample, an ordinary one."""
-
-
-def provoked(probe: Probe) -> tuple[Callable[[], Probe], ...]:
-    """Probes that bring out what depends on the data: an empty mask, a rare label, an outlier.
-
-    The first has them all; the others one each, for steps that cannot take some of them.
-
-    Returns:
-        Functions that make the changed probes, since a collate function may reject one: sample 0 with the smallest
-        labels and empty masks, sample 1 with the largest labels and floating values 50 times as large. Labels
-        come from the values that the probe holds at the same path; where it holds a single one, the next is tried too.
-        Sample 2 stays as it is; further ones would show nothing new and are left out.
-    """
-    low, high = _extremes(probe.items)
-    scaled = min(SCALED, len(probe) - 1)
-
-    def blank(i: int, path: pytree.Path, leaf: Any) -> Any:
-        return _filled(leaf, low[path]) if i == 0 and path in low else leaf
-
-    def rare(i: int, path: pytree.Path, leaf: Any) -> Any:
-        if i != 1 or path not in high:
-            return leaf
-        return _filled(leaf, high[path] + (high[path] == low[path]))
-
-    def rarer(i: int, path: pytree.Path, leaf: Any) -> Any:
-        return _filled(leaf, low[path] - 1) if i == 1 and path in low and low[path] == high[path] else leaf
-
-    def outlier(i: int, path: pytree.Path, leaf: Any) -> Any:
-        return leaf * 50 if i == scaled and path not in low and _is_floating(leaf) else leaf
-
-    def everything(i: int, path: pytree.Path, leaf: Any) -> Any:
-        return outlier(i, path, rare(i, path, blank(i, path, leaf)))
-
-    changes = (everything, blank, rare, rarer, outlier)
-    return tuple(partial(probe.changed, change, _PROVOKED) for change in changes)
-
-
-def emptied(probe: Probe) -> Probe:
-    """A sample of nothing but zeros (padding, background) and empty strings beside an ordinary one.
-
-    Returns:
-        Two samples; whole numbers of the first are the smallest that the probe holds at the same path.
-    """
-    low, _ = _extremes(probe.items)
-
-    def empty(i: int, path: pytree.Path, leaf: Any) -> Any:
-        if i:
-            return leaf
-        if isinstance(leaf, (str, bytes)):
-            return type(leaf)()
-        return _filled(leaf, low[path]) if path in low else leaf * 0 if _is_floating(leaf) else leaf
-
-    return probe.changed(empty, 2)
-
-
-def _is_floating(leaf: Any) -> bool:
-    if isinstance(leaf, np.ndarray):
-        return np.issubdtype(leaf.dtype, np.floating)
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-def _extremes(items: tuple[Any, ...]) -> tuple[dict[pytree.Path, Any], dict[pytree.Path, Any]]:
-    """Smallest and largest value of every leaf that holds whole numbers (labels, masks, ids) in all samples."""
-    low: dict[pytree.Path, Any] = {}
-    high: dict[pytree.Path, Any] = {}
-    mixed: set[pytree.Path] = set()
-    for item in items:
-        for path, leaf in pytree.leaves(item):
-            if not isinstance(leaf, (int, np.ndarray, torch.Tensor)):
-                continue
-            values = torch.as_tensor(leaf).detach().as_subclass(torch.Tensor)
-            values = values.to(torch.uint8) if values.dtype is torch.bool else values  # round() knows no booleans
-            if values.is_complex() or not values.numel() or not bool((values == values.round()).all()):
-                mixed.add(path)
-                continue
-            low[path] = min(low.get(path, values.min().item()), values.min().item())
-            high[path] = max(high.get(path, values.max().item()), values.max().item())
-    for path in mixed:
-        low.pop(path, None)
-        high.pop(path, None)
-    return low, high
-
-
-def _filled(leaf: Any, value: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return torch.full_like(leaf, value)
-    if isinstance(leaf, np.ndarray):
-        return np.full_like(leaf, value)
-    return type(leaf)(value)
 
 
 def take(
@@ -220,7 +127,10 @@ def take(
     generator = torch.Generator().manual_seed(_SEED)
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
-        return _collated([_redraw(item, generator) for item in items], collate.collated)
+        further = [indices[i] for i in order[len(chosen) : len(chosen) + LOOKED_AT]]
+        held, items = look(items, (partial(_read, loader, collate, i) for i in further))
+        made = _collated([_redraw(item, held, generator) for item in items], collate.collated)
+        return replace(made, held=held)
     except USER_CODE_ERRORS as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed:",
@@ -232,21 +142,26 @@ def take(
         ) from error
 
 
-def _redraw(item: Any, generator: torch.Generator) -> Any:
-    """The same sample with new floating values."""
+def _read(loader: DataLoader[Any], collate: CollateOrPlaceholder, index: int) -> Any:
+    return collate.prepared([loader.dataset[index]])[0]
 
-    def redraw(_: pytree.Path, leaf: Any) -> Any:
+
+def _redraw(item: Any, held: Held, generator: torch.Generator) -> Any:
+    """The same sample with new floating values; a number that stands for a missing one stays, NaN does not."""
+
+    def redraw(path: pytree.Path, leaf: Any) -> Any:
+        missing = held.missing.get(path, ())
         if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):
-            values = _redraw_tensor(torch.from_numpy(np.ascontiguousarray(leaf)), generator)
+            values = _redraw_tensor(torch.from_numpy(np.ascontiguousarray(leaf)), missing, generator)
             return values.numpy()
         if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.layout is torch.strided:
-            return _redraw_tensor(leaf, generator)
+            return _redraw_tensor(leaf, missing, generator)
         return leaf
 
     return pytree.map_leaves(redraw, item)
 
 
-def _redraw_tensor(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _redraw_tensor(tensor: torch.Tensor, missing: tuple[float, ...], generator: torch.Generator) -> torch.Tensor:
     values = tensor.detach().as_subclass(torch.Tensor)
     if values.numel() == 0 or bool((values == values.round()).all()):
         return tensor  # masks, labels and one-hot codes kept as floats
@@ -255,5 +170,8 @@ def _redraw_tensor(tensor: torch.Tensor, generator: torch.Generator) -> torch.Te
     new = draw(values.shape, generator=generator, dtype=torch.float32).to(values)
     out = tensor.clone()
     with torch.no_grad():
-        out.copy_(torch.where(values == 0, torch.zeros_like(values), new))
+        stays = values == 0
+        for value in missing:
+            stays |= values == value
+        out.copy_(torch.where(stays, values, new))
     return out

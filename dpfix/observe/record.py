@@ -29,6 +29,10 @@ class Run:
         low_precision: whether half precision was used.
         drew: whether something random was drawn, in the model or in the loss.
         repeated: activations of what has already gone through one; looked for where details are written down.
+        drawn: how many operations of torch drew something.
+        decides: whether one of them drew so few numbers that a branch may depend on them.
+        outside: 0 if nothing was drawn from Python's and NumPy's generators; else a number that is the same for runs that
+            drew alike.
     """
 
     loss: float
@@ -40,6 +44,9 @@ class Run:
     low_precision: bool
     drew: bool
     repeated: tuple[double_activation.Repeated, ...] = ()
+    drawn: int = 0
+    decides: bool = False
+    outside: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ class StepRecord:
         alone: the step on every sample alone: the batch-of-one reference.
         calls: how each call of the model carries its samples.
         layout_problem: why that could not be told, or empty.
-        layers: how each call of a module that owns trainable parameters carries its samples.
+        layers: how each call of a module that owns trainable parameters, and of a function on such parameters
+            (:mod:`dpfix.instrument.parameter_uses`), carries its samples.
         modules: every module call, in order.
         unused: trainable parameters that no gradient reached in any run.
         functional: trainable parameters used outside their own module, with the first line.

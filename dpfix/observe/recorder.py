@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
+from dpfix.instrument.parameter_uses import ParameterUses, arguments, made
 from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
 from dpfix.report.finding import Finding
@@ -137,6 +139,35 @@ class StepLog:
         return len(self.order) - 1
 
 
+class _Uses(ParameterUses):
+    """Writes down the calls of functions on parameters, and on what is made of parameters and constants alone."""
+
+    def __init__(self, log: StepLog, names: dict[int, str], constants: Iterable[torch.Tensor]) -> None:
+        super().__init__(names)
+        self.log = log
+        self._constants = {id(t): t for t in constants}
+
+    @override
+    def used(self, use: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        constant = all(self.named(t) or id(t) in self._constants for t in arguments(args, kwargs))
+        use = made(use) if constant else use
+        output = func(*args, **kwargs)
+        if pytree.gradient_tensors(output):
+            kept = _shape_only if constant else _detached
+            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, output)))
+            self.log.calls.setdefault(use, []).append(call)
+            if constant:
+                self.name(output, use)
+        return output
+
+    @override
+    def unused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = func(*args, **kwargs)
+        if isinstance(output, torch.Tensor) and all(id(t) in self._constants for t in arguments(args, kwargs)):
+            self._constants[id(output)] = output
+        return output
+
+
 class _Watch(TorchFunctionMode):
     """Sees every torch function that Python calls."""
 
@@ -230,13 +261,17 @@ class _Watch(TorchFunctionMode):
 def recorder(module: nn.Module, log: StepLog) -> Iterator[None]:
     """Write one training step down, as far as the log wants it."""
     keep = {path for path, m in module.named_modules() if not path or _holds_parameters(m)}
-    watch = _Watch(log, _owners(module)) if log.details else None
+    owners = _owners(module)
+    watch = _Watch(log, owners) if log.details else None
     with ExitStack() as stack:
         for path, child in module.named_modules() if log.layers else [("", module)]:
             for handle in _hooks(path, child, log, path in keep, watch):
                 stack.callback(handle.remove)
         if watch is not None:
             stack.enter_context(watch)
+        if log.layers:
+            names = {id(p): owners[id(p)][0] for p in module.parameters() if p.requires_grad}
+            stack.enter_context(_Uses(log, names, module.buffers()))
         yield
 
 
@@ -304,6 +339,11 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
         return leaf
     with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
         return leaf.detach().as_subclass(torch.Tensor)
+
+
+def _shape_only(_: pytree.Path, leaf: Any) -> Any:
+    with torch._C.DisableTorchFunction():
+        return leaf.detach().new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def overwritten(sites: Sequence[Site]) -> list[Finding]:

@@ -6,18 +6,22 @@ singles are at the same time the batch-of-one reference that the audit compares 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from dpfix.errors import CoupledModelError, TrainingStepError
+from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, traceless
+from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.source import describe_module
 from dpfix.layout.infer import layout_of_calls, layout_of_layers
 from dpfix.layout.row_count import row_counts
 from dpfix.observe.failures import described_failures
-from dpfix.observe.one_step import run_like, run_step
+from dpfix.observe.one_step import draws_for_each, run_like, run_step
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import ModuleCall, Run, StepRecord
 from dpfix.observe.recorder import StepLog
@@ -26,12 +30,13 @@ from dpfix.observe.writes import constant_and_dependent, dotted, overwritten_by_
 from dpfix.report.finding import Finding, Fixability, Severity
 
 
-def observe(subject: Subject, probe: Probe, known: StepRecord | None = None) -> StepRecord:
+def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, draw: Draw = DRAWS[0]) -> StepRecord:
     """Run the step on every sample alone and on all together.
 
     Args:
         known: what the ordinary probe showed, if this one was made from it: samples that are the same are not run again,
             and functions and layers are not written down again.
+        draw: what is drawn; another one than that of ``known`` runs all samples again.
 
     Returns:
         What was seen. The model, every generator and every gradient are afterwards as before, also if the step fails.
@@ -42,20 +47,28 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None) -> 
     with traceless(module) as before:
         alone: list[Run] = []
         for number, batch in enumerate(probe.singles):
-            same_as = probe.unchanged[number] if known is not None else None
-            if known is not None and same_as is not None:
+            same_as = probe.unchanged[number] if probe.unchanged and draw is DRAWS[0] else None
+            if known is not None and same_as is not None and not known.together.outside:
                 run = known.alone[same_as]
                 alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
                 continue
             earlier = known.together if known is not None else alone[0] if alone else None
-            alone.append(_run_alone(earlier, subject, probe, batch, before, StepLog(layers=first)))
+            with _batch_runs_too(subject, probe, before) as log_alone:
+                log_alone.layers = first
+                alone.append(run_like(earlier, subject, batch, before, log_alone, draw))
             if alone[-1].written:
                 put_back(module, before)
         earlier = alone[0] if known is None else known.together
-        together = run_like(earlier, subject, probe.batch, before, log)
+        together = run_like(earlier, subject, probe.batch, before, log, draw)
         put_back(module, before)
+        if draws_for_each(alone[0], together):
+            for number, batch in enumerate(probe.singles):
+                going_on = replace(draw, goes_on=number > 0)
+                alone[number] = run_step(subject, batch, before, StepLog(layers=first), draw=going_on)
+                put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
-        if together.random_modules and not used >= set(trainable):
+        drew = together.drew or together.outside or subject.generators
+        if first and drew and not used >= set(trainable):
             used |= _used_by_chance(subject, probe, before)
         constant, dependent = constant_and_dependent([*alone, together])
         scratch = known.scratch if known else overwritten_by_every_step(subject, probe, before, alone[0], dependent)
@@ -84,12 +97,12 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None) -> 
     )
 
 
-def _run_alone(
-    earlier: Run | None, subject: Subject, probe: Probe, batch: Any, before: dict[Key, Any], log: StepLog
-) -> Run:
-    """One sample alone; a model that runs on a batch only is one that needs the other samples."""
+@contextmanager
+def _batch_runs_too(subject: Subject, probe: Probe, before: dict[Key, Any]) -> Iterator[StepLog]:
+    """A model that runs on a batch, but not on the sample that runs inside, is one that needs the other samples."""
+    log = StepLog()
     try:
-        return run_like(earlier, subject, batch, before, log)
+        yield log
     except TrainingStepError as error:
         put_back(subject.module, before)
         run_step(subject, probe.batch, before)
@@ -113,13 +126,18 @@ def _root_only(run: Run) -> Run:
 
 
 def _used_by_chance(subject: Subject, probe: Probe, before: dict[Key, Any]) -> frozenset[str]:
-    """Parameters reached under really random draws: a layer that is dropped at random is not unused."""
+    """Parameters reached under other draws: a layer that is dropped at random is not unused."""
     used: set[str] = set()
     parameters = subject.trained()
-    for _ in range(2):
+    for draw in (None, None, *DRAWS[1:3]):
         for p in parameters.values():
             p.grad = None
-        with described_failures(subject.step):
+        with ExitStack() as stack:
+            stack.enter_context(suppress(TrainingStepError))  # a draw that drops every layer leaves no loss
+            if draw is not None:
+                stack.enter_context(FixedRandomness(draw=draw))
+                stack.enter_context(drawing(subject.generators, draw))
+            stack.enter_context(described_failures(subject.step))
             subject.loss(probe.batch).backward()
         used |= {name for name, p in parameters.items() if p.grad is not None}
         put_back(subject.module, before)

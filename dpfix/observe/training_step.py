@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from dpfix.errors import TrainingStepError
 from dpfix.instrument import pytree
+from dpfix.instrument.own_generators import Own, own_generators
 from dpfix.report.finding import Finding
 
 StepFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -69,6 +71,11 @@ class Subject:
 
     module: nn.Module
     step: TrainingStep
+
+    @cached_property
+    def generators(self) -> Own:
+        """Generators of random numbers that the model and the step keep themselves, with their first states."""
+        return own_generators(self.module, self.step.run)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name."""

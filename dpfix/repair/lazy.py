@@ -1,4 +1,4 @@
-"""Lazy modules create their parameters by one forward pass, and can be made lazy again."""
+"""Lazy modules create their parameters by one forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin, is_lazy
+from torch.nn.modules.lazy import is_lazy
 
 from dpfix.errors import ModelError
 
@@ -34,41 +34,6 @@ def materialise(module: nn.Module, first_forward: Callable[[], object]) -> bool:
             path=left[0],
         )
     return True
-
-
-def remembered_lazy(module: nn.Module) -> Callable[[], None]:
-    """What gives the lazy modules of a model back their state before they created their parameters.
-
-    Returns:
-        A function that makes every lazy module, and every parameter without shape, again what it is now.
-    """
-    modules = [m for m in module.modules() if isinstance(m, LazyModuleMixin)]
-    inner = (
-        "_parameters",
-        "_buffers",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_load_state_dict_pre_hooks",
-    )
-    before = [(m, type(m), dict(vars(m)), {name: dict(vars(m)[name]) for name in inner}) for m in modules]
-    tensors = [
-        t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and is_lazy(t)
-    ]
-    shapeless = [(t, type(t), t.data) for t in tensors]
-
-    def undo() -> None:
-        for m, cls, attributes, containers in before:
-            m.__class__ = cls
-            vars(m).clear()
-            vars(m).update(attributes)
-            for name, content in containers.items():
-                vars(m)[name].clear()
-                vars(m)[name].update(content)
-        for t, cls, data in shapeless:
-            t.data = data
-            t.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
-
-    return undo
 
 
 def _lazy(module: nn.Module) -> list[str]:

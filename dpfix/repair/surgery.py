@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dpfix.errors import ModelError, OptimizerError
+from dpfix.instrument.memento import Memento
 from dpfix.instrument.rng import rng_untouched
 from dpfix.report.finding import Finding, Fixability
 from dpfix.rules.rule import Rule, run_rules
@@ -21,13 +22,12 @@ from dpfix.weights import origins
 class Surgery:
     """A transaction over one model and its optimizer.
 
-    Used as a context manager: leaving it by an exception, or without :meth:`commit`, undoes every change in
-    reverse order.
+    Used as a context manager: leaving it by an exception, or without :meth:`commit`, undoes every change.
     """
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
-        self._undo: list[Callable[[], None]] = []
+        self._before = Memento(scan.module, scan.optimizer, *origins.REMEMBERED, values=False)
         self._committed = False
 
     def __enter__(self) -> Surgery:
@@ -37,20 +37,11 @@ class Surgery:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._committed:
-            self.roll_back()
+            self._before.put_back()
 
     def commit(self) -> None:
         """Keep the changes."""
         self._committed = True
-
-    def undo_with(self, undo: Callable[[], None]) -> None:
-        """Register how to undo a change that was made elsewhere."""
-        self._undo.append(undo)
-
-    def roll_back(self) -> None:
-        """Undo every change, last one first."""
-        while self._undo:
-            self._undo.pop()()
 
     def repair(self, found: tuple[tuple[Rule, Finding], ...]) -> None:
         """Apply the fix of every finding that has one, then count.
@@ -67,11 +58,11 @@ class Surgery:
             exact = finding.fixability is Fixability.EXACT
             if isinstance(result, nn.Module):
                 self.replace(module, result)
-                self._undo.append(origins.remember_replaced(module, result, result._get_name(), exact))
+                origins.remember_replaced(module, result, result._get_name(), exact)
             else:
                 before = {name: getattr(module, name) for name in result}
                 self.set_attributes(module, result)
-                self._undo.append(origins.remember_attributes(module, before, finding.fix, exact))
+                origins.remember_attributes(module, before, finding.fix, exact)
         for rule, left in run_rules(replace(self.scan), dict.fromkeys(rule for rule, _ in fixed)):
             if left.fixability in changes:
                 raise ModelError(
@@ -103,7 +94,6 @@ class Surgery:
             for name, child in list(owner._modules.items()):
                 if child is old:
                     owner._modules[name] = new
-                    self._undo.append(lambda o=owner, n=name: o._modules.__setitem__(n, old))
         gone = [p for p in old.parameters() if all(p is not q for q in new.parameters())]
         added = [p for p in new.parameters() if all(p is not q for q in old.parameters())]
         if gone or added:
@@ -122,30 +112,16 @@ class Surgery:
         groups = [g for g in optimizer.param_groups if any(p is q for p in gone for q in g["params"])]
         if not groups:
             return
-        before = [list(g["params"]) for g in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["params"][:] = [p for p in group["params"] if all(p is not q for q in gone)]
         groups[0]["params"].extend(added)
 
-        def restore() -> None:
-            for group, params in zip(optimizer.param_groups, before, strict=True):
-                group["params"][:] = params
-
-        self._undo.append(restore)
-
     def set_attributes(self, module: nn.Module, values: Mapping[str, Any]) -> None:
         """Set plain attributes of a module of the model, by name."""
         for name, value in values.items():
-            old = getattr(module, name)
             setattr(module, name, value)
-            self._undo.append(lambda n=name, o=old: setattr(module, n, o))
 
     def freeze(self, parameter: nn.Parameter) -> None:
         """Stop training a parameter of the model that no gradient reaches."""
         parameter.requires_grad_(False)
         origins.remember_frozen(parameter)
-        self._undo.append(lambda: _thaw(parameter))
-
-
-def _thaw(parameter: nn.Parameter) -> None:
-    parameter.requires_grad_(True)

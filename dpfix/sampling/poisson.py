@@ -13,6 +13,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
+from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger, part_sizes
 from dpfix.sampling.randomness import Given, Stream
 
@@ -28,7 +29,7 @@ class Drawing:
     """
 
     ledger: DrawLedger
-    source: Stream | Given
+    source: Stream | Given | Cryptographic
     ranks: Ranks = ALONE
 
 
@@ -59,12 +60,15 @@ class PoissonSampler(UniformWithReplacementSampler):
         source, position, begun = self.source, self.ledger.position, self.ledger.start()
         known, done = position.begin(begun), begun.latest
         if self.ranks.size > 1 or position.reproducible:
+            assert not isinstance(
+                source, Cryptographic
+            )  # neither seeds nor other ranks go with it; the call refuses them
             begun.seed = new_seed(source.generator()) if known is None else known
             source = Stream((begun.seed,))
         for number in range(1, self.steps + 1):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
-            chance = torch.rand(self.num_samples, generator=source.generator(), dtype=torch.float64)
-            drawn = self.indices[chance < self.sample_rate][self.ranks.rank :: self.ranks.size].tolist()
+            chosen = source.uniform(self.num_samples) < self.sample_rate
+            drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             if number > done:
                 begun.drew(len(drawn))
             elif begun.reads_again:

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from dpfix.distributed import Ranks, new_seed
 from dpfix.errors import DPFixError
+from dpfix.sampling.cryptographic import Cryptographic
 
 CPU = torch.device("cpu")
 
@@ -67,6 +68,14 @@ class Stream:
             found = self._generators.setdefault(device, seeded(device, (*self._entropy, *place)))
         return found
 
+    def anew(self) -> Stream:
+        """What a copy of a training draws from."""
+        return type(self)()
+
+    def uniform(self, number: int) -> torch.Tensor:
+        """Uniform numbers from 0 to 1, as of :func:`torch.rand`, in double precision."""
+        return torch.rand(number, generator=self.generator(), dtype=torch.float64)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Where the stream is, by device."""
         return {str(device): generator.get_state() for device, generator in self._generators.items()}
@@ -97,6 +106,14 @@ class Given:
         """The generator, whatever the device."""
         return self._generator
 
+    def anew(self) -> Given:
+        """What a copy of a training draws from."""
+        return self
+
+    def uniform(self, number: int) -> torch.Tensor:
+        """Uniform numbers from 0 to 1, as of :func:`torch.rand`, in double precision."""
+        return torch.rand(number, generator=self._generator, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Randomness:
@@ -108,25 +125,27 @@ class Randomness:
         seed: what the script has given so that both can be repeated, or ``None``.
     """
 
-    noise: Stream
-    draws: Stream | Given
+    noise: Stream | Cryptographic
+    draws: Stream | Given | Cryptographic
     seed: int | None = None
 
     @classmethod
-    def of(cls, seed: int | None, cryptographic: torch.Generator | None, ranks: Ranks) -> Randomness:
+    def of(cls, seed: int | None, secure: Given | Cryptographic | None, ranks: Ranks) -> Randomness:
         """New randomness for a training.
 
         Args:
             seed: for numbers that can be repeated; from the operating system if ``None``.
-            cryptographic: Opacus's generator in its secure mode, for the draws.
+            secure: source of noise and draws in secure mode; Opacus's own generator, if there is one, adds noise by itself.
             ranks: the processes that draw together; all of them have to call this.
 
         Returns:
             Noise and draws, independent of each other.
         """
+        if isinstance(secure, Cryptographic):
+            return cls(secure, secure)
         noise, draws = (Stream(None if seed is None else (seed, use)) for use in (0, 1))
-        if cryptographic is not None:
-            return cls(noise, Given(cryptographic), seed)
+        if secure is not None:
+            return cls(noise, secure, seed)
         if ranks.size > 1:
             draws = Stream((ranks.first(new_seed(draws.generator())),))
         draws.generator()  # a torch in which it cannot be made is found out before anything is changed
@@ -134,9 +153,10 @@ class Randomness:
 
     def state(self) -> dict[str, Any]:
         """Where a training with a seed is, in plain values; empty for one without, which nobody is to repeat."""
-        if self.seed is None or isinstance(self.draws, Given):
+        streams = {"noise": self.noise, "draws": self.draws}
+        if self.seed is None:
             return {}
-        return {"seed": self.seed, "noise": self.noise.state(), "draws": self.draws.state()}
+        return {"seed": self.seed} | {name: s.state() for name, s in streams.items() if isinstance(s, Stream)}
 
     def go_on(self, state: Mapping[str, Any]) -> bool:
         """Go on with the numbers of a training that has the same seed.
@@ -147,14 +167,15 @@ class Randomness:
         Returns:
             Whether it does; with another seed, or with one on one side only, noise and draws are new ones.
         """
-        if self.seed is None or state.get("seed") != self.seed or isinstance(self.draws, Given):
+        if self.seed is None or state.get("seed") != self.seed:
             return False
-        self.noise.go_on(state["noise"])
-        self.draws.go_on(state["draws"])
+        for name, stream in {"noise": self.noise, "draws": self.draws}.items():
+            if isinstance(stream, Stream):
+                stream.go_on(state[name])
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Randomness:
-        return replace(self, noise=Stream(), draws=self.draws if isinstance(self.draws, Given) else Stream())
+        return replace(self, noise=self.noise.anew(), draws=self.draws.anew())
 
 
 class OwnNoise(TorchFunctionMode):

@@ -40,6 +40,9 @@ class Accounting:
         data: the records that are drawn from.
         rate: probability with which a sample enters a draw.
         ledger: what was drawn; ``None`` without Poisson sampling.
+
+    Attributes:
+        at_release: looks at what is about to be released, before it is counted.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Accounting:
         self._without_step = 0
         self._warned = False
         self._lock = threading.RLock()  # a pass may end in another thread
+        self.at_release: Callable[[DPOptimizer], None] | None = None
         self._begin()
         optimizer.step_hook = self.count
         book_of(engine).accountings.add(self)
@@ -86,6 +90,8 @@ class Accounting:
         with self._lock:
             if self._counted:
                 return
+            if self.at_release is not None:
+                self.at_release(optimizer)
             self._counted = True
             if ENTRY in optimizer.param_groups[0]:  # a saved state was loaded into the optimizer inside
                 self.take(optimizer.param_groups[0].pop(ENTRY))
@@ -94,16 +100,15 @@ class Accounting:
             before = None if self._draw is None else self._draw.accounted
             noise = float(optimizer.noise_multiplier)
             if before is None or noise < before:
-                self._release(optimizer)
+                self._release(optimizer, self._rate * optimizer.accumulated_iterations)
             else:
                 self._without_step -= 1
             if self._draw is not None:
                 self._draw.accounted = noise
 
-    def _release(self, optimizer: DPOptimizer) -> None:
+    def _release(self, optimizer: DPOptimizer, rate: float) -> None:
         if self._own.process != os.getpid():
             self._begin()
-        rate = self._rate * optimizer.accumulated_iterations
         step = Stretch(1, float(optimizer.noise_multiplier), rate, _clip_norm(optimizer))
         accountant: Any = self.engine.accountant
         last = accountant.history[-1:]
@@ -136,7 +141,7 @@ class Accounting:
         with self._lock:
             noise = float(self._optimizer.noise_multiplier)
             for draw in self._ledger.unaccounted():
-                self._release(self._optimizer)
+                self._release(self._optimizer, self._rate)
                 draw.accounted = noise
                 self._without_step += 1
 

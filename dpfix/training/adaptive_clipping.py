@@ -8,9 +8,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 LARGEST_STEP = 700.0
 """Of the logarithm of the clip norm: what ``exp`` can still take."""
+
+
+def noise_of_sums(optimizer: DPOptimizer) -> float:
+    """The noise multiplier of the clipped sums.
+
+    Args:
+        optimizer: a private optimizer.
+
+    Returns:
+        ``noise_multiplier``; with adaptive clipping more, since the count of unclipped samples takes its part (Andrew et al.,
+        theorem 1).
+    """
+    noise = float(optimizer.noise_multiplier)
+    if noise <= 0 or not isinstance(optimizer, AdaClipDPOptimizer):
+        return noise
+    return (noise**-2 - (2 * optimizer.unclipped_num_std) ** -2) ** -0.5
 
 
 @functools.cache

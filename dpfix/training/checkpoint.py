@@ -338,6 +338,8 @@ def _randomness(optimizer: Any) -> dict[str, Any]:
 
 def _restore_randomness(saved: Mapping[str, Any], optimizer: Any, undo: list[Callable[[], None]]) -> None:
     randomness = getattr(optimizer, "randomness", None)
+    if randomness is not None:
+        optimizer.guard.noise.went_back()
     if randomness is None or (not saved and randomness.seed is None):
         return
     before = randomness.state()

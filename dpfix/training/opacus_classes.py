@@ -18,9 +18,13 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
+from dpfix.instrument.turn import TURN
+from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.copied_optimizer import reduced
+from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
@@ -41,8 +45,11 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().zero_grad(set_to_none)
             self.guard.cleared()
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return reduced(self)
+
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with self.guard.others.stepping():
+            with TURN, self.guard.others.stepping():
                 return super().step(closure)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -50,6 +57,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                 if not self.guard.before_step(self):
                     return False
                 released = bool(super().pre_step(closure))
+                if released:
+                    self.guard.noised(self)  # already done, unless the accountant's step hook has been taken off
                 self.guard.after_step(released)
             except Exception as error:
                 self.guard.ranks.tell_others(self, error)
@@ -70,16 +79,18 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            if not self.guard.clip(self):
-                super().clip_and_accumulate()
+            self.guard.clip(self, super().clip_and_accumulate)
             self.guard.summed()
 
         def add_noise(self) -> None:
             self.guard.before_noise(self)
-            if in_place and self.guard.engine_clips and self.noise_multiplier > 0:
+            noise = self.randomness.noise
+            if isinstance(noise, Cryptographic):
+                add_cryptographic_noise(self, noise)
+            elif in_place and self.guard.engine_clips and self.noise_multiplier > 0:
                 add_noise_in_place(self)
             else:
-                with OwnNoise(self.randomness.noise):
+                with OwnNoise(noise):
                     super().add_noise()
 
     in_place = cls.add_noise is DPOptimizer.add_noise

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from opacus import PrivacyEngine
+from opacus.accountants import create_accountant
 from torch import nn
 from typing_extensions import override
 
+from dpfix.errors import ArgumentError
+from dpfix.sampling.cryptographic import Cryptographic
+from dpfix.sampling.randomness import Given
 from dpfix.training import checkpoint
 from dpfix.training.accounting import answer_of
 
@@ -15,12 +19,39 @@ from dpfix.training.accounting import answer_of
 class CheckpointingEngine(PrivacyEngine):
     """Opacus's privacy engine with checkpoints that hold everything a private training consists of.
 
-    Its epsilon is that of :meth:`dpfix.PrivateTraining.get_epsilon`.
+    Its epsilon is that of :meth:`dpfix.PrivateTraining.get_epsilon`. Its secure mode needs no further package.
+
+    Args:
+        accountant: name of Opacus's accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
+        secure_mode: draw noise and batches with the operating system's cryptographic generator.
+
+    Raises:
+        ArgumentError: ``secure_mode`` is neither true nor false.
     """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        if not isinstance(secure_mode, bool):
+            raise ArgumentError(
+                f"secure_mode={secure_mode!r} is neither True nor False.",
+                "It says whether noise and draws are cryptographic.",
+                "Pass secure_mode=True or leave it out.",
+                path="secure_mode",
+            )
+        if not secure_mode:
+            super().__init__(accountant=accountant)
+            return
+        self.accountant = create_accountant(mechanism=accountant)  # Opacus's __init__ would ask for torchcsprng
+        self.secure_mode, self.secure_rng, self.dataset = True, None, None
 
     @override
     def get_epsilon(self, delta: float, **accuracy: Any) -> float:
         return answer_of(self, delta, **accuracy)
+
+    @override
+    def _prepare_data_loader(self, data_loader: Any, **options: Any) -> Any:
+        if self.secure_mode and self.secure_rng is None:
+            return data_loader  # draws by itself; Opacus would put a generator into its sampler
+        return super()._prepare_data_loader(data_loader, **options)
 
     def save_checkpoint(  # type: ignore[override]
         self,
@@ -90,3 +121,17 @@ class CheckpointingEngine(PrivacyEngine):
         loading = torch_load_kwargs or {}
         objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
         return checkpoint.load(self, path, objects, strict, loading)
+
+
+def secure_source(engine: Any) -> Given | Cryptographic | None:
+    """Where noise and draws come from in secure mode.
+
+    Args:
+        engine: an engine of Opacus's; one that has a cryptographic generator of its own keeps it.
+
+    Returns:
+        The source; ``None`` without secure mode.
+    """
+    if not engine.secure_mode:
+        return None
+    return Cryptographic() if engine.secure_rng is None else Given(engine.secure_rng)

@@ -16,6 +16,7 @@ from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackw
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
+from dpfix.training.guards.noise import ProvenNoise
 from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer
 from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree
@@ -34,9 +35,11 @@ class StepGuard:
     Attributes:
         guarded: the training.
         called: what the call said, by attribute of the optimizer, which a scheduler may change.
+        finite: the check that clips without samples whose gradient is not finite.
         regions: the check that may leave out a step.
         ranks: the check that tells other processes of a failure.
         real_steps: the check that proves real steps.
+        noise: the check that remembers noise.
         others: the check that has to know when the private optimizer is stepping.
         draws: the check that knows which draw the step is made on, and whether it completes it.
         checks: all checks, in order.
@@ -47,9 +50,11 @@ class StepGuard:
         self.guarded = guarded
         self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
         watch = GradWatch(guarded.parameters)
+        self.finite = FiniteSum(guarded)
         self.regions = RegionsUntouched(guarded)
         self.ranks = RanksAgree(guarded)
         self.real_steps = RealSteps(guarded, following)
+        self.noise = ProvenNoise(guarded)
         self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
         self.draws = WholeDraws(guarded)
         self.checks: tuple[Check, ...] = (
@@ -68,7 +73,8 @@ class StepGuard:
             NewDraw(guarded),
             SomethingArrived(),
             DrawnRows(guarded),
-            FiniteSum(guarded),
+            self.finite,
+            self.noise,
             ScratchPutBack(guarded),
             self.regions,
             self.ranks,
@@ -77,12 +83,15 @@ class StepGuard:
         self.engine_clips = False
         self._trained = list(guarded.parameters.values())
         self._counts: list[int] = []
+        self._noise_due = False
         self._norms: torch.Tensor | None = None
         self._cleared = self._those_at("cleared")
         self._before_step = self._those_at("before_step")
         self._collected = self._those_at("collected")
         self._summed = self._those_at("summed")
         self._before_noise = self._those_at("before_noise")
+        self._noised = self._those_at("noised")
+        guarded.accounting.at_release = self.noised
         self._after_step = self._those_at("after_step")
 
     def _those_at(self, moment: str) -> tuple[Callable[..., None], ...]:
@@ -136,25 +145,23 @@ class StepGuard:
             p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
         return [0]
 
-    def clip(self, optimizer: DPOptimizer) -> bool:
-        """Let the engine clip, if it can do so without per-sample gradients.
+    def clip(self, optimizer: DPOptimizer, by_opacus: Callable[[], None]) -> None:
+        """Make the clipped sum: by the engine, if it can do so without per-sample gradients; it is zero for an empty draw.
 
         Args:
             optimizer: the private optimizer.
-
-        Returns:
-            Whether the sum is there; for an empty draw it is zero, whatever the clipping.
+            by_opacus: the optimizer's own clipping.
         """
         if self._counts == [0]:
             self._add_nothing()
-            return True
+            return
         if not self.engine_clips:
-            return False
+            self._norms = self.finite.clip(optimizer, by_opacus)
+            return
         for p in self._trained:
             p.grad = None  # of the step before; the noise is about to make a new one
         clip_and_accumulate = self.guarded.handle.clip_and_accumulate
         self._norms = clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)  # type: ignore[arg-type]
-        return True
 
     def _add_nothing(self) -> None:
         for p in self._trained:
@@ -163,12 +170,21 @@ class StepGuard:
 
     def summed(self) -> None:
         """The clipped sum of a physical batch is there."""
+        self._noise_due = True
         for check in self._summed:
             check(self._norms)
 
     def before_noise(self, optimizer: DPOptimizer) -> None:
         """The logical batch is about to be released."""
         for check in self._before_noise:
+            check(optimizer)
+
+    def noised(self, optimizer: DPOptimizer) -> None:
+        """The release is complete, and about to be accounted; the second call for a release does nothing."""
+        if not self._noise_due:
+            return
+        self._noise_due = False
+        for check in self._noised:
             check(optimizer)
 
     def after_step(self, released: bool) -> None:

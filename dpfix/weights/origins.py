@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,28 +33,20 @@ class Origin:
 
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 _FROZEN: Any = WeakIdKeyDictionary()
+REMEMBERED = (_ORIGINS, _FROZEN)
+"""Everything that is remembered, for whoever undoes changes of models."""
 
 
-def remember_replaced(old: nn.Module, new: nn.Module, change: str, exact: bool) -> Callable[[], None]:
-    """Remember which layer a new one replaces; ``change`` and ``exact`` as in :class:`Origin`.
-
-    Returns:
-        A function that forgets it.
-    """
+def remember_replaced(old: nn.Module, new: nn.Module, change: str, exact: bool) -> None:
+    """Remember which layer a new one replaces; ``change`` and ``exact`` as in :class:`Origin`."""
     _ORIGINS[new] = Origin(f"{type(old).__name__} -> {change}", exact, _shell(old), {})
-    return lambda: forget(new)
 
 
-def remember_attributes(module: nn.Module, before: Mapping[str, Any], change: str, exact: bool) -> Callable[[], None]:
-    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`.
-
-    Returns:
-        A function that forgets it.
-    """
+def remember_attributes(module: nn.Module, before: Mapping[str, Any], change: str, exact: bool) -> None:
+    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`."""
     earlier = _ORIGINS.get(module)
     kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
     _ORIGINS[module] = Origin(f"{type(module).__name__}: {change}", exact, None, kept)
-    return lambda: forget(module)
 
 
 def remember_frozen(parameter: nn.Parameter) -> None:
@@ -77,11 +69,6 @@ def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:
         origin = _ORIGINS.get(module)
         if origin is not None:
             yield path, origin
-
-
-def forget(module: nn.Module) -> None:
-    """Forget what a layer was."""
-    _ORIGINS.pop(module, None)
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -509,7 +509,11 @@ def test_number_of_samples_is_no_secret_about_one_of_them_but_a_batch_size_that_
 def test_layout_of_layers() -> None:
     found = record(Plain())
     assert [(c.path, dims(c.inputs), dims(c.output)) for c in found.layers] == [
-        (path, [SampleDim(0)], [SampleDim(0)]) for path in ("a", "b", "")
+        ("a.weight&a.bias@linear/3", [SampleDim(0), None, None], [SampleDim(0)]),
+        ("a", [SampleDim(0)], [SampleDim(0)]),
+        ("b.weight&b.bias@linear/3", [SampleDim(0), None, None], [SampleDim(0)]),
+        ("b", [SampleDim(0)], [SampleDim(0)]),
+        ("", [SampleDim(0)], [SampleDim(0)]),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import plainly
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.layout.rows import Rows, rows_of
+from dpfix.layout.sample_dim import SampleDim
 
 _LINEAR, _EMBEDDING = Linear(), Embedding()
 
@@ -151,6 +152,11 @@ class AttentionForward(ComposedForward):
     def accepts(module: nn.Module) -> bool:
         """Not with learnt keys and values."""
         return plainly(module, nn.MultiheadAttention) and module.bias_k is None  # type: ignore[union-attr]
+
+    @override
+    @staticmethod
+    def on_the_batch(module: Any, dims: Sequence[SampleDim]) -> bool:
+        return len(dims) >= 3 and all(d.dim == (0 if module.batch_first else 1) for d in dims[:3])
 
     @override
     def place(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:

@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Norms of per-sample gradients, and what rounding may have done to them.
+
+    Attributes:
+        squared: squared norms, shape ``[samples]``.
+        terms: norms of the terms that a sample's gradient is the sum of, added up: at least so much, shape ``[samples]``;
+            ``None`` where the gradients are there already and what is summed up is what was measured.
+        gram: whether the squared norms are sums of products of terms.
+    """
+
+    squared: torch.Tensor
+    terms: torch.Tensor | None = None
+    gram: bool = False
 
 
 class Contribution(ABC):
@@ -42,6 +59,37 @@ class Contribution(ABC):
         Returns:
             Shape of the parameter.
         """
+
+    def without(self, samples: torch.Tensor) -> Contribution:
+        """The same with zeros for some samples whose gradients are not finite: zero times NaN would be NaN.
+
+        Args:
+            samples: shape ``[samples]``, true where a sample is left out.
+
+        Returns:
+            A new contribution; this one may share its memory with others.
+        """
+        return Kept(zeroed(self.per_sample(), samples))
+
+    def measured(self) -> Measured:
+        """Squared norms with what they, and the sum, may be off by.
+
+        Returns:
+            The norms.
+        """
+        return Measured(self.squared_norms())
+
+    def picked(self, samples: torch.Tensor, double: bool) -> Contribution:
+        """Some samples once more, with norms that are no sums of products.
+
+        Args:
+            samples: their numbers.
+            double: whether they are computed in double precision.
+
+        Returns:
+            Their contribution.
+        """
+        return Kept(chosen(self.per_sample(), samples, double))
 
 
 class Kept(Contribution):
@@ -86,6 +134,14 @@ class Part(Contribution):
         return self.inner.squared_norms()
 
     @override
+    def measured(self) -> Measured:
+        return self.inner.measured()
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Contribution:
+        return Part(self.inner.picked(samples, double), self.first, self.last, self.shape)
+
+    @override
     def per_sample(self) -> torch.Tensor:
         rows = self.inner.per_sample()
         whole = rows.new_zeros(len(rows), *self.shape)
@@ -99,6 +155,10 @@ class Part(Contribution):
         whole[self.first : self.last] = rows
         return whole
 
+    @override
+    def without(self, samples: torch.Tensor) -> Part:
+        return Part(self.inner.without(samples), self.first, self.last, self.shape)
+
 
 class Apart(Contribution):
     """Parts of a parameter that do not overlap, so that their squared norms add up."""
@@ -111,12 +171,68 @@ class Apart(Contribution):
         return torch.stack([p.squared_norms() for p in self.parts]).sum(0)
 
     @override
+    def measured(self) -> Measured:
+        every = [p.measured() for p in self.parts]
+        squared, terms = torch.stack([m.squared for m in every]).sum(0), [m.terms for m in every if m.terms is not None]
+        together = torch.linalg.vector_norm(torch.stack(terms), dim=0) if terms else None
+        return Measured(squared, together, any(m.gram for m in every))
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Contribution:
+        return Apart([Part(p.inner.picked(samples, double), p.first, p.last, p.shape) for p in self.parts])
+
+    @override
     def per_sample(self) -> torch.Tensor:
         return torch.stack([p.per_sample() for p in self.parts]).sum(0)
 
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         return torch.stack([p.weighted_sum(factors) for p in self.parts]).sum(0)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Apart:
+        return Apart([p.without(samples) for p in self.parts])
+
+
+def zeroed(tensor: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros for some samples.
+
+    Args:
+        tensor: shape ``[samples, ...]``.
+        samples: shape ``[samples]``, true where zeros are wanted.
+
+    Returns:
+        The copy.
+    """
+    return tensor.masked_fill(samples.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def chosen(tensor: torch.Tensor, samples: torch.Tensor, double: bool) -> torch.Tensor:
+    """Some rows.
+
+    Args:
+        tensor: shape ``[samples, ...]``.
+        samples: their numbers.
+        double: whether in double precision.
+
+    Returns:
+        Shape ``[len(samples), ...]``.
+    """
+    rows = tensor.index_select(0, samples)
+    return rows.double() if double else rows
+
+
+def sizes(*factors: torch.Tensor) -> torch.Tensor:
+    """At least what the terms of a sum over positions of products amount to.
+
+    Args:
+        *factors: shape ``[samples, ...]``, with positions among the others.
+
+    Returns:
+        The product of their norms, shape ``[samples]``.
+    """
+    norms = [torch.linalg.vector_norm(f, dim=tuple(range(1, f.dim()))) for f in factors]
+    return torch.stack(norms).prod(0)
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:

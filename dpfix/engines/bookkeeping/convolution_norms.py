@@ -21,8 +21,17 @@ import torch
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune, rounded
-from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
-from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, outer
+from dpfix.engines.bookkeeping.contributions import (
+    Contribution,
+    Kept,
+    Measured,
+    chosen,
+    full_precision,
+    sizes,
+    squared,
+    zeroed,
+)
+from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, of_terms, outer
 
 KEEP_RATIO = 2.0
 """Kept gradients may be this many times larger than the layer's input and output gradient, which they replace."""
@@ -83,28 +92,53 @@ class Correlation(Contribution):
 
     @override
     def squared_norms(self) -> torch.Tensor:
+        return self._measured.squared
+
+    @override
+    def measured(self) -> Measured:
         """In the way that was found to be fastest; kept, since some take as long as the gradients."""
-        return self._squared_norms
+        return self._measured
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Correlation:
+        x, g = (chosen(self._by_sample(t), samples, double).flatten(0, 1) for t in (self.x, self.g))
+        form = Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
+        form.way = "norms_by_sample"
+        return form
 
     @cached_property
-    def _squared_norms(self) -> torch.Tensor:
-        return getattr(self, self.way if self.way.startswith("norms") else "norms_by_sample")()
+    def _measured(self) -> Measured:
+        if self.way == "norms_by_gram":
+            products = self._gram()
+            terms = of_terms(products).view(self.samples, -1)
+            return Measured(self._over_gram(products), torch.linalg.vector_norm(terms, dim=1), gram=True)
+        norms = self.norms_by_patches() if self.way == "norms_by_patches" else self.norms_by_sample()
+        factors = sizes(self._by_sample(self.x), self._by_sample(self.g))
+        return Measured(norms, factors * math.sqrt(math.prod(self.shape[2:])))
 
     def norms_by_gram(self) -> torch.Tensor:
-        """``sum_tt' G[t, t'] sum_k X[s t + d k, s t' + d k]`` with the Gram matrices G and X over the channels.
-
-        For samples of one row.
+        """From products of every position with every other, for samples of one row.
 
         Returns:
             Shape ``[samples]``.
         """
+        return self._over_gram(self._gram())
+
+    def _over_gram(self, products: torch.Tensor) -> torch.Tensor:
+        return self._over_groups(products.sum((1, 2))).clamp_(min=0)
+
+    def _gram(self) -> torch.Tensor:
+        """``G[t, t'] sum_k X[s t + d k, s t' + d k]`` with the Gram matrices G and X over the channels of a group.
+
+        Returns:
+            Shape ``[samples * groups, positions, positions]``.
+        """
         x, g = (self._by_group(t).squeeze(1) for t in (self._padded(self.x), self.g))
-        sizes, out = x.shape[2:], g.shape[2:]
+        inside, out = x.shape[2:], g.shape[2:]
         x, g = x.flatten(2), g.flatten(2)
-        over_x = torch.bmm(x.mT, x).view(-1, *sizes, *sizes)
+        over_x = torch.bmm(x.mT, x).view(-1, *inside, *inside)
         over_g = torch.bmm(g.mT, g)
-        box = self._box(over_x, out)
-        return self._over_groups((over_g * box.view_as(over_g)).sum((1, 2))).clamp_(min=0)
+        return over_g.mul_(self._box(over_x, out).view_as(over_g))
 
     def _box(self, gram: torch.Tensor, out: torch.Size) -> torch.Tensor:
         # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel
@@ -157,6 +191,9 @@ class Correlation(Contribution):
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         pads = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
         return torch.nn.functional.pad(x, pads) if any(pads) else x
+
+    def _by_sample(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(0, (self.samples, self.rows))
 
     def _by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """From ``[samples * rows, channels, ...]`` to ``[samples * groups, rows, channels / groups, ...]``."""
@@ -247,7 +284,7 @@ class Correlation(Contribution):
         """
         samples, geometry = self.samples, self.geometry
         grouped = Geometry(geometry.stride, geometry.padding, geometry.dilation, samples * geometry.groups)
-        x, g = (t.unflatten(0, (samples, self.rows)).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
+        x, g = (self._by_sample(t).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
         shape = torch.Size((samples * self.shape[0], *self.shape[1:]))
         return weight_gradient(x, g, shape, grouped).view(samples, *self.shape)
 
@@ -263,6 +300,12 @@ class Correlation(Contribution):
         else:
             g = g * scale
         return weight_gradient(x, g, self.shape, self.geometry)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Correlation:
+        by_row = samples.repeat_interleave(self.rows)
+        x, g = zeroed(self.x, by_row), zeroed(self.g, by_row)
+        return Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
 
 
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> torch.Tensor:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.bookkeeping.contributions import Contribution, full_precision, squared
+from dpfix.engines.bookkeeping.contributions import (
+    Contribution,
+    Measured,
+    chosen,
+    full_precision,
+    sizes,
+    squared,
+    zeroed,
+)
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 from dpfix.engines.bookkeeping.linear import Outer
 
@@ -35,6 +45,15 @@ class Lookup(Contribution):
         sums = self.g.new_zeros(len(keys), self.g.shape[2]).index_add_(0, place.flatten(), self.g.flatten(0, 1))
         return self.g.new_zeros(samples).index_add_(0, keys // self.rows, squared(sums))
 
+    @override
+    def measured(self) -> Measured:
+        positions = self.ids.shape[1]
+        return Measured(self.squared_norms(), None if positions == 1 else sizes(self.g) * math.sqrt(positions))
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Lookup:
+        return Lookup(self.ids[samples], chosen(self.g, samples, double), self.rows)
+
     def joined(self, others: list[Lookup]) -> Lookup:
         """The sum of several calls: one with all their positions.
 
@@ -60,6 +79,10 @@ class Lookup(Contribution):
         scaled = self.g * factors.to(self.g.dtype)[:, None, None]
         return torch.ops.aten.embedding_dense_backward(scaled, self.ids, self.rows, -1, False)
 
+    @override
+    def without(self, samples: torch.Tensor) -> Lookup:
+        return Lookup(self.ids, zeroed(self.g, samples), self.rows)
+
 
 class Tied(Contribution):
     """A table that is looked up and also multiplies, as the input and output embedding of a language model.
@@ -74,11 +97,22 @@ class Tied(Contribution):
 
     @override
     def squared_norms(self) -> torch.Tensor:
+        return self.measured().squared
+
+    @override
+    def measured(self) -> Measured:
         """``|a|^2 + |b|^2 + 2 <a, b>``, where ``<a, b> = sum_ts <g_t, a_s> g'_s[id_t]``."""
         ids, g, product = self.lookup.ids, self.lookup.g, self.product
         picked = product.g.gather(2, ids.unsqueeze(1).expand(-1, product.g.shape[1], -1))
         both = (torch.bmm(product.a, g.mT) * picked).sum((1, 2))
-        return (self.lookup.squared_norms() + product.squared_norms() + 2 * both).clamp_(min=0)
+        one, other = self.lookup.measured(), product.measured()
+        looked_up, multiplied = (m.squared.sqrt() if m.terms is None else m.terms for m in (one, other))
+        return Measured((one.squared + other.squared + 2 * both).clamp_(min=0), looked_up + multiplied, gram=True)
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Contribution:
+        """In double precision, so that ``<a, b>`` may cancel the squares."""
+        return Tied(self.lookup.picked(samples, True), self.product.picked(samples, True))
 
     @override
     def per_sample(self) -> torch.Tensor:
@@ -87,6 +121,10 @@ class Tied(Contribution):
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         return self.lookup.weighted_sum(factors).add_(self.product.weighted_sum(factors))
+
+    @override
+    def without(self, samples: torch.Tensor) -> Tied:
+        return Tied(self.lookup.without(samples), self.product.without(samples))
 
 
 class Embedding(LayerRule):

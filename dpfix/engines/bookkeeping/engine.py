@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,11 +23,13 @@ from dpfix.engines.bookkeeping.handle import BookkeepingHandle
 from dpfix.engines.bookkeeping.layer_rule import LayerRule
 from dpfix.engines.bookkeeping.linear import Linear
 from dpfix.engines.bookkeeping.norms import NORMS
+from dpfix.engines.bookkeeping.own_parameters import OwnParametersForward, can_divert
 from dpfix.engines.bookkeeping.prelu import PReLU
 from dpfix.engines.bookkeeping.recurrent import CellForward, RecurrentForward
 from dpfix.engines.bookkeeping.root import RootForward
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.errors import ArgumentError
+from dpfix.layout.calls import LayerLayout
 from dpfix.plan import Plan
 
 COMPOSITE: tuple[type[CompositeForward], ...] = (RecurrentForward, CellForward, *COMPOSED)
@@ -93,8 +95,12 @@ class Bookkeeping(Engine):
         rules, expanded = assign(self.rules, modules, called, dict(plan.elsewhere))
         for path, rule in rules.items():
             handle.put_in(LayerForward(handle, modules[path], path, rule))
-        for path, kind in composites(modules, called, expanded).items():
+        made = composites(modules, called, expanded)
+        for path, kind in made.items():
             handle.put_in(kind(handle, modules[path], path))
+            del expanded[path]
+        for path, parameters in on_the_batch(modules, plan, expanded, {**rules, **made}).items():
+            handle.put_in(OwnParametersForward(handle, modules[path], path, parameters))
             del expanded[path]
         for path in expanded:
             inside = [p for p in expanded if not path or p == path or p.startswith(f"{path}.")]
@@ -144,6 +150,54 @@ def assign(
     for path in expanded:
         rules.pop(path, None)
     return rules, expanded
+
+
+def on_the_batch(
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    expanded: Mapping[str, Mapping[str, nn.Parameter]],
+    inside: Mapping[str, LayerRule | type[CompositeForward]],
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Which modules can run on the whole batch but for the functions on some parameters.
+
+    Args:
+        expanded: parameters by path of the module that uses them.
+        inside: what computes the layers that are known, by path.
+
+    Returns:
+        These parameters by name, by path of the module.
+    """
+    names = {id(p): name for name, p in modules[""].named_parameters()}
+    known = {path: {names[id(p)]: p for p in own.values()} for path, own in expanded.items()}
+    found = {path: own for path, own in known.items() if can_divert(own, plan.layers)}
+    for layer in plan.layers:  # what is made of a parameter and given back would be used where nobody sees it
+        if any(dim is None for _, dim in layer.output):
+            found.pop(layer.path, None)
+    mapped = {layer.path for layer in plan.layers if not _on_the_batch(modules, layer, inside, known)}
+    elsewhere = {name for name, _ in plan.elsewhere}
+    for path in sorted(found, key=len, reverse=True):
+        below = {p for p in {*known, *mapped} if p != path and (not path or p.startswith(f"{path}."))}
+        # What only a mapped module can call stays inside one; so does a parameter that one inside uses.
+        if below & mapped or (below - {*found} and elsewhere & {*found[path]}):
+            del found[path]
+    outside = [p for p in known if p not in found]
+    return {p: own for p, own in found.items() if not any(not o or p.startswith(f"{o}.") for o in outside)}
+
+
+def _on_the_batch(
+    modules: dict[str, nn.Module],
+    call: LayerLayout,
+    inside: Mapping[str, LayerRule | type[CompositeForward]],
+    others: Collection[str],
+) -> bool:
+    """Whether a call of a layer that is accounted for has its samples where a whole batch has them."""
+    layer = inside.get(call.path)
+    if layer is None and call.path not in others:
+        return True
+    dims = [dim for _, dim in call.inputs if dim is not None]
+    if isinstance(layer, type):
+        return bool(dims) and not call.problem and layer.on_the_batch(modules[call.path], dims)
+    return bool(dims) and not call.problem and (layer is None or layer.features is not None or dims[0].dim == 0)
 
 
 def composites(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ class CompositeForward(ReplacedForward):
     @abstractmethod
     def accepts(module: nn.Module) -> bool:
         """Whether this computes exactly what a module does."""
+
+    @staticmethod
+    def on_the_batch(module: Any, dims: Sequence[SampleDim]) -> bool:
+        """Whether inputs whose samples are in some dimensions can be computed as a whole batch."""
+        return len({d.dim for d in dims}) == 1
 
 
 class Apply:

@@ -11,15 +11,15 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import Handle, no_counts, per_sample, zeros
+from dpfix.engines.bookkeeping.cancellation import EPS, certain
 from dpfix.engines.bookkeeping.iteration import LayerIteration, RootCall
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
 from dpfix.engines.replaced import Replaced
 from dpfix.errors import PlanBrokenError
+from dpfix.instrument.parameter_uses import MARK, function_in, used_in
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
-
-_EPS = 1e-6  # Opacus adds it to every norm; see DPOptimizer.clip_and_accumulate
 
 
 class BookkeepingHandle(Handle):
@@ -70,12 +70,15 @@ class BookkeepingHandle(Handle):
             The call.
         """
         samples = samples_in(layout, self.model, args, kwargs)
-        before, self._active = self._active, RootCall(samples, self._iterations.present(), self._iterations.late)
-        self._last = self._active
+        call, before = RootCall(samples, self._iterations.present(), self._iterations.late), self._active
+        calls = dict(call.iteration.calls)
         try:
-            yield self._active
-        finally:
+            self._active = self._last = call
+            yield call
             self._active = before
+        except BaseException:  # a call that was not finished does not count
+            self._active, call.iteration.calls = before, calls
+            raise
 
     def present_call(self) -> RootCall | None:
         """The call of the model that is going on; while checkpointing recomputes, the one that it repeats.
@@ -99,6 +102,10 @@ class BookkeepingHandle(Handle):
         calls[path] = calls.get(path, 0) + 1
         return calls[path] - 1
 
+    def shown(self, path: str) -> bool:
+        """Whether the probe has shown a call of a layer, or a use of a parameter."""
+        return path in self._layers
+
     def layout(self, path: str, number: int) -> LayerLayout:
         """How a call of a layer carries its samples.
 
@@ -114,7 +121,7 @@ class BookkeepingHandle(Handle):
         known = self._layers.get(path, [])
         if not known or (number >= len(known) and any(_form(c) != _form(known[0]) for c in known)):
             raise PlanBrokenError(
-                f"layer `{path}` of {type(self.model).__name__} was called {number + 1} time(s) in one step, but "
+                f"{_described(path)} of {type(self.model).__name__} was called {number + 1} time(s) in one step, but "
                 f"{len(known)} time(s) in the training step that was checked.",
                 help="Pass the training_step your loop really makes to make_private_safe.",
                 path=path,
@@ -122,7 +129,7 @@ class BookkeepingHandle(Handle):
         found = known[min(number, len(known) - 1)]
         if found.problem:
             raise PlanBrokenError(
-                f"it cannot be told which rows of layer `{path}` of {type(self.model).__name__} belong to which sample "
+                f"it cannot be told which rows of {_described(path)} of {type(self.model).__name__} belong to which sample "
                 f"({found.problem}).",
                 path=path,
             )
@@ -174,16 +181,20 @@ class BookkeepingHandle(Handle):
             whole = {p: add_up(found[p]) for p in parameters if p in found}
             if not keep:
                 found.clear()  # what is not needed any more is given up piece by piece
-            norms = [part.squared_norms().to(torch.promote_types(p.dtype, torch.float32)) for p, part in whole.items()]
-            norm = torch.stack([n.to(norms[0].device) for n in norms]).sum(0).sqrt()
             scale = self.plan.scale(samples, self.counts())
-            scale = scale.to(norm) if isinstance(scale, torch.Tensor) else scale
-            norm = norm * scale
-            every.append(norm)
-            factors = (max_grad_norm / (norm + _EPS)).clamp(max=1.0) * scale
+            whole, squared = certain(whole, max_grad_norm, scale)
+            scale = scale.to(squared) if isinstance(scale, torch.Tensor) else scale
+            norm = squared.sqrt() * scale
+            every.append(norm.cpu())
+            factors = (max_grad_norm / (norm + EPS)).clamp(max=1.0) * scale
+            left_out = None if bool(torch.isfinite(every[-1]).all()) else ~torch.isfinite(norm)
+            if left_out is not None:
+                factors = factors.masked_fill(left_out, 0)
             for p in parameters:
                 part = whole.pop(p, None)
                 if part is not None:
+                    if left_out is not None:
+                        part = part.without(left_out)
                     _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
                 elif getattr(p, "summed_grad", None) is None:
                     p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
@@ -195,6 +206,10 @@ def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:
         p.summed_grad = total  # type: ignore[attr-defined]
     else:
         p.summed_grad += total  # type: ignore[attr-defined]
+
+
+def _described(path: str) -> str:
+    return f"function `{function_in(path)}` on `{'`, `'.join(used_in(path))}`" if MARK in path else f"layer `{path}`"
 
 
 def _form(call: LayerLayout) -> Any:

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.bookkeeping.contributions import Contribution, Kept, full_precision, squared
+from dpfix.engines.bookkeeping.contributions import (
+    Contribution,
+    Kept,
+    Measured,
+    chosen,
+    full_precision,
+    sizes,
+    squared,
+    zeroed,
+)
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
 
 KEEP_RATIO = 1.8
@@ -29,23 +38,34 @@ class Outer(Contribution):
         a: layer inputs, shape ``[samples, positions, in]``.
         g: output gradients, shape ``[samples, positions, out]``.
         shape: shape of the parameter, ``out * in`` numbers.
+        directly: whether norms may not come from Gram matrices.
     """
 
-    def __init__(self, a: torch.Tensor, g: torch.Tensor, shape: torch.Size) -> None:
-        self.a, self.g, self.shape = full_precision(a), full_precision(g), shape
+    def __init__(self, a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, directly: bool = False) -> None:
+        self.a, self.g, self.shape, self._directly = full_precision(a), full_precision(g), shape, directly
 
     @override
     def squared_norms(self) -> torch.Tensor:
+        return self.measured().squared
+
+    @override
+    def measured(self) -> Measured:
         """By Gram matrices, or by one product per sample into a reused buffer, whichever is cheaper."""
         positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
         if positions == 1:
-            return squared(self.a[:, 0]) * squared(self.g[:, 0])
-        if gram_cost(positions, wide, high) < (positions + 2 * BYTE_COST) * wide * high + CALL_COST:
+            return Measured(squared(self.a[:, 0]) * squared(self.g[:, 0]))
+        product = (positions + 2 * BYTE_COST) * wide * high + CALL_COST
+        if not self._directly and gram_cost(positions, wide, high) < product:
             gram = torch.bmm(self.a, self.a.mT).mul_(torch.bmm(self.g, self.g.mT))
-            return gram.sum((1, 2)).clamp_(min=0)
+            return Measured(gram.sum((1, 2)).clamp_(min=0), of_terms(gram), gram=True)
         buffer = self.a.new_empty(high, wide)
         norms = [torch.linalg.vector_norm(torch.mm(g.mT, a, out=buffer)) for a, g in zip(self.a, self.g, strict=True)]
-        return torch.stack(norms).square()
+        return Measured(torch.stack(norms).square(), sizes(self.a, self.g))
+
+    @override
+    def picked(self, samples: torch.Tensor, double: bool) -> Outer:
+        a, g = (chosen(t, samples, double) for t in (self.a, self.g))
+        return Outer(a, g, self.shape, directly=True)
 
     def joined(self, others: list[Outer]) -> Outer:
         """The sum of several calls: one with all their positions.
@@ -72,6 +92,22 @@ class Outer(Contribution):
         else:
             g = g * scale
         return torch.mm(g.flatten(0, 1).mT, a.flatten(0, 1)).view(self.shape)
+
+    @override
+    def without(self, samples: torch.Tensor) -> Outer:
+        return Outer(zeroed(self.a, samples), zeroed(self.g, samples), self.shape)
+
+
+def of_terms(products: torch.Tensor) -> torch.Tensor:
+    """Norms of the terms of a sum, added up.
+
+    Args:
+        products: of every term with every other, shape ``[samples, terms, terms]``.
+
+    Returns:
+        Shape ``[samples]``.
+    """
+    return products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
 
 
 def gram_cost(positions: int, wide: int, high: int) -> int:

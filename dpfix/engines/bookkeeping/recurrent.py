@@ -6,6 +6,7 @@ PyTorch's fused kernel forward; backward, one linear layer's per-sample gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from dpfix.engines.bookkeeping.layer_rule import Report, plainly
 from dpfix.engines.bookkeeping.linear import Linear, outer
 from dpfix.engines.functional.workarounds import mapped
 from dpfix.layout.rows import Rows, rows_of
+from dpfix.layout.sample_dim import SampleDim
 
 _BACKWARD: dict[str, Callable[..., recurrent_backward.Found]] = {
     "LSTM": recurrent_backward.lstm,
@@ -137,6 +139,11 @@ class RecurrentForward(CompositeForward):
         """Whether it can be taken apart into layers and directions."""
         plain = plainly(module, nn.LSTM, nn.GRU, nn.RNN) and not parametrize.is_parametrized(module)
         return plain and all(isinstance(getattr(module, n), nn.Parameter) for n in module._flat_weights_names)  # type: ignore
+
+    @override
+    @staticmethod
+    def on_the_batch(module: Any, dims: SequenceOf[SampleDim]) -> bool:
+        return dims[0].dim == (0 if module.batch_first else 1)
 
     @override
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -46,7 +46,7 @@ def parameter_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> lis
 
 @contextmanager
 def swapped(slots: list[Slot], tensors: Aliases) -> Iterator[None]:
-    """Put other tensors in the place of parameters.
+    """Put other tensors in the place of parameters; an interrupt while they are put back does not keep them from it.
 
     A list or dict is replaced as a whole, and so put back when the module has made a new one meanwhile: ``nn.LSTM`` does.
 
@@ -62,9 +62,15 @@ def swapped(slots: list[Slot], tensors: Aliases) -> Iterator[None]:
         for (container, key, name), value in zip(slots, before, strict=True):
             container[key] = tensors[name] if isinstance(name, str) else _filled(value, name, tensors)
         yield
-    finally:
-        for (container, key, _), value in zip(slots, before, strict=True):
-            container[key] = value
+        _put_back(slots, before)
+    except BaseException:
+        _put_back(slots, before)
+        raise
+
+
+def _put_back(slots: list[Slot], values: list[Any]) -> None:
+    for (container, key, _), value in zip(slots, values, strict=True):
+        container[key] = value
 
 
 def _filled(held: Any, names: dict[Any, str], tensors: Aliases) -> Any:
@@ -88,8 +94,14 @@ def attributes_kept(module: Any) -> Iterator[None]:
     before = [{n: v for n, v in vars(m).items() if isinstance(v, torch.Tensor)} for m in owners]
     try:
         yield
-    finally:
-        for owner, held in zip(owners, before, strict=True):
-            for name, value in held.items():
-                if torch._C._functorch.is_functorch_wrapped_tensor(vars(owner).get(name, value)):  # type: ignore[attr-defined]
-                    vars(owner)[name] = value
+        _unwrap(owners, before)
+    except BaseException:
+        _unwrap(owners, before)
+        raise
+
+
+def _unwrap(owners: list[nn.Module], before: list[dict[str, torch.Tensor]]) -> None:
+    for owner, held in zip(owners, before, strict=True):
+        for name, value in held.items():
+            if torch._C._functorch.is_functorch_wrapped_tensor(vars(owner).get(name, value)):  # type: ignore[attr-defined]
+                vars(owner)[name] = value

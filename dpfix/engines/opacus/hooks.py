@@ -130,6 +130,10 @@ class HooksHandle(Handle):
         for number in self._reached:
             self._aside.pop(number, None)
             self._counters.pop(number, None)
+        if self._installed in self._reached:  # its backward pass may not have come to an end
+            self._installed = None
+            self._sweep()
+        self._drop_partial()
         self._reached.clear()
 
     @override
@@ -144,12 +148,21 @@ class HooksHandle(Handle):
         self._passed.clear()
         self._iteration.clear()
         self._installed = None
+        self._sweep()
+        self._drop_partial()
+
+    def _sweep(self) -> None:
+        """Nothing that stands on layers and parameters belongs to a call any more."""
         for layer in self._layers():
             vars(layer).pop("activations", None)
             vars(layer).pop("max_batch_len", None)
         for p in self.model.parameters():
             if getattr(p, "_forward_counter", 0):
                 p._forward_counter = 0  # type: ignore[attr-defined]
+
+    def _drop_partial(self) -> None:
+        """Forget gradients of a parameter to which more were to be added."""
+        for p in self.model.parameters():
             if getattr(p, "_current_grad_sample", None) is not None:
                 del p._current_grad_sample  # type: ignore[attr-defined]
 
@@ -219,6 +232,7 @@ class HooksHandle(Handle):
 
     def _put_aside(self) -> None:
         if self._installed is None:
+            self._sweep()  # what an interrupt has left half put back
             return
         kept = {}
         for layer in self._layers():

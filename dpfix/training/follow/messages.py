@@ -13,7 +13,7 @@ def coupled_input(gap: float, argument: str, line: str, model: str) -> CoupledMo
     """The script mixes samples before the model."""
     return CoupledModelError(
         Finding.refusal(
-            "DPF045",
+            "DPF041",
             f"the loop mixes the samples of a batch before it calls {model}{_at(line)}: with other samples in the batch, one "
             f"sample's part of {argument} changes by {gap:.1e} (relative).",
             "what the model sees of one sample then depends on the others, so clipping per sample bounds nothing. Known "
@@ -45,7 +45,7 @@ def feels_length(gap: float, model: str) -> CoupledModelError:
     """Padding matters."""
     return CoupledModelError(
         Finding.refusal(
-            "DPF045",
+            "DPF041",
             f"the batch is cut to the length of its longest sample before {model} is called, and one sample's output changes by "
             f"{gap:.1e} (relative) with that length.",
             "padding is not masked, so that a sample's gradient depends on how long the others are, and clipping per sample bounds "
@@ -108,7 +108,7 @@ def kept(line: str) -> StateWrittenError:
     """The script uses what it has kept of an earlier batch."""
     return StateWrittenError(
         Finding.refusal(
-            "DPF046",
+            "DPF034",
             f"the loss, or the model, takes what the loop has kept of an earlier batch{_at(line)}.",
             "it holds values of samples without noise (a queue of features, a running mean, a hidden state), and moves later steps "
             "by more than the clip norm.",

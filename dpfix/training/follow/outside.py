@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -17,11 +17,15 @@ class Outside:
 
     Args:
         private: the parameters of the private model.
+
+    Attributes:
+        at_learning: called with the ids of parameters that have begun to learn.
     """
 
     def __init__(self, private: Collection[torch.Tensor]) -> None:
         self._private = {id(p) for p in private}
         self._learning: dict[int, ref[torch.Tensor]] = {}
+        self.at_learning: Callable[[Iterable[int]], None] = lambda ids: None
 
     def look(self, loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> list[torch.Tensor]:
         """Find leaves of the graph behind a loss that are not the model's own.
@@ -46,15 +50,14 @@ class Outside:
 
     def learn(self, parameters: Sequence[torch.Tensor]) -> None:
         """These get gradient from a loss over private data from now on."""
-        self._learning |= {id(p): ref(p) for p in parameters}
+        new = {id(p): ref(p) for p in parameters}
+        self._learning |= new
+        self.at_learning(new)
 
-    def among(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The first of some parameters that has gradient from a private loss."""
-        for p in parameters:
-            held = self._learning.get(id(p))
-            if held is not None and held() is p and p.grad is not None:
-                return p
-        return None
+    def learns(self, p: Any) -> bool:
+        """Whether a parameter has gradient from a private loss."""
+        held = self._learning.get(id(p))
+        return held is not None and held() is p and p.grad is not None
 
 
 def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:

@@ -77,7 +77,7 @@ class Check:
 
     A check overrides the moments at which it looks, in this order; the others cost nothing. It refuses a step by raising
     a :class:`~dpfix.errors.MisuseError` before any parameter moves. With a ``BatchMemoryManager`` all moments but
-    :meth:`before_noise` come once per physical batch.
+    :meth:`before_noise` and :meth:`noised` come once per physical batch.
 
     Attributes:
         needed: whether there is anything to look at in this training; if not, the check is asked at no step.
@@ -110,6 +110,9 @@ class Check:
 
     def before_noise(self, optimizer: DPOptimizer) -> None:
         """The logical batch is complete and about to be released."""
+
+    def noised(self, optimizer: DPOptimizer) -> None:
+        """Noise and scaling are done, nothing is accounted, and the script's step hook has not run."""
 
     def after_step(self, released: bool) -> None:
         """A physical batch was processed.

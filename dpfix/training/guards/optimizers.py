@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import finalize, ref
 
@@ -68,27 +71,29 @@ class NoGradScaler(Check):
 class NoOtherOptimizer(Check):
     """No other optimizer steps over parameters that are in private training, or that learn from its loss.
 
-    Catches: gradients applied without clipping and noise, in the model or in a criterion with parameters of its own. Costs: nothing in a private step; every step of another
-    optimizer in the process is compared with the trained parameters. Torch asks before the step of any optimizer, as
-    long as the private training lives.
+    Catches: gradients applied without clipping and noise, in the model or in a criterion with parameters of its own. Costs: a
+    look at the first parameter in a private step; every step of another optimizer in the process looks its parameters up,
+    however many trainings there are. Torch asks before the step of any optimizer.
 
     Args:
         guarded: the training.
         outside: parameters outside the model that learn from the private loss.
+
+    Attributes:
+        allowed: whether the private optimizer is making its step.
+        outside: see above.
     """
 
     def __init__(self, guarded: Guarded, outside: Outside) -> None:
-        self._allowed = False
-        self._outside = outside
-        self._trained = [ref(p) for p in guarded.parameters.values()]  # a WeakSet would compare tensors with ==
-        reference = ref(self)
-
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            this = reference()
-            if this is not None:
-                this._refuse(optimizer)
-
-        self._remove = finalize(self, register_optimizer_step_pre_hook(hook).remove)
+        self.allowed = False
+        self.outside = outside
+        self._trained = {id(p): ref(p) for p in guarded.parameters.values()}  # a WeakSet would compare tensors with ==
+        this: ref[NoOtherOptimizer] = ref(self)
+        WATCHED.update(dict.fromkeys(self._trained, this))
+        outside.at_learning = partial(_watch_too, this)
+        self._forget = partial(_forget, this)
+        finalize(self, self._forget).atexit = False
+        _watch()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -97,21 +102,55 @@ class NoOtherOptimizer(Check):
         Yields:
             Nothing.
         """
-        self._allowed = True
         try:
+            self.allowed = True
             yield
-        finally:
-            self._allowed = False
+            self.allowed = False
+        except BaseException:
+            self.allowed = False
+            raise
 
-    def _refuse(self, optimizer: Optimizer) -> None:
-        if self._allowed:
-            return
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        learning = self._outside.among(stepped)
-        if learning is not None:
-            raise learns_outside(tuple(learning.shape), type(optimizer).__name__)
-        trained = {id(p()) for p in self._trained}
-        if not any(id(p) in trained for p in stepped):
+    def owns(self, p: Any) -> bool:
+        """Whether it is a parameter of this training: after it is gone, another may have its id."""
+        return id(p) in self._trained and self._trained[id(p)]() is p
+
+    @override
+    def detach(self) -> None:
+        self._forget()
+
+
+WATCHED: dict[int, ref[NoOtherOptimizer]] = {}
+"""The trainings that are alive, by the id of each of their parameters, and of those that learn from their loss."""
+
+
+def _watch_too(training: ref[NoOtherOptimizer], ids: Iterable[int]) -> None:
+    WATCHED.update(dict.fromkeys((key for key in ids if key not in WATCHED), training))
+
+
+def _forget(training: ref[NoOtherOptimizer]) -> None:
+    for key in [key for key, watching in WATCHED.items() if watching is training]:
+        del WATCHED[key]
+
+
+@functools.cache
+def _watch() -> None:
+    """One look before the step of any optimizer, for all trainings together."""
+    register_optimizer_step_pre_hook(_refuse_other)
+
+
+def _refuse_other(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not WATCHED:
+        return
+    for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        found = WATCHED.get(id(p))
+        training = None if found is None else found()
+        if training is None:
+            continue
+        if training.outside.learns(p):
+            raise learns_outside(tuple(p.shape), type(optimizer).__name__)
+        if not training.owns(p):
+            continue
+        if training.allowed:
             return
         raise MisuseError(
             f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "
@@ -120,7 +159,3 @@ class NoOtherOptimizer(Check):
             "Use the returned optimizer, or call to_standard_module() on the model first to end private training.",
             path="optimizer",
         )
-
-    @override
-    def detach(self) -> None:
-        self._remove()

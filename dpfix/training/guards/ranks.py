@@ -15,7 +15,7 @@ class RanksAgree(Check):
     """All ranks are about to release parts of one batch, clipped to one norm, and none has failed.
 
     Catches: ranks that are at different batches or have different schedulers, and a step that is refused on one rank only.
-    Costs: nothing on one process; one exchange of seven numbers per release otherwise.
+    Costs: nothing on one process; two exchanges of seven numbers per release otherwise.
     """
 
     def __init__(self, guarded: Guarded) -> None:
@@ -29,13 +29,7 @@ class RanksAgree(Check):
         seed, number = (draw.of.seed, draw.number) if draw else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
         mine = [0.0, seed, number, guarded.accounting.steps, *settings]
-        everyone = guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)
-        failed = [rank for rank, values in enumerate(everyone) if values[0]]
-        if failed:
-            raise RankError(
-                f"optimizer.step() on rank {failed[0]} has failed, as its own message says, so this step is released on no rank.",
-                path="optimizer",
-            )
+        everyone = self._exchange(mine, optimizer)
         for rank, values in enumerate(everyone):
             for name, here, there in zip(_COMPARED, everyone[0][1:], values[1:], strict=True):
                 if here != there:
@@ -46,6 +40,20 @@ class RanksAgree(Check):
                         "and to use schedulers and checkpoints as the others do.",
                         path=name,
                     )
+
+    @override
+    def noised(self, optimizer: DPOptimizer) -> None:
+        self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
+
+    def _exchange(self, mine: list[float], optimizer: DPOptimizer) -> list[list[float]]:
+        everyone = self._guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)
+        failed = [rank for rank, values in enumerate(everyone) if values[0]]
+        if failed:
+            raise RankError(
+                f"optimizer.step() on rank {failed[0]} has failed, as its own message says, so this step is released on no rank.",
+                path="optimizer",
+            )
+        return everyone
 
     def tell_others(self, optimizer: DPOptimizer, error: Exception) -> None:
         """A step that fails here is released nowhere."""

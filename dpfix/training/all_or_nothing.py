@@ -1,0 +1,46 @@
+"""A call that prepares a training happens as a whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from torch import nn
+
+from dpfix.audit.persistent_state import modules_outside
+from dpfix.instrument.memento import Memento
+from dpfix.instrument.turn import TURN
+from dpfix.training.guards.optimizers import WATCHED
+from dpfix.weights import origins
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Whatever stops a call (a refusal, ``KeyboardInterrupt``, a lack of memory), its arguments are as they were before.
+
+    A private training that the model is in goes on. Calls and private steps of several threads come one after another.
+
+    Args:
+        call: takes keywords, among them ``module``, ``criterion`` and ``training_step``.
+
+    Returns:
+        The call.
+    """
+
+    @functools.wraps(call)
+    def whole(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with TURN:
+            module = kwargs.get("module")
+            beside = (kwargs.get("criterion"), kwargs.get("training_step"))
+            outside = modules_outside(module, *beside) if isinstance(module, nn.Module) else []
+            before = Memento(*kwargs.values(), *outside, *origins.REMEMBERED, WATCHED)
+            try:
+                return call(*args, **kwargs)
+            except BaseException:
+                before.put_back()
+                raise
+
+    return whole
