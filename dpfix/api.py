@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
@@ -22,10 +21,9 @@ from dpfix.observe.training_step import StepFunction
 from dpfix.pipeline import prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
-from dpfix.rules import RULES, compiled
+from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.loader import augmentation_of
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import sample_rate
 from dpfix.scan.arguments import (
@@ -47,8 +45,9 @@ from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import ACCURACY, Accuracy
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
-from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Originals, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
+from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
@@ -144,7 +143,7 @@ def make_private_safe(
         grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
-    request = _out_of_earlier(given)
+    request = out_of_earlier(given)
     engine = _engine(privacy_engine, secure_mode)
     with request.ranks.all_or_none():
         request, options = _checked(request, noise_multiplier, options, engine)
@@ -232,7 +231,7 @@ def make_private_safe_with_epsilon(
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _SEARCH}
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
-    request = _out_of_earlier(Request(module, optimizer, data_loader, *loss, *options))
+    request = out_of_earlier(Request(module, optimizer, data_loader, *loss, *options))
     engine = _engine(privacy_engine, arguments.get("secure_mode", False))
     with request.ranks.all_or_none():
         delta, (epsilon, passes) = check_delta(target_delta), check_budget(target_epsilon, epochs)
@@ -299,7 +298,7 @@ def diagnose(
         "norm": norm,
     })
     check_objects(module, optimizer, data_loader)
-    request = _as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
+    request = as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
     request, _ = _checked(request, 0.0, {})
     with no_meta_default(), rng_untouched(), Surgery(request.scan) as surgery:
         try:
@@ -364,26 +363,6 @@ def _engine(given: PrivacyEngine | None, secure_mode: Any) -> PrivacyEngine:
             path="secure_mode",
         )
     return given
-
-
-def _as_trained(request: Request) -> Request:
-    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
-    privacy = request.privacy
-    if privacy.augmentation is None:
-        privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
-    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
-
-
-def _out_of_earlier(request: Request) -> Request:
-    """The user's own objects, out of a private training that they are already in."""
-    try:
-        check_objects(request.module, request.optimizer, request.data_loader)
-    except ArgumentError:  # told in a moment, on all ranks
-        return replace(request, ranks=Ranks.of(request.module))
-    request = _as_trained(request)
-    module = end_earlier(request.module)
-    optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
-    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
 
 
 def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:

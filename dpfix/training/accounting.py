@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from opacus import PrivacyEngine
@@ -111,12 +112,9 @@ class Accounting:
             self._begin()
         step = Stretch(1, float(optimizer.noise_multiplier), rate, _clip_norm(optimizer))
         accountant: Any = self.engine.accountant
-        last = accountant.history[-1:]
         try:
             book_of(self.engine).release(accountant, self._own, step)
         except ValueError as error:
-            if last and accountant.history[-1:] != last:  # gdp forgets what it counted before it fails
-                accountant.history.extend(last)
             raise MisuseError(
                 f"the {accountant.mechanism()} accountant cannot count this step, with "
                 f"noise_multiplier={optimizer.noise_multiplier}: {error}",
@@ -144,6 +142,11 @@ class Accounting:
                 self._release(self._optimizer, self._rate)
                 draw.accounted = noise
                 self._without_step += 1
+
+    def at_end_of_pass(self) -> None:
+        """As :meth:`complete`; what the accountant cannot count now is told when it is asked for."""
+        with suppress(MisuseError):  # a generator that is closed cannot raise
+            self.complete()
 
     def name_skipped(self, passes: int = 0) -> None:
         """Say once that draws were delivered and not stepped on.

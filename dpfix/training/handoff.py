@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from opacus import PrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, get_optimizer_class
 from torch import nn
@@ -60,23 +59,6 @@ class ParameterShell(nn.Module):
         super().__init__()
         for name, p in parameters.items():
             self.register_parameter(name.replace(".", "/"), p)
-
-
-def end_earlier(module: nn.Module) -> nn.Module:
-    """End a private training that this model is already in.
-
-    Args:
-        module: a model, or the wrapper of an earlier call.
-
-    Returns:
-        The plain model.
-    """
-    while isinstance(module, AbstractGradSampleModule):
-        module = module.to_standard_module()
-    earlier = in_training.holder_of(module)
-    if earlier is not None:
-        earlier.cleanup()
-    return module
 
 
 def option_names(clipping: str, mode: str) -> frozenset[str]:
@@ -198,7 +180,7 @@ def hand_off(
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
         ledger.at_start = lambda begun: guard.draws.begin_pass(private_optimizer, begun)
-        ledger.at_end = accounting.complete
+        ledger.at_end = accounting.at_end_of_pass
         split_by_draws()
     in_training.begin(module, prepared)
     return prepared, private_optimizer, loader

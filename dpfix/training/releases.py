@@ -88,10 +88,19 @@ class Book:
             accountant: the engine's, at present.
             releases: of the training that makes the step.
             step: its setting.
+
+        Raises:
+            ValueError: the accountant cannot count it; its history is as before.
         """
         if self._looks(accountant) != self._seen or accountant.history is not self._seen[1]:
             self.settle(accountant)
-        accountant.step(noise_multiplier=step.noise_multiplier, sample_rate=step.sampling_rate)
+        history = accountant.history
+        held, last = len(history), history[-1:]
+        try:
+            accountant.step(noise_multiplier=step.noise_multiplier, sample_rate=step.sampling_rate)
+        except ValueError:
+            history.extend(last[: held - len(history)])  # gdp forgets what it counted before it fails
+            raise
         self.trainings.setdefault(releases.name, releases).add(step)
         self._seen = self._looks(accountant)
 
