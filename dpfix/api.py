@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from opacus import PrivacyEngine
-from opacus.accountants.utils import get_noise_multiplier
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError
+from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
 from dpfix.pipeline import prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
-from dpfix.rules import RULES, compiled
+from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.loader import augmentation_of
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import sample_rate
 from dpfix.scan.arguments import (
@@ -40,12 +39,15 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
+from dpfix.scan.values import plain, plain_options, plain_performance, plain_privacy, truth
 from dpfix.training.all_or_nothing import all_or_nothing
 from dpfix.training.earlier import earlier_releases
-from dpfix.training.epsilon import noise_within
+from dpfix.training.epsilon import ACCURACY, Accuracy
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
-from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Originals, hand_off, option_names
+from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
+from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
@@ -141,14 +143,16 @@ def make_private_safe(
         grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
-    request = _out_of_earlier(_as_trained(given))
+    request = out_of_earlier(given)
     engine = _engine(privacy_engine, secure_mode)
     with request.ranks.all_or_none():
-        _check(request, noise_multiplier, options)
+        request, options = _checked(request, noise_multiplier, options, engine)
+        noise_multiplier, wrap_model = float(plain(noise_multiplier)), truth("wrap_model", wrap_model)
+        truth("rand_on_empty", rand_on_empty)
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with Surgery(request.scan) as surgery:
+        with no_meta_default(), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, data_loader)
@@ -160,14 +164,14 @@ def make_private_safe(
                 engine,
                 Originals(request.module, request.optimizer, data_loader),
                 Decided(
-                    Randomness.of(None if seed is None else int(seed), secure_source(engine), request.ranks),
+                    Randomness.of(request.privacy.seed, secure_source(engine), request.ranks),
                     prepared.plan,
                     prepared.placeholder,
                     prepared.known_rows,
                     request.privacy.augmentation,
-                    poisson_sampling,
+                    request.privacy.poisson_sampling,
                     request.ranks,
-                    Following(prepared.step, prepared.batches, float(checks), strict),
+                    Following(prepared.step, prepared.batches, request.privacy.checks, request.privacy.strict),
                 ),
                 wrap_model=wrap_model,
                 for_opacus={
@@ -215,7 +219,8 @@ def make_private_safe_with_epsilon(
         epochs: number of passes over the returned loader.
         max_grad_norm: see :func:`make_private_safe`.
         privacy_engine: see :func:`make_private_safe`.
-        **arguments: all other arguments of :func:`make_private_safe`, and options of Opacus's noise search.
+        **arguments: all other arguments of :func:`make_private_safe`, and options of the noise search: ``epsilon_tolerance``,
+            and ``alphas``, ``eps_error`` and ``delta_error`` of :meth:`PrivateTraining.get_epsilon`.
 
     Returns:
         See :func:`make_private_safe`.
@@ -223,34 +228,22 @@ def make_private_safe_with_epsilon(
     Raises:
         ArgumentError: the budget cannot be reached, or an argument is out of range.
     """
-    search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
+    search = {k: arguments.pop(k) for k in tuple(arguments) if k in _SEARCH}
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
-    request = _out_of_earlier(_as_trained(Request(module, optimizer, data_loader, *loss, *options)))
+    request = out_of_earlier(Request(module, optimizer, data_loader, *loss, *options))
     engine = _engine(privacy_engine, arguments.get("secure_mode", False))
     with request.ranks.all_or_none():
-        check_delta(target_delta)
-        check_budget(target_epsilon, epochs)
-        _check(request, 0.0, [name for name in arguments if name not in _ARGUMENTS])
+        delta, (epsilon, passes) = check_delta(target_delta), check_budget(target_epsilon, epochs)
+        further = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
+        request, _ = _checked(request, 0.0, further, engine)
         check_randomness(request.privacy, engine.secure_mode)
+        tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
+        accuracy = Accuracy.of(delta, **search)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
-        try:
-            noise = noise_within(
-                earlier_releases(request.module, request.optimizer, data_loader).history(engine),
-                target_epsilon=target_epsilon,
-                target_delta=target_delta,
-                sample_rate=sample_rate(data_loader),
-                steps=epochs * len(data_loader),
-                accountant=engine.accountant.mechanism(),
-                **search,
-            )
-        except ValueError as error:
-            raise ArgumentError(
-                f"target_epsilon={target_epsilon} at target_delta={target_delta} cannot be reached in {epochs} epochs:",
-                str(error),
-                "Raise target_epsilon, train fewer epochs, or use a smaller batch_size (a lower sampling rate).",
-                path="target_epsilon",
-            ) from error
+        earlier = tuple(earlier_releases(request.module, request.optimizer, data_loader).history(engine))
+        budget = Budget(epsilon, delta, sample_rate(data_loader), math.ceil(passes * len(data_loader)), earlier)
+        noise = noise_for(replace(budget, tolerance=tolerance, accuracy=accuracy), engine.accountant)
     return inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,
@@ -304,9 +297,10 @@ def diagnose(
         "augmentation": augmentation,
         "norm": norm,
     })
-    request = _as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
-    _check(request, 0.0, ())
-    with rng_untouched(), Surgery(request.scan) as surgery:
+    check_objects(module, optimizer, data_loader)
+    request = as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
+    request, _ = _checked(request, 0.0, {})
+    with no_meta_default(), rng_untouched(), Surgery(request.scan) as surgery:
         try:
             prepared = prepare(request, surgery)
         except DPFixError as error:
@@ -356,11 +350,12 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
 
 
-def _engine(given: PrivacyEngine | None, secure_mode: bool) -> PrivacyEngine:
+def _engine(given: PrivacyEngine | None, secure_mode: Any) -> PrivacyEngine:
     """The engine of the call."""
+    secure_mode = truth("secure_mode", secure_mode)
     if given is None:
         return SafePrivacyEngine(secure_mode=secure_mode)
-    if secure_mode and not given.secure_mode:
+    if secure_mode and not getattr(given, "secure_mode", True):  # what is no engine is told in a moment
         raise ArgumentError(
             "secure_mode=True with a privacy_engine that was made without it:",
             "its noise would not be cryptographic.",
@@ -370,35 +365,26 @@ def _engine(given: PrivacyEngine | None, secure_mode: bool) -> PrivacyEngine:
     return given
 
 
-def _as_trained(request: Request) -> Request:
-    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
-    privacy = request.privacy
-    if privacy.augmentation is None and isinstance(request.data_loader, DataLoader):
-        privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
-    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
-
-
-def _out_of_earlier(request: Request) -> Request:
-    """The user's own objects, out of a private training that they are already in."""
-    module = end_earlier(request.module) if isinstance(request.module, nn.Module) else request.module
-    optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
-    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
-
-
 def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
     if isinstance(engine, SafePrivacyEngine):
         return super(SafePrivacyEngine, engine).make_private
     return engine.make_private
 
 
-def _check(request: Request, noise_multiplier: float, further: Iterable[str]) -> None:
-    check_objects(request.module, request.optimizer, request.data_loader)
+def _checked(
+    request: Request, noise_multiplier: Any, further: Mapping[str, Any], engine: PrivacyEngine | None = None
+) -> tuple[Request, dict[str, Any]]:
+    """The request with plain values, and plain further options of Opacus's optimizers."""
+    check_objects(request.module, request.optimizer, request.data_loader, engine)
+    request = replace(
+        request, privacy=plain_privacy(request.privacy), performance=plain_performance(request.performance)
+    )
     check_values(request.privacy, request.performance, request.module, noise_multiplier)
     check_augmentation(request.privacy)
     known = [name for name in _ARGUMENTS if name != "options"]
-    check_names(further, option_names(request.privacy.clipping, "hooks"), known)
+    check_names(further, option_names(request.privacy.clipping, "hooks"), [*known, *_SEARCH])
+    return request, plain_options(request.privacy.clipping, float(plain(noise_multiplier)), further)
 
 
-def _noise_search_options() -> frozenset[str]:
-    fixed = {"target_epsilon", "target_delta", "sample_rate", "epochs", "steps", "accountant", "kwargs"}
-    return frozenset(inspect.signature(get_noise_multiplier).parameters) - fixed
+_SEARCH = ("epsilon_tolerance", *ACCURACY)
+"""Options of the search for the noise."""

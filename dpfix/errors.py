@@ -20,7 +20,8 @@
     │   ├── UnusedKeysError         keys of the checkpoint that the model has no place for
     │   ├── MissingKeysError        weights of the model that the checkpoint does not have
     │   ├── ShapeMismatchError      a weight of another shape
-    │   └── NotConvertibleError     the model cannot compute what the checkpoint's model computed
+    │   ├── NotConvertibleError     the model cannot compute what the checkpoint's model computed
+    │   └── MissingFileError        there is no such file (also a FileNotFoundError)
     └── MisuseError                 the training loop breaks an assumption (also a RuntimeError)
         ├── AccumulationError       several backward passes before one step (also a ValueError)
         ├── ForeignBatchError       a batch that the private loader did not draw
@@ -177,6 +178,12 @@ class NotConvertibleError(CheckpointError):
     """The model cannot compute what the checkpoint's model computed, whatever its weights are."""
 
     code = "DPF114"
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint of that name."""
+
+    code = "DPF040"
 
 
 class MisuseError(DPFixError, RuntimeError):

@@ -150,7 +150,9 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """
     switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
-    own = own_generators(request.module, request.training_step or request.criterion)
+    own = own_generators(
+        request.module, request.training_step if request.training_step is not None else request.criterion
+    )
     with undone_after(outside), drawing(own, DRAWS[0]):
         return _prepare(request, surgery, outside)
 

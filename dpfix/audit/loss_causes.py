@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpfix.instrument import pytree
+from dpfix.instrument.module_state import finished
 from dpfix.instrument.reachable import is_number, reachable
 from dpfix.repair.per_sample_loss import (
     PerSampleLoss,
@@ -108,7 +109,7 @@ def referenced(criterion: Any, training_step: Any) -> Iterator[nn.Module]:
     Returns:
         The criterion, if it is a module, and modules that the functions refer to.
     """
-    return (thing for thing in reachable(criterion, training_step) if isinstance(thing, nn.Module))
+    return (thing for thing in reachable(criterion, training_step) if finished(thing))
 
 
 def _causes(loss: nn.Module) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -27,16 +28,27 @@ logger = logging.getLogger("dpfix")
 FORMAT = 1
 
 
-def folder() -> Path:
+MOST_BYTES = 65_536
+"""Of a file; what is longer is none of ours."""
+
+
+def folder() -> Path | None:
     """Where plans are remembered.
 
     Returns:
-        ``$DPFIX_CACHE_DIR``, else ``dpfix`` in the user's cache directory.
+        ``$DPFIX_CACHE_DIR``, else ``dpfix`` in the user's cache directory; ``None`` for a user without a home.
     """
-    own = os.environ.get("DPFIX_CACHE_DIR")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpfix"
+    try:
+        own = os.environ.get("DPFIX_CACHE_DIR")
+        if own:
+            return Path(own).expanduser()
+        desktop = Path(os.environ.get("XDG_CACHE_HOME") or "")
+        if desktop.is_absolute():  # the specification says to ignore another one
+            return desktop / "dpfix"
+        home = Path.home()
+        return home / ".cache" / "dpfix" if home.is_absolute() and home.is_dir() else None
+    except (RuntimeError, OSError):  # no home is known, or it cannot be looked at
+        return None
 
 
 def key(module: nn.Module, batch: Any, **settings: Any) -> str:
@@ -71,12 +83,22 @@ def remembered(name: str) -> dict[str, float | None] | None:
     Returns:
         Seconds by engine, best first; ``None`` if there is nothing that can be read.
     """
-    try:
-        found = json.loads((folder() / f"{name}.json").read_text())["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
+    place = folder()
+    if place is None:
         return None
-    legal = isinstance(found, dict) and all(v is None or isinstance(v, (int, float)) for v in found.values())
+    try:
+        file = place / f"{name}.json"
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:  # a pipe would be waited for
+            return None
+        found = json.loads(file.read_text())["seconds"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    legal = isinstance(found, dict) and all(key and _is_time(value) for key, value in found.items())
     return found if legal and found else None
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
 
 
 def remember(name: str, seconds: Mapping[str, float | None]) -> None:
@@ -85,11 +107,17 @@ def remember(name: str, seconds: Mapping[str, float | None]) -> None:
     Args:
         seconds: seconds by engine, best first.
     """
+    place = folder()
+    if place is None:
+        return
     try:
-        folder().mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         # A file appears complete or not at all: several processes may start with the same model.
-        with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=place, suffix=".part", delete=False) as file:
             json.dump({"seconds": dict(seconds)}, file)
-        os.replace(file.name, folder() / f"{name}.json")
+        try:
+            os.replace(file.name, place / f"{name}.json")
+        finally:
+            Path(file.name).unlink(missing_ok=True)
     except OSError as error:
-        logger.info("the plan was not remembered in %s: %s", folder(), error)
+        logger.info("the plan was not remembered in %s: %s", place, error)

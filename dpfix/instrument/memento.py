@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils import _python_dispatch as dispatch
 from torch.utils.data import DataLoader, Sampler
 
-from dpfix.instrument.module_state import same
+from dpfix.instrument.module_state import finished, same
 from dpfix.instrument.rng import GeneratorStates
 
 Undo = Callable[[], object]
@@ -131,7 +131,7 @@ class _Modes:
 
 def _tensors_of(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Parameters, buffers and attributes of the modules among some things, each once."""
-    modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+    modules = {m: None for root in roots if finished(root) for m in root.modules()}
     found: dict[int, torch.Tensor] = {}
     for module in modules:
         attributes = vars(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -213,3 +213,8 @@ def traceless(root: nn.Module, before: dict[Key, Any] | None = None) -> Iterator
                 p.grad = grad
                 if grad is not None and value is not None and not torch.equal(grad, value):
                     grad.copy_(value)
+
+
+def finished(thing: Any) -> TypeGuard[nn.Module]:
+    """Whether something is a module whose constructor has run to the end."""
+    return isinstance(thing, nn.Module) and "_modules" in vars(thing)

@@ -32,7 +32,7 @@ class GeneratorStates:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.cuda)
+            torch.cuda.set_rng_state_all(self.cuda[: torch.cuda.device_count()])
 
     def as_plain_values(self) -> dict[str, Any]:
         """The states as tensors, numbers and text, which a file can hold without code."""
@@ -51,8 +51,8 @@ class GeneratorStates:
         """What :meth:`as_plain_values` was made from."""
         kind, keys, *rest = saved["numpy"]
         version, numbers, following = saved["python"]
-        numpy = (kind, keys.numpy().astype(np.uint32), *rest)
-        return cls((version, tuple(numbers), following), numpy, saved["torch"], saved["cuda"])
+        numpy = (kind, keys.cpu().numpy().astype(np.uint32), *rest)
+        return cls((version, tuple(numbers), following), numpy, saved["torch"].cpu(), [s.cpu() for s in saved["cuda"]])
 
 
 @contextmanager

@@ -28,6 +28,8 @@ CODES: Mapping[str, str] = {
     "DPF034": "the loss, or the model, takes what the loop has kept of an earlier batch",
     "DPF035": "what is about to be released does not hold the noise that the accountant counts",
     "DPF036": "noise that was released before, or that two parameters share, is about to be released",
+    "DPF039": "a checkpoint cannot be read, or holds what no training has saved",
+    "DPF040": "there is no checkpoint of that name",
     "DPF041": "training_step, collate_fn or the loop mixes the samples before the model is called",
     "DPF042": "a hook on a module mixes the samples of a batch",
     # refusals given in words, by class of error

@@ -6,10 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpfix.errors import ForeignBatchError
 from dpfix.sampling.origin import Origins
+from dpfix.sampling.position import Position
+
+if TYPE_CHECKING:
+    import torch
 
 Counts = tuple[int, ...]
 
@@ -69,19 +73,39 @@ class Pass:
         most: samples in a physical batch at most, where draws are handed out in parts.
 
     Attributes:
-        seed: seed of the pass, where several ranks draw it together.
+        seed: seed of the pass, where it has one of its own.
+        workers: where the generator was that its workers' seeds come from, where it can be made again.
+        reads_again: whether its workers read again what was released of it before a checkpoint.
+        resumable: whether a checkpoint can say where the training is in it.
         over: whether nothing of it will be delivered any more.
-        latest: number of the last draw that was stepped on.
+        latest: number of the last draw that was released.
         unreleased: draws that were delivered and not released, in order.
     """
 
     def __init__(self, ledger: DrawLedger, *, delivers: bool, most: int | None = None) -> None:
         self.delivers, self.most = delivers, most
         self.seed, self.over, self.latest = 0, False, 0
+        self.workers: torch.Tensor | None = None
+        self.reads_again = self.resumable = False
         self.unreleased: dict[Draw, None] = {}
         self._ledger = ledger
-        self._waiting: deque[Draw] = deque()
+        self._waiting: deque[Draw | None] = deque()  # and what is read again
         self._drawn = 0
+
+    def go_on_after(self, done: int) -> None:
+        """It is the rest of a pass, of which so many draws were done with before a checkpoint."""
+        self.latest = self._drawn = done
+
+    def drew_again(self, samples: int) -> None:
+        """The sampler has made a draw again that was done with before a checkpoint."""
+        self._waiting += [None] * (1 if self.most is None else len(part_sizes(samples, self.most)))
+
+    def read_again(self) -> bool:
+        """Whether the batch that comes next was read again, and is nobody's; then the one after it comes next."""
+        again = bool(self._waiting) and self._waiting[0] is None
+        if again:
+            self._waiting.popleft()
+        return again
 
     def drew(self, samples: int) -> None:
         """The sampler has drawn a batch of this many samples."""
@@ -102,6 +126,7 @@ class Pass:
             counts: see :attr:`Draw.counts`.
         """
         draw = self._waiting.popleft()
+        assert draw is not None
         draw.counts = counts
         self._ledger.hand_out(draw, batch)
 
@@ -115,6 +140,16 @@ class Pass:
             self.over = True
             self._waiting.clear()
             self._ledger.at_end()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether something of it may be delivered, or is with somebody else's loader."""
+        return self.resumable and not (self.delivers and self.over)
+
+    def done_with(self) -> int:
+        """How many draws from its first one on were released, or can never be: nothing of their batches is left."""
+        missing = [d.number for d in self._ledger.steppable(self) if d.number < self.latest]
+        return min(missing, default=self.latest + 1) - 1
 
     def accountable(self) -> list[Draw]:
         """Delivered draws that are not released.
@@ -143,6 +178,7 @@ class DrawLedger:
 
     Attributes:
         rounds: how many passes were begun.
+        position: where the training is in its pass, for checkpoints.
         at_start: called when a pass begins.
         at_end: called when a pass is over.
         at_delivery: called with every batch that the loop gets, and its draw.
@@ -150,6 +186,7 @@ class DrawLedger:
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.position = Position()
         self.at_start: Callable[[Pass], None] = lambda begun: None
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
@@ -178,10 +215,9 @@ class DrawLedger:
         self._thread.next = Pass(self, delivers=True, most=most)
         return self._thread.next
 
-    def start(self, seed: int = 0) -> Pass:
-        """A sampler begins a new pass; on several ranks, with a seed of its own."""
+    def start(self) -> Pass:
+        """A sampler begins a new pass."""
         begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
-        begun.seed = seed
         self.rounds += 1
         self.at_start(begun)
         with self._lock:
@@ -316,6 +352,7 @@ class DrawLedger:
                 draw.whole.stepped = draw.whole.released = True
                 draw.of.unreleased.pop(draw.whole, None)
                 draw.of.latest = max(draw.of.latest, draw.number)
+                self.position.released(draw.of)
 
     # ------------------------------------------------------------------ delivered without a step
 
@@ -323,6 +360,12 @@ class DrawLedger:
         """Poisson draws that were delivered and that the accountant has not counted yet."""
         with self._lock:
             return [d for p in self._passes for d in p.accountable() if d.accounted is None]
+
+    def steppable(self, of: Pass) -> list[Draw]:
+        """Delivered draws of a pass that are not released and may still be: something of their batches is left."""
+        with self._lock:
+            alive = self._alive()
+            return [draw for draw in of.unreleased if draw in alive and not draw.discarded]
 
     def skipped(self, passes: int = 0) -> list[Draw]:
         """Delivered draws on which no step will be made: their pass is over, and nothing of their batches is left.

@@ -120,10 +120,13 @@ class PrivateDataLoader(DPDataLoader):
             if counting:
                 self.collate_fn = collate.with_counts
             try:
-                batches = super().__iter__()  # it takes the collate function with it
+                with self.ledger.position.seeding_workers(self, begun):
+                    batches = super().__iter__()  # it takes the collate function with it
             finally:
                 self.collate_fn = collate
             for made in batches:
+                if begun.read_again():
+                    continue
                 batch, counts = made if counting else (made, ())
                 begun.deliver(batch, tuple(counts))
                 yield batch

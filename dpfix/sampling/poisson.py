@@ -36,8 +36,9 @@ class Drawing:
 class PoissonSampler(UniformWithReplacementSampler):
     """Draws every index of a set independently with the same probability.
 
-    On several ranks all of them draw the same batch, and each yields its own part of it. Every pass has a seed of its own, so
-    that it does not matter at which batch a rank has left the pass before.
+    On several ranks all of them draw the same batch, and each yields its own part of it. There, and in a training with a seed,
+    every pass has a seed of its own, so that it does not matter at which batch the pass before was left, or which other passes
+    are made at the same time.
 
     Args:
         indices: the index set.
@@ -50,24 +51,30 @@ class PoissonSampler(UniformWithReplacementSampler):
         super().__init__(num_samples=len(indices), sample_rate=sample_rate, steps=steps)
         self.indices = torch.as_tensor(indices)
         self.ledger = drawing.ledger
+        self.ledger.position.batches = steps
         self.ranks = drawing.ranks
         self.source = drawing.source
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
-        source, seed = self.source, 0
-        if self.ranks.size > 1:
+        source, position, begun = self.source, self.ledger.position, self.ledger.start()
+        known, done = position.begin(begun), begun.latest
+        if self.ranks.size > 1 or position.reproducible:
             assert not isinstance(
                 source, Cryptographic
-            )  # the ranks would draw different batches; the call has refused it
-            seed = new_seed(source.generator())
-            source = Stream((seed,))
-        begun = self.ledger.start(seed)
-        for _ in range(self.steps):
+            )  # neither seeds nor other ranks go with it; the call refuses them
+            begun.seed = new_seed(source.generator()) if known is None else known
+            source = Stream((begun.seed,))
+        for number in range(1, self.steps + 1):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
             chosen = source.uniform(self.num_samples) < self.sample_rate
             drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
-            begun.drew(len(drawn))
+            if number > done:
+                begun.drew(len(drawn))
+            elif begun.reads_again:
+                begun.drew_again(len(drawn))
+            else:
+                continue
             yield drawn
         if not begun.delivers:
             begun.end()

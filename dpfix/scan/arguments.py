@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
 import torch
+from opacus import PrivacyEngine
+from opacus.accountants.accountant import IAccountant
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.scan.options import NORMS, PerformanceOptions, PrivacyOptions
+from dpfix.scan.values import number, shown
 
 MODES = ("auto", *BY_NAME)
 """Legal values of ``grad_sample_mode``."""
@@ -26,23 +28,40 @@ CLIPPING = ("flat", "per_layer", "adaptive")
 """Legal values of ``clipping``."""
 
 
-def check_objects(module: Any, optimizer: Any, data_loader: Any) -> None:
-    """The three objects have to be what the training loop uses.
+def check_objects(module: Any, optimizer: Any, data_loader: Any, privacy_engine: Any = None) -> None:
+    """The objects have to be what the training loop uses, and finished.
 
     Raises:
-        ArgumentError: one has another type.
+        ArgumentError: one has another type, or its constructor did not run to the end.
     """
-    for name, value, kind in (
-        ("module", module, nn.Module),
-        ("optimizer", optimizer, Optimizer),
-        ("data_loader", data_loader, DataLoader),
+    for name, value, kind, made in (
+        ("module", module, nn.Module, "_parameters"),
+        ("optimizer", optimizer, Optimizer, "param_groups"),
+        ("data_loader", data_loader, DataLoader, "dataset"),
+        ("privacy_engine", privacy_engine, PrivacyEngine, "accountant"),
     ):
-        if not isinstance(value, kind):
+        if name == "privacy_engine" and value is None:
+            continue
+        if not issubclass(type(value), kind):
             raise ArgumentError(
                 f"{name} is {type(value).__name__}, not a {kind.__module__}.{kind.__qualname__}.",
                 help=f"Pass the {name} that the training loop uses.",
                 path=name,
             )
+        if not hasattr(value, made):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__} without {made}: its constructor did not run to the end.",
+                help="Call super().__init__() in it.",
+                path=name,
+            )
+    accountant = getattr(privacy_engine, "accountant", None)
+    if privacy_engine is not None and not isinstance(accountant, IAccountant):
+        raise ArgumentError(
+            f"privacy_engine.accountant is {type(accountant).__name__}, not an accountant of Opacus:",
+            "nothing would count the steps.",
+            "Use dpfix.SafePrivacyEngine(accountant='prv').",
+            path="privacy_engine",
+        )
 
 
 def check_values(
@@ -60,31 +79,29 @@ def check_values(
     _check_choice("grad_sample_mode", performance.grad_sample_mode, MODES)
     _check_choice("norm", privacy.norm, NORMS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
-    if not (isinstance(noise_multiplier, (int, float)) and 0 <= noise_multiplier < math.inf):
+    if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
-            f"noise_multiplier={noise_multiplier!r} must be a finite number >= 0:",
+            f"noise_multiplier={shown(noise_multiplier)} must be a finite number >= 0:",
             "the noise's standard deviation as a multiple of max_grad_norm.",
             "Typical values are 0.5 to 2.",
             path="noise_multiplier",
         )
     _check_clip_norm(privacy, module)
-    if isinstance(privacy.checks, bool) or not (isinstance(privacy.checks, (int, float)) and 0 <= privacy.checks <= 1):
+    if (share := number(privacy.checks)) is None or not 0 <= share <= 1:
         raise ArgumentError(
-            f"checks={privacy.checks!r} is not a number from 0 to 1:",
+            f"checks={shown(privacy.checks)} is not a number from 0 to 1:",
             "the share of the training time that checks of random real steps may take.",
             "The default is 0.02; 0 leaves the checks of the first steps and of steps on which anything new is seen.",
             path="checks",
         )
-    if not isinstance(privacy.strict, bool):
-        raise ArgumentError(f"strict={privacy.strict!r} is not True or False.", path="strict")
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
-    if value in legal:
+    if isinstance(value, str) and value in legal:
         return
-    near = difflib.get_close_matches(str(value), legal, n=1)
+    near = difflib.get_close_matches(value, legal, n=1) if isinstance(value, str) and len(value) < 80 else []
     raise ArgumentError(
-        f"{name}={value!r} is not one of {', '.join(map(repr, legal))}.",
+        f"{name}={shown(value)} is not one of {', '.join(map(repr, legal))}.",
         help=f"Did you mean {near[0]!r}?" if near else "",
         path=name,
     )
@@ -92,10 +109,10 @@ def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
 
 def _check_clip_norm(privacy: PrivacyOptions, module: nn.Module) -> None:
     value = privacy.max_grad_norm
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if not values or not all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values):
+    values = [number(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    if not values or not all(v is not None and v > 0 for v in values):
         raise ArgumentError(
-            f"max_grad_norm={value!r} must be a positive finite number (or a list of them for clipping='per_layer'):",
+            f"max_grad_norm={shown(value)} must be a positive finite number (or a list of them for clipping='per_layer'):",
             "the largest Euclidean norm a sample's gradient keeps.",
             path="max_grad_norm",
         )
@@ -160,7 +177,7 @@ def check_randomness(privacy: PrivacyOptions, secure_mode: bool) -> None:
     seed, generator = privacy.seed, privacy.noise_generator
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64):
         raise ArgumentError(
-            f"seed={seed!r} is not a whole number from 0 to 2**64 - 1, nor None.",
+            f"seed={shown(seed)} is not a whole number from 0 to 2**64 - 1, nor None.",
             "Noise and draws would not follow from it.",
             "Leave it out to train: the operating system then seeds them. Pass for example seed=0 to repeat an experiment.",
             path="seed",
@@ -204,34 +221,44 @@ def check_names(given: Iterable[str], legal: Iterable[str], known: Iterable[str]
             )
 
 
-def check_delta(delta: Any) -> None:
+def check_delta(delta: Any) -> float:
     """Delta has to be a probability.
+
+    Returns:
+        The number.
 
     Raises:
         ArgumentError: it does not lie between 0 and 1.
     """
-    if not (isinstance(delta, (int, float)) and 0 < delta < 1):
+    found = number(delta)
+    if found is None or not 0 < found < 1:
         raise ArgumentError(
-            f"delta={delta!r} must lie between 0 and 1, and should be smaller than 1 / number of samples.",
+            f"delta={shown(delta)} must lie between 0 and 1, and should be smaller than 1 / number of samples.",
             "It is the probability with which the bound may fail.",
             "Pass for example delta=1e-5.",
             path="delta",
         )
+    return found
 
 
-def check_budget(target_epsilon: Any, epochs: Any) -> None:
+def check_budget(target_epsilon: Any, epochs: Any) -> tuple[float, float]:
     """A budget and its duration have to be positive.
+
+    Returns:
+        Both numbers.
 
     Raises:
         ArgumentError: one is not.
     """
-    if not (target_epsilon > 0 and epochs > 0):
+    budget, passes = number(target_epsilon), number(epochs)
+    if budget is None or passes is None or not (budget > 0 and passes > 0):
         raise ArgumentError(
-            f"target_epsilon={target_epsilon} and epochs={epochs} must be positive:",
+            f"target_epsilon={shown(target_epsilon)} and epochs={shown(epochs)} must be positive finite numbers:",
             "they are the budget and the number of passes over data_loader it is to last for.",
             "Pass for example target_epsilon=8.0, epochs=20.",
-            path="target_epsilon",
+            path="epochs" if budget is not None and budget > 0 else "target_epsilon",
         )
+    return budget, passes
 
 
 def check_augmentation(privacy: PrivacyOptions) -> None:

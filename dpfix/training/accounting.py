@@ -10,18 +10,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from opacus import PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
+from dpfix.errors import MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
 from dpfix.sampling.ledger import Draw, DrawLedger
 from dpfix.sampling.population import Population
+from dpfix.scan.arguments import check_delta, check_names
 from dpfix.training.earlier import ENTRY, entry_of, steps_shown, with_entry, without_entry
+from dpfix.training.epsilon import ACCURACY, Accuracy, spent
 from dpfix.training.lineage import remember
-from dpfix.training.releases import Releases, book_of, read_state
+from dpfix.training.releases import Releases, book_of, read_state, settled
 
 StepHook = Callable[[DPOptimizer], None]
 
@@ -79,7 +83,11 @@ class Accounting:
         self._draw = draw
 
     def count(self, optimizer: DPOptimizer) -> None:
-        """A batch is released."""
+        """A batch is released.
+
+        Raises:
+            MisuseError: the accountant cannot count it.
+        """
         with self._lock:
             if self._counted:
                 return
@@ -103,7 +111,17 @@ class Accounting:
         if self._own.process != os.getpid():
             self._begin()
         step = Stretch(1, float(optimizer.noise_multiplier), rate, _clip_norm(optimizer))
-        book_of(self.engine).release(self.engine.accountant, self._own, step)
+        accountant: Any = self.engine.accountant
+        try:
+            book_of(self.engine).release(accountant, self._own, step)
+        except ValueError as error:
+            raise MisuseError(
+                f"the {accountant.mechanism()} accountant cannot count this step, with "
+                f"noise_multiplier={optimizer.noise_multiplier}: {error}",
+                "What it cannot count would be missing in epsilon.",
+                "Keep noise and sampling rate as they are, or use SafePrivacyEngine(accountant='prv').",
+                path="privacy_engine",
+            ) from error
 
     def before(self, hook: StepHook) -> StepHook:
         """A step hook that counts the step, and then does what the script wants; Opacus's optimizers keep one hook only."""
@@ -124,6 +142,11 @@ class Accounting:
                 self._release(self._optimizer, self._rate)
                 draw.accounted = noise
                 self._without_step += 1
+
+    def at_end_of_pass(self) -> None:
+        """As :meth:`complete`; what the accountant cannot count now is told when it is asked for."""
+        with suppress(MisuseError):  # a generator that is closed cannot raise
+            self.complete()
 
     def name_skipped(self, passes: int = 0) -> None:
         """Say once that draws were delivered and not stepped on.
@@ -214,6 +237,16 @@ class Accounting:
                 "Nothing takes them back: epsilon counts them, and every further step."
             )
 
+    def put_back(self) -> Callable[[], None]:
+        """A function that makes what is counted what it is now."""
+        book, unexplained = book_of(self.engine).put_back(), self._unexplained
+
+        def undo() -> None:
+            book()
+            self._unexplained = unexplained
+
+        return undo
+
     def _tell_unexplained(self) -> None:
         shown, self._unexplained = self._unexplained, 0
         if shown > self.steps:
@@ -229,6 +262,22 @@ def _clip_norm(optimizer: DPOptimizer) -> float | list[float] | str:
         return "adaptive"
     norm: Any = optimizer.max_grad_norm
     return [float(n) for n in norm] if isinstance(norm, (list, tuple)) else float(norm)
+
+
+def answer_of(privacy_engine: Any, delta: float, **accuracy: Any) -> float:
+    """What a privacy engine answers when it is asked for epsilon.
+
+    Args:
+        privacy_engine: of Opacus.
+        delta: see :meth:`dpfix.PrivateTraining.get_epsilon`.
+        **accuracy: ``alphas``, ``eps_error`` and ``delta_error``; see there.
+
+    Returns:
+        Epsilon.
+    """
+    delta = check_delta(delta)
+    check_names(accuracy, ACCURACY, ("delta",))
+    return spent(settled(privacy_engine), delta, Accuracy.of(delta, **accuracy)).epsilon
 
 
 def accounted_steps(accountant: Any) -> int:

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from torch import nn
-
 from dpfix.audit.persistent_state import modules_outside
 from dpfix.instrument.memento import Memento
+from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
 from dpfix.training.guards.optimizers import WATCHED
 from dpfix.weights import origins
@@ -35,7 +34,7 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
         with TURN:
             module = kwargs.get("module")
             beside = (kwargs.get("criterion"), kwargs.get("training_step"))
-            outside = modules_outside(module, *beside) if isinstance(module, nn.Module) else []
+            outside = modules_outside(module, *beside) if finished(module) else []
             before = Memento(*kwargs.values(), *outside, *origins.REMEMBERED, WATCHED)
             try:
                 return call(*args, **kwargs)

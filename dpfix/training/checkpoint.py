@@ -9,51 +9,37 @@ Everything is tensors and plain values, so that loading never runs code from the
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from opacus import PrivacyEngine
-from torch import nn
 
 from dpfix.errors import CheckpointError
 from dpfix.instrument.rng import GeneratorStates
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Region
-from dpfix.training.earlier import ENTRY, without_entry
+from dpfix.sampling.position import Rest
+from dpfix.training import checkpoint_file
+from dpfix.training.checkpoint_check import Objects, check, plain_state
+from dpfix.training.checkpoint_file import ENTRY, damaged
+from dpfix.training.earlier import without_entry
 from dpfix.training.lineage import remember
-from dpfix.training.releases import Book, book_of, read_state, settled
+from dpfix.training.put_back import put_back_on_error
+from dpfix.training.releases import book_of, read_state, settled
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import unwrap
+from dpfix.weights.files import FAILURES
 from dpfix.weights.load import AS_IS, keyed_as_original, load_pretrained
 
 _LOG = logging.getLogger("dpfix")
 
 
-@dataclass(frozen=True)
-class Objects:
-    """The objects of a call whose state is saved and read.
-
-    Attributes:
-        module: the model, wrapped or not; its weights are saved under the keys of its original layers.
-        optimizer: the private optimizer, or ``None``.
-        data_loader: the loader, for the state of a generator of its own, or ``None``.
-        schedulers: Opacus's schedulers by name; ``None`` where there is none.
-    """
-
-    module: nn.Module
-    optimizer: Any
-    data_loader: Any
-    schedulers: Mapping[str, Any]
-
-
 def save(
     engine: PrivacyEngine, path: Any, objects: Objects, more: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint, whole or not at all.
 
     Args:
         engine: whose accountant is saved.
@@ -66,22 +52,23 @@ def save(
     content["module_state_dict"] = keyed_as_original(unwrap(objects.module))
     content["privacy_accountant_state_dict"] = dict(settled(engine).state_dict())
     optimizer = objects.optimizer
-    states = {"optimizer": optimizer} | dict(objects.schedulers)
-    content |= {f"{name}_state_dict": s.state_dict() for name, s in states.items() if s is not None}
+    content |= {f"{name}_state_dict": plain_state(thing) for name, thing in objects.stateful().items()}
     content[ENTRY] = {
         "generators": _generators(objects),
         "randomness": _randomness(optimizer),
+        "pass": _position(optimizer),
         "plan": _plan(optimizer),
         "privacy": _privacy(optimizer),
+        "adaptive": _adaptive(optimizer),
         "releases": book_of(engine).state(),
     }
-    torch.save(content, path, **options)
+    checkpoint_file.write(content, path, options)
 
 
 def load(
     engine: PrivacyEngine, path: Any, objects: Objects, strict: bool, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read a checkpoint into the objects of a call that was made in the same way.
+    """Read a checkpoint into the objects of a call that was made in the same way; all of it, or nothing is changed.
 
     Args:
         engine: whose accountant goes on.
@@ -94,51 +81,65 @@ def load(
         What the file holds.
 
     Raises:
-        CheckpointError: the file holds more than tensors and plain values, is no checkpoint, or is another accountant's.
+        CheckpointError: the file is damaged, holds more than tensors and plain values, is no checkpoint, is another
+            accountant's, or does not fit the objects.
     """
+    content, verified = checkpoint_file.read(path, options)
+    _check_mechanism(content, engine)
+    check(content, objects, verified)
+    added: Mapping[str, Any] = content.get(ENTRY, {})
+    _compare_plans(added.get("plan"), _plan(objects.optimizer))
+    targets = objects.stateful()
+    schedulers = [thing for name, thing in targets.items() if name != "optimizer"]
+    own = list(_own(objects).values())
     try:
-        arguments: dict[str, Any] = {"weights_only": True, **options}
-        content = torch.load(path, **arguments)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path!r} holds more than tensors and plain values, and reading it would run code from the file.",
-            help="If you trust it, pass torch_load_kwargs={'weights_only': False}.",
-            path="path",
-        ) from error
-    _check(content, engine)
-    added, optimizer = content.get(ENTRY, {}), objects.optimizer
-    _compare_plans(added.get("plan"), _plan(optimizer))
-    load_pretrained(objects.module, content["module_state_dict"], source=AS_IS, strict=strict)
-    states = {f"{name}_state_dict": content.get(f"{name}_state_dict") for name in ("optimizer", *objects.schedulers)}
-    if "releases" in added:
-        states["optimizer_state_dict"] = without_entry(states["optimizer_state_dict"])
-    else:
-        _load_history(engine, content["privacy_accountant_state_dict"])
-    for name, target in ({"optimizer": optimizer} | dict(objects.schedulers)).items():
-        _restore(name, target, states[f"{name}_state_dict"])
-    if "releases" in added:
-        _take_releases(engine, objects, added["releases"])
-    if not added:
-        _warn(
-            "it holds no generators and no plan (it was saved by Opacus): the training goes on, but not with the same noise."
-        )
-        return content
-    _restore_regions(added.get("plan"), optimizer)
-    _restore_privacy(optimizer, added["privacy"])
-    _restore_generators(added["generators"], objects)
-    _restore_randomness(added.get("randomness", {}), optimizer)
+        with put_back_on_error(
+            unwrap(objects.module), objects.optimizer, [engine.accountant, *schedulers], own
+        ) as undo:
+            load_pretrained(objects.module, content["module_state_dict"], source=AS_IS, strict=strict)
+            _restore_states(engine, content, objects, undo)
+            if added:
+                _restore_added(added, objects, undo)
+            else:
+                _warn(
+                    "it holds no generators and no plan (it was saved by Opacus): the training goes on, but not with the same "
+                    "noise."
+                )
+    except CheckpointError:
+        raise
+    except FAILURES as error:
+        raise CheckpointError(damaged(f"{type(error).__name__}: {error}")) from error
     return content
 
 
-def _check(content: Any, engine: PrivacyEngine) -> None:
-    needed = ("module_state_dict", "privacy_accountant_state_dict")
-    if not isinstance(content, dict) or any(name not in content for name in needed):
-        raise CheckpointError(
-            "the file is no checkpoint of a private training: it needs module_state_dict and privacy_accountant_state_dict.",
-            help="For weights alone there is dpfix.load_pretrained.",
-            path="path",
-        )
-    read_state(content.get(ENTRY, {}).get("releases", Book().state()))
+def _restore_states(
+    engine: PrivacyEngine, content: Mapping[str, Any], objects: Objects, undo: list[Callable[[], None]]
+) -> None:
+    """The states of the optimizer and the schedulers, and everything that was released."""
+    guard, added = _guard(objects.optimizer), content.get(ENTRY, {})
+    undo.append(book_of(engine).put_back() if guard is None else guard.guarded.accounting.put_back())
+    states = {name: content.get(f"{name}_state_dict") for name in ("optimizer", *objects.schedulers)}
+    if "releases" in added:
+        states["optimizer"] = without_entry(states["optimizer"])
+    else:
+        _load_history(engine, content["privacy_accountant_state_dict"])
+    for name, target in ({"optimizer": objects.optimizer} | dict(objects.schedulers)).items():
+        _restore(name, target, states[name])
+    if "releases" in added:
+        _take_releases(engine, objects, added["releases"])
+
+
+def _restore_added(added: Mapping[str, Any], objects: Objects, undo: list[Callable[[], None]]) -> None:
+    optimizer = objects.optimizer
+    _restore_regions(added.get("plan"), optimizer)
+    _restore_privacy(optimizer, added["privacy"])
+    _restore_adaptive(optimizer, added.get("adaptive", {}))
+    _restore_generators(added["generators"], objects)
+    _restore_position(added, optimizer, undo)
+    _restore_randomness(added.get("randomness", {}), optimizer, undo)
+
+
+def _check_mechanism(content: Mapping[str, Any], engine: PrivacyEngine) -> None:
     saved, here = content["privacy_accountant_state_dict"].get("mechanism"), engine.accountant.mechanism()
     if saved != here:
         raise CheckpointError(
@@ -262,8 +263,38 @@ def _restore_privacy(optimizer: Any, saved: Mapping[str, list[Any]]) -> None:
                 "every step as it was made."
             )
         elif value != now:
-            _warn(f"{name}={value} is taken from the checkpoint, where a scheduler had set it; the call said {here}.")
+            if not (name == "max_grad_norm" and _adaptive(optimizer)):  # there it changes at every step
+                _warn(
+                    f"{name}={value} is taken from the checkpoint, where a scheduler had set it; the call said {here}."
+                )
             setattr(optimizer, name, value)
+
+
+_ADAPTIVE_OPTIONS = (
+    "target_unclipped_quantile",
+    "clipbound_learning_rate",
+    "max_clipbound",
+    "min_clipbound",
+    "unclipped_num_std",
+)
+"""Attributes of an optimizer with adaptive clipping that the call has set."""
+_ADAPTIVE_COUNTS = ("sample_size", "unclipped_num")
+"""What such an optimizer counts in a logical batch."""
+
+
+def _adaptive(optimizer: Any) -> dict[str, Any]:
+    """Options and counts of adaptive clipping, by name; empty for another one."""
+    names = (*_ADAPTIVE_OPTIONS, *_ADAPTIVE_COUNTS)
+    return {name: _plain(getattr(optimizer, name)) for name in names if hasattr(optimizer, name)}
+
+
+def _restore_adaptive(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """The counts go on; a call that says other options than the saved one's is obeyed."""
+    for name, value in _adaptive(optimizer).items():
+        if name in _ADAPTIVE_COUNTS:
+            setattr(optimizer, name, saved.get(name, value))
+        elif saved.get(name, value) != value:
+            _warn(f"{name} was {saved[name]} when it was saved, and is {value} from here on, as this call says.")
 
 
 def _plain(value: Any) -> Any:
@@ -305,17 +336,50 @@ def _randomness(optimizer: Any) -> dict[str, Any]:
     return {} if randomness is None else randomness.state()
 
 
-def _restore_randomness(saved: Mapping[str, Any], optimizer: Any) -> None:
+def _restore_randomness(saved: Mapping[str, Any], optimizer: Any, undo: list[Callable[[], None]]) -> None:
     randomness = getattr(optimizer, "randomness", None)
     if randomness is not None:
         optimizer.guard.noise.went_back()
     if randomness is None or (not saved and randomness.seed is None):
         return
+    before = randomness.state()
+    undo.append(lambda: randomness.go_on(before))
     if not randomness.go_on(saved):
         _warn(
             "noise and draws do not go on with the same numbers, since it was not saved with the seed= of this call. Make the "
             "call with the same seed to repeat an experiment exactly."
         )
+
+
+# ------------------------------------------------------------------ the pass over the loader
+
+
+def _position(optimizer: Any) -> dict[str, Any]:
+    """Where the training is in its pass over the private loader; empty between two passes."""
+    guard = _guard(optimizer)
+    ledger = None if guard is None else guard.guarded.ledger
+    return {} if ledger is None else ledger.position.state()
+
+
+def _restore_position(added: Mapping[str, Any], optimizer: Any, undo: list[Callable[[], None]]) -> None:
+    """The next pass over the loader is the rest of the one in which the checkpoint was saved."""
+    guard, saved = _guard(optimizer), added.get("pass", {})
+    ledger = None if guard is None else guard.guarded.ledger
+    if ledger is None:
+        return
+    position = ledger.position
+    rest = None
+    if saved and saved["of"] != position.batches:
+        _warn(
+            f"it was saved after {saved['done']} batches in a pass of {saved['of']} batches, and the loader of this call has "
+            f"{position.batches}: the next pass is a whole one."
+        )
+    elif saved and position.reproducible and optimizer.randomness.seed == added["randomness"].get("seed"):
+        script = GeneratorStates.from_plain_values(added["generators"])
+        rest = Rest(saved["done"], saved["seed"], saved["workers"], script)
+    elif saved:
+        rest = Rest(saved["done"])
+    undo.append(position.go_on(rest))
 
 
 def _warn(text: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from opacus import PrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_no_op import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, get_optimizer_class
 from torch import nn
@@ -34,8 +33,7 @@ from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
-from dpfix.training.accounting import Accounting
-from dpfix.training.epsilon import spent
+from dpfix.training.accounting import Accounting, answer_of
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.opacus_classes import (
@@ -44,7 +42,6 @@ from dpfix.training.opacus_classes import (
     private_optimizer_class,
     private_wrapper_class,
 )
-from dpfix.training.releases import settled
 from dpfix.training.step_guard import StepGuard
 
 
@@ -62,23 +59,6 @@ class ParameterShell(nn.Module):
         super().__init__()
         for name, p in parameters.items():
             self.register_parameter(name.replace(".", "/"), p)
-
-
-def end_earlier(module: nn.Module) -> nn.Module:
-    """End a private training that this model is already in.
-
-    Args:
-        module: a model, or the wrapper of an earlier call.
-
-    Returns:
-        The plain model.
-    """
-    while isinstance(module, AbstractGradSampleModule):
-        module = module.to_standard_module()
-    earlier = in_training.holder_of(module)
-    if earlier is not None:
-        earlier.cleanup()
-    return module
 
 
 def option_names(clipping: str, mode: str) -> frozenset[str]:
@@ -200,7 +180,7 @@ def hand_off(
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
         ledger.at_start = lambda begun: guard.draws.begin_pass(private_optimizer, begun)
-        ledger.at_end = accounting.complete
+        ledger.at_end = accounting.at_end_of_pass
         split_by_draws()
     in_training.begin(module, prepared)
     return prepared, private_optimizer, loader
@@ -224,6 +204,7 @@ def _private_loader(
         row_counter=decided.plan.row_counter,
         ledger=ledger,
     )
+    ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
 
@@ -254,10 +235,5 @@ def _account(
     expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
-        privacy_engine.get_epsilon = MethodType(_get_epsilon, privacy_engine)
+        privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)
     return Accounting(optimizer, privacy_engine, Population(loader), sample_rate(loader), ledger)
-
-
-def _get_epsilon(privacy_engine: PrivacyEngine, delta: float) -> float:
-    """What Opacus's own engine answers from now on."""
-    return spent(settled(privacy_engine), delta).epsilon

@@ -13,8 +13,7 @@ from dpfix.errors import ArgumentError
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import Given
 from dpfix.training import checkpoint
-from dpfix.training.epsilon import spent
-from dpfix.training.releases import settled
+from dpfix.training.accounting import answer_of
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -45,8 +44,8 @@ class CheckpointingEngine(PrivacyEngine):
         self.secure_mode, self.secure_rng, self.dataset = True, None, None
 
     @override
-    def get_epsilon(self, delta: float) -> float:
-        return spent(settled(self), delta).epsilon
+    def get_epsilon(self, delta: float, **accuracy: Any) -> float:
+        return answer_of(self, delta, **accuracy)
 
     @override
     def _prepare_data_loader(self, data_loader: Any, **options: Any) -> Any:
@@ -66,9 +65,11 @@ class CheckpointingEngine(PrivacyEngine):
         checkpoint_dict: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Save a private training so that it goes on, from the end of an epoch, exactly as it would have.
+        """Save a private training so that it goes on, from any step, exactly as it would have.
 
         With ``seed=`` in the call that includes noise and draws; without, these are new ones whenever the file is loaded.
+        In the middle of an epoch, the next pass over the loader has the batches that were left. The file is there whole, or
+        as it was before.
 
         Args:
             path: file name or binary file.
@@ -111,6 +112,9 @@ class CheckpointingEngine(PrivacyEngine):
 
         Returns:
             What the file holds.
+
+        Raises:
+            CheckpointError: the file is damaged, is no checkpoint, or does not fit; nothing is changed.
         """
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         strict = bool((module_load_dict_kwargs or {}).get("strict", True))

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -88,10 +88,19 @@ class Book:
             accountant: the engine's, at present.
             releases: of the training that makes the step.
             step: its setting.
+
+        Raises:
+            ValueError: the accountant cannot count it; its history is as before.
         """
         if self._looks(accountant) != self._seen or accountant.history is not self._seen[1]:
             self.settle(accountant)
-        accountant.step(noise_multiplier=step.noise_multiplier, sample_rate=step.sampling_rate)
+        history = accountant.history
+        held, last = len(history), history[-1:]
+        try:
+            accountant.step(noise_multiplier=step.noise_multiplier, sample_rate=step.sampling_rate)
+        except ValueError:
+            history.extend(last[: held - len(history)])  # gdp forgets what it counted before it fails
+            raise
         self.trainings.setdefault(releases.name, releases).add(step)
         self._seen = self._looks(accountant)
 
@@ -196,6 +205,18 @@ class Book:
     def steps_of(self, name: str) -> int:
         """Steps of the training of that name."""
         return self.trainings[name].steps if name in self.trainings else 0
+
+    def put_back(self) -> Callable[[], None]:
+        """A function that makes the book what it is now."""
+        trainings, others, seen = dict(self.trainings), self.others.copy(), self._seen
+        stretches = {name: list(r.stretches) for name, r in trainings.items()}
+
+        def undo() -> None:
+            self.trainings, self.others, self._seen = trainings, others, seen
+            for name, r in trainings.items():
+                r.stretches = stretches[name]
+
+        return undo
 
     # ------------------------------------------------------------------ plain values
 

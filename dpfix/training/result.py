@@ -14,7 +14,7 @@ from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
 from dpfix.training.accounting import accounted_steps
-from dpfix.training.epsilon import spent, steps_without_noise
+from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
 from dpfix.training.releases import book_of, settled
 
 
@@ -49,7 +49,9 @@ class PrivateTraining(tuple[Any, ...]):
         """How the model is being trained; a no-grad region that gradient has reached is no longer in it."""
         return self[1].guard.plan
 
-    def get_epsilon(self, delta: float) -> float:
+    def get_epsilon(
+        self, delta: float, *, alphas: Any = None, eps_error: float | None = None, delta_error: float | None = None
+    ) -> float:
         """Privacy loss of the steps made so far.
 
         Where the engine's accountant cannot answer in seconds (tiny noise, very many steps), Renyi accounting bounds the same
@@ -57,21 +59,25 @@ class PrivateTraining(tuple[Any, ...]):
 
         Args:
             delta: probability in (0, 1) that the bound does not hold; smaller than 1 / number of samples.
+            alphas: orders of Renyi accounting; Opacus's if not given.
+            eps_error: by how much the PRV accountant may overstate epsilon; 0.01 if not given.
+            delta_error: what it may use up of delta; a thousandth if not given.
 
         Returns:
             Epsilon, at least 0; infinite if any step was made without noise, 0 before the first step.
 
         Raises:
-            ArgumentError: ``delta`` is not a number between 0 and 1.
+            ArgumentError: ``delta`` is not a number between 0 and 1, or another argument is not legal.
         """
-        check_delta(delta)
+        delta = check_delta(delta)
+        accuracy = Accuracy.of(delta, alphas=alphas, eps_error=eps_error, delta_error=delta_error)
         samples = len(index_set(self[-1]))
         if delta >= 1 / samples:
             warn_user(
                 f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
                 "would satisfy such a bound. Use a smaller delta."
             )
-        return spent(settled(self.privacy_engine), delta).epsilon
+        return spent(settled(self.privacy_engine), delta, accuracy).epsilon
 
     def statement(self, delta: float) -> PrivacyStatement:
         """The privacy statement for the steps made so far.
@@ -82,7 +88,7 @@ class PrivateTraining(tuple[Any, ...]):
         Returns:
             Unit, adjacency, sampling, rate, steps, noise, clip norm, accountant, epsilon and what is not covered.
         """
-        check_delta(delta)
+        delta = check_delta(delta)
         _, optimizer, loader = self
         poisson = isinstance(loader, PrivateDataLoader)
         samples = len(index_set(loader))

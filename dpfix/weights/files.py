@@ -4,19 +4,129 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+import secrets
+import stat
+import struct
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from dpfix.errors import ArgumentError, CheckpointError
+from dpfix.errors import ArgumentError, CheckpointError, MissingFileError
+from dpfix.report.finding import Finding
 
 ENTRIES = ("state_dict", "model_state_dict", "module_state_dict", "model", "net", "network", "network_weights")
 """Names under which training scripts keep the weights among other things."""
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
+
+FAILURES = (
+    OSError,
+    EOFError,
+    MemoryError,
+    ArithmeticError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    pickle.PickleError,
+    struct.error,
+    tarfile.TarError,
+)
+"""What ``torch.load`` raises for a file that is damaged or none of its own, and ``torch.save`` for what cannot be saved."""
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that appears complete or not at all: whatever stops the writing, an earlier file of that name stays.
+
+    It is written beside the earlier one, under a name that ends in ``.part``; only a killed process leaves that behind.
+    Links and permissions stay; a device or a pipe takes what is written.
+
+    Args:
+        path: file name.
+
+    Yields:
+        The file to write into.
+
+    Raises:
+        PermissionError: the earlier file is write-protected.
+    """
+    target = Path(os.path.realpath(path))
+    earlier = target.stat() if target.exists() else None
+    if earlier is not None and not stat.S_ISREG(earlier.st_mode):
+        with target.open("wb") as file:
+            yield file
+        return
+    if earlier is not None and not os.access(target, os.W_OK):
+        raise PermissionError(f"{target} is write-protected")
+    part = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if earlier is not None:
+            part.chmod(stat.S_IMODE(earlier.st_mode))
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    with suppress(OSError):  # not every system can say when a folder is on the disk
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(file: Any, options: Mapping[str, Any], *, name: str, trusted: str) -> Any:
+    """``torch.load`` in which every failure is an error of dpfix.
+
+    Args:
+        file: file name or binary file.
+        options: arguments of ``torch.load``.
+        name: the argument that the file was given in.
+        trusted: what to do with a file that holds more than tensors and plain values and is trusted.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CheckpointError: it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(file, **{"weights_only": True, **options})
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{name}={str(file)!r}: there is no file of that name.", path=name) from error
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error) and "Unsupported" not in str(error):
+            raise CheckpointError(_damaged(file, name, error)) from error
+        raise CheckpointError(
+            f"{name}={str(file)!r} holds more than tensors and plain values, and reading it would run code from the file.",
+            help=trusted,
+            path=name,
+        ) from error
+    except (UserWarning, *FAILURES) as error:  # torch warns about a pickle that is none of its own
+        raise CheckpointError(_damaged(file, name, error)) from error
+
+
+def _damaged(file: Any, name: str, error: BaseException) -> Finding:
+    cause = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}"
+    return Finding.refusal(
+        "DPF039",
+        f"{name}={str(file)!r} cannot be read ({cause}).",
+        "it is no file of torch.save, or it was damaged, or cut short when its writing was stopped.",
+        "take an earlier file. One that was saved on a GPU needs map_location='cpu' among the arguments of torch.load.",
+        path=name,
+    )
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -30,27 +140,29 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         ArgumentError: there is no such file, or safetensors is not installed.
-        CheckpointError: the file holds more than tensors and plain values.
+        CheckpointError: the file cannot be read, or holds more than tensors and plain values.
     """
     file = Path(path)
     if not file.is_file():
         raise ArgumentError(f"checkpoint={str(path)!r} is not a file.", path="checkpoint")
     if file.suffix == ".safetensors":
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError as error:
             raise ArgumentError(
                 f"checkpoint={str(path)!r} needs the package safetensors: pip install safetensors.", path="checkpoint"
             ) from error
-        return load_file(file)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint={str(path)!r} holds more than tensors and plain values, and reading it would run code from the file.",
-            help="If you trust it, read it yourself with torch.load(path, weights_only=False) and pass the state dict.",
-            path="checkpoint",
-        ) from error
+        try:
+            return load_file(file)
+        except (SafetensorError, *FAILURES) as error:
+            raise CheckpointError(_damaged(file, "checkpoint", error)) from error
+    return load(
+        file,
+        {"map_location": "cpu"},
+        name="checkpoint",
+        trusted="If you trust it, read it yourself with torch.load(path, weights_only=False) and pass the state dict.",
+    )
 
 
 def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
@@ -64,16 +176,19 @@ def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
     """
     file = Path(path)
     if file.suffix != ".safetensors":
-        torch.save(dict(state), file)
+        with written_whole(file) as opened:
+            torch.save(dict(state), opened)
         return file
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise ArgumentError(
             f"path={str(path)!r} needs the package safetensors: pip install safetensors.", path="path"
         ) from error
     # The format holds every tensor once and contiguous; tied weights are written under each of their keys.
-    save_file({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, file)
+    content = save({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()})
+    with written_whole(file) as opened:
+        opened.write(content)
     return file
 
 

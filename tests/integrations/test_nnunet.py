@@ -20,6 +20,8 @@ from dpfix.integrations.nnunet.doctor import TRAINERS
 from dpfix.integrations.nnunet.patients import stock_loader
 from dpfix.integrations.nnunet.plot import append_epsilon
 from dpfix.integrations.nnunet.settings import read_settings
+from dpfix.integrations.nnunet.trainer import PrivateTrainer
+from tests.helpers import setting
 from tests.reference import clipped_sum, gradients_one_by_one
 
 CASES = ("a_1", "a_2", "b_1", "c_1", "c_2", "c_3")
@@ -329,3 +331,65 @@ def test_epsilon_is_drawn_below_the_progress(tmp_path: Path) -> None:
     with Image.open(tmp_path / "progress.png") as image:
         assert image.size == (300, 650)
     append_epsilon(tmp_path / "nowhere.png", [0.5])
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+class Stock:
+    """What nnU-Net's trainer does with checkpoints: one that holds plain values and scalars of NumPy, read as any pickle."""
+
+    def __init__(self, extra: Any = None) -> None:
+        self.network, self.extra, self.loaded = nn.Linear(2, 2), extra, 0
+        self.disable_checkpointing = False
+
+    def save_checkpoint(self, filename: str) -> None:
+        content = {
+            "network_weights": self.network.state_dict(),
+            "_best_ema": np.float64(0.5),
+            "logging": {"ema": [np.float32(1.0)], "lrs": np.arange(2.0)},
+            "init_args": {"device": torch.device("cpu"), "fold": 0},
+            "trainer_name": "nnUNetTrainerDP",
+        }
+        torch.save(content | ({} if self.extra is None else {"extra": self.extra}), filename)
+
+    def load_checkpoint(self, filename: Any) -> None:
+        torch.load(filename, weights_only=False)
+        self.loaded += 1
+
+
+class Ran:
+    """Notes that a file has run code."""
+
+    seen: list[int] = []  # noqa: RUF012 - shared on purpose
+
+    def __reduce__(self) -> Any:
+        return Ran.seen.append, (1,)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
+    class Trainer(PrivateTrainer, Stock):
+        def statement(self) -> Any:
+            return dpfix.make_private_safe(**setting()).statement(1e-3)
+
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer = Trainer()
+    trainer.private, trainer._epsilons = dpfix.make_private_safe(**setting()), [0.5]
+    trainer.save_checkpoint(str(file))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_latest.pth", "privacy_statement.json"]
+    again = Trainer()
+    again.load_checkpoint(str(file))
+    assert again.loaded == 1 and again._accounted is not None and again._accounted["epsilons"] == [0.5]
+
+    content = torch.load(file, weights_only=False)
+    torch.save(content | {"extra": Ran()}, file)
+    with pytest.raises(dpfix.CheckpointError, match="would run code"):
+        again.load_checkpoint(str(file))
+    assert Ran.seen == [] and again.loaded == 1
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(dpfix.CheckpointError, match="cannot be read"):
+        again.load_checkpoint(str(file))
+    Stock().save_checkpoint(str(file))
+    with pytest.raises(dpfix.ArgumentError, match="not made by private training"):
+        again.load_checkpoint(str(file))
+    assert again.loaded == 1, "refused before anything is loaded"

@@ -317,7 +317,7 @@ def test_noise_that_can_be_computed_again_is_told(given: str) -> None:
         ({"seed": "7"}, r"seed='7' is not a whole number"),
         ({"seed": -1}, r"seed=-1 is not a whole number from 0 to 2\*\*64 - 1"),
         ({"seed": 2**64}, r"seed=18446744073709551616 is not"),
-        ({"seed": torch.tensor(3)}, r"seed=tensor\(3\) is not a whole number"),
+        ({"seed": torch.tensor([3, 4])}, r"seed=tensor\(\[3, 4\]\) is not a whole number"),
         ({"noise_generator": 3}, r"noise_generator is int, not a torch.Generator"),
         ({"noise_generator": np.random.default_rng(0)}, r"noise_generator is Generator, not a torch.Generator"),
     ],
@@ -339,7 +339,7 @@ def test_a_seed_and_cryptographic_noise_are_refused(given: str, monkeypatch: pyt
         engine.make_private(**setting(**{given: value}))
 
 
-@pytest.mark.parametrize("seed", [0, 2**64 - 1, np.int64(3)])
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, np.int64(3), torch.tensor(3)])
 def test_seeds_that_are_taken(seed: Any) -> None:
     assert len(epoch(private(seed=seed))) == 3
 

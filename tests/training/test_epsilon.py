@@ -6,16 +6,20 @@ import itertools
 import math
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from opacus import PrivacyEngine
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.accountant import IAccountant
+from opacus.accountants.utils import get_noise_multiplier
 from scipy import optimize, stats
 
 import dpfix
 from dpfix.training.epsilon import renyi_epsilon, spent
+from dpfix.training.noise_search import Budget, noise_for
 from tests.helpers import setting, train
 
 ENGINES = {
@@ -175,3 +179,115 @@ def test_many_noise_levels_are_answered_by_renyi_accounting_too() -> None:
     found = spent(history(entries, RDPAccountant), 1e-5).epsilon
     assert spent(history([(2.0, 0.01, 1000)], RDPAccountant), 1e-5).epsilon < found
     assert found < spent(history([(0.98, 0.01, 1000)], RDPAccountant), 1e-5).epsilon
+
+
+# ------------------------------------------------------------------ how exactly an accountant is asked
+
+
+@pytest.mark.parametrize("kind", [PRVAccountant, RDPAccountant])
+def test_options_of_the_accountants_are_passed_on(kind: type[IAccountant]) -> None:
+    training = dpfix.make_private_safe(**setting(privacy_engine=PrivacyEngine(accountant=kind.mechanism())))
+    train(training, 3)
+    accountant = training.privacy_engine.accountant
+    for options in ({"eps_error": 0.1}, {"delta_error": 1e-4}, {"alphas": [2, 3.5]}):
+        wanted = accountant.get_epsilon(1e-3, **options)
+        found = training.get_epsilon(1e-3, **options)
+        assert found == training.privacy_engine.get_epsilon(1e-3, **options) == pytest.approx(wanted, rel=1e-12)
+    told = {"eps_error": 0.1} if kind is PRVAccountant else {"alphas": [2, 3.5]}
+    assert training.get_epsilon(1e-3, **told) != training.get_epsilon(1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eps_error": 0}, {"eps_error": "x"}, {"eps_error": math.nan}, {"delta_error": 1e-2}, {"delta_error": 0},
+        {"alphas": []}, {"alphas": [1.0]}, {"alphas": 3}, {"alphas": [2, "x"]}, {"alphas": [1e9]}, {"alphas": [math.inf]},
+    ],
+)  # fmt: skip
+def test_illegal_options_are_refused(options: dict[str, Any]) -> None:
+    training = dpfix.make_private_safe(**setting())
+    for ask in (training.get_epsilon, training.privacy_engine.get_epsilon):
+        with pytest.raises(dpfix.ArgumentError, match=next(iter(options))):
+            ask(1e-3, **options)
+    with pytest.raises(dpfix.UnknownArgumentError, match="eps_eror"):
+        training.privacy_engine.get_epsilon(1e-3, eps_eror=0.1)
+
+
+def test_what_gdp_cannot_count_is_told_and_nothing_is_forgotten() -> None:
+    training = start("opacus, gdp")
+    train(training, 2)
+    training[1].noise_multiplier = 2.0
+    before = [p.detach().clone() for p in training[0].parameters()]
+    with pytest.raises(dpfix.MisuseError, match=r"gdp accountant cannot count this step.*noise_multiplier=2.0"):
+        train(training, 1)
+    assert [entry[-1] for entry in training.privacy_engine.accountant.history] == [2]
+    assert all(map(torch.equal, training[0].parameters(), before))
+
+
+def test_gdp_says_in_words_what_it_cannot_answer() -> None:
+    training = start("opacus, gdp", noise_multiplier=1e-3)
+    train(training, 2)
+    with pytest.warns(dpfix.DPFixWarning, match="it looks for an epsilon between 0 and 500"):
+        assert training.get_epsilon(1e-3) > 500
+
+
+# ------------------------------------------------------------------ the search for the noise
+
+
+def with_budget(engine: str = "safe", **changes: Any) -> dpfix.PrivateTraining:
+    given = setting(grad_sample_mode="bookkeeping", target_epsilon=5.0, target_delta=1e-3, epochs=4) | changes
+    del given["noise_multiplier"]
+    return dpfix.make_private_safe_with_epsilon(privacy_engine=ENGINES[engine](), **given)
+
+
+@every_engine
+@pytest.mark.parametrize("epsilon", [0.5, 5.0])
+def test_the_noise_is_that_of_opacus(engine: str, epsilon: float) -> None:
+    accountant = ENGINES[engine]().accountant
+    wanted = get_noise_multiplier(
+        target_epsilon=epsilon, target_delta=1e-3, sample_rate=8 / 24, steps=12, accountant=accountant.mechanism()
+    )
+    assert noise_for(Budget(epsilon, 1e-3, 8 / 24, 12), accountant) == wanted
+
+
+def test_the_call_searches_with_what_it_is_given() -> None:
+    wanted = noise_for(Budget(5.0, 1e-3, 8 / 24, 12, tolerance=0.5), PRVAccountant())
+    assert with_budget(epsilon_tolerance=torch.tensor(0.5))[1].noise_multiplier == wanted
+
+
+@pytest.mark.filterwarnings("ignore:the .* accountant would take too long")
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize(("epsilon", "epochs"), [(1e3, 4), (1e6, 4), (1e12, 4), (8.0, 1e5), (8.0, 1e7), (300.0, 1000)])
+@pytest.mark.parametrize("engine", ["safe", "opacus, rdp", "opacus, gdp"])
+def test_every_search_ends_within_seconds(engine: str, epsilon: float, epochs: float) -> None:
+    begun, accountant = time.process_time(), ENGINES[engine]().accountant
+    noise = noise_for(Budget(epsilon, 1e-3, 8 / 24, math.ceil(3 * epochs)), accountant)
+    assert time.process_time() - begun < 10
+    assert renyi_epsilon([(noise / 2, 8 / 24, math.ceil(3 * epochs))], 1e-3) > epsilon, "twice the noise that is needed"
+
+
+def test_who_gave_the_noise_is_said() -> None:
+    with pytest.warns(dpfix.DPFixWarning, match=r"prv accountant would take too long.*Renyi accounting \(rdp\)"):
+        noise_for(Budget(1e5, 1e-3, 8 / 24, 12), PRVAccountant())
+
+
+@pytest.mark.parametrize(
+    ("engine", "epsilon", "words"),
+    [("safe", 0.005, r"eps_error=0.0005"), ("opacus, rdp", 0.01, r"accountant='prv'"), ("opacus, rdp", 1e-9, "target_epsilon")],
+)  # fmt: skip
+def test_a_budget_out_of_reach_is_refused_with_a_way_out(engine: str, epsilon: float, words: str) -> None:
+    with pytest.raises(dpfix.ArgumentError, match=words):
+        noise_for(Budget(epsilon, 1e-3, 8 / 24, 12), ENGINES[engine]().accountant)
+
+
+def test_the_way_out_works() -> None:
+    found = with_budget(target_epsilon=0.005, eps_error=0.0005, epsilon_tolerance=0.001)
+    assert found[1].noise_multiplier > 100
+
+
+def test_what_was_spent_before_counts() -> None:
+    fresh = Budget(5.0, 1e-3, 1 / 3, 12)
+    spent_before = replace(fresh, earlier=((1.5, 1 / 3, 6),))
+    assert noise_for(spent_before, PRVAccountant()) > noise_for(fresh, PRVAccountant())
+    with pytest.raises(dpfix.ArgumentError, match="The earlier steps alone have spent more"):
+        noise_for(replace(fresh, earlier=((0.1, 1 / 3, 6),)), PRVAccountant())

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opacus.accountants.utils import get_noise_multiplier
+from opacus.accountants import create_accountant
 from torch.utils.data import DataLoader
 
 import dpfix
 from dpfix.errors import ArgumentError
-from dpfix.integrations.nnunet import plot
+from dpfix.integrations.nnunet import checkpoints, plot
 from dpfix.integrations.nnunet.patients import PatientPatches, mean_over_patients, stock_loader
 from dpfix.integrations.nnunet.settings import Settings, read_settings
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import sample_rate
+from dpfix.training.noise_search import Budget, noise_for
+from dpfix.weights.files import written_whole
 
 KEY = "dpfix"
 """Under this key a checkpoint has the accountant and what was logged, beside nnU-Net's own keys."""
@@ -146,21 +148,9 @@ class PrivateTrainer:
         this: Any = self
         if self.settings.noise_multiplier is not None:
             return self.settings.noise_multiplier
-        try:
-            return get_noise_multiplier(
-                target_epsilon=self.settings.target_epsilon or 0.0,
-                target_delta=self._delta,
-                sample_rate=sample_rate(loader),
-                steps=this.num_epochs * this.num_iterations_per_epoch,
-                accountant=self.settings.accountant,
-            )
-        except ValueError as error:
-            raise ArgumentError(
-                f"nnU-Net: target_epsilon={self.settings.target_epsilon} at delta={self._delta:.3g} cannot be reached in "
-                f"{this.num_epochs} epochs of {this.num_iterations_per_epoch} steps: {error}.",
-                help="Train fewer steps, draw fewer patients per step, or raise the budget.",
-                path="target_epsilon",
-            ) from error
+        steps = this.num_epochs * this.num_iterations_per_epoch
+        budget = Budget(self.settings.target_epsilon or 0.0, self._delta, sample_rate(loader), steps)
+        return noise_for(budget, create_accountant(self.settings.accountant))
 
     # ------------------------------------------------------------------ training
 
@@ -231,11 +221,16 @@ class PrivateTrainer:
 
         The trainer's name in it is nnU-Net's own, so that a stock predictor loads it without dpfix.
         """
-        super().save_checkpoint(filename)  # type: ignore[misc]
         this: Any = self
         if this.disable_checkpointing or self.private is None:
+            super().save_checkpoint(filename)  # type: ignore[misc]
             return
-        checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+        stock = f"{filename}.part"
+        try:
+            super().save_checkpoint(stock)  # type: ignore[misc]
+            checkpoint = checkpoints.read(stock)
+        finally:
+            Path(stock).unlink(missing_ok=True)
         checkpoint["trainer_name"] = "nnUNetTrainer"
         accountant: Any = self.private.privacy_engine.accountant
         checkpoint[KEY] = {
@@ -243,8 +238,8 @@ class PrivateTrainer:
             "epsilons": self._epsilons,
             "version": dpfix.__version__,
         }
-        torch.save(checkpoint, f"{filename}.new")
-        os.replace(f"{filename}.new", filename)
+        with written_whole(filename) as file:
+            torch.save(checkpoint, file)
         Path(filename).with_name("privacy_statement.json").write_text(self.statement().to_json())
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
@@ -253,10 +248,9 @@ class PrivateTrainer:
         Raises:
             ArgumentError: the checkpoint was not made by private training.
         """
-        super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
         checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        if isinstance(checkpoint, str):  # nnU-Net would run what is in it; nothing is, if this reads it
+            checkpoint = checkpoints.read(checkpoint)
         if KEY not in checkpoint:
             raise ArgumentError(
                 "nnU-Net: the checkpoint was not made by private training: it has no accountant, so its steps cannot be "
@@ -264,6 +258,7 @@ class PrivateTrainer:
                 help="Start anew; -pretrained_weights takes weights that were trained on other, public data.",
                 path="checkpoint",
             )
+        super().load_checkpoint(filename_or_checkpoint)  # type: ignore[misc]
         self._accounted = checkpoint[KEY]
 
     # ------------------------------------------------------------------ words
