@@ -21,6 +21,7 @@ from dpfix.choose import select
 from dpfix.distributed import fingerprint
 from dpfix.errors import LoaderError, ModelError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
+from dpfix.instrument.function_modes import switch_off_all
 from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
@@ -44,7 +45,6 @@ from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
 from dpfix.training.follow.delivery import BatchLayout
-from dpfix.training.follow.follower import switch_off_all
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
-from dpfix.instrument.function_modes import FollowingMode
+from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 from dpfix.instrument.source import is_users_file
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
@@ -392,50 +391,3 @@ def line_of(place: Place) -> str:
         return ""
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
     return f"{code.co_filename.rpartition('/')[2]}:{line}"
-
-
-# ------------------------------------------------------------------ on and off
-
-
-def is_on(follower: Follower) -> bool:
-    """Whether a follower is among the function modes that are on in this thread."""
-    return any(mode is follower for mode in _get_current_function_mode_stack())
-
-
-def switch_off(follower: Follower) -> None:
-    """Take it off. While it handles a function itself that is put off until the next one is switched on or off."""
-    follower.paused = follower.over = True
-    _sweep()
-
-
-def switch_on(follower: Follower) -> None:
-    """Let it see the functions that are called from now on in this thread."""
-    follower.over = False
-    _sweep()
-    if not is_on(follower):
-        follower.__enter__()
-
-
-def switch_off_all() -> None:
-    """Take all off: a new private training begins, and steps of earlier ones are not going to be finished."""
-    for mode in _get_current_function_mode_stack():
-        if isinstance(mode, Follower):
-            mode.clear()
-            switch_off(mode)
-
-
-def _sweep() -> None:
-    """Take off those that are over, wherever they lie; the script's own modes keep their order."""
-    stack = _get_current_function_mode_stack()
-    if stack and isinstance(stack[-1], Follower) and stack[-1].over:
-        _pop_mode()
-        stack.pop()
-    over = [number for number, mode in enumerate(stack) if isinstance(mode, Follower) and mode.over]
-    if not over:
-        return
-    above = stack[over[0] :]
-    for _ in above:
-        _pop_mode()
-    for mode in above:
-        if not (isinstance(mode, Follower) and mode.over):
-            _push_mode(mode)
