@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
+from dpfix.observe.call_sources import Call
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import prepare, refuse, versions, warn_blocked
+from dpfix.observe.undecided import may_wait
+from dpfix.pipeline import Prepared, decide, prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.report import Report
 from dpfix.rules import RULES, compiled
@@ -40,6 +42,7 @@ from dpfix.scan.arguments import (
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
+from dpfix.training.first_step import Decide, Decision
 from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
 from dpfix.training.privacy_engine import CheckpointingEngine
 from dpfix.training.result import PrivateTraining
@@ -126,6 +129,10 @@ def make_private_safe(
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
     request = _out_of_earlier(_as_trained(given))
     engine = privacy_engine if privacy_engine is not None else SafePrivacyEngine()
+
+    def report_of(prepared: Prepared) -> Report:
+        return prepared.report(request, noise_multiplier, secure=engine.secure_mode)
+
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
         check_randomness(request.privacy, engine.secure_mode)
@@ -146,6 +153,7 @@ def make_private_safe(
                     request.privacy.augmentation,
                     poisson_sampling,
                     request.ranks,
+                    _deciding(request, prepared, report_of),
                 ),
                 wrap_model=wrap_model,
                 for_opacus={
@@ -162,9 +170,25 @@ def make_private_safe(
                 end_earlier(request.module)
                 raise
             surgery.commit()
-    report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
+    report = report_of(prepared)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
+
+
+def _deciding(request: Request, prepared: Prepared, report_of: Callable[[Prepared], Report]) -> Decide | None:
+    """What decides on a real call of the model that is none of those that were looked at; ``None`` if they were told."""
+    if not (prepared.guessed and may_wait(request)):
+        return None
+
+    def on(call: Call) -> Decision | None:
+        made = decide(request, prepared, call)
+        if made is None:
+            return None
+        decision = Decision(made.plan, report_of(made))
+        warn_blocked(decision.report)
+        return decision
+
+    return on
 
 
 _ARGUMENTS = inspect.signature(make_private_safe).parameters

@@ -9,7 +9,6 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,25 +20,29 @@ from dpfix.distributed import fingerprint
 from dpfix.errors import (
     USER_CODE_ERRORS,
     CoupledModelError,
-    LoaderError,
+    DPFixError,
     LossError,
-    ModelError,
+    NoEngineError,
     TrainingStepError,
 )
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
-from dpfix.layout.row_count import RowCounter, find_row_counters
 from dpfix.observe import double_activation, loss_trace, no_grad_search, probe
+from dpfix.observe.call_sources import Call
 from dpfix.observe.failures import described_failures
 from dpfix.observe.one_step import decided_by_rounding
+from dpfix.observe.real_call import check_fixed, learn
 from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
-from dpfix.observe.training_step import Subject, TrainingStep, infer, unknown_loss
+from dpfix.observe.several_rows import check_rows, known_rows, row_counter
+from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
+from dpfix.observe.undecided import decided_later, may_wait, undecided
 from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
 from dpfix.repair.lazy import materialise, remembered_lazy
 from dpfix.repair.surgery import Surgery
+from dpfix.repair.validator import check_validator
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES, Rule
@@ -61,6 +64,9 @@ class Prepared:
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
+        samples: the probe of the loader's dataset.
+        repairs: those of the findings that rules have made.
+        guessed: whether the loop's calls of the model may be others than those that were looked at.
     """
 
     plan: Plan
@@ -69,6 +75,9 @@ class Prepared:
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
+    samples: probe.Probe
+    repairs: tuple[Finding, ...]
+    guessed: bool
 
     def report(self, request: Request, noise_multiplier: float | None, *, secure: bool = False) -> Report:
         """The report of a call; the noise is ``None`` in a diagnosis, ``secure`` says whether it is cryptographic."""
@@ -145,7 +154,8 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
 
     Returns:
-        The plan and the evidence for it.
+        The plan and the evidence for it. Where the loop's call of the model cannot be told, all but the repairs is left to
+        :func:`decide`.
     """
     loss_trace.switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
@@ -158,12 +168,66 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
-    step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
+    waits = may_wait(request)
+    try:
+        step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
+        return _proven(request, surgery, samples, step, findings, outside)
+    except UnknownCallError as unknown:
+        if not waits:
+            raise
+        check_validator(request, findings)
+        plan, later = undecided(request), decided_later(request, unknown)
+        proofs = ("the engine is decided on the first real step; this report is complete after it",)
+        placeholder = Placeholder(samples.singles[0])
+        return Prepared(plan, placeholder, None, (*findings, later), (), proofs, samples, tuple(findings), guessed=True)
+
+
+def decide(request: Request, earlier: Prepared, call: Call) -> Prepared | None:
+    """Observe, audit and choose on a real call of the model, before anything of its step has happened.
+
+    Args:
+        earlier: what the call of dpfix has found out.
+        call: a real call, of a form that was not looked at then.
+
+    Returns:
+        The plan and the evidence for it; ``None`` if a call after an empty draw does not tell, and the next one has to.
+    """
+    loss_trace.switch_off_all()
+    outside = modules_outside(request.module, request.criterion, None)
+    request = replace(request, handed_over=True)
+    with rng_untouched(), undone_after(outside):
+        ways = learn(request.module, call, earlier.samples, request.privacy.loss_reduction)
+        refused: DPFixError | None = None
+        for way in ways:
+            try:
+                with Surgery(request.scan) as surgery:
+                    check_fixed(request.module, way)
+                    made = _proven(request, surgery, way.samples, way.step, list(earlier.repairs), outside)
+                    check_rows(request.module, earlier.known_rows, made.known_rows)
+                    surgery.commit()
+                return replace(made, samples=earlier.samples, placeholder=earlier.placeholder)
+            except (LossError, CoupledModelError, NoEngineError, TrainingStepError) as error:
+                refused = refused or error
+        if not ways:
+            return None
+        assert refused is not None
+        raise refused
+
+
+def _proven(
+    request: Request,
+    surgery: Surgery,
+    samples: probe.Probe,
+    step: TrainingStep,
+    findings: list[Finding],
+    outside: list[nn.Module],
+) -> Prepared:
     subject = Subject(request.module, step)
     surgery.undo_with(remembered_lazy(subject.module))
     if _materialised(subject, samples):
         findings += [f for f in _repair(request, surgery) if f not in findings]
-    _check_validator(request, findings)
+    check_validator(request, findings)
+    repairs = tuple(findings)
 
     record = observe(subject, samples)
     check_inside(subject.module, record)
@@ -187,8 +251,17 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     plan, evidence = _choose(request, subject, trials, plan)
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
-    placeholder, known_rows = _placeholder(empty or ordinary, plan), _known_rows(samples, record)
-    return Prepared(plan, placeholder, known_rows, tuple(findings), evidence, tuple(proofs))
+    return Prepared(
+        plan,
+        _placeholder(empty or ordinary, plan),
+        known_rows(samples, record),
+        tuple(findings),
+        evidence,
+        tuple(proofs),
+        samples,
+        repairs,
+        step.guessed,
+    )
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:
@@ -224,26 +297,6 @@ def _repair(request: Request, surgery: Surgery) -> list[Finding]:
     return [finding for _, finding in found]
 
 
-def _check_validator(request: Request, findings: list[Finding]) -> None:
-    """Whatever Opacus's own validator still flags must have been answered by a finding; nothing slips through."""
-    answered = {f.path for f in findings}
-    for path, child in request.module.named_modules():
-        validator = ModuleValidator.VALIDATORS.get(type(child))
-        if validator is None or path in answered or not any(p.requires_grad for p in child.parameters()):
-            continue
-        for error in validator(child):
-            raise ModelError(
-                Finding.refusal(
-                    "DPF018",
-                    f"{request.scan.place(path)} is refused by Opacus's ModuleValidator: {error}",
-                    "",
-                    "replace the layer as the message says, or freeze it with requires_grad_(False).",
-                    path=path,
-                    severity=Severity.BLOCKS_TRAINING,
-                )
-            )
-
-
 def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         calls=record.calls,
@@ -256,52 +309,10 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
         scratch=record.scratch,
         views=request.views,
-        row_counter=_row_counter(request, samples, record.counts, step),
+        row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
+        handed_over=request.handed_over,
     )
-
-
-def _row_counter(
-    request: Request, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep
-) -> RowCounter | None:
-    """How the loader tells the rows of every sample, where these are not the same for all."""
-    if not counts:
-        return None
-    counter = next(iter(find_row_counters(samples.items, counts)), None)
-    rows = f"the probe's samples enter {type(request.module).__name__} as {', '.join(map(str, counts))} rows"
-    if counter is None:
-        raise LoaderError(
-            f"data_loader: {rows},",
-            "and nothing in what the dataset returns has that many entries, so it cannot be told which rows belong to which "
-            "sample.",
-            "Return a list with one entry per row from dataset[i] (and flatten it in the collate_fn), or give every sample "
-            "the same number of rows.",
-            path="data_loader",
-        )
-    if not step.loss_known:
-        raise TrainingStepError(
-            f"training_step: {rows}, and neither criterion= nor training_step= was given.",
-            "Whether the loss gives every row the same weight, or every sample, decides what is clipped.",
-            "Pass the loop's criterion or training_step.",
-            path="training_step",
-        )
-    if not request.privacy.poisson_sampling:
-        raise LoaderError(
-            f"data_loader: {rows}.",
-            "Which rows belong to which sample is known for the batches of a private loader only.",
-            "Leave poisson_sampling at True, or give every sample the same number of rows.",
-            path="data_loader",
-        )
-    return counter
-
-
-def _known_rows(samples: probe.Probe, record: StepRecord) -> KnownRows | None:
-    """What the loader has to look at, where samples enter the model as several rows, or could do so."""
-    rows = record.rows_per_sample
-    counters = find_row_counters(samples.items, record.counts or (rows,) * len(samples))
-    if rows == 1 and not record.counts:  # a length of 1 somewhere inside says little; an item that is a list says it
-        counters = [c for c in counters if not c.path and c.dim == 0 and isinstance(samples.items[0], (list, tuple))]
-    return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
 _LARGER = 1e6

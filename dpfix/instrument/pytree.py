@@ -43,10 +43,37 @@ def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     >>> leaves({"a": [1, (2, 3)]})
     [(('a', 0), 1), (('a', 1, 0), 2), (('a', 1, 1), 3)]
     """
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return [(path, tree)]
-    return [leaf for key, part in parts for leaf in leaves(part, (*path, key))]
+    return [leaf for key, part in found for leaf in leaves(part, (*path, key))]
+
+
+def parts(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
+    """A tree, its leaves and all containers in between, with the keys that lead to them.
+
+    Returns:
+        ``(path, part)`` pairs; a container comes before what it holds.
+
+    >>> parts({"a": [1]})
+    [((), {'a': [1]}), (('a',), [1]), (('a', 0), 1)]
+    """
+    below = [part for key, child in children(tree) or () for part in parts(child, (*path, key))]
+    return [(path, tree), *below]
+
+
+def at(tree: Any, path: Path) -> Any:
+    """The part of a tree that some keys lead to.
+
+    Returns:
+        The leaf or container.
+
+    >>> at({"a": [1, (2, 3)]}, ("a", 1, 0))
+    2
+    """
+    for key in path:
+        tree = dict(children(tree) or ())[key]
+    return tree
 
 
 def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
@@ -63,11 +90,11 @@ def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> An
     >>> map_leaves(lambda path, x: x + 1, {"a": [1, (2,)]})
     {'a': [2, (3,)]}
     """
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return fn(path, tree)
-    new = {key: map_leaves(fn, part, (*path, key)) for key, part in parts}
-    return _rebuild(tree, new)
+    new = {key: map_leaves(fn, part, (*path, key)) for key, part in found}
+    return rebuilt(tree, new)
 
 
 def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: Path = ()) -> Any:
@@ -87,13 +114,21 @@ def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: P
     """
     if path in paths:
         return fn(tree)
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return tree
-    return _rebuild(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in parts})
+    return rebuilt(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in found})
 
 
-def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:
+def rebuilt(tree: Any, parts: Mapping[object, Any]) -> Any:
+    """A container like another, with other parts.
+
+    Args:
+        parts: the parts by key, in the order of :func:`children`.
+
+    Returns:
+        The new container.
+    """
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*parts.values())
     if isinstance(tree, (list, tuple)):

@@ -217,10 +217,9 @@ def take(
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
     chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
     collate = CollateOrPlaceholder(user_collate(loader), Placeholder(None), augmentation and augmentation.for_probe())
-    generator = torch.Generator().manual_seed(_SEED)
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
-        return _collated([_redraw(item, generator) for item in items], collate.collated)
+        return redrawn(items, collate.collated)
     except USER_CODE_ERRORS as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed:",
@@ -230,6 +229,12 @@ def take(
             + " for any list of samples, also for a single one.",
             path="data_loader",
         ) from error
+
+
+def redrawn(items: list[Any], collate: Callable[[list[Any]], Any]) -> Probe:
+    """The probe of some samples, with new floating values."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return _collated([_redraw(item, generator) for item in items], collate)
 
 
 def _redraw(item: Any, generator: torch.Generator) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin, is_lazy
+from torch.nn.modules import lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from dpfix.errors import ModelError
 
@@ -52,7 +53,7 @@ def remembered_lazy(module: nn.Module) -> Callable[[], None]:
     )
     before = [(m, type(m), dict(vars(m)), {name: dict(vars(m)[name]) for name in inner}) for m in modules]
     tensors = [
-        t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and is_lazy(t)
+        t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and lazy.is_lazy(t)
     ]
     shapeless = [(t, type(t), t.data) for t in tensors]
 
@@ -71,5 +72,10 @@ def remembered_lazy(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a model has parameters or buffers without shape."""
+    return bool(_lazy(module))
+
+
 def _lazy(module: nn.Module) -> list[str]:
-    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t is not None and is_lazy(t)]
+    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t is not None and lazy.is_lazy(t)]

@@ -24,6 +24,7 @@ CODES: Mapping[str, str] = {
     "DPF025": "forward keeps something of a batch in an attribute until its next call; it is put back after every step",
     "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
     "DPF030": "an activation is applied to the probabilities that another one has made",
+    "DPF043": "how the loop calls the model cannot be told from one batch; the first real call decides the engine",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
+
+from dpfix.instrument import pytree
 
 
 class DrawLedger:
@@ -15,6 +18,8 @@ class DrawLedger:
         seed: seed of the present round, where several ranks draw it together.
         number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
         at_start: called when a sampler begins a new pass.
+        keeps: whether the batch that is being worked on is kept.
+        delivered: that batch and all that it holds, with the keys that lead there.
     """
 
     def __init__(self) -> None:
@@ -22,6 +27,8 @@ class DrawLedger:
         self.seed = 0
         self.number = 0
         self.at_start: Callable[[], None] = lambda: None
+        self.keeps = False
+        self.delivered: list[tuple[pytree.Path, Any]] = []
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
         self.counts: tuple[int, ...] = ()
@@ -35,14 +42,15 @@ class DrawLedger:
         self._drawn.clear()
         self._delivered = None
         self._delivers = False
-        self.counts = ()
+        self.counts, self.delivered = (), []
 
     def drew(self, samples: int) -> None:
         """A logical batch of this many samples was drawn."""
         self._drawn.append(samples)
 
-    def deliver(self, counts: tuple[int, ...] = ()) -> None:
+    def deliver(self, counts: tuple[int, ...] = (), batch: Any = None) -> None:
         """The loader hands the oldest drawn batch to the loop; see :attr:`counts`."""
+        self.delivered = pytree.parts(batch) if self.keeps else []
         self.counts = counts
         self._delivered = self._drawn.popleft() if self._drawn else None
         self._delivers = True

@@ -94,7 +94,7 @@ class PrivateDataLoader(DPDataLoader):
         collate = self.collate_fn
         if not isinstance(collate, CollateOrPlaceholder) or collate.row_counter is None:
             for batch in super().__iter__():
-                self.ledger.deliver()
+                self.ledger.deliver(batch=batch)
                 yield batch
             return
         self.collate_fn = collate.with_counts
@@ -103,7 +103,7 @@ class PrivateDataLoader(DPDataLoader):
         finally:
             self.collate_fn = collate
         for batch, counts in batches:
-            self.ledger.deliver(tuple(counts))
+            self.ledger.deliver(tuple(counts), batch)
             yield batch
 
 

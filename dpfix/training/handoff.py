@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -35,6 +35,7 @@ from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
 from dpfix.training.epsilon import spent
+from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
 from dpfix.training.opacus_classes import (
     PrivateModule,
@@ -128,6 +129,7 @@ class Decided:
         augmentation: makes several views of every sample.
         poisson_sampling: whether the loader draws Poisson batches.
         ranks: the processes that train together.
+        decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
     """
 
     randomness: Randomness
@@ -137,6 +139,7 @@ class Decided:
     augmentation: AugmentationMultiplicity | None
     poisson_sampling: bool
     ranks: Ranks
+    decide: Decide | None = None
 
 
 def hand_off(
@@ -166,7 +169,7 @@ def hand_off(
     loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
     _check_dataset(privacy_engine, originals.data_loader)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    engine = BY_NAME[plan.engine]
+    engine = engine_of(plan)
     own = not engine.attached_by_opacus
     prepared, private_optimizer, *_ = make_private(
         module=_shell(module, ranks) if own else module,
@@ -182,10 +185,7 @@ def hand_off(
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
-    handle = engine.attach(module, plan, prepared)
-    handle.several_iterations = ledger is None
-    if ledger is not None:
-        handle.counts = lambda: ledger.counts
+    handle = put_to_work(module, plan, prepared, ledger)
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks)
     guard = StepGuard(Guarded(module, plan, trained, handle, accounting, ledger, ranks), private_optimizer)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
@@ -193,8 +193,12 @@ def hand_off(
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
-        ledger.at_start = lambda: guard.begin_pass(private_optimizer)
+        ledger.at_start = lambda: private_optimizer.guard.begin_pass(private_optimizer)
     in_training.begin(module, prepared)
+    if own and decided.decide is not None:
+        calls = RealCalls(module, prepared, private_optimizer, decided.decide)
+        vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
+        calls.put_in()
     return prepared, private_optimizer, loader
 
 

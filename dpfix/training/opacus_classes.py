@@ -174,6 +174,8 @@ def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
     """Leave the plain, repaired model behind, with nothing of ours or Opacus's on it."""
     guard: StepGuard = holder.guard
     module = holder._module
+    if "real_calls" in holder.__dict__:
+        holder.__dict__["real_calls"].take_out()
     guard.detach()
     opacus_cleanup()
     for name in guard.plan.frozen_parameters:

@@ -31,6 +31,7 @@ class StepGuard:
     Args:
         guarded: the training.
         optimizer: its private optimizer, as the call has set it up.
+        called: see the attribute; what the optimizer says now, if not given.
 
     Attributes:
         guarded: the training.
@@ -42,9 +43,9 @@ class StepGuard:
         engine_clips: whether the engine clips in the step that is being made.
     """
 
-    def __init__(self, guarded: Guarded, optimizer: DPOptimizer) -> None:
+    def __init__(self, guarded: Guarded, optimizer: DPOptimizer, called: dict[str, Any] | None = None) -> None:
         self.guarded = guarded
-        self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
+        self.called = called or {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
         watch = GradWatch(guarded.parameters)
         self.regions = RegionsUntouched(guarded)
         self.ranks = RanksAgree(guarded)
@@ -199,6 +200,16 @@ class StepGuard:
         optimizer._is_last_step_skipped = False
         self.guarded.progress.partial = 0
         self.guarded.forget_sum()
+
+    def check_unchanged(self, optimizer: DPOptimizer) -> None:
+        """Model and optimizer are still those of the call.
+
+        Raises:
+            PlanBrokenError: they are not.
+        """
+        for check in self.checks:
+            if check.needed and isinstance(check, (SameStructure, SameGroups, FixedNorms)):
+                check.before_step(optimizer)
 
     def detach(self) -> None:
         """Take everything off the model; the training is over."""

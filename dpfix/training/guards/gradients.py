@@ -8,7 +8,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.errors import NonFiniteGradientError, PlanBrokenError
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.instrument.source import warn_user
@@ -29,7 +29,7 @@ class ThroughTheEngine(Check):
     def __init__(self, guarded: Guarded, watch: GradWatch) -> None:
         self._name = guarded.name
         self._watch = watch
-        self._owned = BY_NAME[guarded.plan.engine].owns_gradients
+        self._owned = engine_of(guarded.plan).owns_gradients
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:

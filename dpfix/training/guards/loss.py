@@ -5,7 +5,7 @@ from __future__ import annotations
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.training.guards.check import Check, Guarded
 from dpfix.training.loss_proof import LossProof
 
@@ -19,7 +19,7 @@ class UncoupledLoss(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         plan, handle = guarded.plan, guarded.handle
-        self.needed = BY_NAME[plan.engine].audited and not plan.loss_known
+        self.needed = engine_of(plan).audited and not plan.loss_known
         self._proof = LossProof(guarded.module, plan, handle.paused) if self.needed else None
 
     @override
