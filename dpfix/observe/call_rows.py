@@ -1,7 +1,7 @@
 """Rows of a real call as samples, where the loop has made an argument itself: noise, time steps, another form of the data.
 
 Which dimension of a tensor has a row per sample is taken from where the same values stand in the delivered batch. Where the
-values are others, the dimension has to be as long as there are samples, and nothing may speak for another one.
+values are others, the first dimension has to be as long as there are samples, and nothing may speak for another one.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class RowDims:
         n = self.call.samples
         candidates = [dim for dim, size in enumerate(t.shape) if size == n]
         whole = [dim for dim, size in enumerate(t.shape) if size % n == 0]
-        if len(candidates) == 1 and candidates == whole:
-            return candidates[0]
+        if candidates == whole == [0]:
+            return 0
         leaves = [(self.in_batch[there], leaf) for there, leaf in self._leaves() if leaf.numel() == t.numel()]
         same = (d for d in candidates for dim, leaf in leaves if _same_rows(t.transpose(0, d), leaf.transpose(0, dim)))
         like = (dim for dim, leaf in leaves if leaf.shape == t.shape and t.shape[dim] == n)

@@ -18,7 +18,8 @@ from dpfix.engines import engine_of
 from dpfix.engines.base import Handle
 from dpfix.engines.replaced import Replaced, is_recorded
 from dpfix.instrument.rng import rng_untouched
-from dpfix.layout.calls import find_layout
+from dpfix.errors import TrainingStepError
+from dpfix.layout.calls import CallLayout, find_layout
 from dpfix.observe.call_sources import Call
 from dpfix.plan import Plan
 from dpfix.report.report import Report
@@ -108,16 +109,20 @@ class RealCalls(Replaced):
         return self._optimizer.guard
 
     def _known(self, args: Any, kwargs: Any) -> bool:
-        """Whether a call has an audited form, with the samples that were drawn where that form has them."""
+        """Whether a call has an audited form, and the samples that were drawn where that form has them."""
         plan, ledger = self._guard.plan, self._guard.guarded.ledger
-        layout = find_layout(plan.calls, args, kwargs) if plan.engine else None
-        if layout is None or ledger is None or not ledger.delivered or plan.row_counter:
+        layout = self._layout(args, kwargs)
+        drawn = ledger.pending() if ledger is not None and ledger.delivered else None
+        if layout is None or drawn is None or plan.row_counter:
             return layout is not None
-        rows = layout.rows(args, kwargs)
-        return rows is None or rows == max(1, ledger.pending() or 0)
+        return layout.rows(args, kwargs) in (None, max(1, drawn))
+
+    def _layout(self, args: Any, kwargs: Any) -> CallLayout | None:
+        plan = self._guard.plan
+        return find_layout(plan.calls, args, kwargs) if plan.engine else None
 
     def _learn(self, args: Any, kwargs: Any) -> None:
-        """Decide on a call of a form that was not audited.
+        """Decide on a call that was not audited.
 
         Raises:
             DPFixError: it is refused; everything is as it was before the call.
@@ -127,7 +132,7 @@ class RealCalls(Replaced):
         if guarded.handle.busy:
             return  # the engine says that it does not know this call
         guard.check_unchanged(self._optimizer)
-        ledger = guarded.ledger
+        audited, ledger = self._layout(args, kwargs) is not None, guarded.ledger
         call = Call(args, kwargs, ledger.delivered if ledger else (), ledger.pending() if ledger else None)
         self.take_out()
         guard.detach()
@@ -136,6 +141,10 @@ class RealCalls(Replaced):
         decision = None
         try:
             decision = self._decide(call)
+        except TrainingStepError:
+            if not audited:
+                raise
+            # an audited form with other rows than were drawn, which the step is going to refuse
         finally:
             if decision is None:
                 frozen(self.module, plan, True)
