@@ -20,6 +20,7 @@ from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.module_state import traceless
 from dpfix.observe.call_rows import RowDims, dims_in_batch, from_rows, made_of_sizes, place
 from dpfix.observe.call_sources import Call, Source, Sources
+from dpfix.observe.joined import ROOT, joined
 from dpfix.observe.one_step import run_step
 from dpfix.observe.probe import Probe
 from dpfix.observe.training_step import Subject, TrainingStep, surrogate_loss
@@ -59,7 +60,9 @@ def learn(module: nn.Module, call: Call, usual: Probe, loss_reduction: str) -> t
     own_rows = {path for path, t in sources.others.items() if n in t.shape}
     readings: list[tuple[Source, Probe, Mapping[pytree.Path, torch.Tensor]]] = []
     if sources.found and own_rows <= sized:
-        readings.append((source, usual, sources.others))
+        rows = joined(usual)
+        under_root = partial(_under_root, source)
+        readings.append((source, usual, sources.others) if rows is None else (under_root, rows, sources.others))
     if own_rows or not readings:
         if call.drawn == 0:
             return ()
@@ -74,6 +77,10 @@ def learn(module: nn.Module, call: Call, usual: Probe, loss_reduction: str) -> t
         if counts:
             ways.append(Way(_step(partial(_counted, plain, n), loss_reduction, known), samples, unsure))
     return tuple(ways)
+
+
+def _under_root(source: Source, batch: Any) -> Any:
+    return source(batch[ROOT])
 
 
 def check_fixed(module: nn.Module, way: Way) -> None:

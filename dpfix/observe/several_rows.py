@@ -64,7 +64,7 @@ def check_rows(module: nn.Module, looked_at: KnownRows | None, found: KnownRows 
     Raises:
         TrainingStepError: that is something else.
     """
-    if found != looked_at:
+    if found is not None and found != looked_at:
         raise TrainingStepError(
             f"samples enter {type(module).__name__} as several rows, which only the loop's own call has shown,",
             "so the loader has not counted the rows of this batch. No parameter has moved.",

@@ -17,8 +17,8 @@ from typing_extensions import override
 from dpfix.engines import engine_of
 from dpfix.engines.base import Handle
 from dpfix.engines.replaced import Replaced, is_recorded
-from dpfix.instrument.rng import rng_untouched
 from dpfix.errors import TrainingStepError
+from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.calls import CallLayout, find_layout
 from dpfix.observe.call_sources import Call
 from dpfix.plan import Plan

@@ -34,6 +34,7 @@ from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
+from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.epsilon import spent
 from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
@@ -195,6 +196,8 @@ def hand_off(
     if ledger is not None:
         ledger.at_start = lambda: private_optimizer.guard.begin_pass(private_optimizer)
     in_training.begin(module, prepared)
+    if not wrap_model:
+        ZeroGrad(module, private_optimizer).put_in()
     if own and decided.decide is not None:
         calls = RealCalls(module, prepared, private_optimizer, decided.decide)
         vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls

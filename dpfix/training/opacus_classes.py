@@ -21,6 +21,7 @@ from dpfix.engines.base import drop_sample_gradients
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -174,6 +175,7 @@ def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
     """Leave the plain, repaired model behind, with nothing of ours or Opacus's on it."""
     guard: StepGuard = holder.guard
     module = holder._module
+    vars(module).pop(ZeroGrad.name, None)
     if "real_calls" in holder.__dict__:
         holder.__dict__["real_calls"].take_out()
     guard.detach()

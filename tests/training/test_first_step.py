@@ -348,6 +348,20 @@ def test_a_loss_that_couples_the_samples_is_refused_where_the_call_was_not_told(
         script.loss(private[0], batch, 0).backward()
 
 
+def test_the_loaders_collate_function_sees_no_sample_that_was_not_drawn() -> None:
+    seen: list[int] = []
+
+    def collate(items: list[Any]) -> Any:
+        seen.append(len(items))
+        return default_collate(items)
+
+    script = SCRIPTS["other keys"]
+    _, private = start(Script(script.model, script.item, script.loss, collate))
+    batch, samples = next(pair for pair in drawn(private) if pair[1])
+    script.loss(private[0], batch, 0)
+    assert private.plan.engine and seen[-1] == samples
+
+
 def test_a_told_training_step_decides_at_once() -> None:
     script = SCRIPTS["other keys"]
     _, private = start(script, training_step=lambda m, b: script.loss(m, b, 0))
