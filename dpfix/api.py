@@ -18,6 +18,7 @@ from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError, RankError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.call_sources import Call
+from dpfix.observe.real_call import Way
 from dpfix.observe.training_step import StepFunction
 from dpfix.observe.undecided import may_wait
 from dpfix.pipeline import Prepared, decide, prepare, refuse, versions, warn_blocked
@@ -177,13 +178,17 @@ def make_private_safe(
 
 def _deciding(request: Request, prepared: Prepared, report_of: Callable[[Prepared], Report]) -> Decide | None:
     """What decides on a real call of the model that is none of those that were looked at; ``None`` if they were told."""
-    if not (prepared.guessed and may_wait(request)):
+    if request.training_step is not None or not may_wait(request):
         return None
+    guess, learnt = prepared.guess, list[Way]()
 
-    def on(call: Call) -> Decision | None:
-        made = decide(request, prepared, call)
-        if made is None:
+    def on(call: Call, confirmed: bool) -> Decision | None:
+        guessed = [Way(guess, prepared.samples)] if guess is not None and confirmed and not learnt else []
+        found = decide(request, prepared, [*guessed, *learnt], call)
+        if found is None:
             return None
+        made, way = found
+        learnt.extend([*guessed, way])
         decision = Decision(made.plan, report_of(made))
         warn_blocked(decision.report)
         return decision

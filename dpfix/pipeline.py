@@ -31,7 +31,7 @@ from dpfix.observe import double_activation, loss_trace, no_grad_search, probe
 from dpfix.observe.call_sources import Call
 from dpfix.observe.failures import described_failures
 from dpfix.observe.one_step import decided_by_rounding
-from dpfix.observe.real_call import check_fixed, learn
+from dpfix.observe.real_call import Way, check_fixed, learn, together
 from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
@@ -66,7 +66,7 @@ class Prepared:
         proofs: one line per proof.
         samples: the probe of the loader's dataset.
         repairs: those of the findings that rules have made.
-        guessed: whether the loop's calls of the model may be others than those that were looked at.
+        guess: the step that was looked at, if the loop's own calls of the model may be others.
     """
 
     plan: Plan
@@ -77,7 +77,7 @@ class Prepared:
     proofs: tuple[str, ...]
     samples: probe.Probe
     repairs: tuple[Finding, ...]
-    guessed: bool
+    guess: TrainingStep | None = None
 
     def report(self, request: Request, noise_multiplier: float | None, *, secure: bool = False) -> Report:
         """The report of a call; the noise is ``None`` in a diagnosis, ``secure`` says whether it is cryptographic."""
@@ -179,39 +179,40 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         plan, later = undecided(request), decided_later(request, unknown)
         proofs = ("the engine is decided on the first real step; this report is complete after it",)
         placeholder = Placeholder(samples.singles[0])
-        return Prepared(plan, placeholder, None, (*findings, later), (), proofs, samples, tuple(findings), guessed=True)
+        return Prepared(plan, placeholder, None, (*findings, later), (), proofs, samples, tuple(findings))
 
 
-def decide(request: Request, earlier: Prepared, call: Call) -> Prepared | None:
+def decide(request: Request, earlier: Prepared, others: Sequence[Way], call: Call) -> tuple[Prepared, Way] | None:
     """Observe, audit and choose on a real call of the model, before anything of its step has happened.
 
     Args:
         earlier: what the call of dpfix has found out.
-        call: a real call, of a form that was not looked at then.
+        others: calls that the loop makes as well.
+        call: a real call that was not looked at before.
 
     Returns:
-        The plan and the evidence for it; ``None`` if a call after an empty draw does not tell, and the next one has to.
+        The plan and the evidence for it, and the reading of the call; ``None`` if a call after an empty draw does not tell,
+        and the next one has to.
     """
     loss_trace.switch_off_all()
     outside = modules_outside(request.module, request.criterion, None)
     request = replace(request, handed_over=True)
+    refused: list[DPFixError] = []
     with rng_untouched(), undone_after(outside):
-        ways = learn(request.module, call, earlier.samples, request.privacy.loss_reduction)
-        refused: DPFixError | None = None
-        for way in ways:
+        for way in learn(request.module, call, earlier.samples, request.privacy.loss_reduction):
             try:
                 with Surgery(request.scan) as surgery:
                     check_fixed(request.module, way)
-                    made = _proven(request, surgery, way.samples, way.step, list(earlier.repairs), outside)
+                    whole = together([*others, way])
+                    made = _proven(request, surgery, whole.samples, whole.step, list(earlier.repairs), outside)
                     check_rows(request.module, earlier.known_rows, made.known_rows)
                     surgery.commit()
-                return replace(made, samples=earlier.samples, placeholder=earlier.placeholder)
+                return made, way
             except (LossError, CoupledModelError, NoEngineError, TrainingStepError) as error:
-                refused = refused or error
-        if not ways:
-            return None
-        assert refused is not None
-        raise refused
+                refused.append(error)
+    if refused:
+        raise refused[0]
+    return None
 
 
 def _proven(
@@ -260,7 +261,7 @@ def _proven(
         tuple(proofs),
         samples,
         repairs,
-        step.guessed,
+        step if step.guessed else None,
     )
 
 

@@ -51,6 +51,13 @@ class Call:
         return next((len(t) for _, t in self.tensors if t.dim()), 1) if self.drawn is None else max(1, self.drawn)
 
 
+def takes_from(call: Call) -> bool:
+    """Whether anything of the batch is among the arguments."""
+    sources = Sources(call)
+    sources.of(call.arguments)
+    return sources.found
+
+
 @dataclass
 class Sources:
     """Looks for every argument of a call in the delivered batch.

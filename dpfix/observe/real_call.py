@@ -6,8 +6,8 @@ tensor with a row per sample that the loop has made itself (noise, time steps) i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class Way:
 
     step: TrainingStep
     samples: Probe
-    fixed: Mapping[pytree.Path, torch.Tensor]
+    fixed: Mapping[pytree.Path, torch.Tensor] = field(default_factory=dict)
 
 
 def learn(module: nn.Module, call: Call, usual: Probe, loss_reduction: str) -> tuple[Way, ...]:
@@ -77,6 +77,26 @@ def learn(module: nn.Module, call: Call, usual: Probe, loss_reduction: str) -> t
         if counts:
             ways.append(Way(_step(partial(_counted, plain, n), loss_reduction, known), samples, unsure))
     return tuple(ways)
+
+
+def together(ways: Sequence[Way]) -> Way:
+    """Several calls as one training step, whose samples are those of each."""
+    if len(ways) == 1:
+        return ways[0]
+
+    def collate(items: list[Any]) -> Any:
+        return {k: way.samples.collate([item[k] for item in items]) for k, way in enumerate(ways)}
+
+    def run(model: nn.Module, batch: Any) -> torch.Tensor:
+        losses = [way.step.run(model, batch[k]) for k, way in enumerate(ways)]
+        return sum(losses[1:], losses[0])
+
+    size = min(len(way.samples) for way in ways)
+    items = tuple({k: way.samples.items[i] for k, way in enumerate(ways)} for i in range(size))
+    known = all(way.step.loss_known for way in ways)
+    step = TrainingStep(run, f"{len(ways)} calls of the model: {ways[-1].step.origin}", known, guessed=True)
+    samples = Probe(collate(list(items)), tuple(collate([item]) for item in items), collate, items)
+    return Way(step, samples, {})
 
 
 def _under_root(source: Source, batch: Any) -> Any:

@@ -18,8 +18,8 @@ class DrawLedger:
         seed: seed of the present round, where several ranks draw it together.
         number: how many batches of the present round have been begun or, in a BatchMemoryManager, finished.
         at_start: called when a sampler begins a new pass.
-        keeps: whether the batch that is being worked on is kept.
-        delivered: that batch and all that it holds, with the keys that lead there.
+        keeps: how many of the batches that were delivered last are kept.
+        recent: these, newest last: everything that they hold, with the keys that lead there, and the number of samples drawn.
     """
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class DrawLedger:
         self.seed = 0
         self.number = 0
         self.at_start: Callable[[], None] = lambda: None
-        self.keeps = False
-        self.delivered: list[tuple[pytree.Path, Any]] = []
+        self.keeps = 0
+        self.recent: list[tuple[list[tuple[pytree.Path, Any]], int | None]] = []
         self._drawn: deque[int] = deque()
         self._delivered: int | None = None
         self.counts: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class DrawLedger:
         self._drawn.clear()
         self._delivered = None
         self._delivers = False
-        self.counts, self.delivered = (), []
+        self.counts, self.recent = (), []
 
     def drew(self, samples: int) -> None:
         """A logical batch of this many samples was drawn."""
@@ -50,11 +50,12 @@ class DrawLedger:
 
     def deliver(self, counts: tuple[int, ...] = (), batch: Any = None) -> None:
         """The loader hands the oldest drawn batch to the loop; see :attr:`counts`."""
-        self.delivered = pytree.parts(batch) if self.keeps else []
         self.counts = counts
         self._delivered = self._drawn.popleft() if self._drawn else None
         self._delivers = True
         self.number += 1
+        if self.keeps:
+            self.recent = [*self.recent, (pytree.parts(batch), self._delivered)][-self.keeps :]
 
     def pending(self) -> int | None:
         """Number of samples in the batch the loop is working on, or ``None`` if none was drawn."""

@@ -20,10 +20,11 @@ from dpfix.engines.replaced import Replaced, is_recorded
 from dpfix.errors import TrainingStepError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.calls import CallLayout, find_layout
-from dpfix.observe.call_sources import Call
+from dpfix.observe.call_sources import Call, takes_from
 from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.sampling.ledger import DrawLedger
+from dpfix.training.guards.no_grad_regions import LeftOut, leave_out
 from dpfix.training.step_guard import StepGuard
 
 
@@ -40,8 +41,12 @@ class Decision:
     report: Report
 
 
-Decide = Callable[[Call], "Decision | None"]
-"""From a real call to a decision; ``None`` if the next call has to decide."""
+Decide = Callable[[Call, bool], "Decision | None"]
+"""From a real call, and whether those that were audited before are the loop's too, to a decision; ``None`` if the next call
+has to decide."""
+
+MOST_FLAGS = 8
+"""Combinations of flags in the model's arguments that are audited, at most."""
 
 
 def put_to_work(module: nn.Module, plan: Plan, prepared: Any, ledger: DrawLedger | None) -> Handle:
@@ -78,12 +83,19 @@ class RealCalls(Replaced):
         super().__init__(module)
         self.report: Report | None = None
         self._prepared, self._optimizer, self._decide = prepared, optimizer, decide
-        self._keep_batches()
+        self._next: Plan | None = None  # from the next step on
+        self._confirmed = False  # whether the loop has made a call that was audited
+        self._flags: set[Any] = set()
+        ledger = self._guard.guarded.ledger
+        if ledger is not None:
+            ledger.keeps = 2  # a loader around the private one may be a batch ahead of the loop
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, by an engine that was audited for it."""
-        if is_recorded(self.module) and not self._known(args, kwargs):
-            self._learn(args, kwargs)
+        if is_recorded(self.module):
+            if not self._known(args, kwargs):
+                self._learn(args, kwargs)
+            self._confirmed = bool(self._plan.engine)
         return self.original(*args, **kwargs)
 
     @override
@@ -99,59 +111,88 @@ class RealCalls(Replaced):
         if not isinstance(self.original, MethodType):
             vars(self.module)[self.name] = self.original  # what this one stood in for is at work still
 
-    def _keep_batches(self) -> None:
-        ledger = self._guard.guarded.ledger
-        if ledger is not None:
-            ledger.keeps = True
-
     @property
     def _guard(self) -> StepGuard:
         return self._optimizer.guard
 
+    @property
+    def _plan(self) -> Plan:
+        return self._next or self._guard.plan
+
     def _known(self, args: Any, kwargs: Any) -> bool:
         """Whether a call has an audited form, and the samples that were drawn where that form has them."""
-        plan, ledger = self._guard.plan, self._guard.guarded.ledger
-        layout = self._layout(args, kwargs)
-        drawn = ledger.pending() if ledger is not None and ledger.delivered else None
-        if layout is None or drawn is None or plan.row_counter:
+        flags = tuple((k, v) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, (bool, str)))
+        if flags not in self._flags and len(self._flags) < MOST_FLAGS:
+            self._flags.add(flags)
+            if flags:
+                return False
+        layout, ledger = self._layout(args, kwargs), self._guard.guarded.ledger
+        drawn = (
+            {samples for _, samples in ledger.recent} if ledger is not None and ledger.pending() is not None else set()
+        )
+        if layout is None or not drawn or self._plan.row_counter:
             return layout is not None
-        return layout.rows(args, kwargs) in (None, max(1, drawn))
+        return layout.rows(args, kwargs) in {None, *(max(1, samples or 0) for samples in drawn)}
+
+    def _call(self, args: Any, kwargs: Any) -> Call:
+        """A call, with the newest batch of which it has something."""
+        ledger = self._guard.guarded.ledger
+        calls = [Call(args, kwargs, *batch) for batch in reversed(ledger.recent)] if ledger is not None else []
+        found = (call for call in calls if takes_from(call))
+        return next(found, calls[0] if calls else Call(args, kwargs, (), ledger.pending() if ledger else None))
 
     def _layout(self, args: Any, kwargs: Any) -> CallLayout | None:
-        plan = self._guard.plan
-        return find_layout(plan.calls, args, kwargs) if plan.engine else None
+        return find_layout(self._plan.calls, args, kwargs) if self._plan.engine else None
 
     def _learn(self, args: Any, kwargs: Any) -> None:
         """Decide on a call that was not audited.
 
         Raises:
-            DPFixError: it is refused; everything is as it was before the call.
+            TrainingStepError: it cannot be told, or fails on the probe. Other refusals are those of the call of dpfix.
+                Everything is as it was before.
         """
-        guard = self._guard
-        guarded = guard.guarded
-        if guarded.handle.busy:
-            return  # the engine says that it does not know this call
+        guard, looking = self._guard, self._guard.guarded.handle.busy or self._next is not None
         guard.check_unchanged(self._optimizer)
-        audited, ledger = self._layout(args, kwargs) is not None, guarded.ledger
-        call = Call(args, kwargs, ledger.delivered if ledger else (), ledger.pending() if ledger else None)
+        audited, call = self._layout(args, kwargs) is not None, self._call(args, kwargs)
         self.take_out()
         guard.detach()
-        plan, sums = guard.plan, _sums(self.module)
-        frozen(self.module, plan, False)
-        decision = None
+        before, sums = self._plan, _sums(self.module)
+        frozen(self.module, before, False)
+        plan = before
         try:
-            decision = self._decide(call)
+            decision = self._decide(call, self._confirmed)
+            if decision is not None:
+                plan, self.report = decision.plan, decision.report
         except TrainingStepError:
             if not audited:
                 raise
             # an audited form with other rows than were drawn, which the step is going to refuse
         finally:
-            if decision is None:
-                frozen(self.module, plan, True)
-            else:
-                plan, self.report = decision.plan, decision.report
+            frozen(self.module, plan, True)
             for p, total in sums.items():
                 p.summed_grad, p.grad_sample = total, None  # type: ignore[attr-defined]
+            if looking and plan is not before:
+                self._next = plan
+                self._go_on(replace(plan, engine="", no_grad_regions=()))
+                self._guard.leaves_out = self._leave_out
+            else:
+                self._go_on(plan)
+
+    def _leave_out(self, optimizer: Any, settle: Callable[[], None]) -> None:
+        """The step in which the calls were seen for the first time; earlier ones of it were made under another engine."""
+        plan, self._next = self._plan, None
+        name = type(self.module).__name__
+        told = LeftOut(
+            f"the loop calls {name} in several ways in one step, which this step has shown.",
+            "All of them are audited and followed from the next step on",
+            "Pass the training_step that the loop makes to make_private_safe to have them audited there.",
+            "training_step",
+        )
+        try:
+            leave_out(self._guard.guarded, optimizer, settle, told)
+        finally:
+            self.take_out()
+            self._guard.detach()
             self._go_on(plan)
 
     def _go_on(self, plan: Plan) -> None:

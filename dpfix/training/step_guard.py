@@ -41,6 +41,7 @@ class StepGuard:
         others: the check that has to know when the private optimizer is stepping.
         checks: all checks, in order.
         engine_clips: whether the engine clips in the step that is being made.
+        leaves_out: leaves out the step that is being made, if it is to be; takes the optimizer and what ends the step.
     """
 
     def __init__(self, guarded: Guarded, optimizer: DPOptimizer, called: dict[str, Any] | None = None) -> None:
@@ -71,6 +72,7 @@ class StepGuard:
             self.others,
         )
         self.engine_clips = False
+        self.leaves_out: Callable[[Any, Callable[[], None]], None] | None = None
         self._trained = list(guarded.parameters.values())
         self._counts: list[int] = []
         self._norms: torch.Tensor | None = None
@@ -113,6 +115,9 @@ class StepGuard:
         """
         guarded = self.guarded
         guarded.accounting.new_step()
+        if self.leaves_out is not None:
+            self.leaves_out(optimizer, self._settle)
+            return False
         if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False
         for check in self._before_step:

@@ -348,6 +348,74 @@ def test_a_loss_that_couples_the_samples_is_refused_where_the_call_was_not_told(
         script.loss(private[0], batch, 0).backward()
 
 
+class Tasks(nn.Module):
+    """A head per task, and a part that only some calls use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(6, 5), nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)})
+        self.more = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, task: str = "a", more: Tensor | None = None) -> Tensor:
+        hidden = self.trunk(x) if more is None else self.trunk(x) + self.more(more)
+        return self.heads[task](hidden.tanh())
+
+
+def one_task(m: nn.Module, b: Any, step: int) -> Tensor:
+    return F.cross_entropy(m(b["img"], "ab"[step % 2]), b["seg"])
+
+
+def now_and_then_more(m: nn.Module, b: Any, step: int) -> Tensor:
+    return F.cross_entropy(m(b["img"], more=b["img"].sin() if step % 2 else None), b["seg"])
+
+
+def both_tasks(m: nn.Module, b: Any, step: int) -> Tensor:
+    return sum(F.cross_entropy(m(b["img"], task), b["seg"]) for task in "ab")  # type: ignore[return-value]
+
+
+def two_forms(m: nn.Module, b: Any, step: int) -> Tensor:
+    return F.cross_entropy(m(b["img"]), b["seg"]) + F.cross_entropy(m(b["img"], more=b["img"] * 2), b["seg"])
+
+
+def releases(script: Script, model: nn.Module, private: Any, batch: Any, samples: int, step: int) -> tuple[bool, bool]:
+    """Whether a step releases the clipped sum of batches of one, and whether it moves anything."""
+    plain = script.model()
+    plain.load_state_dict(model.state_dict())
+    singles = [one_of(batch, i) for i in range(samples)]
+    alone = gradients_one_by_one(plain, lambda m, b: script.loss(m, b, step), singles)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    private[1].zero_grad()
+    script.loss(private[0], batch, step).backward()
+    private[1].step()
+    moved = {n: (before[n] - p).double() for n, p in model.named_parameters()}
+    wanted = clipped_sum(alone, CLIP)
+    return all(torch.allclose(moved[n], w, 1e-4, 1e-5) for n, w in wanted.items()), any(map(torch.any, moved.values()))
+
+
+@pytest.mark.parametrize("loss", [one_task, now_and_then_more])
+def test_a_call_that_a_later_step_makes_is_learnt_there(loss: Any) -> None:
+    script = Script(Tasks, pictures, loss)
+    model, private = start(script)
+    for step, (batch, samples) in enumerate(pair for pair in drawn(private) if pair[1]):
+        assert releases(script, model, private, batch, samples, step) == (True, True)
+    assert step > 1
+
+
+@pytest.mark.parametrize("loss", [both_tasks, two_forms])
+def test_a_step_with_several_calls_is_left_out_once_and_followed_from_then_on(loss: Any) -> None:
+    script = Script(Tasks, pictures, loss)
+    model, private = start(script, criterion=nn.CrossEntropyLoss())
+    steps = [pair for pair in drawn(private) if pair[1]]
+    model, private = start(script, criterion=nn.CrossEntropyLoss())
+    found = []
+    with pytest.warns(dpfix.DPFixWarning, match=r"several ways in one step[\s\S]*This step is not applied") as told:
+        for step, (batch, samples) in enumerate(pair for pair in drawn(private) if pair[1]):
+            found.append(releases(script, model, private, batch, samples, step))
+    assert len(told) == 1 and len(found) == len(steps) > 2
+    assert found == [(False, False)] + [(True, True)] * (len(found) - 1)
+    assert sum(count for *_, count in private.privacy_engine.accountant.history) == len(found)
+
+
 def test_the_loaders_collate_function_sees_no_sample_that_was_not_drawn() -> None:
     seen: list[int] = []
 
