@@ -87,7 +87,8 @@ def make_private_safe(
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm; 0 for tests.
         max_grad_norm: clip norm C of a sample's gradient; a list (one per parameter) for per-layer clipping.
         criterion: the loop's loss function, if ``training_step`` is not given.
-        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; inferred if not given.
+        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; if not given, inferred from a batch or, where
+            that does not tell it, from the first real step.
         privacy_engine: an Opacus engine whose accountant is to be used; a new one if not given.
         batch_first: whether the samples are in dimension 0 (for Opacus's engines).
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.

@@ -139,7 +139,7 @@ class RealCalls(Replaced):
         ledger = self._guard.guarded.ledger
         calls = [Call(args, kwargs, *batch) for batch in reversed(ledger.recent)] if ledger is not None else []
         found = (call for call in calls if takes_from(call))
-        return next(found, calls[0] if calls else Call(args, kwargs, (), ledger.pending() if ledger else None))
+        return next(found, calls[0] if calls else Call(args, kwargs, (), None))
 
     def _layout(self, args: Any, kwargs: Any) -> CallLayout | None:
         return find_layout(self._plan.calls, args, kwargs) if self._plan.engine else None

@@ -25,7 +25,7 @@ class OneBackward(Check):
                 f"optimizer.step() after {len(counts)} backward passes with Poisson sampling:",
                 "every draw is accounted as one step.",
                 "Call optimizer.zero_grad() and step() for every batch of the returned data_loader, add losses of one batch "
-                "before one backward(), or use opacus.utils.BatchMemoryManager.",
+                "before one backward(), or use opacus.utils.batch_memory_manager.",
                 path="optimizer",
             )
 
