@@ -49,8 +49,20 @@ def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     return [leaf for key, part in found for leaf in leaves(part, (*path, key))]
 
 
-def parts(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
-    """A tree, its leaves and all containers in between, with the keys that lead to them.
+def opened(tree: Any) -> list[tuple[object, Any]]:
+    """The direct parts of a container, or the attributes of an object of a class of the script's own (a batch with ``b.x``)."""
+    found = children(tree)
+    if found is None and not isinstance(tree, (torch.Tensor, torch.nn.Module, PackedSequence, type)):
+        found = list(getattr(tree, "__dict__", {}).items())
+    return found or []
+
+
+def parts(tree: Any, path: Path = (), around: tuple[int, ...] = ()) -> list[tuple[Path, Any]]:
+    """A tree, its leaves and all that is in between, attributes of objects too, with the keys that lead to them.
+
+    Args:
+        path: keys that led here.
+        around: ids of what it is in; an object that holds itself is not opened again.
 
     Returns:
         ``(path, part)`` pairs; a container comes before what it holds.
@@ -58,12 +70,13 @@ def parts(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     >>> parts({"a": [1]})
     [((), {'a': [1]}), (('a',), [1]), (('a', 0), 1)]
     """
-    below = [part for key, child in children(tree) or () for part in parts(child, (*path, key))]
-    return [(path, tree), *below]
+    below = () if id(tree) in around else opened(tree)
+    inside = (*around, id(tree))
+    return [(path, tree), *(part for key, child in below for part in parts(child, (*path, key), inside))]
 
 
 def at(tree: Any, path: Path) -> Any:
-    """The part of a tree that some keys lead to.
+    """The part of a tree that some keys of :func:`parts` lead to.
 
     Returns:
         The leaf or container.
@@ -72,8 +85,32 @@ def at(tree: Any, path: Path) -> Any:
     2
     """
     for key in path:
-        tree = dict(children(tree) or ())[key]
+        tree = dict(opened(tree))[key]
     return tree
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same.
+
+    Returns:
+        Equality of all leaves, with equal types of tensors.
+
+    >>> alike([torch.ones(2), 1], [torch.ones(2), 1])
+    True
+    """
+    pairs = leaves(a), leaves(b)
+    if [path for path, _ in pairs[0]] != [path for path, _ in pairs[1]]:
+        return False
+    return all(_equal(x, y) for (_, x), (_, y) in zip(*pairs, strict=True))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor):
+        return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+    try:
+        return x is y or bool(x == y)
+    except (ValueError, RuntimeError):
+        return False
 
 
 def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:

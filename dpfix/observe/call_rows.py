@@ -39,15 +39,15 @@ class RowDims:
     sources: Sources
     in_batch: Dims
 
-    def of_all(self, module: nn.Module, sized: Collection[pytree.Path]) -> Dims:
+    def readings(self, module: nn.Module, sized: Collection[pytree.Path]) -> list[Dims]:
         """The dimension for every tensor that has one.
 
         Args:
             module: the model, for the message.
-            sized: tensors that were made of sizes.
+            sized: tensors that were made of sizes, of which it cannot be told whether they have a row per sample.
 
         Returns:
-            The dimensions; there is at least one.
+            The dimensions if they have one, and if not; there is at least one dimension.
 
         Raises:
             TrainingStepError: it cannot be told.
@@ -63,7 +63,8 @@ class RowDims:
                 raise TrainingStepError(*self._unknown(module), path="training_step")
         if not dims:
             raise TrainingStepError(*self._unknown(module), path="training_step")
-        return dims
+        without = {path: dim for path, dim in dims.items() if path not in sized}
+        return [dims, without] if without and len(without) < len(dims) else [dims]
 
     def _certain(self, path: pytree.Path, t: torch.Tensor) -> int | None:
         if path in self.sources.places:
@@ -74,8 +75,9 @@ class RowDims:
         whole = [dim for dim, size in enumerate(t.shape) if size % n == 0]
         if candidates == whole == [0]:
             return 0
-        leaves = [(self.in_batch[there], leaf) for there, leaf in self._leaves() if leaf.numel() == t.numel()]
-        same = (d for d in candidates for dim, leaf in leaves if _same_rows(t.transpose(0, d), leaf.transpose(0, dim)))
+        leaves = [(self.in_batch[there], leaf) for there, leaf in self._leaves()]
+        pairs = [(d, t.transpose(0, d), leaf.transpose(0, dim)) for d in candidates for dim, leaf in leaves]
+        same = (d for d, rows, others in pairs if _same_rows(rows, others) or _slices(rows, others))
         like = (dim for dim, leaf in leaves if leaf.shape == t.shape and t.shape[dim] == n)
         return next(same, next(like, None))
 
@@ -110,12 +112,31 @@ def dims_in_batch(usual: Probe) -> Dims:
     return dims
 
 
+MOST_COMPARED = 10_000_000
+"""Numbers that are compared in the search for a slice of a tensor, at most."""
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().as_subclass(torch.Tensor).reshape(len(t), -1)
+
+
 def _same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether every row of one tensor has the values of that row of the other, in any order."""
-    rows = [t.detach().as_subclass(torch.Tensor).flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in (a, b)]
-    if rows[0].shape != rows[1].shape or rows[0].is_complex() or rows[1].is_complex():
+    if len(a) != len(b) or a.numel() != b.numel() or a.is_complex() or b.is_complex():
         return False
-    return torch.equal(rows[0].sort(1).values, rows[1].to(rows[0]).sort(1).values)
+    return torch.equal(_rows(a).sort(1).values, _rows(b).to(a).sort(1).values)
+
+
+def _slices(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether every row of one tensor is a slice of that row of the other, and not of any other row as well."""
+    if len(a) != len(b) or len(a) < 2 or not 0 < a.numel() < b.numel():
+        return False
+    whole, part = _rows(b).to(a), _rows(a)
+    windows = whole.unfold(1, part.shape[1], 1)
+    if windows.numel() > MOST_COMPARED:
+        return False
+    own, other = ((w == part[:, None]).all(-1).any(-1) for w in (windows, windows.roll(1, 0)))
+    return bool(own.all()) and not bool(other.all())
 
 
 def from_rows(call: Call, dims: Mapping[pytree.Path, int]) -> tuple[Source, Probe, Rows]:

@@ -115,30 +115,21 @@ class Sources:
         return same[0] if len(same) == 1 else None
 
     def _each(self, node: Any) -> Source | None:
-        """A list with one entry per sample, made of one that the batch holds."""
-        if not isinstance(node, (list, tuple)) or len(node) != self.call.samples or hasattr(node, "_fields"):
+        """A list with one entry per sample, each made in the same way of an entry of a list that the batch holds."""
+        if type(node) not in {list, tuple} or len(node) != self.call.samples or len(node) < 2:
             return None
-        places = [self._where(entry) for entry in node]
         for path, part in self.call.delivered:
-            if not isinstance(part, (list, tuple)) or len(part) != len(node):
+            if type(part) not in {list, tuple} or len(part) != len(node):
                 continue
-            rest = _common_rest(places, path)
-            if rest is not None:
-                return partial(_taken_of_each, type(node), path, rest, node[0])
+            one = Sources(Call((node[0],), {}, pytree.parts(part[0]), None))
+            source = one.of(node[0])
+            if one.found and not one.others and all(map(pytree.alike, map(source, part), node)):
+                return partial(_of_each, type(node), path, source)
         return None
 
 
-def _common_rest(places: Sequence[pytree.Path | None], path: pytree.Path) -> pytree.Path | None:
-    """What comes behind the number of the sample, if entry ``i`` is at ``(*path, i, *rest)`` for all of them."""
-    depth = len(path) + 1
-    if any(place is None or place[:depth] != (*path, i) for i, place in enumerate(places)):
-        return None
-    rests = {place[depth:] for place in places if place is not None}
-    return rests.pop() if len(rests) == 1 else None
-
-
-def _taken_of_each(kind: Any, path: pytree.Path, rest: pytree.Path, like: Any, batch: Any) -> Any:
-    return kind([_taken(rest, like, entry) for entry in pytree.at(batch, path)])
+def _of_each(kind: Any, path: pytree.Path, source: Source, batch: Any) -> Any:
+    return kind(source(entry) for entry in pytree.at(batch, path))
 
 
 def _taken(path: pytree.Path, like: Any, batch: Any) -> Any:

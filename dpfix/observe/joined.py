@@ -38,11 +38,12 @@ def joined(usual: Probe) -> Probe | None:
             if not alike or (path not in dims and not all(torch.equal(p, first) for p in parts)):
                 raise _NotJoinedError
             return torch.cat(list(parts), dims[path]) if path in dims else first
-        if isinstance(first, list) and isinstance(like, list) and len(like) == len(usual) and len(first) == 1:
-            return [entry for part in parts for entry in part]
+        listed = type(first) in {list, tuple} and type(like) is type(first)
+        if listed and len(like) == len(usual) and len(first) == 1:
+            return type(first)(entry for part in parts for entry in part)
         below, inside = pytree.children(first), dict(pytree.children(like) or ())
         if below is None:
-            if any(type(p) is not type(first) or not _same(p, first) for p in parts):
+            if any(type(p) is not type(first) or not pytree.alike(p, first) for p in parts):
                 raise _NotJoinedError
             return first
         keys = [key for key, _ in below]
@@ -59,23 +60,6 @@ def joined(usual: Probe) -> Probe | None:
         batch = collate(list(items))
     except _NotJoinedError:
         return None
-    if not _same(batch[ROOT], usual.batch):
+    if not pytree.alike(batch[ROOT], usual.batch):
         return None
     return Probe(batch, items, collate, items)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same."""
-    pairs = pytree.leaves(a), pytree.leaves(b)
-    if [path for path, _ in pairs[0]] != [path for path, _ in pairs[1]]:
-        return False
-    return all(_equal(x, y) for (_, x), (_, y) in zip(*pairs, strict=True))
-
-
-def _equal(x: Any, y: Any) -> bool:
-    if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor):
-        return type(x) is type(y) and x.dtype == y.dtype and torch.equal(x, y)
-    try:
-        return x is y or bool(x == y)
-    except (ValueError, RuntimeError):
-        return False

@@ -60,14 +60,13 @@ def learn(module: nn.Module, call: Call, usual: Probe, loss_reduction: str) -> t
     own_rows = {path for path, t in sources.others.items() if n in t.shape}
     readings: list[tuple[Source, Probe, Mapping[pytree.Path, torch.Tensor]]] = []
     if sources.found and own_rows <= sized:
-        rows = joined(usual)
-        under_root = partial(_under_root, source)
-        readings.append((source, usual, sources.others) if rows is None else (under_root, rows, sources.others))
+        probe, given = joined(usual), partial(_under_root, source)
+        readings.append((source, usual, sources.others) if probe is None else (given, probe, sources.others))
     if own_rows or not readings:
         if call.drawn == 0:
             return ()
-        dims = RowDims(call, sources, dims_in_batch(usual)).of_all(module, sized)
-        readings.insert(0, from_rows(call, dims))
+        rows = RowDims(call, sources, dims_in_batch(usual)).readings(module, sized)
+        readings = [*(from_rows(call, dims) for dims in rows), *readings]
     counts = any(_is_number(leaf, n) for _, leaf in pytree.leaves(call.arguments))
     known = _returns_loss(module, call)
     ways = []

@@ -127,12 +127,11 @@ class RealCalls(Replaced):
             if flags:
                 return False
         layout, ledger = self._layout(args, kwargs), self._guard.guarded.ledger
-        drawn = (
-            {samples for _, samples in ledger.recent} if ledger is not None and ledger.pending() is not None else set()
-        )
-        if layout is None or not drawn or self._plan.row_counter:
+        drawn = None if ledger is None or not ledger.recent else ledger.pending()
+        if layout is None or drawn is None or self._plan.row_counter:
             return layout is not None
-        return layout.rows(args, kwargs) in {None, *(max(1, samples or 0) for samples in drawn)}
+        rows = layout.rows(args, kwargs)
+        return rows in {None, max(1, drawn)} or rows == self._call(args, kwargs).samples
 
     def _call(self, args: Any, kwargs: Any) -> Call:
         """A call, with the newest batch of which it has something."""

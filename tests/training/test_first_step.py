@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,53 @@ class Counted(nn.Module):
         return {"loss": loss if count is None else loss / count, "logits": logits}
 
 
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(11, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 11)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.head(h + self.mix(h, h, h, attn_mask=mask, need_weights=False)[0])
+
+
+def next_word(m: nn.Module, b: Any, step: int) -> Tensor:
+    x = b[0].t()
+    mask = nn.Transformer.generate_square_subsequent_mask(len(x) - 1)
+    return F.cross_entropy(m(x[:-1], mask).permute(1, 2, 0), b[0][:, 1:])
+
+
+class Detector(nn.Module):
+    """Pictures of any shape and targets in lists; returns its losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 3, 3)
+
+    def forward(self, pictures: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        found = torch.stack([self.net(p[None]).mean((0, 2, 3)) for p in pictures])
+        return {
+            "loss_class": F.cross_entropy(found, torch.stack([t["label"] for t in targets])),
+            "loss_box": F.mse_loss(found, torch.stack([t["box"] for t in targets])),
+        }
+
+
+def detect(m: nn.Module, b: Any, step: int) -> Tensor:
+    losses = m([p.float() for p in b[0]], [{key: t.clone() for key, t in target.items()} for target in b[1]])
+    return sum(losses.values())  # type: ignore[return-value]
+
+
+def boxes(i: int, g: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.randn(1, 4 + i % 3, 5, generator=g), {"label": torch.tensor(i % 3), "box": torch.randn(3, generator=g)}
+
+
+def held(items: list[Any]) -> Any:
+    made = type("Batch", (), {})()
+    made.x, made.y = default_collate(items)
+    made.itself = made
+    return made
+
+
 SCRIPTS = {
     "keywords": Script(
         Masked,
@@ -167,6 +215,16 @@ SCRIPTS = {
         lambda m, b, step: F.cross_entropy(m(b["img"], step, scale=step % 2 == 0, positions=torch.arange(6)), b["seg"]),
     ),
     "a list of samples": Script(ManyShapes, sized, detection, collate=list),
+    "time first, and a mask": Script(TimeFirst, lambda i, g: (torch.randint(0, 11, (7,), generator=g),), next_word),
+    "lists of pictures and targets": Script(
+        Detector, boxes, detect, collate=lambda items: tuple(zip(*items, strict=False))
+    ),
+    "an object": Script(
+        lambda: nn.Linear(6, 3),
+        lambda i, g: (torch.randn(6, generator=g), i % 3),
+        lambda m, b, step: F.cross_entropy(m(b.x), b.y),
+        collate=held,
+    ),
     "the number of samples": Script(Counted, pictures, counted),
     "transposed": Script(
         lambda: nn.Linear(6, 3),
@@ -181,6 +239,10 @@ def one_of(batch: Any, i: int) -> Any:
     """A batch with one sample of another."""
     if isinstance(batch, Tensor):
         return batch[i : i + 1]
+    if hasattr(batch, "itself"):
+        return SimpleNamespace(x=batch.x[i : i + 1], y=batch.y[i : i + 1])
+    if isinstance(batch, tuple):
+        return tuple(part[i : i + 1] for part in batch)
     if isinstance(batch, dict):
         return {key: one_of(part, i) for key, part in batch.items()}
     if isinstance(batch, list) and isinstance(batch[0], (tuple, str)):
@@ -231,7 +293,10 @@ def test_every_step_releases_the_clipped_sum_of_batches_of_one(script: Script) -
             torch.testing.assert_close((before[name] - p).double(), wanted[name], atol=1e-5, rtol=1e-4)
     assert private.plan.engine and private.report.engine == private.plan.engine
     assert any("batch-of-one reference" in line for line in private.report.audit)
-    assert "microbatch" not in private.plan.engine or script is SCRIPTS["a list of samples"]
+    assert "microbatch" not in private.plan.engine or script in (
+        SCRIPTS["a list of samples"],
+        SCRIPTS["lists of pictures and targets"],
+    )
 
 
 def test_the_report_says_so_before_the_first_step_and_is_complete_after_it() -> None:
