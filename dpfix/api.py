@@ -14,17 +14,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import prepare, refuse, versions, warn_blocked
+from dpfix.pipeline import Prepared, deciding, prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
+from dpfix.report.finding import Finding
 from dpfix.report.report import Report
-from dpfix.rules import RULES, compiled
+from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.sampling.loader import augmentation_of
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import sample_rate
 from dpfix.scan.arguments import (
@@ -45,7 +44,7 @@ from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import noise_within
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
-from dpfix.training.handoff import Decided, Originals, end_earlier, hand_off, option_names
+from dpfix.training.handoff import Decided, Originals, as_trained, hand_off, option_names, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
@@ -93,7 +92,8 @@ def make_private_safe(
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm; 0 for tests.
         max_grad_norm: clip norm C of a sample's gradient; a list (one per parameter) for per-layer clipping.
         criterion: the loop's loss function, if ``training_step`` is not given.
-        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; inferred if not given.
+        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; if not given, inferred from a batch or, where
+            that does not tell it, from the first real step.
         privacy_engine: an Opacus engine whose accountant is to be used; a new one if not given.
         batch_first: whether the samples are in dimension 0 (for Opacus's engines).
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
@@ -141,8 +141,13 @@ def make_private_safe(
         grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
-    request = _out_of_earlier(_as_trained(given))
-    engine = _engine(privacy_engine, secure_mode)
+    request = out_of_earlier(as_trained(given))
+    engine, carried = _engine(privacy_engine, secure_mode), list[Finding]()
+
+    def report_of(prepared: Prepared) -> Report:
+        report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
+        return replace(report, findings=(*report.findings, *carried))
+
     with request.ranks.all_or_none():
         _check(request, noise_multiplier, options)
         check_randomness(request.privacy, engine.secure_mode)
@@ -168,6 +173,7 @@ def make_private_safe(
                     poisson_sampling,
                     request.ranks,
                     Following(prepared.step, prepared.batches, float(checks), strict),
+                    deciding(request, prepared, report_of),
                 ),
                 wrap_model=wrap_model,
                 for_opacus={
@@ -180,9 +186,8 @@ def make_private_safe(
             )
             request.ranks.exchange("handed off")
             surgery.commit()
-    carried = earlier.carry_on(engine, made[1], given=privacy_engine is not None)
-    report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
-    report = replace(report, findings=report.findings + carried)
+    carried += earlier.carry_on(engine, made[1], given=privacy_engine is not None)
+    report = report_of(prepared)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
 
@@ -226,7 +231,7 @@ def make_private_safe_with_epsilon(
     search = {k: arguments.pop(k) for k in tuple(arguments) if k in _noise_search_options()}
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
-    request = _out_of_earlier(_as_trained(Request(module, optimizer, data_loader, *loss, *options)))
+    request = out_of_earlier(as_trained(Request(module, optimizer, data_loader, *loss, *options)))
     engine = _engine(privacy_engine, arguments.get("secure_mode", False))
     with request.ranks.all_or_none():
         check_delta(target_delta)
@@ -304,7 +309,7 @@ def diagnose(
         "augmentation": augmentation,
         "norm": norm,
     })
-    request = _as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
+    request = as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
     _check(request, 0.0, ())
     with rng_untouched(), Surgery(request.scan) as surgery:
         try:
@@ -368,21 +373,6 @@ def _engine(given: PrivacyEngine | None, secure_mode: bool) -> PrivacyEngine:
             path="secure_mode",
         )
     return given
-
-
-def _as_trained(request: Request) -> Request:
-    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
-    privacy = request.privacy
-    if privacy.augmentation is None and isinstance(request.data_loader, DataLoader):
-        privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
-    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
-
-
-def _out_of_earlier(request: Request) -> Request:
-    """The user's own objects, out of a private training that they are already in."""
-    module = end_earlier(request.module) if isinstance(request.module, nn.Module) else request.module
-    optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
-    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
 
 
 def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:

@@ -29,10 +29,10 @@ BUDGET_SECONDS = 3.0
 _NOT_TRIED = "not tried"
 
 
-def engines_for(mode: str) -> tuple[Engine, ...]:
-    """The engines to try for a ``grad_sample_mode``: all for ``"auto"``, the named one otherwise."""
+def engines_for(mode: str, plan: Plan) -> tuple[Engine, ...]:
+    """The engines to try for a ``grad_sample_mode``: all that are possible for ``"auto"``, the named one otherwise."""
     if mode == "auto":
-        return tuple(ENGINES.values())
+        return tuple(e for e in ENGINES.values() if not (plan.handed_over and e.attached_by_opacus))
     return (BY_NAME[mode],)
 
 
@@ -63,7 +63,7 @@ def choose(
         reason = "asked for by name; what the script computes itself is not audited"
         return plan.with_engine(BY_NAME[mode]), (EngineEvidence(mode, passed=False, reason=reason),)
     search = _Search(subject, trials, plan, options, batch_size)
-    candidates = engines_for(mode)
+    candidates = engines_for(mode, plan)
     evidence: dict[str, EngineEvidence] = {}
     with _quiet():
         for resort in (False, True):  # one of last resort only where all others fail

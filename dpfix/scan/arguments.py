@@ -57,7 +57,8 @@ def check_values(
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
     _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
-    _check_choice("grad_sample_mode", performance.grad_sample_mode, MODES)
+    mode = performance.grad_sample_mode
+    _check_choice("grad_sample_mode", mode, MODES, _GHOST if str(mode).startswith("ghost") else "")
     _check_choice("norm", privacy.norm, NORMS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
     if not (isinstance(noise_multiplier, (int, float)) and 0 <= noise_multiplier < math.inf):
@@ -79,13 +80,19 @@ def check_values(
         raise ArgumentError(f"strict={privacy.strict!r} is not True or False.", path="strict")
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+_GHOST = (
+    "Leave grad_sample_mode at 'auto', and loop and criterion as they are: its engine `bookkeeping` clips from norms as ghost "
+    "clipping does, without per-sample gradients."
+)
+
+
+def _check_choice(name: str, value: str, legal: tuple[str, ...], instead: str = "") -> None:
     if value in legal:
         return
     near = difflib.get_close_matches(str(value), legal, n=1)
     raise ArgumentError(
         f"{name}={value!r} is not one of {', '.join(map(repr, legal))}.",
-        help=f"Did you mean {near[0]!r}?" if near else "",
+        help=instead or (f"Did you mean {near[0]!r}?" if near else ""),
         path=name,
     )
 

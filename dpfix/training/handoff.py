@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -22,20 +22,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
+from dpfix.rules import compiled
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder, user_collate
 from dpfix.sampling.ledger import DrawLedger
-from dpfix.sampling.loader import PrivateDataLoader, split_by_draws
+from dpfix.sampling.loader import PrivateDataLoader, augmentation_of, split_by_draws
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
+from dpfix.scan.request import Request
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting
+from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.epsilon import spent
+from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.opacus_classes import (
@@ -79,6 +83,21 @@ def end_earlier(module: nn.Module) -> nn.Module:
     if earlier is not None:
         earlier.cleanup()
     return module
+
+
+def as_trained(request: Request) -> Request:
+    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
+    privacy = request.privacy
+    if privacy.augmentation is None and isinstance(request.data_loader, DataLoader):
+        privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
+    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
+
+
+def out_of_earlier(request: Request) -> Request:
+    """The user's own objects, out of a private training that they are already in."""
+    module = end_earlier(request.module) if isinstance(request.module, nn.Module) else request.module
+    optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
+    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
 
 
 def option_names(clipping: str, mode: str) -> frozenset[str]:
@@ -132,6 +151,7 @@ class Decided:
         poisson_sampling: whether the loader draws Poisson batches.
         ranks: the processes that train together.
         following: what is known about the real steps.
+        decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
     """
 
     randomness: Randomness
@@ -142,6 +162,7 @@ class Decided:
     poisson_sampling: bool
     ranks: Ranks
     following: Following
+    decide: Decide | None = None
 
 
 def hand_off(
@@ -171,7 +192,7 @@ def hand_off(
     loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
     _check_dataset(privacy_engine, originals.data_loader)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    engine = BY_NAME[plan.engine]
+    engine = engine_of(plan)
     own = not engine.attached_by_opacus
     prepared, private_optimizer, *_ = make_private(
         module=_shell(module, ranks) if own else module,
@@ -187,10 +208,7 @@ def hand_off(
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
-    handle = engine.attach(module, plan, prepared)
-    handle.several_iterations = ledger is None
-    if ledger is not None:
-        handle.counts = lambda: ledger.counts
+    handle = put_to_work(module, plan, prepared, ledger)
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks, ledger)
     guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks)
     guard = StepGuard(guarded, private_optimizer, decided.following)
@@ -199,10 +217,16 @@ def hand_off(
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
-        ledger.at_start = lambda begun: guard.draws.begin_pass(private_optimizer, begun)
+        ledger.at_start = lambda begun: private_optimizer.guard.draws.begin_pass(private_optimizer, begun)
         ledger.at_end = accounting.complete
         split_by_draws()
     in_training.begin(module, prepared)
+    if not wrap_model:
+        ZeroGrad(module, private_optimizer).put_in()
+    if own and decided.decide is not None:
+        calls = RealCalls(module, prepared, private_optimizer, decided.decide)
+        vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
+        calls.put_in()
     return prepared, private_optimizer, loader
 
 

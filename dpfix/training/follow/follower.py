@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
@@ -73,7 +74,7 @@ class Follower(FollowingMode):
     ) -> None:
         super().__init__()
         self.paused, self.over = True, True
-        self._layouts, self._batches, self._on_backward = layouts, batches, on_backward
+        self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
@@ -84,21 +85,36 @@ class Follower(FollowingMode):
         self._state: Any = None
         self._was_on = False
         self.clear()
-        self._hooks = [
-            module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
-            module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
-        ]
+        self._module, self._hooks = module, list[RemovableHandle]()
+        self._resting = False
+        self.follow(layouts, on_backward)
 
-    def remove(self) -> None:
-        """Take everything off; the training is over."""
+    def follow(self, layouts: tuple[CallLayout, ...], on_backward: Callable[[torch.Tensor, Any, Any], None]) -> None:
+        """Follow the model; the arguments are those of the class."""
+        self._layouts, self._on_backward = layouts, on_backward
+        self._hooks += [
+            self._module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
+            self._module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
+        ]
+        if self._resting:
+            self._resting = False
+            self.resume()
+
+    def rest(self) -> None:
+        """Take it off the model and off the functions until :meth:`follow`; what was written down stays."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._resting = not self.over
+        switch_off(self)
+
+    def remove(self) -> None:
+        """Take everything off; the training is over."""
+        self.rest()
         self.clear()
         self.deliveries.clear()
         self.sources.clear()
         self.earlier.clear()
-        switch_off(self)
 
     def clear(self) -> None:
         """Forget the calls."""

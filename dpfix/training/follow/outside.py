@@ -54,6 +54,11 @@ class Outside:
         self._learning |= new
         self.at_learning(new)
 
+    def take_over(self, earlier: Outside) -> None:
+        """What has begun to learn so far goes on learning."""
+        self._learning |= earlier._learning
+        self.at_learning(self._learning)
+
     def learns(self, p: Any) -> bool:
         """Whether a parameter has gradient from a private loss."""
         held = self._learning.get(id(p))
