@@ -93,16 +93,15 @@ class Accounting:
             before = None if self._draw is None else self._draw.accounted
             noise = float(optimizer.noise_multiplier)
             if before is None or noise < before:
-                self._release(optimizer)
+                self._release(optimizer, self._rate * optimizer.accumulated_iterations)
             else:
                 self._without_step -= 1
             if self._draw is not None:
                 self._draw.accounted = noise
 
-    def _release(self, optimizer: DPOptimizer) -> None:
+    def _release(self, optimizer: DPOptimizer, rate: float) -> None:
         if self._own.process != os.getpid():
             self._begin()
-        rate = self._rate * optimizer.accumulated_iterations
         step = Stretch(1, float(optimizer.noise_multiplier), rate, _clip_norm(optimizer))
         book_of(self.engine).release(self.engine.accountant, self._own, step)
 
@@ -122,7 +121,7 @@ class Accounting:
         with self._lock:
             noise = float(self._optimizer.noise_multiplier)
             for draw in self._ledger.unaccounted():
-                self._release(self._optimizer)
+                self._release(self._optimizer, self._rate)
                 draw.accounted = noise
                 self._without_step += 1
 
