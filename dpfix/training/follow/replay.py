@@ -307,6 +307,8 @@ class _Run:
         """A list that holds one number of every sample, with the samples exchanged."""
         if self.exchange is None or self.exchange.extreme is not None or len(numbers) != self.step.samples:
             return None
+        if not all(isinstance(number, (bool, int, float)) for number in numbers):
+            return None
         if self.columns is None:
             lists = [s for s in self.sources.values() if s.entries and s.delivery in self.step.deliveries]
             self.columns = [c for s in lists for c in _columns(s, self.exchange)]
