@@ -207,6 +207,7 @@ class StepGuard:
         """
         progress = self.guarded.progress
         if released:
+            self._noise_due = False  # of a sum that was given up
             progress.partial = 0
             progress.released += 1
         else:

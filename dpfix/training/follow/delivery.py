@@ -235,6 +235,15 @@ class Delivery:
         return any(leaf() is not None for _, leaf in pytree.leaves(self.tree) if isinstance(leaf, ref))
 
 
+class Sources(dict[int, Source]):
+    """Parts of delivered batches by identity; a part that the script has dropped is not mistaken for what took its address."""
+
+    def of(self, thing: Any) -> Source | None:
+        """What a thing is in a delivered batch; ``None`` if it is in none."""
+        source = self.get(id(thing))
+        return source if source is not None and source.held() is thing else None
+
+
 def delivered(batch: Any, layout: BatchLayout) -> tuple[Delivery, dict[int, Source]] | None:
     """What a delivered batch consists of.
 

@@ -34,7 +34,7 @@ from dpfix.training.follow.calls import (
     graph_edges,
     writes,
 )
-from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, delivered
+from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
@@ -78,7 +78,7 @@ class Follower(FollowingMode):
         self.on_draw: Callable[[Any], None] = lambda draw: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
-        self.sources: dict[int, Source] = {}
+        self.sources = Sources()
         self._marks: list[tuple[Delivery, int]] = []
         self.earlier: dict[int, ref[torch.Tensor]] = {}
         self._thread = threading.get_ident()
@@ -181,7 +181,7 @@ class Follower(FollowingMode):
             remember: whether to recognise later what the script keeps of it.
         """
         used = set().union(*(c.deliveries for c in self.calls if isinstance(c, ModelCall)))
-        waiting = {d for d in self.deliveries if d not in used} if used else set()
+        waiting = {d for d in self.deliveries if d not in used} if used or len(self.deliveries) > 1 else set()
         origin = self.origins() if waiting or remember else {}
         self.earlier = {key: held for key, held in self.earlier.items() if held() is not None}
         left = []
@@ -224,7 +224,7 @@ class Follower(FollowingMode):
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
         layout = find_layout(self._layouts, args, kwargs)
-        samples = 0 if layout is None else self._samples(layout, module, args, kwargs, grad=grad)
+        samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
         call.deliveries = self._deliveries_in(args, kwargs)
         self._take(output)
@@ -243,17 +243,16 @@ class Follower(FollowingMode):
             self.resume()
 
     @staticmethod
-    def _samples(layout: CallLayout, module: nn.Module, args: Any, kwargs: Any, *, grad: bool) -> int:
+    def _samples(layout: CallLayout, module: nn.Module, args: Any, kwargs: Any) -> int:
         try:
             return samples_in(layout, module, args, kwargs)
         except MisuseError:
-            if grad:
-                raise
-            return 0  # an evaluation on anything else
+            return 0  # an evaluation on anything else; in training, the engine says so
 
     def _deliveries_in(self, args: Any, kwargs: Any) -> set[Delivery]:
+        """The deliveries that the arguments of a call come from, as far as that is known."""
         if len(self.deliveries) < 2:
-            return set(self.deliveries)
+            return set(self.deliveries) if self._takes(args, kwargs) else set()
         origin = self.origins()
         found: set[Delivery] = set()
         for part in parts_of((args, kwargs)):
@@ -317,9 +316,11 @@ class Follower(FollowingMode):
         """Whether a function takes anything that comes from a delivered batch or from the model."""
         known, taken = self.sources, self._taken
         for part in args if not kwargs else (*args, *kwargs.values()):
-            if id(part) in taken or id(part) in known:
+            if id(part) in taken or (id(part) in known and known.of(part) is not None):
                 return True
-            if isinstance(part, (list, tuple, dict)) and any(id(p) in taken or id(p) in known for p in parts_of(part)):
+            if isinstance(part, (list, tuple, dict)) and any(
+                id(p) in taken or (id(p) in known and known.of(p) is not None) for p in parts_of(part)
+            ):
                 return True
         return False
 
@@ -341,7 +342,7 @@ class Follower(FollowingMode):
 
     def origins(self) -> dict[int, set[Delivery]]:
         """For every tensor that comes from delivered batches, these deliveries."""
-        found: dict[int, set[Delivery]] = {key: {source.delivery} for key, source in self.sources.items()}
+        found: dict[int, set[Delivery]] = {k: {s.delivery} for k, s in self.sources.items() if s.held() is not None}
         nothing: set[Delivery] = set()
         for call in self.calls:
             from_ = self._of(call, found)

@@ -50,13 +50,15 @@ def placement(base: Any, other: Any, layout: CallLayout, samples: int, exchange:
     if exchange.extreme is not None:
         return None
     before, after = _rows(base, layout, samples), _rows(other, layout, samples)
-    if not before or len(before) != len(after):
+    if not before or len(before) != len(after) or before == after:
         return None
     wanted, found = Counter(exchange.order)[exchange.keep], Counter(after)
     if len(found) > 2 or not all(row in before for row in found):
         return None  # a row has noise of its own, or holds what was computed from several
     if len(found) == 2 and set(found.values()) != {wanted, samples - wanted}:
         raise _in_several_rows()
+    if len(found) == 1 and before[exchange.keep] == after[exchange.keep]:
+        return None  # two equal samples
     mine = [row for row, times in found.items() if times == wanted]
     if len(mine) != 1:
         raise NotFollowedError("two of the batch's samples are equal")

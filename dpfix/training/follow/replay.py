@@ -16,7 +16,7 @@ from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.training.follow.calls import Call, ModelCall, writes
-from dpfix.training.follow.delivery import Exchange, Source
+from dpfix.training.follow.delivery import Exchange, Source, Sources
 from dpfix.training.follow.follower import Follower, line_of, parts_of
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
@@ -114,6 +114,8 @@ class Replay:
 
     def _check_repeats(self) -> None:
         """The repetition must be the very step: numbers from elsewhere, or a custom ``autograd.Function``, are not seen."""
+        if self._sources and not self._step.deliveries:
+            raise NotFollowedError("the arguments of the model do not come from the delivered batch by torch functions")
         for call, arguments in zip(self._step.calls, self.base.arguments, strict=True):
             for (_, t), (_, again) in zip(tensors_of((call.args, call.kwargs)), tensors_of(arguments), strict=True):
                 if not close(again.detach(), self._kept.get(id(t), t).detach()):
@@ -156,7 +158,7 @@ class _Ran:
 class _Run:
     step: RealStep
     kept: Mapping[int, torch.Tensor]
-    sources: Mapping[int, Source]
+    sources: Sources
     guessed: Mapping[int, SampleDim]
     exchange: Exchange | None
     changes: Mapping[tuple[int, int], float]
@@ -275,7 +277,7 @@ class _Run:
         key = id(tree)
         if key in self.values:
             return self.values[key]
-        if isinstance(tree, (torch.Tensor, np.ndarray)) or key in self.sources:
+        if isinstance(tree, (torch.Tensor, np.ndarray)) or self.sources.of(tree) is not None:
             self.values[key] = value = self._first_value(tree)
             return value
         if isinstance(tree, slice):
@@ -287,7 +289,7 @@ class _Run:
         return pytree.map_children(lambda _, part: self.swapped(part), tree)
 
     def _first_value(self, thing: Any) -> Any:
-        source = self.sources.get(id(thing))
+        source = self.sources.of(thing)
         value = self.kept.get(id(thing), thing)
         if isinstance(thing, torch.Tensor) and id(thing) not in self.kept and comes_from(thing, self.step.calls):
             raise NotFollowedError(

@@ -70,7 +70,7 @@ class RealSteps(Check):
         self.agenda = Agenda(following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self.outside = Outside(tuple(guarded.module.parameters()))
-        self._warned = False
+        self._warned, self._unfollowed = False, ""
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
         self._optimizer: DPOptimizer | None = None
@@ -88,7 +88,7 @@ class RealSteps(Check):
 
     @override
     def cleared(self) -> None:
-        self._failed = None
+        self._failed, self._unfollowed, self._pending = None, "", None
         if self._follower.over:
             switch_off(self._follower)  # after a refusal inside backward() it could not be taken off at once
 
@@ -106,6 +106,7 @@ class RealSteps(Check):
 
     @override
     def summed(self, norms: torch.Tensor | None) -> None:
+        self._say_what_was_not_followed()
         pending, self._pending = self._pending, None
         optimizer, guarded = self._optimizer, self._guarded
         if pending is None or optimizer is None or guarded.progress.partial or not optimizer.flat:  # type: ignore[attr-defined]
@@ -131,7 +132,7 @@ class RealSteps(Check):
     def after_step(self, released: bool) -> None:
         self._follower.settle(remember=self._checked)
         self._looked = self._checked = False
-        self._pending = None
+        self._pending, self._unfollowed = None, ""
 
     @override
     def make_way(self) -> None:
@@ -164,6 +165,7 @@ class RealSteps(Check):
             DPFixError: the step must not be released; nothing has moved.
         """
         follower = self._follower
+        self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
         if self.outside.look(loss, follower.calls):
             self.outside.learn(self._outside_from_the_batch(loss))
@@ -208,6 +210,8 @@ class RealSteps(Check):
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw
         place = calling_line()
         real = RealStep.of(loss, outer, models, place, guarded.handle.paused)
+        if real.samples < 2:
+            return
         model = PlainModel(plain_copy(guarded.module), real)
         way, replay = self._way(real, model)
         found = coupled(way, real, draw)
@@ -216,7 +220,8 @@ class RealSteps(Check):
         if replay is not None:
             self._look_at_numbers(replay, real)
         self._look_at_lengths(way, replay, real, model)
-        at = kept_from_before(replay.calls if replay is not None else follower.calls, follower.earlier)
+        calls = replay.calls if replay is not None else path_to(loss, follower.calls)[0]
+        at = kept_from_before(calls, follower.earlier)
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
         others = list(exchanges(real.samples, draw))
@@ -281,13 +286,20 @@ class RealSteps(Check):
                 raise messages.feels_length(gap, self._guarded.name)
 
     def _not_followed(self, why: str) -> None:
+        self._unfollowed = self._unfollowed or why
+
+    def _say_what_was_not_followed(self) -> None:
+        """Once it is clear that the step is refused for nothing else."""
+        why, self._unfollowed = self._unfollowed, ""
+        if not why or (self._warned and not self.following.strict):
+            return
         text = messages.not_followed(self._guarded.name, why)
         if self.following.strict:
-            self._follower.clear()
+            self._guarded.forget_sum()
+            self._guarded.handle.finish()
             raise CoupledLossError(text, "strict=True was asked for.", messages.WAY_OUT, path="strict")
-        if not self._warned:
-            self._warned = True
-            warn_user(f"{text} {messages.WAY_OUT}")
+        self._warned = True
+        warn_user(f"{text} {messages.WAY_OUT}")
 
 
 def _norms(parameters: Any) -> torch.Tensor | None:
