@@ -20,7 +20,7 @@ from dpfix.choose import select
 from dpfix.distributed import fingerprint
 from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
-from dpfix.instrument.function_modes import unfollowed
+from dpfix.instrument.function_modes import switch_off_all, unfollowed
 from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
@@ -49,7 +49,6 @@ from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_
 from dpfix.scan.request import Request
 from dpfix.training.first_step import Decide, Decision
 from dpfix.training.follow.delivery import BatchLayout
-from dpfix.training.follow.follower import switch_off_all
 
 
 @dataclass(frozen=True)
@@ -341,7 +340,7 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         views=request.views,
         row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
-        handed_over=request.handed_over,
+        own_engines=request.handed_over or (step.guessed and may_wait(request)),
     )
 
 

@@ -55,7 +55,7 @@ class Plan:
             for all samples.
         weighted_by_rows: whether a sample weighs as much in the loss as it has rows (a mean over all rows); if not, all
             samples weigh the same.
-        handed_over: whether Opacus has already handed over, with no hooks on the model.
+        own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
     """
 
     engine: str = ""
@@ -74,7 +74,7 @@ class Plan:
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False
-    handed_over: bool = False
+    own_engines: bool = False
 
     def with_engine(self, engine: Any) -> Plan:
         """The same training with another engine.

@@ -33,7 +33,7 @@ def undecided(request: Request) -> Plan:
         loss_known=False,
         batch_first=request.performance.batch_first,
         fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
-        handed_over=True,
+        own_engines=True,
     )
 
 

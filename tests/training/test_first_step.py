@@ -346,7 +346,7 @@ def test_what_is_refused_on_the_first_call_moves_nothing_and_is_refused_again() 
         with pytest.raises(dpfix.CoupledModelError, match="mixes the samples"):
             private[0](picture=batch["img"])
     assert torch.equal(values(model), before) and private.report.engine == ""
-    assert private.get_epsilon(1e-3) == 0
+    assert private[1].guard.guarded.progress.released == 0
 
 
 def test_a_number_that_the_loop_computes_from_the_batch_is_refused() -> None:
@@ -400,6 +400,19 @@ def test_an_empty_draw_before_the_first_is_noise_alone(name: str) -> None:
     assert private.plan.engine
 
 
+def test_what_the_loop_does_before_the_first_call_is_proven_in_that_step() -> None:
+    script = Script(
+        lambda: nn.Linear(6, 3), pictures, lambda m, b, step: m(b["img"] - b["img"].mean(0)).square().mean()
+    )
+    model, private = start(script)
+    batch, samples = next(pair for pair in drawn(private) if (pair[1] or 0) > 2)
+    before = values(model)
+    with pytest.raises(dpfix.CoupledModelError, match="the loop mixes the samples"):
+        script.loss(private[0], batch, 0).backward()
+        private[1].step()
+    assert private.plan.engine and torch.equal(values(model), before)
+
+
 def test_a_loss_that_couples_the_samples_is_refused_where_the_call_was_not_told() -> None:
     script = Script(
         lambda: nn.Linear(6, 3),
@@ -439,7 +452,7 @@ def both_tasks(m: nn.Module, b: Any, step: int) -> Tensor:
 
 
 def two_forms(m: nn.Module, b: Any, step: int) -> Tensor:
-    return F.cross_entropy(m(b["img"]), b["seg"]) + F.cross_entropy(m(b["img"], more=b["img"] * 2), b["seg"])
+    return F.cross_entropy(m(b["img"]), b["seg"]) + F.cross_entropy(m(b["img"], more=b["img"] * 1.5), b["seg"])
 
 
 def releases(script: Script, model: nn.Module, private: Any, batch: Any, samples: int, step: int) -> tuple[bool, bool]:

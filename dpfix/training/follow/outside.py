@@ -8,8 +8,7 @@ from weakref import ref
 
 import torch
 
-from dpfix.training.follow.calls import Call, ModelCall, Place
-from dpfix.training.follow.follower import parts_of
+from dpfix.training.follow.calls import Call, ModelCall, Place, parts_of
 
 
 class Outside:

@@ -15,9 +15,9 @@ from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
-from dpfix.training.follow.calls import Call, ModelCall, writes
+from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, writes
 from dpfix.training.follow.delivery import Exchange, Source, Sources
-from dpfix.training.follow.follower import Follower, line_of, parts_of
+from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
 from dpfix.training.follow.placement import Placement, placement

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dpfix.instrument import pytree
-from dpfix.training.follow.calls import ModelCall, Output
+from dpfix.training.follow.calls import ModelCall, Output, nodes_behind
 from dpfix.training.follow.delivery import Delivery, Exchange
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class RealStep:
         roots = [output.edge for call in calls for output in call.outputs]
         with paused():
             found = iter(torch.autograd.grad(_scalar(loss, outer), roots, retain_graph=True, allow_unused=True))
-        gradients = {call: [next(found) for _ in call.outputs] for call in calls}
+            gradients = {call: [next(found) for _ in call.outputs] for call in calls}
+            for call in calls:
+                _without_inner_ways(call, gradients[call])
         used = [c for c in calls if any(g is not None for g in gradients[c]) or any(map(_overwritten, c.outputs))]
         if not used:
             raise NotFollowedError("the loss does not depend on the model's outputs")
@@ -83,6 +85,28 @@ class RealStep:
             raise NotFollowedError("calls of the model in one step hold different numbers of samples")
         deliveries = tuple(dict.fromkeys(d for call in used for d in call.deliveries))
         return cls(loss, outer, tuple(used), samples.pop(), filled, deliveries, place)
+
+
+def _without_inner_ways(call: ModelCall, gradients: list[torch.Tensor | None]) -> None:
+    """Gradients of a loss that takes the outputs as they are: a way from one output to another lies within the model.
+
+    Args:
+        call: the call.
+        gradients: by output, in all ways; that of an output which others are made of (the logits beside a loss) is changed.
+    """
+    edges = [output.edge for output in call.outputs]
+    behind = [nodes_behind(edge.node) for edge in edges]
+    order = sorted(range(len(edges)), key=lambda k: sum(edges[k].node in nodes for nodes in behind))
+    for k in order:  # one that the script alone takes comes first
+        outer = [j for j in order if edges[k].node in behind[j] and gradients[j] is not None]
+        if not outer or gradients[k] is None:
+            continue
+        (inner,) = torch.autograd.grad(
+            [edges[j] for j in outer], [edges[k]], [gradients[j] for j in outer], retain_graph=True, allow_unused=True
+        )
+        if inner is not None:
+            left = gradients[k] - inner
+            gradients[k] = torch.zeros_like(left) if close(inner, gradients[k]) else left
 
 
 def _overwritten(output: Output) -> bool:

@@ -11,13 +11,14 @@ from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
 from dpfix.errors import CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.instrument.function_modes import switch_off
 from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
-from dpfix.training.follow.calls import ModelCall
+from dpfix.training.follow.calls import ModelCall, line_of, parts_of
 from dpfix.training.follow.delivery import BatchLayout
-from dpfix.training.follow.follower import Follower, line_of, parts_of, switch_off
+from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
