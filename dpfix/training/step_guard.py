@@ -86,7 +86,8 @@ class StepGuard:
             self.ranks,
             self.others,
         )
-        for check, before in zip(self.checks, () if earlier is None else earlier.checks, strict=False):
+        known: tuple[Any, ...] = () if earlier is None else earlier.checks
+        for check, before in zip(self.checks, known, strict=False):
             check.take_over(before)
         self.engine_clips = False
         self.leaves_out: Callable[[Any, Callable[[], None]], None] | None = None

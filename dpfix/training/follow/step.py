@@ -65,6 +65,7 @@ class RealStep:
         roots = [output.edge for call in calls for output in call.outputs]
         with paused():
             found = iter(torch.autograd.grad(_scalar(loss, outer), roots, retain_graph=True, allow_unused=True))
+            gradients: dict[ModelCall, list[torch.Tensor | None]]
             gradients = {call: [next(found) for _ in call.outputs] for call in calls}
             for call in calls:
                 _without_inner_ways(call, gradients[call])
@@ -99,14 +100,14 @@ def _without_inner_ways(call: ModelCall, gradients: list[torch.Tensor | None]) -
     order = sorted(range(len(edges)), key=lambda k: sum(edges[k].node in nodes for nodes in behind))
     for k in order:  # one that the script alone takes comes first
         outer = [j for j in order if edges[k].node in behind[j] and gradients[j] is not None]
-        if not outer or gradients[k] is None:
+        mine = gradients[k]
+        if not outer or mine is None:
             continue
         (inner,) = torch.autograd.grad(
             [edges[j] for j in outer], [edges[k]], [gradients[j] for j in outer], retain_graph=True, allow_unused=True
         )
         if inner is not None:
-            left = gradients[k] - inner
-            gradients[k] = torch.zeros_like(left) if close(inner, gradients[k]) else left
+            gradients[k] = torch.zeros_like(mine) if close(inner, mine) else mine - inner
 
 
 def _overwritten(output: Output) -> bool:
