@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -17,8 +18,7 @@ class FollowingMode(TorchFunctionMode):
         over: whether it is to be taken off.
     """
 
-    paused = False
-    over = False
+    paused, over = False, True
 
     def clear(self) -> None:
         """Forget what was written down."""
@@ -30,6 +30,23 @@ class FollowingMode(TorchFunctionMode):
         Returns:
             What it returns.
         """
+
+
+@contextmanager
+def unfollowed() -> Iterator[None]:
+    """What is called inside is nobody's business.
+
+    Yields:
+        Nothing.
+    """
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, FollowingMode) and not m.paused]
+    for mode in modes:
+        mode.paused = True
+    try:
+        yield
+    finally:
+        for mode in modes:
+            mode.paused = False
 
 
 def as_one(func: Callable[..., Any], *args: Any) -> Any:

@@ -216,7 +216,9 @@ class PlainModel:
         return _backward(parameters, outputs, given)
 
 
-def _backward(parameters: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], given: Sequence[Any]) -> Gradients:
+def _backward(
+    parameters: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], given: Sequence[Any]
+) -> Gradients:
     """Gradients by ``backward()``: reentrant checkpoints know no other way."""
     for p in parameters.values():
         p.grad = None

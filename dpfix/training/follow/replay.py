@@ -15,9 +15,9 @@ from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
-from dpfix.training.follow.calls import Call, ModelCall, writes
+from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, writes
 from dpfix.training.follow.delivery import Exchange, Source, Sources
-from dpfix.training.follow.follower import Follower, line_of, parts_of
+from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
 from dpfix.training.follow.placement import Placement, placement
@@ -296,6 +296,8 @@ class _Run:
     def _column(self, numbers: list[Any]) -> list[Any] | None:
         """A list that holds one number of every sample, with the samples exchanged."""
         if self.exchange is None or self.exchange.extreme is not None or len(numbers) != self.step.samples:
+            return None
+        if not all(isinstance(number, (bool, int, float)) for number in numbers):
             return None
         if self.columns is None:
             lists = [s for s in self.sources.values() if s.entries and s.delivery in self.step.deliveries]

@@ -79,7 +79,9 @@ class RealStep:
         got = dict(zip(map(id, asked), found, strict=True))
         gradients = {call: [got.get(id(output)) for output in call.outputs] for call in calls}
         unknown = {id(o) for call in calls for o in call.outputs if id(o) not in got or _overwritten(o)}
-        used = [c for c in calls if any(g is not None for g in gradients[c]) or any(id(o) in unknown for o in c.outputs)]
+        used = [
+            c for c in calls if any(g is not None for g in gradients[c]) or any(id(o) in unknown for o in c.outputs)
+        ]
         if not used:
             raise NotFollowedError("the loss does not depend on the model's outputs")
         for call in used:
@@ -91,7 +93,8 @@ class RealStep:
                 if output.dim is not None and output.dim.counts:
                     raise NotFollowedError("samples have different numbers of rows")
         filled = tuple(
-            tuple(_filled(o, g, known=id(o) not in unknown) for o, g in zip(c.outputs, gradients[c], strict=True)) for c in used
+            tuple(_filled(o, g, known=id(o) not in unknown) for o, g in zip(c.outputs, gradients[c], strict=True))
+            for c in used
         )
         samples = {call.samples for call in used}
         if len(samples) != 1:
