@@ -12,6 +12,7 @@ from dpfix.errors import ForeignBatchError
 from dpfix.instrument import pytree
 from dpfix.sampling.origin import Origins
 from dpfix.sampling.position import Position
+from dpfix.sampling.rate import part_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ class Draw:
         return self.part_of is None or self.part_of.summed + self.samples == self.part_of.samples
 
     def fits(self, rows: int) -> bool:
-        """Whether gradients of so many samples can be its own; what an empty draw delivers has one."""
+        """Whether gradients of so many samples can be its own; an empty draw delivers one."""
         return rows == self.samples or (self.samples == 0 and rows <= 1)
 
 
@@ -160,12 +161,6 @@ class Pass:
             exhausted, the others.
         """
         return [d for d in tuple(self.unreleased) if self.delivers or self.over or d.number < self.latest]
-
-
-def part_sizes(samples: int, most: int) -> list[int]:
-    """Sizes of the physical batches of a draw, as ``numpy.array_split`` makes them; an empty draw is one of nothing."""
-    parts = max(1, -(-samples // most))
-    return [samples // parts + (k < samples % parts) for k in range(parts)]
 
 
 class DrawLedger:

@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
 from dpfix.sampling.cryptographic import Cryptographic
-from dpfix.sampling.ledger import DrawLedger, part_sizes
+from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
+from dpfix.sampling.rate import part_sizes
 
 
 @dataclass(frozen=True)

@@ -71,3 +71,9 @@ def replaced_sampler(loader: DataLoader[Any]) -> list[Finding]:
             path="data_loader",
         )
     ]
+
+
+def part_sizes(samples: int, most: int) -> list[int]:
+    """Sizes of the physical batches of a draw, as ``numpy.array_split`` makes them; an empty draw is one of nothing."""
+    parts = max(1, -(-samples // most))
+    return [samples // parts + (k < samples % parts) for k in range(parts)]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import dpfix
-from dpfix.sampling.ledger import Draw, DrawLedger, Pass, part_sizes
+from dpfix.sampling.ledger import Draw, DrawLedger, Pass
+from dpfix.sampling.rate import part_sizes
 
 
 def delivered(ledger: DrawLedger, *batches: Any, most: int | None = None) -> Pass:

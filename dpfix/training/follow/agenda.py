@@ -90,6 +90,9 @@ class Agenda:
         """After how many steps a coupling that shows in every step is found with this probability.
 
         A step is checked with probability p, independently of the others: ``(1 - p)^k <= 1 - confidence``.
+
+        Returns:
+            The smallest such k.
         """
         p = self.chance
         if p >= 1:

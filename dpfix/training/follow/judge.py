@@ -152,6 +152,9 @@ def rows_gap(before: torch.Tensor, after: torch.Tensor, rows: Rows, sample: int,
         rows: where the samples are.
         sample: the place of the sample before.
         now: its place after; the same if not given.
+
+    Returns:
+        The change.
     """
     mine, other = rows.take(before, sample), rows.take(after, sample if now is None else now)
     if mine.shape == other.shape and torch.equal(mine, other):

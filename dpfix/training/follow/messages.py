@@ -48,8 +48,8 @@ def feels_length(gap: float, model: str) -> CoupledModelError:
             "DPF041",
             f"the batch is cut to the length of its longest sample before {model} is called, and one sample's output changes by "
             f"{gap:.1e} (relative) with that length.",
-            "padding is not masked, so that a sample's gradient depends on how long the others are, and clipping per sample bounds "
-            "nothing.",
+            "padding is not masked, so that a sample's gradient depends on how long the others are, and clipping per sample "
+            "bounds nothing.",
             f"mask the padding (attention_mask, lengths), or pad every sample to one fixed length. {NOTHING_RELEASED}",
             path="data_loader",
         )
@@ -82,8 +82,8 @@ def coupled_number(line: str, place: str) -> CoupledLossError:
             f"with a Python number{_at(line)} that is a count or a sum over the batch, or its inverse, and changes with the "
             "other samples.",
             "one sample's share of the loss depends on the others, so clipping per sample bounds nothing.",
-            "divide every sample's loss by its own count and take the mean over the samples, or by a constant. dpfix.PerSampleLoss("
-            f"criterion) does the first for any criterion. {NOTHING_RELEASED}",
+            "divide every sample's loss by its own count and take the mean over the samples, or by a constant. "
+            f"dpfix.PerSampleLoss(criterion) does the first for any criterion. {NOTHING_RELEASED}",
             path="criterion",
         )
     )
@@ -110,8 +110,8 @@ def kept(line: str) -> StateWrittenError:
         Finding.refusal(
             "DPF034",
             f"the loss, or the model, takes what the loop has kept of an earlier batch{_at(line)}.",
-            "it holds values of samples without noise (a queue of features, a running mean, a hidden state), and moves later steps "
-            "by more than the clip norm.",
+            "it holds values of samples without noise (a queue of features, a running mean, a hidden state), and moves later "
+            "steps by more than the clip norm.",
             f"compute it from the parameters, from public data, or within one batch and sample. {NOTHING_RELEASED}",
             path="training_step",
         )
@@ -124,8 +124,8 @@ def learns_outside(shape: tuple[int, ...], optimizer: str) -> MisuseError:
         f"optimizer: {optimizer}.step() was called over a parameter of shape {shape} that is not in the private model and gets "
         "gradient from the private loss (a criterion with parameters of its own, a head, a second network on real data).",
         "It would be moved by gradients of single samples without clipping and noise.",
-        "Make it a part of the model that is passed to make_private_safe, and its parameters a group of the private optimizer; or "
-        "freeze it with requires_grad_(False).",
+        "Make it a part of the model that is passed to make_private_safe, and its parameters a group of the private optimizer; "
+        "or freeze it with requires_grad_(False).",
         path="parameters",
     )
 
@@ -133,8 +133,8 @@ def learns_outside(shape: tuple[int, ...], optimizer: str) -> MisuseError:
 def not_followed(model: str, why: str) -> str:
     """What is warned about once, or refused with ``strict=True``."""
     return (
-        f"the loop's loss could not be followed to the outputs of {model}: {why}. Whether it couples the samples of a batch (batch "
-        "Dice, class weights with mean, ignore_index) is not checked, and the guarantee rests on it."
+        f"the loop's loss could not be followed to the outputs of {model}: {why}. Whether it couples the samples of a batch "
+        "(batch Dice, class weights with mean, ignore_index) is not checked, and the guarantee rests on it."
     )
 
 

@@ -174,6 +174,9 @@ class PlainModel:
         """The outputs of all calls again, with a graph; ``None`` if they are not those of the step.
 
         An engine that draws other random numbers than the plain model (``vmap`` with dropout) gives other outputs.
+
+        Returns:
+            One list of outputs per call.
         """
         made: list[list[torch.Tensor]] = []
         for call in self.step.calls:
@@ -276,6 +279,9 @@ def wrong_sum(
         norms: norms of the samples' gradients as the engine has them, shape ``[samples]``.
         clip_norm: the clip norm C.
         chosen: samples whose norms are compared with the plain model's.
+
+    Returns:
+        The reason, with factors and no values of the data.
     """
     step = model.step
     graph = None if any(map(_has_no_rows, step.calls, step.gradients)) else model.graph()

@@ -62,8 +62,6 @@ def numbers_in(entries: Any) -> list[float]:
         for path, leaf in pytree.leaves(entry):
             if _is_number(leaf) or isinstance(leaf, bool):
                 columns[path].append(float(leaf))
-            elif isinstance(leaf, str):
-                columns[path].append(float(len(leaf)))
     out: list[float] = []
     for _, column in sorted(columns.items(), key=lambda item: repr(item[0])):
         total = math.fsum(column)
@@ -93,8 +91,16 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
     Args:
         calls: the calls that the loss is made of.
         told: what the script has read, or may have read.
+
+    Returns:
+        One entry per number.
     """
-    pairs = {pair for one in told for pair in one.numbers if math.isfinite(pair[0]) and math.isfinite(pair[1])}
+    pairs = {
+        pair
+        for one in told
+        for pair in one.numbers
+        if all(map(math.isfinite, pair)) and not (one.place is None and looks_small(pair[0]))
+    }
     found = []
     for number, call in enumerate(calls):
         if not isinstance(call, Call) or call.name not in ARITHMETIC:
@@ -122,10 +128,14 @@ def _other(value: float, before: float, after: float) -> float | None:
     return None
 
 
+def looks_small(value: float) -> bool:
+    """Whether a number is so small that settings of a script, and counts that it has not read, have it by chance."""
+    return value == round(value) and abs(value) <= _FEW
+
+
 def looks_like_a_setting(value: float) -> bool:
     """Whether a number is one that scripts have as a constant: small, or round."""
-    whole = value == round(value)
-    return whole and (abs(value) <= _FEW or value % 10 == 0 or int(abs(value)).bit_count() == 1)
+    return looks_small(value) or (value == round(value) and (value % 10 == 0 or int(abs(value)).bit_count() == 1))
 
 
 _FEW = 10

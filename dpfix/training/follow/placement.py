@@ -56,7 +56,13 @@ def placement(base: Any, other: Any, layout: CallLayout, samples: int, exchange:
     if len(found) > 2 or not all(row in before for row in found):
         return None  # a row has noise of its own, or holds what was computed from several
     if len(found) == 2 and set(found.values()) != {wanted, samples - wanted}:
-        raise _in_several_rows()
+        raise ForeignBatchError(
+            "the loop hands samples of the batch to the model several times.",
+            "Such a sample would be clipped and released once for every row.",
+            "Train on the batches of the returned data_loader as they are; pass "
+            "augmentation=dpfix.AugmentationMultiplicity(...) to make_private_safe for several views of a sample.",
+            path="data_loader",
+        )
     if len(found) == 1 and before[exchange.keep] == after[exchange.keep]:
         return None  # two equal samples
     mine = [row for row, times in found.items() if times == wanted]
@@ -66,16 +72,6 @@ def placement(base: Any, other: Any, layout: CallLayout, samples: int, exchange:
         return None
     rows = tuple(before.index(row) for row in after)
     return Placement(rows, before.index(mine[0]), after.index(mine[0]))
-
-
-def _in_several_rows() -> ForeignBatchError:
-    return ForeignBatchError(
-        "the loop hands samples of the batch to the model several times.",
-        "Such a sample would be clipped and released once for every row.",
-        "Train on the batches of the returned data_loader as they are; pass augmentation=dpfix.AugmentationMultiplicity(...) "
-        "to make_private_safe for several views of a sample.",
-        path="data_loader",
-    )
 
 
 def _rows(arguments: Any, layout: CallLayout, samples: int) -> list[bytes]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
@@ -21,13 +22,13 @@ from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
 from dpfix.training.follow.placement import Placement, placement
-from dpfix.training.follow.step import NotFollowedError, RealStep, Repeated, close, tensors_of
+from dpfix.training.follow.step import NotFollowedError, RealStep, Repeated, Way, close, tensors_of
 
 _CUTS = frozenset({"__getitem__", "narrow", "split", "chunk"})
 """Functions with which scripts cut padding off."""
 
 
-class Replay:
+class Replay(Way):
     """The calls from a delivered batch to the loss, repeated with other values.
 
     Args:
@@ -54,6 +55,7 @@ class Replay:
         self._arguments = self.base.arguments
         self._check_repeats()
 
+    @override
     def repeat(self, exchange: Exchange | None) -> Repeated:
         return self.base if exchange is None else self._run(exchange, None).repeated
 
@@ -66,6 +68,9 @@ class Replay:
 
         Args:
             changes: new numbers by the number of the call and of its argument.
+
+        Returns:
+            Arguments and gradients.
         """
         return self._run(exchange, changes).repeated
 
@@ -285,8 +290,8 @@ class _Run:
                 "custom autograd.Function)"
             )
         if source is not None:
-            mine = self.exchange is not None and source.delivery in self.step.deliveries
-            value = source.exchanged(self.exchange, value) if mine else value
+            if self.exchange is not None and source.delivery in self.step.deliveries:
+                value = source.exchanged(self.exchange, value)
         elif id(thing) in self.guessed and self.exchange is not None:
             value = self.exchange.rows(value, Rows.of(self.guessed[id(thing)], self.step.samples))
         if isinstance(thing, torch.Tensor) and id(thing) in self.kept:

@@ -68,6 +68,9 @@ class RealStep:
     ) -> RealStep:
         """Take the gradients with respect to the outputs; the graph stays.
 
+        Returns:
+            The step.
+
         Raises:
             NotFollowedError: the calls do not hold the same samples in a known layout.
         """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.errors import USER_CODE_ERRORS, TrainingStepError
 from dpfix.instrument import pytree
@@ -15,12 +16,12 @@ from dpfix.layout.rows import Rows
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow.delivery import BatchLayout, Exchange
 from dpfix.training.follow.placement import Placement, placement
-from dpfix.training.follow.step import NotFollowedError, RealStep, Repeated, close, tensors_of
+from dpfix.training.follow.step import NotFollowedError, RealStep, Repeated, Way, close, tensors_of
 
 _SEED = 7
 
 
-class ToldStep:
+class ToldStep(Way):
     """The training step that the call was told, on the delivered batch, with the outputs that the model really gave.
 
     Args:
@@ -62,6 +63,7 @@ class ToldStep:
         pairs = zip(self._base.gradients, self._real.gradients, strict=True)
         return all(b is None or close(a, b) for mine, real in pairs for a, b in zip(mine, real, strict=True))
 
+    @override
     def repeat(self, exchange: Exchange | None) -> Repeated:
         real = self._real
         batch = self._batch if exchange is None else exchange.batch(self._batch, self._layout, real.samples)

@@ -123,7 +123,7 @@ class RealSteps(Check):
             guarded.forget_sum()
             guarded.handle.finish()
             raise PlanBrokenError(
-                f"engine {guarded.plan.engine} does not compute what is to be released for this batch of {guarded.name}: {wrong}.",
+                f"engine {guarded.plan.engine} computes another sum for this batch of {guarded.name} than is due: {wrong}.",
                 "Nothing was released.",
                 "Choose another engine with grad_sample_mode (vmap, microbatch), and report the model.",
                 path="grad_sample_mode",
@@ -201,7 +201,7 @@ class RealSteps(Check):
             raise
 
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """Parameters outside that a loss on delivered data teaches; one on a generator's data, through the model, teaches none."""
+        """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
         origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
         if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
             return []
@@ -306,7 +306,8 @@ class RealSteps(Check):
 
 def _norms(parameters: Any) -> torch.Tensor | None:
     """Norms of the per-sample gradients that an engine has left on the parameters."""
-    left = [getattr(p, "grad_sample", None) for p in parameters]
-    if not left or not all(isinstance(g, torch.Tensor) for g in left):
+    found = [getattr(p, "grad_sample", None) for p in parameters]
+    left = [g for g in found if isinstance(g, torch.Tensor)]
+    if not left or len(left) < len(found):
         return None
     return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)
