@@ -43,7 +43,7 @@ class Plan:
         layers: how the calls of the modules that own parameters, and the functions on parameters, carry theirs.
         elsewhere: trainable parameters that modules use which do not own them, with the paths of these modules.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
-        loss_known: whether the loss was checked; if not, that is done on the first real steps.
+        loss_known: whether the loss was checked beforehand; on real steps it is in any case.
         batch_first: whether the layers see the samples in dimension 0 (Opacus engines only).
         frozen_parameters: trainable parameters that no gradient reaches; frozen while training privately.
         fixed_norms: paths of BatchNorm layers in evaluation mode, which have to stay there.

@@ -93,15 +93,15 @@ class Subject:
 
 
 def unknown_loss(step: TrainingStep) -> list[Finding]:
-    """Advice about a loss that is checked on the first real steps only; none where it is known."""
+    """Advice about a loss that is checked on real steps only; none where it is known."""
     if step.loss_known:
         return []
     return [
         Finding.advice(
             "DPF020",
             f"the loop's loss is not known ({step.origin}).",
-            "whether it couples the samples (batch Dice, class weights with mean, ignore_index) is checked on the first "
-            "real steps, in backward().",
+            "whether it couples the samples (batch Dice, class weights with mean, ignore_index) is checked on the real "
+            "steps only, in backward().",
             help="pass criterion= or training_step= to have it checked before training, on harder samples too.",
             path="training_step",
         )

@@ -16,7 +16,7 @@ CODES: Mapping[str, str] = {
     "DPF016": "no engine reproduces the batch-of-one reference",
     "DPF017": "trainable parameters that no gradient reaches were frozen for the private training",
     "DPF018": "Opacus's `ModuleValidator` refuses a layer that no rule has answered",
-    "DPF020": "the loop's loss is not known; it is checked on the first steps only",
+    "DPF020": "the loop's loss is not known beforehand; it is checked on real steps only",
     "DPF021": "forward writes state that does not depend on a sample",
     "DPF022": "the loader draws with replacement; Poisson sampling takes its place",
     "DPF023": "forward overwrites the output of a layer",
