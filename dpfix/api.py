@@ -18,8 +18,9 @@ from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import prepare, refuse, versions, warn_blocked
+from dpfix.pipeline import Prepared, deciding, prepare, refuse, versions, warn_blocked
 from dpfix.repair.surgery import Surgery
+from dpfix.report.finding import Finding
 from dpfix.report.report import Report
 from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
@@ -95,7 +96,8 @@ def make_private_safe(
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm; 0 for tests.
         max_grad_norm: clip norm C of a sample's gradient; a list (one per parameter) for per-layer clipping.
         criterion: the loop's loss function, if ``training_step`` is not given.
-        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; inferred if not given.
+        training_step: ``(model, batch) -> loss`` exactly as the loop computes it; if not given, inferred from a batch or, where
+            that does not tell it, from the first real step.
         privacy_engine: an Opacus engine whose accountant is to be used; a new one if not given.
         batch_first: whether the samples are in dimension 0 (for Opacus's engines).
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
@@ -144,7 +146,12 @@ def make_private_safe(
     )
     given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
     request = out_of_earlier(given)
-    engine = _engine(privacy_engine, secure_mode)
+    engine, carried = _engine(privacy_engine, secure_mode), list[Finding]()
+
+    def report_of(prepared: Prepared) -> Report:
+        report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
+        return replace(report, findings=(*report.findings, *carried))
+
     with request.ranks.all_or_none():
         request, options = _checked(request, noise_multiplier, options, engine)
         noise_multiplier, wrap_model = float(plain(noise_multiplier)), truth("wrap_model", wrap_model)
@@ -172,6 +179,7 @@ def make_private_safe(
                     request.privacy.poisson_sampling,
                     request.ranks,
                     Following(prepared.step, prepared.batches, request.privacy.checks, request.privacy.strict),
+                    deciding(request, prepared, report_of),
                 ),
                 wrap_model=wrap_model,
                 for_opacus={
@@ -184,9 +192,8 @@ def make_private_safe(
             )
             request.ranks.exchange("handed off")
             surgery.commit()
-    carried = earlier.carry_on(engine, made[1], given=privacy_engine is not None)
-    report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
-    report = replace(report, findings=report.findings + carried)
+    carried += earlier.carry_on(engine, made[1], given=privacy_engine is not None)
+    report = report_of(prepared)
     warn_blocked(report)
     return PrivateTraining(made, report, engine)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
 
-from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,22 +18,27 @@ from dpfix.audit.persistent_state import check_inside, check_outside, modules_ou
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
-from dpfix.errors import LoaderError, ModelError, TrainingStepError
+from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
+from dpfix.instrument.function_modes import switch_off_all, unfollowed
 from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
-from dpfix.layout.row_count import RowCounter, find_row_counters
 from dpfix.observe import double_activation, no_grad_search, probe
+from dpfix.observe.call_sources import Call
 from dpfix.observe.failures import described_failures
+from dpfix.observe.real_call import Way, check_fixed, learn, together
 from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
-from dpfix.observe.training_step import Subject, TrainingStep, infer, unknown_loss
+from dpfix.observe.several_rows import check_rows, known_rows, row_counter
+from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
+from dpfix.observe.undecided import decided_later, may_wait, undecided
 from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
 from dpfix.repair.lazy import materialise
 from dpfix.repair.surgery import Surgery
+from dpfix.repair.validator import check_validator
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES, Rule
@@ -43,8 +47,8 @@ from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
+from dpfix.training.first_step import Decide, Decision
 from dpfix.training.follow.delivery import BatchLayout
-from dpfix.training.follow.follower import switch_off_all
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,25 @@ class Prepared:
         plan: how the model is to be trained.
         placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
-        step: the training step, told or inferred.
+        step: the training step, told or inferred; ``None`` if the first real call is to show it.
         batches: how the loader's batches carry their samples.
         findings: what was found.
         evidence: what was measured about the engines.
         proofs: one line per proof.
+        samples: the probe of the loader's dataset.
+        repairs: those of the findings that rules have made.
     """
 
     plan: Plan
     placeholder: Placeholder
     known_rows: KnownRows | None
-    step: TrainingStep
+    step: TrainingStep | None
     batches: BatchLayout
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
     proofs: tuple[str, ...]
+    samples: probe.Probe
+    repairs: tuple[Finding, ...]
 
     def report(self, request: Request, noise_multiplier: float | None, *, secure: bool = False) -> Report:
         """The report of a call; the noise is ``None`` in a diagnosis, ``secure`` says whether it is cryptographic."""
@@ -146,7 +154,8 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
 
     Returns:
-        The plan and the evidence for it.
+        The plan and the evidence for it. Where the loop's call of the model cannot be told, all but the repairs is left to
+        :func:`decide`.
     """
     switch_off_all()
     outside = modules_outside(request.module, request.criterion, request.training_step)
@@ -162,11 +171,87 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
-    step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
+    waits = may_wait(request)
+    try:
+        step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
+        return _proven(request, surgery, samples, step, findings, outside)
+    except UnknownCallError as unknown:
+        if not waits:
+            raise
+        check_validator(request, findings)
+        plan, later = undecided(request), decided_later(request, unknown)
+        proofs = ("the engine is decided on the first real step; this report is complete after it",)
+        placeholder, batches = Placeholder(samples.singles[0]), _batches(samples)
+        found, repairs = (*findings, later), tuple(findings)
+        return Prepared(plan, placeholder, None, None, batches, found, (), proofs, samples, repairs)
+
+
+def decide(request: Request, earlier: Prepared, others: Sequence[Way], call: Call) -> tuple[Prepared, Way] | None:
+    """Observe, audit and choose on a real call of the model, before anything of its step has happened.
+
+    Args:
+        earlier: what the call of dpfix has found out.
+        others: calls that the loop makes as well.
+        call: a real call that was not looked at before.
+
+    Returns:
+        The plan and the evidence for it, and the reading of the call; ``None`` if a call after an empty draw does not tell,
+        and the next one has to.
+    """
+    outside = modules_outside(request.module, request.criterion, None)
+    own = own_generators(request.module, request.criterion)
+    request = replace(request, handed_over=True)
+    refused: list[DPFixError] = []
+    with unfollowed(), rng_untouched(), undone_after(outside), drawing(own, DRAWS[0]):
+        for way in learn(request.module, call, earlier.samples, request.privacy.loss_reduction):
+            try:
+                with Surgery(request.scan) as surgery:
+                    check_fixed(request.module, way)
+                    whole = together([*others, way])
+                    made = _proven(request, surgery, whole.samples, whole.step, list(earlier.repairs), outside)
+                    check_rows(request.module, earlier.known_rows, made.known_rows)
+                    surgery.commit()
+                return made, way
+            except (LossError, CoupledModelError, NoEngineError, TrainingStepError) as error:
+                refused.append(error)
+    if refused:
+        raise refused[0]
+    return None
+
+
+def deciding(request: Request, prepared: Prepared, report_of: Callable[[Prepared], Report]) -> Decide | None:
+    """What decides on a real call of the model that is none of those that were looked at; ``None`` if they were told."""
+    if request.training_step is not None or not may_wait(request):
+        return None
+    guess, learnt = prepared.step, list[Way]()
+
+    def on(call: Call, confirmed: bool) -> Decision | None:
+        guessed = [Way(guess, prepared.samples)] if guess is not None and confirmed and not learnt else []
+        found = decide(request, prepared, [*guessed, *learnt], call)
+        if found is None:
+            return None
+        made, way = found
+        learnt.extend([*guessed, way])
+        decision = Decision(made.plan, report_of(made))
+        warn_blocked(decision.report)
+        return decision
+
+    return on
+
+
+def _proven(
+    request: Request,
+    surgery: Surgery,
+    samples: probe.Probe,
+    step: TrainingStep,
+    findings: list[Finding],
+    outside: list[nn.Module],
+) -> Prepared:
     subject = Subject(request.module, step)
     if _materialised(subject, samples):
         findings += [f for f in _repair(request, surgery) if f not in findings]
-    _check_validator(request, findings)
+    check_validator(request, findings)
+    repairs = tuple(findings)
 
     record = observe(subject, samples)
     check_inside(subject.module, record)
@@ -191,10 +276,23 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     plan, evidence = _choose(request, subject, trials, plan)
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
-    placeholder, known_rows = _placeholder(empty or ordinary, plan), _known_rows(samples, record)
+    return Prepared(
+        plan,
+        _placeholder(empty or ordinary, plan),
+        known_rows(samples, record),
+        step,
+        _batches(samples),
+        tuple(findings),
+        evidence,
+        tuple(proofs),
+        samples,
+        repairs,
+    )
+
+
+def _batches(samples: probe.Probe) -> BatchLayout:
     with rng_untouched():
-        batches = BatchLayout.of(samples)
-    return Prepared(plan, placeholder, known_rows, step, batches, tuple(findings), evidence, tuple(proofs))
+        return BatchLayout.of(samples)
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:
@@ -230,26 +328,6 @@ def _repair(request: Request, surgery: Surgery) -> list[Finding]:
     return [finding for _, finding in found]
 
 
-def _check_validator(request: Request, findings: list[Finding]) -> None:
-    """Whatever Opacus's own validator still flags must have been answered by a finding; nothing slips through."""
-    answered = {f.path for f in findings}
-    for path, child in request.module.named_modules():
-        validator = ModuleValidator.VALIDATORS.get(type(child))
-        if validator is None or path in answered or not any(p.requires_grad for p in child.parameters()):
-            continue
-        for error in validator(child):
-            raise ModelError(
-                Finding.refusal(
-                    "DPF018",
-                    f"{request.scan.place(path)} is refused by Opacus's ModuleValidator: {error}",
-                    "",
-                    "replace the layer as the message says, or freeze it with requires_grad_(False).",
-                    path=path,
-                    severity=Severity.BLOCKS_TRAINING,
-                )
-            )
-
-
 def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
     return Plan(
         calls=record.calls,
@@ -262,52 +340,10 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
         scratch=record.scratch,
         views=request.views,
-        row_counter=_row_counter(request, samples, record.counts, step),
+        row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
+        own_engines=request.handed_over or (step.guessed and may_wait(request)),
     )
-
-
-def _row_counter(
-    request: Request, samples: probe.Probe, counts: tuple[int, ...], step: TrainingStep
-) -> RowCounter | None:
-    """How the loader tells the rows of every sample, where these are not the same for all."""
-    if not counts:
-        return None
-    counter = next(iter(find_row_counters(samples.items, counts)), None)
-    rows = f"the probe's samples enter {type(request.module).__name__} as {', '.join(map(str, counts))} rows"
-    if counter is None:
-        raise LoaderError(
-            f"data_loader: {rows},",
-            "and nothing in what the dataset returns has that many entries, so it cannot be told which rows belong to which "
-            "sample.",
-            "Return a list with one entry per row from dataset[i] (and flatten it in the collate_fn), or give every sample "
-            "the same number of rows.",
-            path="data_loader",
-        )
-    if not step.loss_known:
-        raise TrainingStepError(
-            f"training_step: {rows}, and neither criterion= nor training_step= was given.",
-            "Whether the loss gives every row the same weight, or every sample, decides what is clipped.",
-            "Pass the loop's criterion or training_step.",
-            path="training_step",
-        )
-    if not request.privacy.poisson_sampling:
-        raise LoaderError(
-            f"data_loader: {rows}.",
-            "Which rows belong to which sample is known for the batches of a private loader only.",
-            "Leave poisson_sampling at True, or give every sample the same number of rows.",
-            path="data_loader",
-        )
-    return counter
-
-
-def _known_rows(samples: probe.Probe, record: StepRecord) -> KnownRows | None:
-    """What the loader has to look at, where samples enter the model as several rows, or could do so."""
-    rows = record.rows_per_sample
-    counters = find_row_counters(samples.items, record.counts or (rows,) * len(samples))
-    if rows == 1 and not record.counts:  # a length of 1 somewhere inside says little; an item that is a list says it
-        counters = [c for c in counters if not c.path and c.dim == 0 and isinstance(samples.items[0], (list, tuple))]
-    return KnownRows(None if record.counts else rows, tuple(counters)) if counters else None
 
 
 def _placeholder(trial: Trial, plan: Plan) -> Placeholder:

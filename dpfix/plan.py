@@ -37,7 +37,7 @@ class Plan:
     """What was decided for one model.
 
     Attributes:
-        engine: name of the engine.
+        engine: name of the engine; empty until the first real call has decided.
         opacus_mode: the ``grad_sample_mode`` handed to Opacus.
         calls: how the calls of ``forward`` carry their samples.
         layers: how the calls of the modules that own parameters, and the functions on parameters, carry theirs.
@@ -55,6 +55,7 @@ class Plan:
             for all samples.
         weighted_by_rows: whether a sample weighs as much in the loss as it has rows (a mean over all rows); if not, all
             samples weigh the same.
+        own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
     """
 
     engine: str = ""
@@ -73,6 +74,7 @@ class Plan:
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False
+    own_engines: bool = False
 
     def with_engine(self, engine: Any) -> Plan:
         """The same training with another engine.

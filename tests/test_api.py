@@ -212,9 +212,21 @@ def test_diagnose_changes_nothing() -> None:
 
 
 def test_diagnose_reports_refusals() -> None:
-    given = setting(mlp().eval())
+    given = setting(nn.Sequential(mlp(), nn.Dropout()).eval())
     report = dpfix.diagnose(**{k: given[k] for k in ("module", "optimizer", "data_loader")})
     assert [f.code for f in report.refusals] == ["DPF004"] and not report.engine
+    assert "Dropout at `1`" in report.refusals[0].why
+
+
+def test_a_model_whose_layers_do_not_look_at_the_mode_is_put_into_training_mode() -> None:
+    model = mlp().eval()
+    private = dpfix.make_private_safe(**setting(model))
+    assert model.training and [f.code for f in private.report.repairs] == ["DPF004"]
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    x, y = next(iter(private[2]))
+    F.cross_entropy(private[0](x), y).backward()
+    private[1].step()
+    assert not torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
 
 
 class Centred(nn.Module):

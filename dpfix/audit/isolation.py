@@ -206,8 +206,9 @@ def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
 
 def _coupled_output(trial: Trial, allowed: float) -> str:
     record = trial.record
-    for number, call in enumerate(record.together.calls[""]):
-        parts = [pytree.tensors(run.calls[""][number].output) for run in record.alone if number < len(run.calls[""])]
+    alone = [run.calls.get("", []) for run in record.alone]
+    for number, call in enumerate(record.together.calls.get("", [])):
+        parts = [pytree.tensors(calls[number].output) for calls in alone if number < len(calls)]
         for k, tensor in enumerate(pytree.tensors(call.output)):
             problem = differs(tensor, [p[k] for p in parts if k < len(p)], allowed, record.counts)
             if problem:

@@ -27,12 +27,15 @@ BUDGET_SECONDS = 3.0
 """Once an engine has passed, further ones are tried for this long."""
 
 _NOT_TRIED = "not tried"
+_CANNOT_GIVE_WAY = (
+    f"{_NOT_TRIED}, it could not give way if the loop called the model in another way; training_step= tells it"
+)
 
 
-def engines_for(mode: str) -> tuple[Engine, ...]:
-    """The engines to try for a ``grad_sample_mode``: all for ``"auto"``, the named one otherwise."""
+def engines_for(mode: str, plan: Plan) -> tuple[Engine, ...]:
+    """The engines to try for a ``grad_sample_mode``: all that are possible for ``"auto"``, the named one otherwise."""
     if mode == "auto":
-        return tuple(ENGINES.values())
+        return tuple(e for e in ENGINES.values() if not (plan.own_engines and e.attached_by_opacus))
     return (BY_NAME[mode],)
 
 
@@ -63,14 +66,16 @@ def choose(
         reason = "asked for by name; what the script computes itself is not audited"
         return plan.with_engine(BY_NAME[mode]), (EngineEvidence(mode, passed=False, reason=reason),)
     search = _Search(subject, trials, plan, options, batch_size)
-    candidates = engines_for(mode)
+    candidates = engines_for(mode, plan)
     evidence: dict[str, EngineEvidence] = {}
+    others = ENGINES.keys() - {e.name for e in candidates} if mode == "auto" else ()
     with _quiet():
         for resort in (False, True):  # one of last resort only where all others fail
             chosen = search.best([e for e in candidates if e.last_resort is resort], evidence)
             if chosen is not None:
                 why = f"{_NOT_TRIED}, it is the last resort and `{chosen.engine}` is right"
                 left = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
+                left |= {name: EngineEvidence(name, passed=False, reason=_CANNOT_GIVE_WAY) for name in sorted(others)}
                 return chosen, tuple((left | evidence).values())
     raise NoEngineError(_nothing_passed(subject.module, mode, options, tuple(evidence.values())))
 

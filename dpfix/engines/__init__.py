@@ -11,6 +11,8 @@ from dpfix.engines.opacus.hooks import OpacusHooks
 from dpfix.engines.opacus.no_op import ByHand
 from dpfix.engines.per_sample.microbatch import Microbatch
 from dpfix.engines.per_sample.vmap import Vmap
+from dpfix.engines.undecided import Undecided
+from dpfix.plan import Plan
 
 ENGINES: Mapping[str, Engine] = {
     "bookkeeping": bookkeeping.ENGINE,
@@ -27,4 +29,13 @@ BY_HAND = ByHand()
 BY_NAME: Mapping[str, Engine] = {**ENGINES, "ew": ExpandedWeights(), BY_HAND.name: BY_HAND}
 """Every engine that can be asked for; those that are not in :data:`ENGINES` are never chosen by themselves."""
 
-__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "Engine", "Handle", "Verdict"]
+UNDECIDED = Undecided()
+"""Where the first real call is to decide; nobody can ask for it."""
+
+
+def engine_of(plan: Plan) -> Engine:
+    """The engine that a plan names."""
+    return BY_NAME[plan.engine] if plan.engine else UNDECIDED
+
+
+__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "UNDECIDED", "Engine", "Handle", "Verdict", "engine_of"]

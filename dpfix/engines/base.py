@@ -90,6 +90,11 @@ class Handle(ABC):
         """While this is entered, a backward pass that asks for no parameter's gradient goes past the engine."""
         return nullcontext()
 
+    @property
+    def busy(self) -> bool:
+        """Whether calls of the model that it has followed wait for their gradients, or for the step."""
+        return False
+
     @abstractmethod
     def clear(self) -> None:
         """Forget the gradients that have arrived, as ``zero_grad`` does."""

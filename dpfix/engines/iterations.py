@@ -18,6 +18,11 @@ class Iteration(ABC):
     def arrived(self) -> dict[int, Any]:
         """What came back, by the number of samples in the model's call."""
 
+    @property
+    @abstractmethod
+    def begun(self) -> bool:
+        """Whether the model was called in it."""
+
     @abstractmethod
     def clear(self) -> None:
         """Forget what came back; a graph may still lead here."""
@@ -42,6 +47,11 @@ class Iterations(Generic[Kind]):
         if self._kept[-1].arrived():
             self._kept.append(self._start())
         return self._kept[-1]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the model was called since the last step."""
+        return any(iteration.begun for iteration in self._kept)
 
     def late(self, iteration: Kind) -> None:
         """A gradient comes back to a call of an iteration, which may have been thought to be over."""

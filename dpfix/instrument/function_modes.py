@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 class FollowingMode(TorchFunctionMode):
@@ -14,9 +15,13 @@ class FollowingMode(TorchFunctionMode):
 
     Attributes:
         paused: whether nothing is written down now.
+        over: whether it is to be taken off.
     """
 
-    paused = False
+    paused, over = False, True
+
+    def clear(self) -> None:
+        """Forget what was written down."""
 
     @abstractmethod
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -25,6 +30,23 @@ class FollowingMode(TorchFunctionMode):
         Returns:
             What it returns.
         """
+
+
+@contextmanager
+def unfollowed() -> Iterator[None]:
+    """What is called inside is nobody's business.
+
+    Yields:
+        Nothing.
+    """
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, FollowingMode) and not m.paused]
+    for mode in modes:
+        mode.paused = True
+    try:
+        yield
+    finally:
+        for mode in modes:
+            mode.paused = False
 
 
 def as_one(func: Callable[..., Any], *args: Any) -> Any:
@@ -37,3 +59,47 @@ def as_one(func: Callable[..., Any], *args: Any) -> Any:
         if isinstance(mode, FollowingMode) and not mode.paused:
             return mode.note(func, args, {})
     return func(*args)
+
+
+def is_on(mode: FollowingMode) -> bool:
+    """Whether a mode is among the function modes that are on in this thread."""
+    return any(other is mode for other in _get_current_function_mode_stack())
+
+
+def switch_off(mode: FollowingMode) -> None:
+    """Take it off. While it handles a function itself that is put off until the next one is switched on or off."""
+    mode.paused = mode.over = True
+    _sweep()
+
+
+def switch_on(mode: FollowingMode) -> None:
+    """Let it see the functions that are called from now on in this thread."""
+    mode.over = False
+    _sweep()
+    if not is_on(mode):
+        mode.__enter__()
+
+
+def switch_off_all() -> None:
+    """Take all off: a new private training begins, and steps of earlier ones are not going to be finished."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, FollowingMode):
+            mode.clear()
+            switch_off(mode)
+
+
+def _sweep() -> None:
+    """Take off those that are over, wherever they lie; the script's own modes keep their order."""
+    stack = _get_current_function_mode_stack()
+    if stack and isinstance(stack[-1], FollowingMode) and stack[-1].over:
+        _pop_mode()
+        stack.pop()
+    over = [number for number, mode in enumerate(stack) if isinstance(mode, FollowingMode) and mode.over]
+    if not over:
+        return
+    above = stack[over[0] :]
+    for _ in above:
+        _pop_mode()
+    for mode in above:
+        if not (isinstance(mode, FollowingMode) and mode.over):
+            _push_mode(mode)

@@ -43,10 +43,74 @@ def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     >>> leaves({"a": [1, (2, 3)]})
     [(('a', 0), 1), (('a', 1, 0), 2), (('a', 1, 1), 3)]
     """
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return [(path, tree)]
-    return [leaf for key, part in parts for leaf in leaves(part, (*path, key))]
+    return [leaf for key, part in found for leaf in leaves(part, (*path, key))]
+
+
+def opened(tree: Any) -> list[tuple[object, Any]]:
+    """The direct parts of a container, or the attributes of an object of a class of the script's own (a batch with ``b.x``)."""
+    found = children(tree)
+    if found is None and not isinstance(tree, (torch.Tensor, torch.nn.Module, PackedSequence, type)):
+        found = list(getattr(tree, "__dict__", {}).items())
+    return found or []
+
+
+def parts(tree: Any, path: Path = (), around: tuple[int, ...] = ()) -> list[tuple[Path, Any]]:
+    """A tree, its leaves and all that is in between, attributes of objects too, with the keys that lead to them.
+
+    Args:
+        path: keys that led here.
+        around: ids of what it is in; an object that holds itself is not opened again.
+
+    Returns:
+        ``(path, part)`` pairs; a container comes before what it holds.
+
+    >>> parts({"a": [1]})
+    [((), {'a': [1]}), (('a',), [1]), (('a', 0), 1)]
+    """
+    below = () if id(tree) in around else opened(tree)
+    inside = (*around, id(tree))
+    return [(path, tree), *(part for key, child in below for part in parts(child, (*path, key), inside))]
+
+
+def at(tree: Any, path: Path) -> Any:
+    """The part of a tree that some keys of :func:`parts` lead to.
+
+    Returns:
+        The leaf or container.
+
+    >>> at({"a": [1, (2, 3)]}, ("a", 1, 0))
+    2
+    """
+    for key in path:
+        tree = dict(opened(tree))[key]
+    return tree
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same.
+
+    Returns:
+        Equality of all leaves, with equal types of tensors.
+
+    >>> alike([torch.ones(2), 1], [torch.ones(2), 1])
+    True
+    """
+    pairs = leaves(a), leaves(b)
+    if [path for path, _ in pairs[0]] != [path for path, _ in pairs[1]]:
+        return False
+    return all(_equal(x, y) for (_, x), (_, y) in zip(*pairs, strict=True))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor):
+        return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+    try:
+        return x is y or bool(x == y)
+    except (ValueError, RuntimeError):
+        return False
 
 
 def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
@@ -63,11 +127,11 @@ def map_leaves(fn: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> An
     >>> map_leaves(lambda path, x: x + 1, {"a": [1, (2,)]})
     {'a': [2, (3,)]}
     """
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return fn(path, tree)
-    new = {key: map_leaves(fn, part, (*path, key)) for key, part in parts}
-    return _rebuild(tree, new)
+    new = {key: map_leaves(fn, part, (*path, key)) for key, part in found}
+    return rebuilt(tree, new)
 
 
 def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: Path = ()) -> Any:
@@ -87,10 +151,10 @@ def map_at(fn: Callable[[Any], Any], tree: Any, paths: Collection[Path], path: P
     """
     if path in paths:
         return fn(tree)
-    parts = children(tree)
-    if parts is None:
+    found = children(tree)
+    if found is None:
         return tree
-    return _rebuild(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in parts})
+    return rebuilt(tree, {key: map_at(fn, part, paths, (*path, key)) for key, part in found})
 
 
 def map_children(fn: Callable[[object, Any], Any], tree: Any) -> Any:
@@ -99,11 +163,19 @@ def map_children(fn: Callable[[object, Any], Any], tree: Any) -> Any:
     Returns:
         A new container.
     """
-    parts = children(tree)
-    return tree if parts is None else _rebuild(tree, {key: fn(key, part) for key, part in parts})
+    found = children(tree)
+    return tree if found is None else rebuilt(tree, {key: fn(key, part) for key, part in found})
 
 
-def _rebuild(tree: Any, parts: dict[object, Any]) -> Any:
+def rebuilt(tree: Any, parts: Mapping[object, Any]) -> Any:
+    """A container like another, with other parts.
+
+    Args:
+        parts: the parts by key, in the order of :func:`children`.
+
+    Returns:
+        The new container.
+    """
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*parts.values())
     if isinstance(tree, (list, tuple)):

@@ -35,6 +35,13 @@ class CallLayout:
         """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
 
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Number of samples in the first input of a call that has samples in a dimension, without a look at the others."""
+        for path, dim in self.inputs:
+            if dim is not None:
+                return dim.samples(pytree.at((args, kwargs), path))
+        return None
+
     def one(self, args: tuple[Any, ...], kwargs: dict[str, Any], sample: int = 0) -> Any:
         """The arguments with a single entry in every list of samples.
 

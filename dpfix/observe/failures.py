@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dpfix.errors import USER_CODE_ERRORS, DPFixError, TrainingStepError
-from dpfix.observe.training_step import TrainingStep
+from dpfix.observe.training_step import TrainingStep, UnknownCallError
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def described_failures(step: TrainingStep) -> Iterator[None]:
         Nothing.
 
     Raises:
-        TrainingStepError: the step raised something that is no refusal of dpfix.
+        TrainingStepError: the step raised something that is no refusal of dpfix; an ``UnknownCallError`` if it was guessed.
         DPFixError: a refusal, as it is.
     """
     try:
@@ -25,7 +25,8 @@ def described_failures(step: TrainingStep) -> Iterator[None]:
     except DPFixError:
         raise
     except USER_CODE_ERRORS as error:
-        raise TrainingStepError(
+        kind = UnknownCallError if step.guessed else TrainingStepError
+        raise kind(
             f"the training step ({step.origin}) fails on a probe of a few samples, or on a single one:",
             f"{type(error).__name__}: {error} ({_last_line(error)}).",
             "Check training_step= and criterion=, and that the model runs on one batch and on a single sample before it is "

@@ -17,7 +17,7 @@ from dpfix.instrument import pytree
 
 Number = int | float
 
-LOOKED_AT = 16
+LOOKED_AT = 12
 """How many samples beside those of the probe are looked at."""
 _MOST_NUMBERS = 2**18  # and no more once they hold so many numbers: reading samples takes time
 _REPEATED = 3  # an extreme value that is met so often stands for something

@@ -6,7 +6,7 @@ with zeros kept, since padding and empty regions are structure. None of it is st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -124,13 +124,11 @@ def take(
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
     chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
     collate = CollateOrPlaceholder(user_collate(loader), Placeholder(None), augmentation and augmentation.for_probe())
-    generator = torch.Generator().manual_seed(_SEED)
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])
         further = [indices[i] for i in order[len(chosen) : len(chosen) + LOOKED_AT]]
         held, items = look(items, (partial(_read, loader, collate, i) for i in further))
-        made = _collated([_redraw(item, held, generator) for item in items], collate.collated)
-        return replace(made, held=held)
+        return redrawn(items, collate.collated, held)
     except USER_CODE_ERRORS as error:
         raise LoaderError(
             f"data_loader: reading {len(chosen)} samples of {type(loader.dataset).__name__} failed:",
@@ -144,6 +142,12 @@ def take(
 
 def _read(loader: DataLoader[Any], collate: CollateOrPlaceholder, index: int) -> Any:
     return collate.prepared([loader.dataset[index]])[0]
+
+
+def redrawn(items: Sequence[Any], collate: Callable[[list[Any]], Any], held: Held | None = None) -> Probe:
+    """The probe of some samples, with new floating values."""
+    held, generator = held or Held(), torch.Generator().manual_seed(_SEED)
+    return replace(_collated([_redraw(item, held, generator) for item in items], collate), held=held)
 
 
 def _redraw(item: Any, held: Held, generator: torch.Generator) -> Any:

@@ -18,6 +18,10 @@ from dpfix.report.finding import Finding
 StepFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
+class UnknownCallError(TrainingStepError):
+    """How the loop calls the model cannot be told from one batch; the first real call shows it."""
+
+
 @dataclass(frozen=True)
 class TrainingStep:
     """From ``(model, batch)`` to a scalar loss.
@@ -26,11 +30,13 @@ class TrainingStep:
         run: the function.
         origin: one line for the report: where the function comes from.
         loss_known: whether ``run`` computes the script's own loss; if not, a stand-in for it.
+        guessed: whether the call was told from the structure of one batch; the loop's own may be another.
     """
 
     run: StepFunction
     origin: str
     loss_known: bool
+    guessed: bool = False
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Run the step on one batch of the loader.
@@ -120,7 +126,7 @@ def infer(
         The training step; ``loss_known`` is false for a stand-in loss.
 
     Raises:
-        TrainingStepError: the structure is unknown.
+        UnknownCallError: the structure is unknown.
     """
     if given is not None:
         return TrainingStep(given, "training_step as given", loss_known=True)
@@ -134,7 +140,7 @@ def infer(
         return _step(lambda b: (b[0],), None, criterion, "model(batch[0])", loss_reduction)
     if torch.is_tensor(batch):
         return _step(lambda b: (b,), None, criterion, "model(batch)", loss_reduction)
-    raise TrainingStepError(
+    raise UnknownCallError(
         f"data_loader delivers {type(batch).__name__};",
         "dpfix cannot tell how a batch becomes a loss.",
         "Pass training_step=lambda model, batch: <the loss your loop computes>.",
@@ -152,7 +158,7 @@ def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None
         out = model(**b)
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
         if loss is None:
-            raise TrainingStepError(
+            raise UnknownCallError(
                 f"data_loader delivers a mapping with keys {sorted(map(str, b))};",
                 "model(**batch) gives no `loss`, so dpfix cannot tell the loss.",
                 "Pass training_step=lambda model, batch: <your loss>.",
@@ -160,7 +166,7 @@ def _from_mapping(batch: Mapping[Any, Any], criterion: Callable[..., Any] | None
             )
         return loss
 
-    return TrainingStep(run, "inferred: model(**batch).loss", loss_known=True)
+    return TrainingStep(run, "inferred: model(**batch).loss", loss_known=True, guessed=True)
 
 
 def _step(
@@ -175,12 +181,13 @@ def _step(
         def stand_in(model: nn.Module, batch: Any) -> torch.Tensor:
             return surrogate_loss(model(*inputs(batch)), loss_reduction)
 
-        return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", loss_known=False)
-    if target is None:
-        return TrainingStep(lambda m, b: criterion(m(*inputs(b))), f"inferred: criterion({text})", loss_known=True)
-    return TrainingStep(
-        lambda m, b: criterion(m(*inputs(b)), target(b)), f"inferred: criterion({text})", loss_known=True
-    )
+        return TrainingStep(stand_in, f"inferred: {text.split(',', 1)[0]} with a stand-in loss", False, guessed=True)
+
+    def run(model: nn.Module, batch: Any) -> torch.Tensor:
+        output = model(*inputs(batch))
+        return criterion(output) if target is None else criterion(output, target(batch))
+
+    return TrainingStep(run, f"inferred: criterion({text})", loss_known=True, guessed=True)
 
 
 def surrogate_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
@@ -206,7 +213,8 @@ def surrogate_loss(output: Any, loss_reduction: str = "mean") -> torch.Tensor:
     total = outputs[0].new_zeros(())
     for t in outputs:
         values = t.as_subclass(torch.Tensor)
-        positions = torch.arange(t.shape[-1] if t.dim() else 1, device=t.device, dtype=t.dtype)
+        features = t.shape[-1] if t.dim() > 1 else 1  # one number per sample has no features
+        positions = torch.arange(features, device=t.device, dtype=t.dtype)
         losses = values * torch.cos(positions) + 0.1 * values.square()
         total = total + (losses.mean() if loss_reduction == "mean" else losses.sum())
     return total

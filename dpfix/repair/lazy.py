@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import is_lazy
+from torch.nn.modules import lazy
 
 from dpfix.errors import ModelError
 
@@ -36,5 +36,10 @@ def materialise(module: nn.Module, first_forward: Callable[[], object]) -> bool:
     return True
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a model has parameters or buffers without shape."""
+    return bool(_lazy(module))
+
+
 def _lazy(module: nn.Module) -> list[str]:
-    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t is not None and is_lazy(t)]
+    return [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t is not None and lazy.is_lazy(t)]

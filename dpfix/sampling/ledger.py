@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpfix.errors import ForeignBatchError
+from dpfix.instrument import pytree
 from dpfix.sampling.origin import Origins
 from dpfix.sampling.position import Position
 
@@ -182,6 +183,8 @@ class DrawLedger:
         at_start: called when a pass begins.
         at_end: called when a pass is over.
         at_delivery: called with every batch that the loop gets, and its draw.
+        keeps: how many of the batches that were delivered last are kept.
+        recent: these, newest last: everything that they hold, with the keys that lead there, and the number of samples.
     """
 
     def __init__(self) -> None:
@@ -190,6 +193,8 @@ class DrawLedger:
         self.at_start: Callable[[Pass], None] = lambda begun: None
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
+        self.keeps = 0
+        self.recent: list[tuple[list[tuple[pytree.Path, Any]], int]] = []
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
         self._worked: Draw | None = None
@@ -219,6 +224,7 @@ class DrawLedger:
         """A sampler begins a new pass."""
         begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
         self.rounds += 1
+        self.recent = []
         self.at_start(begun)
         with self._lock:
             self._forget_old(begun)
@@ -239,7 +245,7 @@ class DrawLedger:
 
     def close(self) -> None:
         """The training is over: what is delivered from now on is not of it."""
-        self._closed = True
+        self._closed, self.keeps, self.recent = True, 0, []
         self.at_start, self.at_end = lambda begun: None, lambda: None
         self.at_delivery = lambda batch, draw: None
 
@@ -253,7 +259,7 @@ class DrawLedger:
             self._open[draw] = None
             self._origins.add(batch, draw)
         if batch is not None:
-            self.at_delivery(batch, draw)
+            self._delivered(batch, draw)
         self._thread.drawn = None if draw.of.delivers else draw
 
     def collated(self, batch: Any) -> None:
@@ -262,7 +268,12 @@ class DrawLedger:
         if draw is not None:
             with self._lock:
                 self._origins.add(batch, draw)
-            self.at_delivery(batch, draw)
+            self._delivered(batch, draw)
+
+    def _delivered(self, batch: Any, draw: Draw) -> None:
+        if self.keeps:
+            self.recent = [*self.recent, (pytree.parts(batch), draw.samples)][-self.keeps :]
+        self.at_delivery(batch, draw)
 
     # ------------------------------------------------------------------ what the loop is working on
 

@@ -76,7 +76,8 @@ def check_values(
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
     _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
-    _check_choice("grad_sample_mode", performance.grad_sample_mode, MODES)
+    mode = performance.grad_sample_mode
+    _check_choice("grad_sample_mode", mode, MODES, _GHOST if str(mode).startswith("ghost") else "")
     _check_choice("norm", privacy.norm, NORMS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:
@@ -96,13 +97,19 @@ def check_values(
         )
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+_GHOST = (
+    "Leave grad_sample_mode at 'auto', and loop and criterion as they are: its engine `bookkeeping` clips from norms as ghost "
+    "clipping does, without per-sample gradients."
+)
+
+
+def _check_choice(name: str, value: str, legal: tuple[str, ...], instead: str = "") -> None:
     if isinstance(value, str) and value in legal:
         return
     near = difflib.get_close_matches(value, legal, n=1) if isinstance(value, str) and len(value) < 80 else []
     raise ArgumentError(
         f"{name}={shown(value)} is not one of {', '.join(map(repr, legal))}.",
-        help=f"Did you mean {near[0]!r}?" if near else "",
+        help=instead or (f"Did you mean {near[0]!r}?" if near else ""),
         path=name,
     )
 

@@ -29,6 +29,7 @@ class Request:
         privacy: what decides what is released.
         performance: how that is computed.
         ranks: the processes that make this call together.
+        handed_over: whether Opacus has already handed over.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Request:
     privacy: PrivacyOptions
     performance: PerformanceOptions
     ranks: Ranks = ALONE
+    handed_over: bool = False
 
     @property
     def scan(self) -> Scan:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import Ranks
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -34,6 +34,8 @@ from dpfix.sampling.randomness import Randomness
 from dpfix.sampling.rate import batch_size, sample_rate
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting, answer_of
+from dpfix.training.cleared_by_model import ZeroGrad
+from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.opacus_classes import (
@@ -112,6 +114,7 @@ class Decided:
         poisson_sampling: whether the loader draws Poisson batches.
         ranks: the processes that train together.
         following: what is known about the real steps.
+        decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
     """
 
     randomness: Randomness
@@ -122,6 +125,7 @@ class Decided:
     poisson_sampling: bool
     ranks: Ranks
     following: Following
+    decide: Decide | None = None
 
 
 def hand_off(
@@ -151,7 +155,7 @@ def hand_off(
     loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
     _check_dataset(privacy_engine, originals.data_loader)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    engine = BY_NAME[plan.engine]
+    engine = engine_of(plan)
     own = not engine.attached_by_opacus
     prepared, private_optimizer, *_ = make_private(
         module=_shell(module, ranks) if own else module,
@@ -167,10 +171,7 @@ def hand_off(
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
-    handle = engine.attach(module, plan, prepared)
-    handle.several_iterations = ledger is None
-    if ledger is not None:
-        handle.counts = lambda: ledger.counts
+    handle = put_to_work(module, plan, prepared, ledger)
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks, ledger)
     guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks)
     guard = StepGuard(guarded, private_optimizer, decided.following)
@@ -179,10 +180,16 @@ def hand_off(
     _specialise(private_optimizer, private_optimizer_class(type(private_optimizer)), guard)
     private_optimizer.__dict__["randomness"] = decided.randomness
     if ledger is not None:
-        ledger.at_start = lambda begun: guard.draws.begin_pass(private_optimizer, begun)
+        ledger.at_start = lambda begun: private_optimizer.guard.draws.begin_pass(private_optimizer, begun)
         ledger.at_end = accounting.at_end_of_pass
         split_by_draws()
     in_training.begin(module, prepared)
+    if not wrap_model:
+        ZeroGrad(module, private_optimizer).put_in()
+    if own and decided.decide is not None:
+        calls = RealCalls(module, prepared, private_optimizer, decided.decide)
+        vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
+        calls.put_in()
     return prepared, private_optimizer, loader
 
 

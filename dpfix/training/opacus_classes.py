@@ -23,6 +23,7 @@ from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
+from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
@@ -197,6 +198,9 @@ def _end_training(holder: Any, opacus_cleanup: Callable[[], None]) -> None:
     """Leave the plain, repaired model behind, with nothing of ours or Opacus's on it."""
     guard: StepGuard = holder.guard
     module = holder._module
+    vars(module).pop(ZeroGrad.name, None)
+    if "real_calls" in holder.__dict__:
+        holder.__dict__["real_calls"].take_out()
     guard.detach()
     note(module.parameters())
     opacus_cleanup()

@@ -22,27 +22,32 @@ class PrivateTraining(tuple[Any, ...]):
     """What the call returns: unpacks to ``(model, optimizer, data_loader)`` like Opacus's tuple.
 
     Attributes:
-        report: what was found, changed and chosen.
         privacy_engine: the engine whose accountant counts the steps.
     """
 
-    report: Report
     privacy_engine: PrivacyEngine
+    _report: Report
 
     def __new__(cls, items: tuple[Any, ...], report: Report, privacy_engine: PrivacyEngine) -> PrivateTraining:
         """Build the tuple.
 
         Args:
             items: model, optimizer and loader.
-            report: the report.
+            report: the report of the call.
             privacy_engine: the engine.
 
         Returns:
             The tuple with its attributes.
         """
         self = super().__new__(cls, items)
-        self.report, self.privacy_engine = report, privacy_engine
+        self._report, self.privacy_engine = report, privacy_engine
         return self
+
+    @property
+    def report(self) -> Report:
+        """What was found, changed and chosen; where the first real step decides, complete after it."""
+        calls = self[1].__dict__.get("real_calls")
+        return self._report if calls is None or calls.report is None else calls.report
 
     @property
     def plan(self) -> Plan:

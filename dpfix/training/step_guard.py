@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -31,6 +32,7 @@ class StepGuard:
         guarded: the training.
         optimizer: its private optimizer, as the call has set it up.
         following: what is known about its real steps.
+        earlier: the guard so far, where this one takes its place.
 
     Attributes:
         guarded: the training.
@@ -44,11 +46,15 @@ class StepGuard:
         draws: the check that knows which draw the step is made on, and whether it completes it.
         checks: all checks, in order.
         engine_clips: whether the engine clips in the step that is being made.
+        leaves_out: leaves out the step that is being made, if it is to be; takes the optimizer and what ends the step.
     """
 
-    def __init__(self, guarded: Guarded, optimizer: DPOptimizer, following: Following) -> None:
+    def __init__(
+        self, guarded: Guarded, optimizer: DPOptimizer, following: Following, earlier: StepGuard | None = None
+    ) -> None:
         self.guarded = guarded
-        self.called = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
+        values = {name: copy.deepcopy(getattr(optimizer, name)) for name in SCHEDULED}
+        self.called = values if earlier is None else earlier.called
         watch = GradWatch(guarded.parameters)
         self.finite = FiniteSum(guarded)
         self.regions = RegionsUntouched(guarded)
@@ -80,7 +86,11 @@ class StepGuard:
             self.ranks,
             self.others,
         )
+        known: tuple[Any, ...] = () if earlier is None else earlier.checks
+        for check, before in zip(self.checks, known, strict=False):
+            check.take_over(before)
         self.engine_clips = False
+        self.leaves_out: Callable[[Any, Callable[[], None]], None] | None = None
         self._trained = list(guarded.parameters.values())
         self._counts: list[int] = []
         self._noise_due = False
@@ -126,6 +136,9 @@ class StepGuard:
         """
         guarded = self.guarded
         self.draws.turn_to_present()
+        if self.leaves_out is not None:
+            self.leaves_out(optimizer, self._settle)
+            return False
         if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False
         for check in self._before_step:
@@ -206,6 +219,22 @@ class StepGuard:
 
     def _settle(self) -> None:
         self.after_step(released=True)
+
+    def check_unchanged(self, optimizer: DPOptimizer) -> None:
+        """Model and optimizer are still those of the call.
+
+        Raises:
+            PlanBrokenError: they are not.
+        """
+        for check in self.checks:
+            if check.needed and isinstance(check, (SameStructure, SameGroups, FixedNorms)):
+                check.before_step(optimizer)
+
+    def make_way(self) -> None:
+        """Take everything off the model for another guard, which takes over what this one knows."""
+        for check in self.checks:
+            check.make_way()
+        self.guarded.handle.detach()
 
     def detach(self) -> None:
         """Take everything off the model; the training is over."""

@@ -228,6 +228,7 @@ REFUSALS = (
     Refusal("norm", dpfix.ArgumentError, "norm='batch'", changed(norm="batch")),
     Refusal("clipping", dpfix.ArgumentError, "clipping='none'", changed(clipping="none")),
     Refusal("unknown", dpfix.UnknownArgumentError, "`max_grad_norm`", changed(max_grad_norms=2.0)),
+    Refusal("ghost-mode", dpfix.ArgumentError, "clips from norms as ghost clipping", changed(grad_sample_mode="ghost")),
     Refusal("evaluation-mode", dpfix.ModelError, "DPF004", lambda: setting(host().eval())),
     Refusal("own-batch-norm", dpfix.ModelError, "`4`", lambda: setting(host(Activated(16)))),
     Refusal("half", dpfix.ModelError, "DPF009.*bfloat16", lambda: setting(host(nn.Linear(16, 16).bfloat16()))),

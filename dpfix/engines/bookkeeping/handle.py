@@ -137,6 +137,11 @@ class BookkeepingHandle(Handle):
 
     # -------------------------------------------------------------- gradients
 
+    @property
+    @override
+    def busy(self) -> bool:
+        return self._iterations.begun
+
     @override
     def clear(self) -> None:
         self._iterations.clear()

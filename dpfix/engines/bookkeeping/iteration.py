@@ -28,6 +28,11 @@ class LayerIteration(Iteration):
     def arrived(self) -> dict[int, dict[nn.Parameter, list[Contribution]]]:
         return self.found
 
+    @property
+    @override
+    def begun(self) -> bool:
+        return bool(self.calls or self.found)
+
     @override
     def clear(self) -> None:
         self.found.clear()

@@ -216,7 +216,7 @@ class HooksHandle(Handle):
             raise AccumulationError(
                 "a second backward pass before optimizer.step(), with Poisson sampling: every draw is accounted as one step.",
                 help="Call step() and zero_grad() for every batch, add losses of one batch before one backward(), or use "
-                "opacus.utils.BatchMemoryManager.",
+                "opacus.utils.batch_memory_manager.",
             )
         self._reached.add(number)
         if self._installed == number:

@@ -42,6 +42,11 @@ class AliasIteration(Iteration):
             if any(alias.grad is not None for one in aliases for alias in one.values())
         }
 
+    @property
+    @override
+    def begun(self) -> bool:
+        return bool(self.samples)
+
     @override
     def clear(self) -> None:
         for aliases in self.samples.values():
@@ -86,6 +91,11 @@ class AliasHandle(Handle):
     def detach(self) -> None:
         self._replaced.take_out()
         self._iterations.finish()
+
+    @property
+    @override
+    def busy(self) -> bool:
+        return self._iterations.begun
 
     @override
     def clear(self) -> None:

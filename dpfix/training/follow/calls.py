@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
 from dpfix.instrument import pytree
+from dpfix.instrument.source import is_users_file
 from dpfix.layout.calls import CallLayout
 from dpfix.layout.sample_dim import SampleDim
 
@@ -168,6 +169,7 @@ class Call:
         grad: whether gradients were enabled.
         state: state of torch's generator before it, if it draws.
         autocast: devices and types of the autocast regions around it.
+        version: how often the result had been written to.
     """
 
     function: Callable[..., Any]
@@ -179,6 +181,7 @@ class Call:
     grad: bool
     state: torch.Tensor | None = None
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    version: int = 0
 
     @property
     def tells(self) -> bool:
@@ -233,6 +236,16 @@ def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
     return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
 
 
+def nodes_behind(node: Any, limit: int = 20_000) -> set[Any]:
+    """The nodes of a graph that gradient reaches from a node, without itself."""
+    todo, seen = [node], set[Any]()
+    while todo and len(seen) < limit:
+        new = {following for following, _ in todo.pop().next_functions if following is not None} - seen
+        seen |= new
+        todo += new
+    return seen
+
+
 def graph_edges(nodes: list[Any], limit: int = 20_000) -> set[tuple[str, str]]:
     """Which kinds of nodes follow each other in the graph behind some outputs.
 
@@ -259,3 +272,45 @@ def graph_edges(nodes: list[Any], limit: int = 20_000) -> set[tuple[str, str]]:
                 seen.add(following)
                 todo.append((following, next_name))
     return found
+
+
+def inner_nodes(nodes: list[Any]) -> set[Any]:
+    """The nodes of a graph that others of the same list are made of.
+
+    Args:
+        nodes: of a model's outputs.
+
+    Returns:
+        Those behind others.
+    """
+    wanted = set(nodes)
+    return wanted & set().union(*map(nodes_behind, wanted))
+
+
+def parts_of(tree: Any) -> list[Any]:
+    """All containers and leaves of arguments, also inside slices."""
+    out = [tree]
+    if isinstance(tree, slice):
+        return [tree, tree.start, tree.stop, tree.step]
+    for _, part in pytree.children(tree) or ():
+        out += parts_of(part) if not isinstance(part, (int, float, str, bool, type(None))) else ()
+    return out
+
+
+def users_place(frame: FrameType | None) -> Place:
+    """Where in the script a frame is, or was called."""
+    while frame is not None and not is_users_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return (_NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
+
+
+_NOWHERE = (lambda: None).__code__
+
+
+def line_of(place: Place) -> str:
+    """A place in the script as ``file:line``; empty if it is not known."""
+    code, offset = place
+    if code is _NOWHERE:
+        return ""
+    line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
+    return f"{code.co_filename.rpartition('/')[2]}:{line}"

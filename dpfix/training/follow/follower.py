@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
-from dpfix.instrument.function_modes import FollowingMode
-from dpfix.instrument.source import is_users_file
+from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
@@ -28,9 +27,10 @@ from dpfix.training.follow.calls import (
     Call,
     ModelCall,
     Output,
-    Place,
     autocast_regions,
     graph_edges,
+    parts_of,
+    users_place,
     writes,
 )
 from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
@@ -73,7 +73,7 @@ class Follower(FollowingMode):
     ) -> None:
         super().__init__()
         self.paused, self.over = True, True
-        self._layouts, self._batches, self._on_backward = layouts, batches, on_backward
+        self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
@@ -84,21 +84,36 @@ class Follower(FollowingMode):
         self._state: Any = None
         self._was_on = False
         self.clear()
-        self._hooks = [
-            module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
-            module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
-        ]
+        self._module, self._hooks = module, list[RemovableHandle]()
+        self._resting = False
+        self.follow(layouts, on_backward)
 
-    def remove(self) -> None:
-        """Take everything off; the training is over."""
+    def follow(self, layouts: tuple[CallLayout, ...], on_backward: Callable[[torch.Tensor, Any, Any], None]) -> None:
+        """Follow the model; the arguments are those of the class."""
+        self._layouts, self._on_backward = layouts, on_backward
+        self._hooks += [
+            self._module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
+            self._module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
+        ]
+        if self._resting:
+            self._resting = False
+            self.resume()
+
+    def rest(self) -> None:
+        """Take it off the model and off the functions until :meth:`follow`; what was written down stays."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._resting = not self.over
+        switch_off(self)
+
+    def remove(self) -> None:
+        """Take everything off; the training is over."""
+        self.rest()
         self.clear()
         self.deliveries.clear()
         self.sources.clear()
         self.earlier.clear()
-        switch_off(self)
 
     def clear(self) -> None:
         """Forget the calls."""
@@ -125,6 +140,8 @@ class Follower(FollowingMode):
             delivery.draw = draw
             self.deliveries[delivery] = sources
             self.sources.update(sources)
+            for key in sources:  # a dataset in memory delivers the same tensor again
+                self.earlier.pop(key, None)
             self._marks.append((delivery, len(self.calls)))
         self.resume()
 
@@ -280,9 +297,10 @@ class Follower(FollowingMode):
             self.paused = False
         if name in TELL_NOTHING and not isinstance(result, torch.Tensor):
             return result
-        place = _users_place(frame)
+        place = users_place(frame)
         grad = torch.is_grad_enabled()
-        self.calls.append(Call(func, name, args, kwargs, result, place, grad, state, autocast_regions()))
+        version = result._version if isinstance(result, torch.Tensor) else 0
+        self.calls.append(Call(func, name, args, kwargs, result, place, grad, state, autocast_regions(), version))
         self._take(result)
         if writes(name, kwargs):
             self._take((args[:1], kwargs.get("out")))
@@ -363,78 +381,3 @@ _MAKES = frozenset({"tensor", "as_tensor"})
 
 def _overwrites(call: Call | ModelCall) -> bool:
     return isinstance(call, Call) and writes(call.name, call.kwargs)
-
-
-def parts_of(tree: Any) -> list[Any]:
-    """All containers and leaves of arguments, also inside slices."""
-    out = [tree]
-    if isinstance(tree, slice):
-        return [tree, tree.start, tree.stop, tree.step]
-    for _, part in pytree.children(tree) or ():
-        out += parts_of(part) if not isinstance(part, (int, float, str, bool, type(None))) else ()
-    return out
-
-
-def _users_place(frame: FrameType | None) -> Place:
-    while frame is not None and not is_users_file(frame.f_code.co_filename):
-        frame = frame.f_back
-    return (_NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
-
-
-_NOWHERE = (lambda: None).__code__
-
-
-def line_of(place: Place) -> str:
-    """A place in the script as ``file:line``; empty if it is not known."""
-    code, offset = place
-    if code is _NOWHERE:
-        return ""
-    line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
-    return f"{code.co_filename.rpartition('/')[2]}:{line}"
-
-
-# ------------------------------------------------------------------ on and off
-
-
-def is_on(follower: Follower) -> bool:
-    """Whether a follower is among the function modes that are on in this thread."""
-    return any(mode is follower for mode in _get_current_function_mode_stack())
-
-
-def switch_off(follower: Follower) -> None:
-    """Take it off. While it handles a function itself that is put off until the next one is switched on or off."""
-    follower.paused = follower.over = True
-    _sweep()
-
-
-def switch_on(follower: Follower) -> None:
-    """Let it see the functions that are called from now on in this thread."""
-    follower.over = False
-    _sweep()
-    if not is_on(follower):
-        follower.__enter__()
-
-
-def switch_off_all() -> None:
-    """Take all off: a new private training begins, and steps of earlier ones are not going to be finished."""
-    for mode in _get_current_function_mode_stack():
-        if isinstance(mode, Follower):
-            mode.clear()
-            switch_off(mode)
-
-
-def _sweep() -> None:
-    """Take off those that are over, wherever they lie; the script's own modes keep their order."""
-    stack = _get_current_function_mode_stack()
-    if stack and isinstance(stack[-1], Follower) and stack[-1].over:
-        _pop_mode()
-        stack.pop()
-    over = [number for number, mode in enumerate(stack) if isinstance(mode, Follower) and mode.over]
-    if not over:
-        return
-    above = stack[over[0] :]
-    for _ in above:
-        _pop_mode()
-    for mode in above:
-        if not (isinstance(mode, Follower) and mode.over):
-            _push_mode(mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
+from dpfix.instrument.module_state import state_of, traceless
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.plan import Plan
@@ -37,6 +38,7 @@ class PlainModel:
 
     def __init__(self, copied: nn.Module, step: RealStep) -> None:
         self.module, self.step = copied, step
+        self._state = state_of(copied)
 
     # -------------------------------------------------------------- no output feels another sample
 
@@ -111,7 +113,7 @@ class PlainModel:
 
     def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], torch.Tensor]:
         args, kwargs = arguments
-        with rng_untouched(), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
+        with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
             put_back(call.state)
             out = self.module(*args, **kwargs)
             return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], torch.get_rng_state()
@@ -162,10 +164,9 @@ class PlainModel:
     def _gradient_of(self, call: ModelCall, path: pytree.Path, exchange: Exchange) -> Gradients:
         parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         args, kwargs = exchanged(call, exchange, self.step.samples)
-        with rng_untouched(), torch.enable_grad(), FixedRandomness():
+        with traceless(self.module, self._state), torch.enable_grad(), FixedRandomness():
             loss = dict(pytree.leaves(self.module(*args, **kwargs)))[path]
-            found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
-        return {n: _dense(p, g) for (n, p), g in zip(parameters.items(), found, strict=True)}
+            return _backward(parameters, [loss.sum()], [None])
 
     # -------------------------------------------------------------- gradients without an engine
 
@@ -212,8 +213,20 @@ class PlainModel:
                 chosen = scaled.where(factor.view(-1, *(1,) * (split.dim() - 1)) != 0, 0)
                 outputs.append(out)
                 given.append(rows.merge(chosen).reshape(grad.shape))
-        found = torch.autograd.grad(outputs, list(parameters.values()), given, retain_graph=True, allow_unused=True)
-        return {n: _dense(p, g) for (n, p), g in zip(parameters.items(), found, strict=True)}
+        return _backward(parameters, outputs, given)
+
+
+def _backward(
+    parameters: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], given: Sequence[Any]
+) -> Gradients:
+    """Gradients by ``backward()``: reentrant checkpoints know no other way."""
+    for p in parameters.values():
+        p.grad = None
+    torch.autograd.backward(outputs, given, retain_graph=True)
+    found = {n: _dense(p, p.grad) for n, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    return found
 
 
 def _dense(p: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:

@@ -8,8 +8,7 @@ from weakref import ref
 
 import torch
 
-from dpfix.training.follow.calls import Call, ModelCall, Place
-from dpfix.training.follow.follower import parts_of
+from dpfix.training.follow.calls import Call, ModelCall, Place, nodes_behind, parts_of
 
 
 class Outside:
@@ -54,6 +53,11 @@ class Outside:
         self._learning |= new
         self.at_learning(new)
 
+    def take_over(self, earlier: Outside) -> None:
+        """What has begun to learn so far goes on learning."""
+        self._learning |= earlier._learning
+        self.at_learning(self._learning)
+
     def learns(self, p: Any) -> bool:
         """Whether a parameter has gradient from a private loss."""
         held = self._learning.get(id(p))
@@ -65,15 +69,7 @@ def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:
     if tensor.grad_fn is None:
         return False
     wanted = {output.edge.node for call in calls for output in call.outputs}
-    todo, seen = [tensor.grad_fn], {tensor.grad_fn}
-    while todo:
-        node = todo.pop()
-        if node in wanted:
-            return True
-        new = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= new
-        todo += new
-    return False
+    return bool(wanted & {tensor.grad_fn, *nodes_behind(tensor.grad_fn)})
 
 
 def _leaves(starts: Sequence[Any], stop: set[Any]) -> list[torch.Tensor]:

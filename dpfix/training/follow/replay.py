@@ -15,9 +15,9 @@ from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
-from dpfix.training.follow.calls import Call, ModelCall, writes
+from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, writes
 from dpfix.training.follow.delivery import Exchange, Source, Sources
-from dpfix.training.follow.follower import Follower, line_of, parts_of
+from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
 from dpfix.training.follow.placement import Placement, placement
@@ -120,21 +120,12 @@ class Replay:
             for (_, t), (_, again) in zip(tensors_of((call.args, call.kwargs)), tensors_of(arguments), strict=True):
                 if not close(again.detach(), self._kept.get(id(t), t).detach()):
                     raise NotFollowedError("the arguments of the model are not made by torch functions from the batch")
-        inner = self._inner()
-        for number, (real, again) in enumerate(zip(self._step.gradients, self.base.gradients, strict=True)):
-            if number in inner:
-                continue  # its gradient comes through a later call, too
+        for real, again in zip(self._step.gradients, self.base.gradients, strict=True):
             for a, b in zip(real, again, strict=True):
                 if a is not None and not close(b, a):
                     raise NotFollowedError(
                         "its gradient is not the one of the functions it calls (a custom autograd.Function)"
                     )
-
-    def _inner(self) -> set[int]:
-        """Calls of the model whose outputs are arguments of later calls, with gradient."""
-        last = max((k for k, c in enumerate(self._step.calls) if c), default=0)
-        fed = {k for k, c in enumerate(self._step.calls) if pytree.gradient_tensors((c.args, c.kwargs))}
-        return set(range(last)) if fed - {0} else set()
 
     # -------------------------------------------------------------- repeating
 
@@ -187,11 +178,8 @@ class _Run:
 
     def _function(self, number: int, call: Call) -> None:
         hooked = _by_a_backward_hook(call.result)
-        made = (
-            isinstance(call.result, torch.Tensor)
-            and call.result.grad_fn is not None
-            and not writes(call.name, call.kwargs)
-        )
+        made = isinstance(call.result, torch.Tensor) and call.result.grad_fn is not None
+        made = made and call.result._version == call.version and not writes(call.name, call.kwargs)
         if made and not call.grad and not hooked:
             raise NotFollowedError("it calls a custom autograd.Function, whose forward does not tell its gradient")
         args, kwargs = self.swapped(call.args), self.swapped(call.kwargs)
@@ -309,6 +297,8 @@ class _Run:
         """A list that holds one number of every sample, with the samples exchanged."""
         if self.exchange is None or self.exchange.extreme is not None or len(numbers) != self.step.samples:
             return None
+        if not all(isinstance(number, (bool, int, float)) for number in numbers):
+            return None
         if self.columns is None:
             lists = [s for s in self.sources.values() if s.entries and s.delivery in self.step.deliveries]
             self.columns = [c for s in lists for c in _columns(s, self.exchange)]
@@ -334,8 +324,9 @@ class _Run:
 
 
 def _by_a_backward_hook(result: Any) -> bool:
-    """Whether torch made a tensor so that a backward hook of a module sees its gradient: it is the same tensor to the loss."""
-    return isinstance(result, torch.Tensor) and "BackwardHookFunction" in type(result.grad_fn).__name__
+    """Whether a tensor is another one only so that its gradient is seen, by a hook of a module or behind a no-grad region."""
+    kind = type(result.grad_fn).__name__ if isinstance(result, torch.Tensor) else ""
+    return "BackwardHookFunction" in kind or "_Tripwire" in kind
 
 
 def _first_line(error: Exception) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dpfix.instrument import pytree
-from dpfix.training.follow.calls import ModelCall, Output
+from dpfix.training.follow.calls import ModelCall, Output, inner_nodes
 from dpfix.training.follow.delivery import Delivery, Exchange
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class RealStep:
         outer: the gradient that was given to ``backward``, or ``None``.
         calls: the calls of the model whose outputs are in the loss.
         samples: number of samples in each of them.
-        gradients: for every call the gradients of the loss with respect to its outputs; ``None`` for one that the script has
-            written into and whose gradient cannot be asked for any more.
+        gradients: for every call the gradients of the loss with respect to its outputs, each for itself; ``None`` for one that
+            other outputs are made of, or that the script has written into: autograd cannot be asked for it without going
+            through the model.
         deliveries: the delivered batches that the calls work on.
         place: where ``backward`` was called.
     """
@@ -47,6 +48,14 @@ class RealStep:
     gradients: tuple[tuple[torch.Tensor | None, ...], ...]
     deliveries: tuple[Delivery, ...]
     place: str
+
+    def completed(self, base: Repeated) -> RealStep:
+        """The same with gradients that autograd could not be asked for, taken from a repetition that is otherwise equal."""
+        pairs = zip(self.gradients, base.gradients, strict=True)
+        filled = tuple(
+            tuple(b if a is None else a for a, b in zip(mine, others, strict=True)) for mine, others in pairs
+        )
+        return replace(self, gradients=filled)
 
     @classmethod
     def of(
@@ -62,11 +71,17 @@ class RealStep:
         Raises:
             NotFollowedError: the calls do not hold the same samples in a known layout.
         """
-        roots = [output.edge for call in calls for output in call.outputs]
+        inner = inner_nodes([output.edge.node for call in calls for output in call.outputs])
+        asked = [o for call in calls for o in call.outputs if o.edge.node not in inner]
         with paused():
-            found = iter(torch.autograd.grad(_scalar(loss, outer), roots, retain_graph=True, allow_unused=True))
-        gradients = {call: [next(found) for _ in call.outputs] for call in calls}
-        used = [c for c in calls if any(g is not None for g in gradients[c]) or any(map(_overwritten, c.outputs))]
+            edges = [output.edge for output in asked]
+            found = torch.autograd.grad(_scalar(loss, outer), edges, retain_graph=True, allow_unused=True)
+        got = dict(zip(map(id, asked), found, strict=True))
+        gradients = {call: [got.get(id(output)) for output in call.outputs] for call in calls}
+        unknown = {id(o) for call in calls for o in call.outputs if id(o) not in got or _overwritten(o)}
+        used = [
+            c for c in calls if any(g is not None for g in gradients[c]) or any(id(o) in unknown for o in c.outputs)
+        ]
         if not used:
             raise NotFollowedError("the loss does not depend on the model's outputs")
         for call in used:
@@ -77,7 +92,10 @@ class RealStep:
                     raise NotFollowedError("an output of the model does not show which rows belong to which sample")
                 if output.dim is not None and output.dim.counts:
                     raise NotFollowedError("samples have different numbers of rows")
-        filled = tuple(tuple(map(_filled, call.outputs, gradients[call])) for call in used)
+        filled = tuple(
+            tuple(_filled(o, g, known=id(o) not in unknown) for o, g in zip(c.outputs, gradients[c], strict=True))
+            for c in used
+        )
         samples = {call.samples for call in used}
         if len(samples) != 1:
             raise NotFollowedError("calls of the model in one step hold different numbers of samples")
@@ -89,10 +107,10 @@ def _overwritten(output: Output) -> bool:
     return output.tensor._version != output.version
 
 
-def _filled(output: Output, gradient: torch.Tensor | None) -> torch.Tensor | None:
+def _filled(output: Output, gradient: torch.Tensor | None, *, known: bool) -> torch.Tensor | None:
     if gradient is not None:
         return gradient.detach()
-    return None if _overwritten(output) else torch.zeros_like(output.tensor)
+    return torch.zeros_like(output.tensor) if known else None
 
 
 def _scalar(loss: torch.Tensor, outer: torch.Tensor | None) -> torch.Tensor:

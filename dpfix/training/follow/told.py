@@ -60,7 +60,7 @@ class ToldStep:
             ):
                 return False
         pairs = zip(self._base.gradients, self._real.gradients, strict=True)
-        return all(b is not None and close(a, b) for mine, real in pairs for a, b in zip(mine, real, strict=True))
+        return all(b is None or close(a, b) for mine, real in pairs for a, b in zip(mine, real, strict=True))
 
     def repeat(self, exchange: Exchange | None) -> Repeated:
         real = self._real

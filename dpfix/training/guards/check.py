@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -120,6 +121,13 @@ class Check:
         Args:
             released: whether the logical batch is complete.
         """
+
+    def make_way(self) -> None:
+        """Another guard of the same training takes the place of this one: take everything off model and parameters."""
+        self.detach()
+
+    def take_over(self, earlier: Any) -> None:
+        """Go on with what the check of the same kind in the guard so far knows about the training."""
 
     def detach(self) -> None:
         """The training is over: take everything off model and parameters."""

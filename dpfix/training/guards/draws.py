@@ -125,6 +125,10 @@ class WholeDraws(Check):
             self._discard()
         self._summed = draw.whole
 
+    @override
+    def take_over(self, earlier: WholeDraws) -> None:
+        self._summed = earlier._summed
+
     def _discard(self) -> None:
         """Drop the sum of a draw that is not complete."""
         guarded, draw = self._guarded, self._summed
@@ -166,7 +170,7 @@ class OneBackward(Check):
                 f"optimizer.step() after {len(counts)} backward passes with Poisson sampling:",
                 "every draw is accounted as one step.",
                 "Call optimizer.zero_grad() and step() for every batch of the returned data_loader, add losses of one batch "
-                "before one backward(), or use opacus.utils.BatchMemoryManager.",
+                "before one backward(), or use opacus.utils.batch_memory_manager.",
                 path="optimizer",
             )
 

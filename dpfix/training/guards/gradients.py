@@ -11,7 +11,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
-from dpfix.engines import BY_NAME
+from dpfix.engines import engine_of
 from dpfix.errors import NonFiniteGradientError, PlanBrokenError
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.instrument.source import warn_user
@@ -32,7 +32,7 @@ class ThroughTheEngine(Check):
     def __init__(self, guarded: Guarded, watch: GradWatch) -> None:
         self._name = guarded.name
         self._watch = watch
-        self._owned = BY_NAME[guarded.plan.engine].owns_gradients
+        self._owned = engine_of(guarded.plan).owns_gradients
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
@@ -130,6 +130,10 @@ class FiniteSum(Check):
             if before is not None:
                 p.summed_grad = before.add_(p.summed_grad)
         return None if left_out is None else torch.zeros(len(left_out)).masked_fill_(left_out, math.nan)
+
+    @override
+    def take_over(self, earlier: FiniteSum) -> None:
+        self._told, self._samples, self._left_out = earlier._told, earlier._samples, earlier._left_out
 
     @override
     def summed(self, norms: torch.Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from typing_extensions import override
@@ -63,30 +63,8 @@ class RegionsUntouched(Check):
             f"gradient reached the output of `{site.path or 'the model'}` ({site.line or 'called by the loop'}), a call that "
             "ran without a graph because no gradient came back to it when it was checked."
         )
-        guarded = self._guarded
-        if guarded.ranks.size > 1:
-            why = "One rank cannot leave out a step that the others make."
-            raise PlanBrokenError(fact, why, _WAY_OUT, path=site.path)
-        virtual = guarded.progress.partial or optimizer._check_skip_next_step(pop_next=False)
-        guarded.forget_sum()
-        for p in guarded.parameters.values():
-            p.grad = None
-            p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
-        settle()
-        if optimizer.step_hook is not None:
-            optimizer.step_hook(optimizer)
-        if virtual:
-            optimizer._step_skip_queue.clear()
-            raise PlanBrokenError(
-                fact,
-                "This logical batch of the BatchMemoryManager is lost, nothing was released.",
-                "The call is an ordinary one from now on: go on with the next logical batch, or pass no_grad_regions=False.",
-                path=site.path,
-            )
-        warn_user(
-            f"{fact} This step is not applied: no parameter has moved, and the accountant has counted the draw. The call is "
-            f"an ordinary one from the next step on; the loop has nothing to do. {_WAY_OUT}"
-        )
+        told = LeftOut(fact, "The call is an ordinary one from the next step on", _WAY_OUT, site.path)
+        leave_out(self._guarded, optimizer, settle, told)
         return True
 
     @override
@@ -103,3 +81,56 @@ class RegionsUntouched(Check):
 
 
 _WAY_OUT = "Pass the training_step that the loop makes, or no_grad_regions=False, to make_private_safe."
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a step is left out, in words.
+
+    Attributes:
+        fact: what happened.
+        then: what is so from the next step on.
+        help: the way out.
+        path: what it is about.
+    """
+
+    fact: str
+    then: str
+    help: str
+    path: str
+
+
+def leave_out(guarded: Guarded, optimizer: Any, settle: Callable[[], None], told: LeftOut) -> None:
+    """Leave out a step: no parameter moves, and the accountant counts the draw, since what the loop does may depend on it.
+
+    Args:
+        optimizer: the private optimizer.
+        settle: ends the step, as if its batch had been released.
+
+    Raises:
+        PlanBrokenError: that happened inside a logical batch of a ``BatchMemoryManager``, or on one of several ranks.
+    """
+    if guarded.ranks.size > 1:
+        raise PlanBrokenError(
+            told.fact, "One rank cannot leave out a step that the others make.", told.help, path=told.path
+        )
+    virtual = guarded.progress.partial or optimizer._check_skip_next_step(pop_next=False)
+    guarded.forget_sum()
+    for p in guarded.parameters.values():
+        p.grad = None
+        p.grad_sample = zeros(p, 0)  # type: ignore[attr-defined]
+    settle()
+    if optimizer.step_hook is not None:
+        optimizer.step_hook(optimizer)
+    if virtual:
+        optimizer._step_skip_queue.clear()
+        raise PlanBrokenError(
+            told.fact,
+            "This logical batch of the BatchMemoryManager is lost, nothing was released.",
+            f"{told.then}: go on with the next logical batch. {told.help}",
+            path=told.path,
+        )
+    warn_user(
+        f"{told.fact} This step is not applied: no parameter has moved, and the accountant has counted the draw. {told.then}; "
+        f"the loop has nothing to do. {told.help}"
+    )

@@ -66,6 +66,12 @@ class ProvenNoise(Check):
         self._summed, self._clip_norm = False, 0.0
         self._wrong_size: Finding | None = None
 
+    @override
+    def take_over(self, earlier: ProvenNoise) -> None:
+        self._clip_norm, self._wrong_size = earlier._clip_norm, earlier._wrong_size
+        if self.needed and earlier.needed and self._names == earlier._names:
+            self._numbers, self._size, self._repeats = earlier._numbers, earlier._size, earlier._repeats
+
     def went_back(self) -> None:
         """The script goes on from a checkpoint: with a seed, noise may come again."""
         if self.needed:

@@ -48,6 +48,10 @@ class ClearedGradients(Check):
     def after_step(self, released: bool) -> None:
         self._clear = False
 
+    @override
+    def take_over(self, earlier: ClearedGradients) -> None:
+        self._clear = earlier._clear
+
 
 class NoGradScaler(Check):
     """No ``torch.amp.GradScaler`` makes the step.
@@ -113,6 +117,10 @@ class NoOtherOptimizer(Check):
     def owns(self, p: Any) -> bool:
         """Whether it is a parameter of this training: after it is gone, another may have its id."""
         return id(p) in self._trained and self._trained[id(p)]() is p
+
+    @override
+    def take_over(self, earlier: NoOtherOptimizer) -> None:
+        self.allowed = earlier.allowed
 
     @override
     def detach(self) -> None:

@@ -9,15 +9,16 @@ import torch
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
-from dpfix.engines import BY_NAME
+from dpfix.engines import UNDECIDED, engine_of
 from dpfix.errors import CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.instrument.function_modes import switch_off
 from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
-from dpfix.training.follow.calls import ModelCall
+from dpfix.training.follow.calls import ModelCall, line_of, parts_of
 from dpfix.training.follow.delivery import BatchLayout
-from dpfix.training.follow.follower import Follower, line_of, parts_of, switch_off
+from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
@@ -56,11 +57,17 @@ class RealSteps(Check):
     Args:
         guarded: the training.
         following: what is known about its steps.
+
+    Attributes:
+        following: see above.
+        agenda: says which steps are checked.
+        outside: parameters outside the model that learn from the loss.
     """
 
     def __init__(self, guarded: Guarded, following: Following) -> None:
-        self._guarded, self._following = guarded, following
-        self.needed = BY_NAME[guarded.plan.engine].audited
+        self._guarded, self.following = guarded, following
+        engine = engine_of(guarded.plan)
+        self.needed = engine.audited or engine is UNDECIDED  # the step that decides is followed from its delivery on
         self.agenda = Agenda(following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self.outside = Outside(tuple(guarded.module.parameters()))
@@ -71,9 +78,12 @@ class RealSteps(Check):
         self._failed: DPFixError | None = None
         if self.needed:
             self._follower = Follower(guarded.module, guarded.plan.calls, following.batches, self._backward)
-            if guarded.ledger is not None:
-                guarded.ledger.at_delivery = self._follower.deliver
-                self._follower.on_draw = guarded.ledger.work_on
+            self._listen()
+
+    def _listen(self) -> None:
+        if self._guarded.ledger is not None:
+            self._guarded.ledger.at_delivery = self._follower.deliver
+            self._follower.on_draw = self._guarded.ledger.work_on
 
     # -------------------------------------------------------------- moments
 
@@ -124,6 +134,22 @@ class RealSteps(Check):
         self._follower.settle(remember=self._checked)
         self._looked = self._checked = False
         self._pending, self._unfollowed = None, ""
+
+    @override
+    def make_way(self) -> None:
+        if self.needed:
+            self._follower.rest()
+
+    @override
+    def take_over(self, earlier: RealSteps) -> None:
+        if not (self.needed and earlier.needed):
+            return
+        self._follower.remove()
+        self._follower = earlier._follower
+        self._follower.follow(self._guarded.plan.calls, self._backward)
+        self._listen()
+        self.outside.take_over(earlier.outside)
+        self._numbers, self._warned = earlier._numbers, earlier._warned
 
     @override
     def detach(self) -> None:
@@ -189,6 +215,7 @@ class RealSteps(Check):
             return
         model = PlainModel(plain_copy(guarded.module), real)
         way, replay = self._way(real, model)
+        model.step = real = real.completed(way.repeat(None))
         found = coupled(way, real, draw)
         if found is not None:
             raise self._refusal(found, real, replay)
@@ -216,7 +243,7 @@ class RealSteps(Check):
 
     def _way(self, real: RealStep, model: PlainModel) -> tuple[Way, Replay | None]:
         """The script's own code, where the loop makes the told step; else what it did, call by call."""
-        following = self._following
+        following = self.following
         if following.step is not None:
             try:
                 return ToldStep(following.step, following.batches, real, self._value, model.module), None
@@ -266,10 +293,10 @@ class RealSteps(Check):
     def _say_what_was_not_followed(self) -> None:
         """Once it is clear that the step is refused for nothing else."""
         why, self._unfollowed = self._unfollowed, ""
-        if not why or (self._warned and not self._following.strict):
+        if not why or (self._warned and not self.following.strict):
             return
         text = messages.not_followed(self._guarded.name, why)
-        if self._following.strict:
+        if self.following.strict:
             self._guarded.forget_sum()
             self._guarded.handle.finish()
             raise CoupledLossError(text, "strict=True was asked for.", messages.WAY_OUT, path="strict")
@@ -282,4 +309,4 @@ def _norms(parameters: Any) -> torch.Tensor | None:
     left = [getattr(p, "grad_sample", None) for p in parameters]
     if not left or not all(isinstance(g, torch.Tensor) for g in left):
         return None
-    return torch.stack([g.detach().flatten(1).norm(dim=1) for g in left]).norm(dim=0)
+    return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)
