@@ -109,6 +109,7 @@ def test_seeding_torch_repeats_no_draws() -> None:
     assert len(set(found)) == 30
 
 
+@pytest.mark.filterwarnings("ignore:3 draw.s. of the data_loader were skipped")  # those that are only looked at
 def test_seeding_torch_in_the_dataset_or_in_an_evaluation_repeats_nothing() -> None:
     training = private(data_loader=DataLoader(Augmented(), batch_size=8))
     moved, found = [], []
@@ -344,6 +345,7 @@ def test_seeds_that_are_taken(seed: Any) -> None:
     assert len(epoch(private(seed=seed))) == 3
 
 
+@pytest.mark.filterwarnings("ignore:3 draw.s. of the data_loader were skipped")  # those that are only looked at
 def test_opacus_cryptographic_generator_draws_and_adds_noise_as_before() -> None:
     """Stood in for by one of torch's: the package it comes from has no build for this torch."""
     engine = dpfix.SafePrivacyEngine()

@@ -71,6 +71,22 @@ def go(training: dpfix.PrivateTraining, passes: int, save: tuple[int, Path] | No
     return sizes
 
 
+def step(training: dpfix.PrivateTraining, batch: Any) -> None:
+    training[1].zero_grad()
+    nn.functional.cross_entropy(training[0](batch[0]), batch[1]).backward()
+    training[1].step()
+
+
+def save(training: dpfix.PrivateTraining, file: Path) -> None:
+    training.privacy_engine.save_checkpoint(path=file, **objects(training))
+
+
+def from_file(file: Path, **given: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
+    model, resumed = start(**given)
+    resumed.privacy_engine.load_checkpoint(path=file, **objects(resumed))
+    return model, resumed
+
+
 def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
 
@@ -162,7 +178,8 @@ def test_a_batch_that_was_delivered_and_not_yet_released_comes_again(tmp_path: P
     assert go(resumed, 1) == [STEPS - 3]
 
 
-def test_physical_batches_go_on_at_the_next_logical_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_physical_batches_go_on_at_the_next_logical_one(workers: int, tmp_path: Path) -> None:
     def manage(training: dpfix.PrivateTraining, save: bool) -> int:
         model, optimizer, loader = training
         released = 0
@@ -176,9 +193,9 @@ def test_physical_batches_go_on_at_the_next_logical_one(tmp_path: Path) -> None:
                     training.privacy_engine.save_checkpoint(path=tmp_path / "run.pt", **objects(training))
         return released
 
-    model, training = start(batch_size=8, seed=1)
+    model, training = start(batch_size=8, seed=1, num_workers=workers)
     assert manage(training, save=True) == 3
-    again, resumed = start(batch_size=8, seed=1)
+    again, resumed = start(batch_size=8, seed=1, num_workers=workers)
     resumed.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", **objects(resumed))
     assert manage(resumed, save=False) == 1 and equal(model, again)
 
@@ -201,3 +218,129 @@ def test_other_settings_of_adaptive_clipping_are_told(tmp_path: Path) -> None:
         dpfix.DPFixWarning, match=r"unclipped_num_std was 1.0 when it was saved, and is 2.0 from here on"
     ):
         other.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", **objects(other))
+
+
+# ------------------------------------------------------------------ other passes, and loops that do not step on every batch
+
+
+@pytest.mark.filterwarnings("ignore:.*draw.s. of the data_loader were skipped")
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_without_steps_takes_nothing_from_the_one_it_interrupts(
+    workers: int, whole: bool, tmp_path: Path
+) -> None:
+    """An evaluation over the private loader, to its end or not, in the middle of a pass and before the file is written."""
+    given = {"seed": 1, "num_workers": workers}
+    model, training = start(**given)
+    for number, batch in enumerate(training[2]):
+        step(training, batch)
+        if number == 2:
+            for _ in training[2]:
+                if not whole:
+                    break
+            save(training, tmp_path / "run.pt")
+    go(training, 1)
+    again, resumed = from_file(tmp_path / "run.pt", **given)
+    assert go(resumed, 2) == [STEPS - 3, STEPS] and equal(model, again)
+
+
+@pytest.mark.filterwarnings("ignore:.*draw.s. of the data_loader were skipped")
+def test_a_pass_without_steps_does_not_use_up_the_rest(tmp_path: Path) -> None:
+    model, training = start(seed=1)
+    go(training, 1, (2, tmp_path / "run.pt"))
+    again, resumed = from_file(tmp_path / "run.pt", seed=1)
+    assert sum(1 for _ in resumed[2]) == STEPS - 2
+    assert go(resumed, 1) == [STEPS - 2] and equal(model, again)
+
+
+@pytest.mark.filterwarnings("ignore:.*draw.s. of the data_loader were skipped")
+def test_batches_that_the_loop_leaves_out_do_not_come_again(tmp_path: Path) -> None:
+    def left_out(training: dpfix.PrivateTraining, first: int, file: Path | None = None) -> None:
+        for number, batch in enumerate(training[2], first):
+            if number == 1:
+                continue
+            step(training, batch)
+            if number == 3 and file:
+                save(training, file)
+
+    model, training = start(seed=1)
+    left_out(training, 0, tmp_path / "run.pt")
+    again, resumed = from_file(tmp_path / "run.pt", seed=1)
+    left_out(resumed, 4)
+    assert equal(model, again)
+
+
+def test_a_batch_that_waits_in_a_loop_that_looks_ahead_comes_again(tmp_path: Path) -> None:
+    model, training = start(seed=1, num_workers=1)
+    batches = iter(training[2])
+    ahead = next(batches)
+    for number in range(STEPS):
+        batch, ahead = ahead, next(batches, None)
+        step(training, batch)
+        if number == 1:
+            save(training, tmp_path / "run.pt")
+    again, resumed = from_file(tmp_path / "run.pt", seed=1, num_workers=1)
+    assert go(resumed, 1) == [STEPS - 2] and equal(model, again)
+
+
+def test_a_batch_that_is_kept_for_later_comes_again(tmp_path: Path) -> None:
+    """The loop has stepped on later ones already; what was released before it is not read again."""
+    _, training = start(seed=1)
+    batches = iter(training[2])
+    step(training, next(batches))
+    kept = next(batches)
+    step(training, next(batches))
+    save(training, tmp_path / "run.pt")
+    _, resumed = from_file(tmp_path / "run.pt", seed=1)
+    assert go(resumed, 1) == [STEPS - 1]
+    step(training, kept)
+    save(training, tmp_path / "run.pt")
+    _, resumed = from_file(tmp_path / "run.pt", seed=1)
+    assert go(resumed, 1) == [STEPS - 3]
+
+
+def test_a_file_that_is_written_at_once_again_holds_the_same_place(tmp_path: Path) -> None:
+    model, training = start(seed=1)
+    go(training, 2, (8, tmp_path / "first.pt"))
+    save(from_file(tmp_path / "first.pt", seed=1)[1], tmp_path / "second.pt")
+    again, resumed = from_file(tmp_path / "second.pt", seed=1)
+    assert go(resumed, 1) == [STEPS - 2] and equal(model, again)
+
+
+def test_draws_of_a_resumed_pass_are_counted_on(tmp_path: Path) -> None:
+    _, training = start(seed=1)
+    numbers = []
+    for batch in training[2]:
+        numbers.append(training[2].ledger.present().number)
+        step(training, batch)
+        if len(numbers) == 4:
+            save(training, tmp_path / "run.pt")
+    _, resumed = from_file(tmp_path / "run.pt", seed=1)
+    for batch in resumed[2]:
+        numbers.append(resumed[2].ledger.present().number)
+        step(resumed, batch)
+    assert numbers == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert resumed.privacy_engine.accountant.history == training.privacy_engine.accountant.history
+
+
+@pytest.mark.filterwarnings("ignore:optimizer. the state that was loaded is an earlier one")
+def test_a_load_that_fails_takes_no_release_and_no_place(tmp_path: Path) -> None:
+    """It fails at the very end; what was released and the place in the present pass are as before."""
+    _, training = start(seed=1)
+    go(training, 1, (4, tmp_path / "run.pt"))
+    _, other = start(seed=1)
+    batches = iter(other[2])
+    step(other, next(batches))
+    before = other.privacy_engine.accountant.history[:], other[2].ledger.position.state()["done"]
+    draws = other[1].randomness.draws
+
+    def fails_once(state: Any) -> None:
+        del draws.go_on
+        raise ValueError("late")
+
+    draws.go_on = fails_once
+    with pytest.raises(dpfix.CheckpointError, match="late"):
+        other.privacy_engine.load_checkpoint(path=tmp_path / "run.pt", **objects(other))
+    assert (other.privacy_engine.accountant.history, other[2].ledger.position.state()["done"]) == before
+    step(other, next(batches))
+    assert other.privacy_engine.accountant.history[0][-1] == 2
