@@ -42,7 +42,7 @@ def check_objects(module: Any, optimizer: Any, data_loader: Any, privacy_engine:
     ):
         if name == "privacy_engine" and value is None:
             continue
-        if not issubclass(type(value), kind):
+        if not isinstance(value, kind):
             raise ArgumentError(
                 f"{name} is {type(value).__name__}, not a {kind.__module__}.{kind.__qualname__}.",
                 help=f"Pass the {name} that the training loop uses.",
@@ -77,7 +77,7 @@ def check_values(
     """
     _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
     mode = performance.grad_sample_mode
-    _check_choice("grad_sample_mode", mode, MODES, _GHOST if str(mode).startswith("ghost") else "")
+    _check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
     _check_choice("norm", privacy.norm, NORMS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:

@@ -34,6 +34,7 @@ from dpfix.training.follow.calls import (
     writes,
 )
 from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
+from dpfix.training.follow.hook import Hook
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
@@ -58,7 +59,9 @@ class Follower(FollowingMode):
         calls: what was called, in order.
         sources: parts of delivered batches, by identity.
         kept: values of tensors before the script wrote into them, by identity.
+        plain: tensors that were made of nothing of the batch, by identity.
         seen: what this step did, as far as it tells steps of different kinds apart.
+        unknown_form: whether the last batch did not look like those of this loader.
         broken: why the calls have a gap; empty if they have none.
         over: whether it is to be taken off.
         on_draw: called with the draw that the model is called with, where several are under way.
@@ -78,6 +81,7 @@ class Follower(FollowingMode):
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
         self.sources = Sources()
+        self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
         self.earlier: dict[int, ref[torch.Tensor]] = {}
         self._thread = threading.get_ident()
@@ -92,8 +96,8 @@ class Follower(FollowingMode):
         """Follow the model; the arguments are those of the class."""
         self._layouts, self._on_backward = layouts, on_backward
         self._hooks += [
-            self._module.register_forward_pre_hook(_Hook(self._enter), prepend=True),
-            self._module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
+            self._module.register_forward_pre_hook(Hook(self._enter), prepend=True),
+            self._module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
         ]
         if self._resting:
             self._resting = False
@@ -122,6 +126,9 @@ class Follower(FollowingMode):
         self.seen: set[Any] = set()
         self.broken = ""
         self._marks = []
+        self.plain: dict[int, ref[torch.Tensor]] = {}
+        self._read = False  # whether the script has made Python values of a batch
+        self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._held = 0
 
@@ -135,6 +142,7 @@ class Follower(FollowingMode):
         """
         self._drop_old()
         found = delivered(batch, self._batches)
+        self.unknown_form = found is None
         if found is not None:
             delivery, sources = found
             delivery.draw = draw
@@ -264,7 +272,7 @@ class Follower(FollowingMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or threading.get_ident() != self._thread:
+        if self.paused or threading.get_ident() != self._thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is torch.Tensor.backward:
             self.paused = True
@@ -285,8 +293,8 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in _MAKES and self._lists):
-            return func(*args, **kwargs)  # it has nothing to do with the batch
+        if not self._takes(args, kwargs) and not (name in _MAKES and (self._lists or self._read)):
+            return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
         if writes(name, kwargs):
             self._keep(args, kwargs)
         state = torch.get_rng_state() if name in RANDOM else None
@@ -296,7 +304,11 @@ class Follower(FollowingMode):
         finally:
             self.paused = False
         if name in TELL_NOTHING and not isinstance(result, torch.Tensor):
-            return result
+            if name not in _LENGTHS or not isinstance(result, (int, tuple)) or id(args[0]) not in self._data_shaped:
+                return result
+        elif name in _DATA_SHAPED or (name == "__getitem__" and _by_mask(args)):
+            self._data_shaped |= {id(t) for t in pytree.tensors(result)}
+        self._read |= not isinstance(result, torch.Tensor)
         place = users_place(frame)
         grad = torch.is_grad_enabled()
         version = result._version if isinstance(result, torch.Tensor) else 0
@@ -313,6 +325,17 @@ class Follower(FollowingMode):
             )
             self.paused = True
         return result
+
+    def _plainly(self, result: Any) -> Any:
+        """A tensor that was made of nothing of the batch is known as such."""
+        if isinstance(result, torch.Tensor):
+            self.plain[id(result)] = ref(result)
+        return result
+
+    def is_plain(self, t: torch.Tensor) -> bool:
+        """Whether a tensor was made, while it was followed, of nothing that comes from the batch."""
+        held = self.plain.get(id(t))
+        return held is not None and held() is t
 
     def _takes(self, args: Any, kwargs: Any) -> bool:
         """Whether a function takes anything that comes from a delivered batch or from the model."""
@@ -361,22 +384,14 @@ class Follower(FollowingMode):
         return from_
 
 
-class _Hook:
-    """A hook that does nothing in a copy of the model, or a pickled one: only the model itself is followed."""
-
-    def __init__(self, act: Callable[..., None] | None = None) -> None:
-        self._act = act
-
-    def __call__(self, *args: Any) -> None:
-        if self._act is not None:
-            self._act(*args)
-
-    def __reduce__(self) -> Any:
-        return _Hook, ()
-
-
 _NUMBERS = (int, float)
-_MAKES = frozenset({"tensor", "as_tensor"})
+_MAKES = frozenset({"tensor", "as_tensor", "full", "scalar_tensor"})
+_LENGTHS = frozenset({"__len__", "numel", "size", "__get__", "nelement"})
+_DATA_SHAPED = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
+
+
+def _by_mask(args: Any) -> bool:
+    return any(isinstance(part, torch.Tensor) and part.dtype is torch.bool for part in parts_of(args[1:]))
 
 
 def _overwrites(call: Call | ModelCall) -> bool:

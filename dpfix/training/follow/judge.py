@@ -15,7 +15,16 @@ from dpfix.layout.calls import CallLayout
 from dpfix.layout.rows import Rows
 from dpfix.training.follow.calls import Call, ModelCall
 from dpfix.training.follow.delivery import Exchange
-from dpfix.training.follow.step import ROUGH, TOLERANCE, NotFollowedError, RealStep, Repeated, Way, tensors_of
+from dpfix.training.follow.step import (
+    ROUGH,
+    TOLERANCE,
+    DecidesError,
+    NotFollowedError,
+    RealStep,
+    Repeated,
+    Way,
+    tensors_of,
+)
 
 SAMPLES = 3
 """Samples that are looked at in one check."""
@@ -83,7 +92,7 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
         NotFollowedError: the step cannot be repeated with any exchange.
     """
     base = way.repeat(None)
-    compared, why, sorted_ = 0, "", False
+    compared, why, sorted_, decides = 0, "", False, False
     for exchange in exchanges(step.samples, draw):
         if sorted_ and exchange.extreme is not None:
             continue  # where a sample goes to cannot be told from changed values
@@ -91,13 +100,14 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
             other = way.repeat(exchange)
         except NotFollowedError as error:
             why = why or str(error)
+            decides |= isinstance(error, DecidesError) and exchange.extreme is None
             continue
         compared += exchange.extreme is None
         sorted_ |= other.placement is not None
         found = difference(base, other, step, exchange.keep)
         if found is not None:
             return found
-    if not compared:
+    if not compared or decides:
         raise NotFollowedError(why)
     return None
 
@@ -192,6 +202,8 @@ def other_reduction(way: Way, step: RealStep, mean: bool, calls: Sequence[Call |
     Returns:
         ``"sum"`` or ``"mean"``; empty if it is what was announced, or cannot be told.
     """
+    if step.outer is not None:
+        return ""  # the script weighs the samples itself
     n, half = step.samples, tuple(range((step.samples + 1) // 2))
     base = way.repeat(None)
     try:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dpfix.instrument import pytree
 from dpfix.training.follow.calls import ARITHMETIC, Call, ModelCall, Place
 from dpfix.training.follow.delivery import Exchange
@@ -38,14 +40,14 @@ class Told:
         if _is_number(self.before) and _is_number(self.value):
             if self.before != self.value:
                 yield float(self.before), float(self.value)
-        elif isinstance(self.before, list) and isinstance(self.value, list):
-            for a, b in zip(numbers_in(self.before), numbers_in(self.value), strict=True):
-                if a != b:
-                    yield a, b
+        elif isinstance(self.before, (list, tuple)) and isinstance(self.value, (list, tuple)):
+            pairs = [*zip(numbers_in(self.before), numbers_in(self.value), strict=False)]
+            pairs += [(a, b) for a, b in zip(self.before, self.value, strict=False) if _is_number(a) and _is_number(b)]
+            yield from ((float(a), float(b)) for a, b in pairs if a != b)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 def numbers_in(entries: Any) -> list[float]:
@@ -82,7 +84,7 @@ class Followed:
 
     place: Place
     told: float
-    changes: dict[tuple[int, int], float]
+    changes: dict[tuple[int, int | str], Any]
 
 
 def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list[Followed]:
@@ -103,17 +105,48 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
     }
     found = []
     for number, call in enumerate(calls):
-        if not isinstance(call, Call) or call.name not in ARITHMETIC:
-            continue
-        for k, value in enumerate(call.args):
-            if not _is_number(value) or value in _COMMON:
-                continue
-            for before, after in pairs:
-                new = _other(float(value), before, after)
-                if new is not None:
-                    found.append(Followed(call.place, before, {(number, k): new}))
-                    break
+        if isinstance(call, Call):
+            for k, value in numbers_of(call):
+                told_number, new = _followed(value, pairs)
+                if told_number is not None:
+                    found.append(Followed(call.place, told_number, {(number, k): new}))
     return found
+
+
+def numbers_of(call: Call) -> Iterator[tuple[int | str, Any]]:
+    """Python numbers with which a function computes: those of arithmetic ones, and named options of all.
+
+    Args:
+        call: a call of it.
+
+    Yields:
+        Position or name, and the number or a list of numbers.
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(call.args)] if call.name in ARITHMETIC else []
+    given += [(k, v) for k, v in call.kwargs.items() if k in _OPTIONS or call.name in ARITHMETIC]
+    for k, value in given:
+        if _is_number(value) or (type(value) in (list, tuple) and value and all(map(_is_number, value))):
+            yield k, value
+
+
+_OPTIONS = frozenset({"alpha", "beta", "value", "other", "label_smoothing", "fill_value", "weight", "min", "max"})
+
+
+def _followed(value: Any, pairs: set[tuple[float, float]]) -> tuple[float | None, Any]:
+    """The number of the batch that a number or one of a list equals, and what they become."""
+    if isinstance(value, (list, tuple)):
+        told, new = None, list(value)
+        for k, one in enumerate(value):
+            number, other = _followed(one, pairs)
+            if number is not None:
+                told, new[k] = number, other
+        return told, new
+    if value not in _COMMON:
+        for before, after in pairs:
+            new = _other(float(value), before, after)
+            if new is not None:
+                return before, new
+    return None, value
 
 
 _COMMON = frozenset({0, 1, -1})
@@ -201,10 +234,10 @@ class NumberWatch:
             if not isinstance(call, Call):
                 continue
             read |= call.tells and not isinstance(call.result, bool)
-            if call.name not in ARITHMETIC or not read:
+            if not read:
                 continue
-            for k, value in enumerate(call.args):
-                if _is_number(value) and value not in _COMMON and not _of_the_batch_size(value, samples):
+            for k, value in numbers_of(call):
+                if _is_number(value) and not _of_the_batch_size(value, samples):
                     known = self._values[call.place, k]
                     if known and value not in known:
                         out.append((call.place, k))

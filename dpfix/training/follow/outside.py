@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
+from torch import nn
 
 from dpfix.training.follow.calls import Call, ModelCall, Place, nodes_behind, parts_of
+
+if TYPE_CHECKING:
+    from dpfix.training.follow.follower import Follower
 
 
 class Outside:
@@ -62,6 +66,47 @@ class Outside:
         """Whether a parameter has gradient from a private loss."""
         held = self._learning.get(id(p))
         return held is not None and held() is p and p.grad is not None
+
+
+class Strangers:
+    """Tensors in the loss, or given to the model, of which nobody knows where they come from.
+
+    One that the script keeps, or that always holds the same, is a setting. One that it makes anew in every step may hold
+    anything of the batch: by NumPy, in another thread, by a scripted or mapped function.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, torch.Tensor] = {}
+
+    def look(self, calls: Sequence[Call | ModelCall], follower: Follower) -> Place | bool:
+        """Look for one that is not what it was in the step before.
+
+        Args:
+            calls: those that the loss is made of.
+            follower: knows what was made of the batch, and what was not.
+
+        Returns:
+            The place where it is taken; true if it is an argument of the model; false if there is none.
+        """
+        made: set[int] = set()
+        found: Place | bool = False
+        for call in calls:
+            place = call.place if isinstance(call, Call) else "model"
+            for k, part in enumerate(parts_of((call.args, call.kwargs))):
+                if not isinstance(part, torch.Tensor) or id(part) in made or part.grad_fn is not None:
+                    continue
+                if follower.sources.of(part) is not None or follower.is_plain(part) or isinstance(part, nn.Parameter):
+                    continue
+                before = self._known.get((place, k))
+                self._known[place, k] = part.detach()
+                if before is not None and before is not part and not _same(before, part):
+                    found = found or (call.place if isinstance(call, Call) else True)
+            made |= {id(part) for part in parts_of(call.result)}
+        return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.detach()))
 
 
 def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:

@@ -22,7 +22,7 @@ from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
 from dpfix.training.follow.placement import Placement, placement
-from dpfix.training.follow.step import NotFollowedError, RealStep, Repeated, Way, close, tensors_of
+from dpfix.training.follow.step import DecidesError, NotFollowedError, RealStep, Repeated, Way, close, tensors_of
 
 _CUTS = frozenset({"__getitem__", "narrow", "split", "chunk"})
 """Functions with which scripts cut padding off."""
@@ -43,6 +43,7 @@ class Replay(Way):
         if follower.broken:
             raise NotFollowedError(follower.broken)
         self._step, self._kept, self._sources = step, follower.kept, follower.sources
+        self._unknown_form = follower.unknown_form
         self.calls, self._asides = path_to(step.loss, follower.calls)
         if not any(id(t) == id(step.loss) for call in self.calls for t in pytree.tensors(call.result)):
             raise NotFollowedError("the loss is not made by torch functions from the model's outputs")
@@ -63,7 +64,7 @@ class Replay(Way):
         """Python numbers that the script has read from the batch, or may have, and what they are with other samples."""
         return self._run(exchange, None).told
 
-    def with_numbers(self, exchange: Exchange, changes: Mapping[tuple[int, int], float]) -> Repeated:
+    def with_numbers(self, exchange: Exchange, changes: Mapping[tuple[int, int | str], Any]) -> Repeated:
         """The repetition with other samples, in which numbers that followed from the samples follow the others.
 
         Args:
@@ -119,7 +120,7 @@ class Replay(Way):
 
     def _check_repeats(self) -> None:
         """The repetition must be the very step: numbers from elsewhere, or a custom ``autograd.Function``, are not seen."""
-        if self._sources and not self._step.deliveries:
+        if (self._sources or self._unknown_form) and not self._step.deliveries:
             raise NotFollowedError("the arguments of the model do not come from the delivered batch by torch functions")
         for call, arguments in zip(self._step.calls, self.base.arguments, strict=True):
             for (_, t), (_, again) in zip(tensors_of((call.args, call.kwargs)), tensors_of(arguments), strict=True):
@@ -134,7 +135,7 @@ class Replay(Way):
 
     # -------------------------------------------------------------- repeating
 
-    def _run(self, exchange: Exchange | None, changes: Mapping[tuple[int, int], float] | None) -> _Ran:
+    def _run(self, exchange: Exchange | None, changes: Mapping[tuple[int, int | str], Any] | None) -> _Ran:
         run = _Run(
             self._step, self._kept, self._sources, self._guessed, exchange, changes or {}, self._told, self._arguments
         )
@@ -157,7 +158,7 @@ class _Run:
     sources: Sources
     guessed: Mapping[int, SampleDim]
     exchange: Exchange | None
-    changes: Mapping[tuple[int, int], float]
+    changes: Mapping[tuple[int, int | str], Any]
     base: Sequence[Told]
     base_arguments: Sequence[Any]
     values: dict[int, Any] = field(default_factory=dict)
@@ -192,6 +193,7 @@ class _Run:
             args = pytree.map_leaves(self._cut, args)
         if self.changes:
             args = tuple(self.changes.get((number, k), a) for k, a in enumerate(args))
+            kwargs = {k: self.changes.get((number, k), v) for k, v in kwargs.items()}
         with ExitStack() as around:
             around.enter_context(torch.set_grad_enabled(call.grad or hooked))
             for device, dtype in call.autocast:
@@ -218,7 +220,7 @@ class _Run:
         before = self.base[number].value if number < len(self.base) else result
         self.told.append(Told(call.place, result, before))
         if isinstance(result, bool) and result != before:
-            raise NotFollowedError(f"it decides by the values of the batch ({line_of(call.place)})")
+            raise DecidesError(f"it decides by the values of the batch ({line_of(call.place)})")
 
     def _bind(self, old: Any, new: Any) -> None:
         if isinstance(old, torch.Tensor) or (

@@ -25,6 +25,10 @@ class NotFollowedError(Exception):
     """A step cannot be repeated; the text says why. Caught where the checks are made."""
 
 
+class DecidesError(NotFollowedError):
+    """With other samples the script would have taken another way."""
+
+
 @dataclass(frozen=True)
 class RealStep:
     """A real step at the moment of ``backward()``.

@@ -10,7 +10,7 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
-from dpfix.errors import CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
 from dpfix.instrument.function_modes import switch_off
 from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
@@ -22,7 +22,7 @@ from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
-from dpfix.training.follow.outside import Outside, kept_from_before
+from dpfix.training.follow.outside import Outside, Strangers, kept_from_before
 from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
@@ -70,6 +70,7 @@ class RealSteps(Check):
         self.needed = engine.audited or engine is UNDECIDED  # the step that decides is followed from its delivery on
         self.agenda = Agenda(following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
+        self._strangers = Strangers()
         self.outside = Outside(tuple(guarded.module.parameters()))
         self._warned, self._unfollowed = False, ""
         self._looked = self._checked = False
@@ -199,6 +200,8 @@ class RealSteps(Check):
                 self._failed = error
                 return
             raise
+        except USER_CODE_ERRORS as error:
+            self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
 
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
@@ -223,6 +226,12 @@ class RealSteps(Check):
             self._look_at_numbers(replay, real)
         self._look_at_lengths(way, replay, real, model)
         calls = replay.calls if replay is not None else path_to(loss, follower.calls)[0]
+        stranger = self._strangers.look(calls, follower)
+        if stranger:
+            line = "an argument of the model" if stranger is True else line_of(stranger)
+            self._not_followed(
+                f"it takes a tensor ({line}) that the loop makes anew in every step by a way that is not seen"
+            )
         at = kept_from_before(calls, follower.earlier)
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
