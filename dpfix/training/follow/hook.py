@@ -16,6 +16,7 @@ class Hook:
 
     @torch.compiler.disable
     def __call__(self, *args: Any) -> None:
+        """The model is called, or has returned."""
         if self._act is not None:
             self._act(*args)
 
