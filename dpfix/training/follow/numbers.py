@@ -80,11 +80,13 @@ class Followed:
         place: where the script computes with it.
         told: the number of the batch that it equals, or is the inverse of.
         changes: what it becomes with other samples, by the number of the call and of the argument.
+        written: whether the script's code has the number itself, so that it can equal one of the batch by chance only.
     """
 
     place: Place
     told: float
     changes: dict[tuple[int, int], float]
+    written: bool
 
 
 def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list[Followed]:
@@ -105,7 +107,8 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
             for before, after in pairs:
                 new = _other(float(value), before, after)
                 if new is not None:
-                    found.append(Followed(call.place, before, {(number, k): new}))
+                    written = value in call.place[0].co_consts
+                    found.append(Followed(call.place, before, {(number, k): new}, written))
                     break
     return found
 
@@ -175,7 +178,8 @@ class NumberWatch:
                     other = replay.with_numbers(exchange, one.changes)
                     if difference(replay.repeat(None), other, step, exchange.keep) is not None:
                         self._followed[key].add(one.told)
-                        found.append(self._suspect(key, one))
+                        suspect = self._suspect(key, one)
+                        found += [suspect] if suspect.sure or not one.written else []
             except NotFollowedError:
                 continue
         found += [Suspect(key[0], sure=False) for key in self._changing(replay, step.samples) if key not in explained]
