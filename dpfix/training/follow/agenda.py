@@ -114,7 +114,8 @@ class Novelty:
             delivery: a delivered batch.
 
         Returns:
-            Pairs of an entry and a label, an extreme, or that values are missing.
+            What entry it is, and a label, an extreme, how large floating values are (-999 marks missing ones), or that values
+            are missing.
         """
         found: set[Any] = set()
         for path, leaf in pytree.leaves(delivery.batch):
@@ -137,7 +138,10 @@ class Novelty:
         if not tensor.numel() or tensor.is_complex():
             return set()
         if tensor.is_floating_point():
-            return set() if math.isfinite(float(tensor.sum())) else {(place, "missing")}
+            ends = [float(end) for end in tensor.aminmax()]
+            if not all(map(math.isfinite, ends)):
+                return {(place, "missing")}
+            return {(place, number, end > 0, math.frexp(end)[1] // 2) for number, end in enumerate(ends)}
         if tensor.numel() > 16 * MOST_VALUES or len(self._values[place]) > MOST_VALUES:
             return {value for end in tensor.aminmax() for value in self._label((place, "extreme"), float(end))}
         return {pair for value in tensor.unique().tolist() for pair in self._label(place, float(value))}

@@ -49,7 +49,8 @@ def _is_number(value: Any) -> bool:
 
 
 def numbers_in(entries: Any) -> list[float]:
-    """Counts of Python numbers: their sum, mean, extremes, how many are not zero, and how many differ, per kind of entry.
+    """Counts of Python numbers: their sum, mean, extremes, how many are not zero, and how many differ, per kind of entry;
+    of texts the length of all, and of the longest.
 
     Args:
         entries: a list with numbers, or with one mapping or tuple per sample.
@@ -58,17 +59,20 @@ def numbers_in(entries: Any) -> list[float]:
         The counts, always equally many for equal structures.
     """
     columns: dict[Any, list[float]] = defaultdict(list)
+    texts: dict[Any, list[float]] = defaultdict(list)
     for entry in entries:
         for path, leaf in pytree.leaves(entry):
             if _is_number(leaf) or isinstance(leaf, bool):
                 columns[path].append(float(leaf))
             elif isinstance(leaf, str):
-                columns[path].append(float(len(leaf)))
+                texts[path].append(float(len(leaf)))
     out: list[float] = []
     for _, column in sorted(columns.items(), key=lambda item: repr(item[0])):
         total = math.fsum(column)
         used = sum(1 for x in column if x)
         out += [total, total / len(column), max(column), min(column), float(used), float(len(set(column)))]
+    for _, column in sorted(texts.items(), key=lambda item: repr(item[0])):
+        out += [math.fsum(column), max(column)]
     return out
 
 
@@ -78,12 +82,14 @@ class Followed:
 
     Attributes:
         place: where the script computes with it.
+        value: the number.
         told: the number of the batch that it equals, or is the inverse of.
         changes: what it becomes with other samples, by the number of the call and of the argument.
         written: whether the script's code has the number itself, so that it can equal one of the batch by chance only.
     """
 
     place: Place
+    value: float
     told: float
     changes: dict[tuple[int, int], float]
     written: bool
@@ -108,7 +114,7 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
                 new = _other(float(value), before, after)
                 if new is not None:
                     written = value in call.place[0].co_consts
-                    found.append(Followed(call.place, before, {(number, k): new}, written))
+                    found.append(Followed(call.place, value, before, {(number, k): new}, written))
                     break
     return found
 
@@ -126,9 +132,10 @@ def _other(value: float, before: float, after: float) -> float | None:
 
 
 def looks_like_a_setting(value: float) -> bool:
-    """Whether a number is one that scripts have as a constant: small, or round."""
-    whole = value == round(value)
-    return whole and (abs(value) <= _FEW or value % 10 == 0 or int(abs(value)).bit_count() == 1)
+    """Whether a number is one that scripts have as a constant: small, round, or with one digit."""
+    if value != round(value):
+        return value == float(f"{value:.1g}")
+    return abs(value) <= _FEW or value % 10 == 0 or int(abs(value)).bit_count() == 1
 
 
 _FEW = 10
@@ -175,9 +182,11 @@ class NumberWatch:
                 for one in that_follow(replay.calls, told):
                     key = (one.place, *(k for _, k in one.changes))
                     explained.add(key)
+                    if _is_the_batch_size(one.value, step.samples):
+                        continue  # another number of the batch that equals it does so by chance
                     other = replay.with_numbers(exchange, one.changes)
                     if difference(replay.repeat(None), other, step, exchange.keep) is not None:
-                        self._followed[key].add(one.told)
+                        self._followed[key].add(one.value)
                         suspect = self._suspect(key, one)
                         found += [suspect] if suspect.sure or not one.written else []
             except NotFollowedError:
@@ -186,7 +195,8 @@ class NumberWatch:
         return next((s for s in found if s.sure), found[0] if found else None)
 
     def _suspect(self, key: Any, one: Followed) -> Suspect:
-        return Suspect(one.place, sure=len(self._followed[key]) > 1 or not looks_like_a_setting(one.told))
+        setting = one.written or looks_like_a_setting(one.told)
+        return Suspect(one.place, sure=len(self._followed[key]) > 1 or not setting)
 
     def _changing(self, replay: Replay, samples: int) -> list[Any]:
         """Numbers that are not those of the steps before, in calls after the script has read a number of this batch."""
@@ -204,6 +214,10 @@ class NumberWatch:
                         out.append((call.place, k))
                     known.add(value)
         return out
+
+
+def _is_the_batch_size(value: float, samples: int) -> bool:
+    return any(math.isclose(x, samples, rel_tol=1e-6) for x in (value, 1 / value))
 
 
 def _of_the_batch_size(value: float, samples: int) -> bool:
