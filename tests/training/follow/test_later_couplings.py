@@ -123,7 +123,7 @@ LATE = (
     Late("branch: largest", branching, branch(lambda h: h / h.abs().amax())),
     Late("label: heavy", always(couplings.on_pairs(couplings.HEAVY)), items=lambda: labelled(couplings.rare)),
     Late("label: ignored", always(couplings.on_pairs(couplings.IGNORE)), items=lambda: labelled(couplings.rare)),
-    Late("label: counted", always(counted), items=lambda: labelled(couplings.rare)),
+    Late("label: counted", counted, items=lambda: labelled(couplings.rare)),
     Late("missing: NaN", always(couplings.on_pairs(couplings.nan_masked)), items=lambda: gaps(float("nan"))),
     Late("missing: -999", always(couplings.on_pairs(couplings.sentinel_masked)), items=lambda: gaps(-999.0)),
     Late("missing: tokens", always(couplings.on_tokens(couplings.CE)), items=couplings.token_items),
