@@ -450,7 +450,7 @@ def later_padded() -> list[Any]:
 
 def with_gaps(value: float) -> list[Any]:
     def target(i: int) -> Tensor:
-        return torch.tensor([3.0, *([3.0] * 4 if i < 11 else [value] * 4)])
+        return torch.tensor([3.0, *([float(i)] * 4 if i < 11 else [value] * 4)])
 
     return in_a_row(target)
 
