@@ -45,8 +45,6 @@ from dpfix.choose import select, timing
 from dpfix.sampling.ledger import Pass
 from dpfix.training.follow.agenda import FIRST
 
-LATER_STEPS = 20
-"""So many later steps per round are made to measure the share of checks."""
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
 
@@ -280,7 +278,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
 def checking(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tuple[float, float]:
     """Wall time of checks in the first steps, and in later ones, as a share of all time of these steps.
 
-    Later steps are so many that some are checked by chance.
+    Later steps are chosen too rarely to wait for them: their share is the probability times the time of a check.
     """
     model, optimizer, loader = training
     vars(loader)["batch_sampler"] = _Drawn(setup.batch_size)
@@ -297,15 +295,21 @@ def checking(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tupl
             spent[0] += time.perf_counter() - start
 
     agenda.check = timed
-    shares = []
-    for steps in (FIRST, LATER_STEPS * rounds):
+
+    def seconds(steps: int) -> float:
         start, spent[0] = time.perf_counter(), 0.0
         for batch in islice(loader, steps):
             optimizer.zero_grad()
             setup.loss(model, batch).backward()
             optimizer.step()
-        shares.append(spent[0] / (time.perf_counter() - start))
-    return shares[0], shares[1]
+        return time.perf_counter() - start
+
+    total = seconds(FIRST)
+    first, chance = spent[0] / total, agenda.chance
+    agenda.due = lambda seen: True
+    step = (seconds(rounds) - spent[0]) / rounds
+    expected = 2 * chance * spent[0] / rounds  # the step after a chosen one is checked, too
+    return first, expected / (step + expected)
 
 
 class _Drawn:
