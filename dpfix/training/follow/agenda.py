@@ -40,7 +40,7 @@ class Agenda:
         self._known: set[Any] = set()
         self._once_more = False
         self._start = time.perf_counter()
-        self._steps, self._tried, self._last = 0, 0, 0.0
+        self._steps, self._tried, self._last, self._spent = 0, 0, 0.0, 0.0
 
     def due(self, seen: set[Any]) -> bool:
         """Whether a step is checked.
@@ -67,7 +67,7 @@ class Agenda:
         """Probability with which a step is checked that is like others: what the share of the time allows."""
         if not self._last:
             return 1.0 if self._share else 0.0
-        step = (time.perf_counter() - self._start) / max(1, self._steps)
+        step = (time.perf_counter() - self._start - self._spent) / max(1, self._steps)  # without checks
         return min(1.0, self._share * step / (2 * self._last))
 
     @contextmanager
@@ -80,6 +80,7 @@ class Agenda:
             self._took(time.perf_counter() - before)
 
     def _took(self, seconds: float) -> None:
+        self._spent += seconds
         self._last = seconds if not self._last else 0.5 * (self._last + seconds)
 
     def passed(self) -> None:
