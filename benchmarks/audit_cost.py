@@ -7,7 +7,8 @@ For a few models, everything in CPU time of the process:
 * the whole ``make_private_safe`` call, and of it what looks and proves (the record of the training step, the isolation,
   the audit of the engine that is chosen, each also on the harder probes), in ordinary, non-private training steps at the
   batch size of the script;
-* the guards' share of a private step: what runs before, after and inside ``optimizer.step()`` besides the engine.
+* the guards' share of a private step: what runs before, after and inside ``optimizer.step()`` besides the engine;
+* the share of training time that checks of real steps take, the first steps and the later ones apart.
 
 Engines that are tried and not chosen, and the timing of those that passed, are part of the whole call only.
 The exit status is 1 if observing and proving costs more than 12 steps, or the guards more than 1 % of a step.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from benchmarks.common.process import cpu_seconds, quiet
 from dpfix import pipeline
 from dpfix.audit import harder
 from dpfix.choose import select, timing
+from dpfix.sampling.ledger import Pass
+from dpfix.training.follow.agenda import FIRST
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -193,6 +197,8 @@ class Cost:
     engine: str
     private: float
     guards: float
+    first_checks: float
+    later_checks: float
 
     @property
     def proofs(self) -> float:
@@ -252,7 +258,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     for number in range(rounds + 1):
         clock = Clock()
         guard.guarded.ledger.start()
-        guard.guarded.ledger.drew(setup.batch_size)
+        Pass(guard.guarded.ledger, delivers=False).drew(setup.batch_size)
         with clock.watching(*engine, *guarding):
 
             def step() -> None:
@@ -269,6 +275,57 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     return statistics.median(total), statistics.median(share)
 
 
+def checking(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tuple[float, float]:
+    """Wall time of checks in the first steps, and in later ones, as a share of all time of these steps.
+
+    Later steps are chosen too rarely to wait for them: their share is the probability times the time of a check.
+    """
+    model, optimizer, loader = training
+    vars(loader)["batch_sampler"] = _Drawn(setup.batch_size)
+    agenda = optimizer.guard.real_steps.agenda
+    spent, check = [0.0], agenda.check
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with check():
+                yield
+        finally:
+            spent[0] += time.perf_counter() - start
+
+    agenda.check = timed
+
+    def seconds(steps: int) -> float:
+        start, spent[0] = time.perf_counter(), 0.0
+        for batch in islice(loader, steps):
+            optimizer.zero_grad()
+            setup.loss(model, batch).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    total = seconds(FIRST)
+    first, chance = spent[0] / total, agenda.chance
+    agenda.due = lambda seen: True
+    step = (seconds(rounds) - spent[0]) / rounds
+    expected = 2 * chance * spent[0] / rounds  # the step after a chosen one is checked, too
+    return first, expected / (step + expected)
+
+
+class _Drawn:
+    """Draws of the nominal size, without end."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield list(range(self.size))
+
+    def __len__(self) -> int:
+        return 2
+
+
 def measure(setup: Setup, rounds: int) -> Cost:
     torch.manual_seed(0)
     step = ordinary_step(setup, rounds)
@@ -278,9 +335,9 @@ def measure(setup: Setup, rounds: int) -> Cost:
     _, parts, training = call(setup, grad_sample_mode=chosen)
     proving = parts.get("try", 0.0) + parts.get("confirm", 0.0)
     private, guarding = private_step(setup, training, rounds)
-    return Cost(
-        step, whole, parts["observe"], parts["isolate"], proving, len(first.report.evidence), chosen, private, guarding
-    )
+    engines = len(first.report.evidence)
+    checks = checking(setup, call(setup, grad_sample_mode=chosen)[2], rounds)
+    return Cost(step, whole, parts["observe"], parts["isolate"], proving, engines, chosen, private, guarding, *checks)
 
 
 def main() -> int:
@@ -292,7 +349,8 @@ def main() -> int:
     quiet()
     lines = tables.head(
         "model", "step, ms", "whole call, steps", "observe", "isolate", "audit", "observe + isolate + audit, steps",
-        "engine", "private step / step", "guards, us", "guards / private step",
+        "engine", "private step / step", "guards, us", "guards / private step", "checks of the first steps",
+        "checks of later steps",
     )  # fmt: skip
     print("\n".join(lines))
     worst, largest = 0.0, 0.0
@@ -313,6 +371,8 @@ def main() -> int:
                 f"{c.private / c.step:.2f}",
                 f"{1e6 * c.guards:.0f}",
                 f"{c.guards / c.private:.2%}",
+                f"{c.first_checks:.0%}",
+                f"{c.later_checks:.1%}",
             )
         )
         print(lines[-1], flush=True)

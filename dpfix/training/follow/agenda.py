@@ -40,7 +40,7 @@ class Agenda:
         self._known: set[Any] = set()
         self._once_more = False
         self._start = time.perf_counter()
-        self._steps, self._tried, self._last = 0, 0, 0.0
+        self._steps, self._tried, self._last, self._spent = 0, 0, 0.0, 0.0
 
     def due(self, seen: set[Any]) -> bool:
         """Whether a step is checked.
@@ -67,7 +67,7 @@ class Agenda:
         """Probability with which a step is checked that is like others: what the share of the time allows."""
         if not self._last:
             return 1.0 if self._share else 0.0
-        step = (time.perf_counter() - self._start) / max(1, self._steps)
+        step = (time.perf_counter() - self._start - self._spent) / max(1, self._steps)  # without checks
         return min(1.0, self._share * step / (2 * self._last))
 
     @contextmanager
@@ -80,6 +80,7 @@ class Agenda:
             self._took(time.perf_counter() - before)
 
     def _took(self, seconds: float) -> None:
+        self._spent += seconds
         self._last = seconds if not self._last else 0.5 * (self._last + seconds)
 
     def passed(self) -> None:
@@ -117,7 +118,8 @@ class Novelty:
             delivery: a delivered batch.
 
         Returns:
-            Pairs of an entry and a label, an extreme, or that values are missing.
+            What entry it is, and a label, an extreme, how large floating values are (-999 marks missing ones), or that values
+            are missing.
         """
         found: set[Any] = set()
         for path, leaf in pytree.leaves(delivery.batch):
@@ -140,7 +142,10 @@ class Novelty:
         if not tensor.numel() or tensor.is_complex():
             return set()
         if tensor.is_floating_point():
-            return set() if math.isfinite(float(tensor.sum())) else {(place, "missing")}
+            ends = [float(end) for end in tensor.aminmax()]
+            if not all(map(math.isfinite, ends)):
+                return {(place, "missing")}
+            return {(place, number, end > 0, math.frexp(end)[1] // 2) for number, end in enumerate(ends)}
         if tensor.numel() > 16 * MOST_VALUES or len(self._values[place]) > MOST_VALUES:
             return {value for end in tensor.aminmax() for value in self._label((place, "extreme"), float(end))}
         return {pair for value in tensor.unique().tolist() for pair in self._label(place, float(value))}

@@ -219,6 +219,7 @@ class ModelCall:
         state: state of torch's generators before it.
         outputs: tensors that it returned and that carry gradient.
         deliveries: the delivered batches that its arguments come from.
+        given: what arguments were that the script has written into since, by identity.
     """
 
     args: Any
@@ -229,6 +230,18 @@ class ModelCall:
     state: Any
     outputs: list[Output] = field(default_factory=list)
     deliveries: set[Any] = field(default_factory=set)
+    given: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> list[tuple[pytree.Path, torch.Tensor]]:
+        """The tensors of its arguments with their paths, as they were when it was called."""
+        found = pytree.leaves((self.args, self.kwargs))
+        return [(path, self.given.get(id(t), t)) for path, t in found if isinstance(t, torch.Tensor)]
+
+    def keep(self, t: torch.Tensor) -> None:
+        """A tensor is about to be written into; if it was an argument, remember what it was."""
+        if id(t) not in self.given and any(t is argument for _, argument in pytree.leaves((self.args, self.kwargs))):
+            self.given[id(t)] = t.detach().clone()
 
 
 def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:

@@ -122,6 +122,7 @@ class Follower(FollowingMode):
     def clear(self) -> None:
         """Forget the calls."""
         self.calls: list[Call | ModelCall] = []
+        self._models: list[ModelCall] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.seen: set[Any] = set()
         self.broken = ""
@@ -148,10 +149,16 @@ class Follower(FollowingMode):
             delivery.draw = draw
             self.deliveries[delivery] = sources
             self.sources.update(sources)
+            self._forget_collation(sources)
             for key in sources:  # a dataset in memory delivers the same tensor again
                 self.earlier.pop(key, None)
             self._marks.append((delivery, len(self.calls)))
         self.resume()
+
+    def _forget_collation(self, sources: dict[int, Source]) -> None:
+        """A batch is what was delivered; how a loader in the script's thread has made it, while it is followed, is not."""
+        last = self._marks[-1][1] if self._marks else 0
+        self.calls[last:] = [c for c in self.calls[last:] if id(c.result) not in sources]
 
     def resume(self) -> None:
         """What follows is written down, in the thread that calls the model."""
@@ -237,6 +244,7 @@ class Follower(FollowingMode):
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
         call.deliveries = self._deliveries_in(args, kwargs)
         self._take(output)
+        self._models.append(call)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
                 self.on_draw(next(iter(call.deliveries)).draw)
@@ -362,6 +370,8 @@ class Follower(FollowingMode):
         for t in pytree.tensors((args[:1], kwargs.get("out"))):
             if id(t) not in self.kept:
                 self.kept[id(t)] = t.detach().clone()
+            for call in self._models:
+                call.keep(t)
 
     # -------------------------------------------------------------- where tensors come from
 

@@ -195,19 +195,19 @@ def other_reduction(way: Way, step: RealStep, mean: bool, calls: Sequence[Call |
     """What a loss is, if it is not what was announced.
 
     Args:
-        way: repeats the step, here with half of the samples.
+        way: repeats the step, here with copies of one sample: a loop may reorder a batch.
         mean: whether a mean over the samples was announced.
         calls: what the loss is made of; empty if the script's own code is repeated.
 
     Returns:
         ``"sum"`` or ``"mean"``; empty if it is what was announced, or cannot be told.
     """
-    if step.outer is not None:
-        return ""  # the script weighs the samples itself
-    n, half = step.samples, tuple(range((step.samples + 1) // 2))
-    base = way.repeat(None)
+    many = (step.samples + 1) // 2
+    few = max(1, many // 2)
+    if few == many or step.outer is not None:
+        return ""  # too few samples, or the script weighs them itself
     try:
-        changed = way.repeat(Exchange(half, 0))
+        base, changed = (way.repeat(Exchange((0,) * copies, 0)) for copies in (many, few))
     except NotFollowedError:
         return ""
     ratios = []
@@ -215,13 +215,13 @@ def other_reduction(way: Way, step: RealStep, mean: bool, calls: Sequence[Call |
         for output, before, after in zip(step.calls[number].outputs, mine, others, strict=True):
             if output.dim is None:
                 continue
-            whole = _norm(Rows.of(output.dim, n).take(before, 0))
-            part = _norm(Rows.of(output.dim, len(half)).take(after, 0))
+            whole = _norm(Rows.of(output.dim, many).take(before, 0))
+            part = _norm(Rows.of(output.dim, few).take(after, 0))
             if whole > 0:
                 ratios.append(part / whole)
-    if not ratios or _divides_by_hand(calls, n):
+    if not ratios or _divides_by_hand(calls, step.samples):
         return ""
-    is_mean = all(abs(r - n / len(half)) < 0.05 * r for r in ratios)
+    is_mean = all(abs(r - many / few) < 0.05 * r for r in ratios)
     is_sum = all(abs(r - 1) < 0.05 for r in ratios)
     return "sum" if is_sum and mean else "mean" if is_mean and not mean else ""
 

@@ -41,13 +41,13 @@ def coupled_model(gap: float, module: str) -> CoupledModelError:
     )
 
 
-def feels_length(gap: float, model: str) -> CoupledModelError:
+def feels_length(gap: float, line: str, model: str) -> CoupledModelError:
     """Padding matters."""
     return CoupledModelError(
         Finding.refusal(
             "DPF041",
-            f"the batch is cut to the length of its longest sample before {model} is called, and one sample's output changes by "
-            f"{gap:.1e} (relative) with that length.",
+            f"the batch is cut to the length of its longest sample{_at(line)} before {model} is called, and one sample's output "
+            f"changes by {gap:.1e} (relative) with that length.",
             "padding is not masked, so that a sample's gradient depends on how long the others are, and clipping per sample "
             "bounds nothing.",
             f"mask the padding (attention_mask, lengths), or pad every sample to one fixed length. {NOTHING_RELEASED}",

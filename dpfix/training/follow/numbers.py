@@ -51,7 +51,7 @@ def _is_number(value: Any) -> bool:
 
 
 def numbers_in(entries: Any) -> list[float]:
-    """Counts of Python numbers: their sum, mean, extremes, how many are not zero, and how many differ, per kind of entry.
+    """Counts of Python numbers: their sum, mean, extremes, how many are not zero, how many differ; of texts, lengths.
 
     Args:
         entries: a list with numbers, or with one mapping or tuple per sample.
@@ -60,15 +60,20 @@ def numbers_in(entries: Any) -> list[float]:
         The counts, always equally many for equal structures.
     """
     columns: dict[Any, list[float]] = defaultdict(list)
+    texts: dict[Any, list[float]] = defaultdict(list)
     for entry in entries:
         for path, leaf in pytree.leaves(entry):
             if _is_number(leaf) or isinstance(leaf, bool):
                 columns[path].append(float(leaf))
+            elif isinstance(leaf, str):
+                texts[path].append(float(len(leaf)))
     out: list[float] = []
     for _, column in sorted(columns.items(), key=lambda item: repr(item[0])):
         total = math.fsum(column)
         used = sum(1 for x in column if x)
         out += [total, total / len(column), max(column), min(column), float(used), float(len(set(column)))]
+    for _, column in sorted(texts.items(), key=lambda item: repr(item[0])):
+        out += [math.fsum(column), max(column)]
     return out
 
 
@@ -78,13 +83,17 @@ class Followed:
 
     Attributes:
         place: where the script computes with it.
+        value: the number.
         told: the number of the batch that it equals, or is the inverse of.
         changes: what it becomes with other samples, by the number of the call and of the argument.
+        written: whether the script's code has the number itself, so that it can equal one of the batch by chance only.
     """
 
     place: Place
+    value: float
     told: float
     changes: dict[tuple[int, int | str], Any]
+    written: bool
 
 
 def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list[Followed]:
@@ -109,7 +118,8 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
             for k, value in numbers_of(call):
                 told_number, new = _followed(value, pairs)
                 if told_number is not None:
-                    found.append(Followed(call.place, told_number, {(number, k): new}))
+                    written = not isinstance(value, list) and value in call.place[0].co_consts
+                    found.append(Followed(call.place, value, told_number, {(number, k): new}, written))
     return found
 
 
@@ -167,8 +177,10 @@ def looks_small(value: float) -> bool:
 
 
 def looks_like_a_setting(value: float) -> bool:
-    """Whether a number is one that scripts have as a constant: small, or round."""
-    return looks_small(value) or (value == round(value) and (value % 10 == 0 or int(abs(value)).bit_count() == 1))
+    """Whether a number is one that scripts have as a constant: small, round, or with one digit."""
+    if value != round(value):
+        return value == float(f"{value:.1g}")
+    return looks_small(value) or value % 10 == 0 or int(abs(value)).bit_count() == 1
 
 
 _FEW = 10
@@ -215,17 +227,21 @@ class NumberWatch:
                 for one in that_follow(replay.calls, told):
                     key = (one.place, *(k for _, k in one.changes))
                     explained.add(key)
+                    if _is_the_batch_size(one.value, step.samples):
+                        continue  # another number of the batch that equals it does so by chance
                     other = replay.with_numbers(exchange, one.changes)
                     if difference(replay.repeat(None), other, step, exchange.keep) is not None:
-                        self._followed[key].add(one.told)
-                        found.append(self._suspect(key, one))
+                        self._followed[key].add(one.value)
+                        suspect = self._suspect(key, one)
+                        found += [suspect] if suspect.sure or not one.written else []
             except NotFollowedError:
                 continue
         found += [Suspect(key[0], sure=False) for key in self._changing(replay, step.samples) if key not in explained]
         return next((s for s in found if s.sure), found[0] if found else None)
 
     def _suspect(self, key: Any, one: Followed) -> Suspect:
-        return Suspect(one.place, sure=len(self._followed[key]) > 1 or not looks_like_a_setting(one.told))
+        setting = one.written or looks_like_a_setting(one.told)
+        return Suspect(one.place, sure=len(self._followed[key]) > 1 or not setting)
 
     def _changing(self, replay: Replay, samples: int) -> list[Any]:
         """Numbers that are not those of the steps before, in calls after the script has read a number of this batch."""
@@ -243,6 +259,10 @@ class NumberWatch:
                         out.append((call.place, k))
                     known.add(value)
         return out
+
+
+def _is_the_batch_size(value: float, samples: int) -> bool:
+    return any(math.isclose(x, samples, rel_tol=1e-6) for x in (value, 1 / value))
 
 
 def _of_the_batch_size(value: float, samples: int) -> bool:

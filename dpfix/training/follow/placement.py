@@ -56,13 +56,16 @@ def placement(base: Any, other: Any, layout: CallLayout, samples: int, exchange:
     if len(found) > 2 or not all(row in before for row in found):
         return None  # a row has noise of its own, or holds what was computed from several
     if len(found) == 2 and set(found.values()) != {wanted, samples - wanted}:
-        raise ForeignBatchError(
-            "the loop hands samples of the batch to the model several times.",
-            "Such a sample would be clipped and released once for every row.",
-            "Train on the batches of the returned data_loader as they are; pass "
-            "augmentation=dpfix.AugmentationMultiplicity(...) to make_private_safe for several views of a sample.",
-            path="data_loader",
-        )
+        times = Counter(before)
+        if any(times[mine] > 1 and mine != now for mine, now in zip(before, after, strict=True)):
+            raise ForeignBatchError(
+                "the loop hands samples of the batch to the model several times.",
+                "Such a sample would be clipped and released once for every row.",
+                "Train on the batches of the returned data_loader as they are; pass "
+                "augmentation=dpfix.AugmentationMultiplicity(...) to make_private_safe for several views of a sample.",
+                path="data_loader",
+            )
+        return None  # rows that were dropped by chance, or are equal for another reason, stay as they are
     if len(found) == 1 and before[exchange.keep] == after[exchange.keep]:
         return None  # two equal samples
     mine = [row for row, times in found.items() if times == wanted]

@@ -123,8 +123,8 @@ class Replay(Way):
         if (self._sources or self._unknown_form) and not self._step.deliveries:
             raise NotFollowedError("the arguments of the model do not come from the delivered batch by torch functions")
         for call, arguments in zip(self._step.calls, self.base.arguments, strict=True):
-            for (_, t), (_, again) in zip(tensors_of((call.args, call.kwargs)), tensors_of(arguments), strict=True):
-                if not close(again.detach(), self._kept.get(id(t), t).detach()):
+            for (_, t), (_, again) in zip(call.arguments, tensors_of(arguments), strict=True):
+                if not close(again.detach(), t.detach()):
                     raise NotFollowedError("the arguments of the model are not made by torch functions from the batch")
         for real, again in zip(self._step.gradients, self.base.gradients, strict=True):
             for a, b in zip(real, again, strict=True):
@@ -252,6 +252,8 @@ class _Run:
                 value = leaf
             self.values[id(t)] = value.clone()  # the loop may write into it
         if call in self.step.calls:
+            if self.kept:  # the loop may write into them later
+                arguments = pytree.map_leaves(lambda _, t: t.clone() if isinstance(t, torch.Tensor) else t, arguments)
             self.arguments.append(arguments)
             self.leaves.append(leaves)
 

@@ -55,7 +55,7 @@ class ToldStep(Way):
 
     def _is_the_loops(self) -> bool:
         for call, arguments in zip(self._real.calls, self._base.arguments, strict=True):
-            mine, loops = tensors_of(arguments), tensors_of((call.args, call.kwargs))
+            mine, loops = tensors_of(arguments), call.arguments
             if len(mine) != len(loops) or not all(
                 close(a.detach(), b.detach()) for (_, a), (_, b) in zip(mine, loops, strict=True)
             ):

@@ -294,7 +294,9 @@ class RealSteps(Check):
             except NotFollowedError:
                 continue
             if other_shapes(real, arguments) and (gap := model.feels_length(exchange, arguments)):
-                raise messages.feels_length(gap, self._guarded.name)
+                call = real.calls[0]
+                line = "" if replay is None else replay.line_of_argument(call, call.arguments[0][0])
+                raise messages.feels_length(gap, line, self._guarded.name)
 
     def _not_followed(self, why: str) -> None:
         self._unfollowed = self._unfollowed or why
