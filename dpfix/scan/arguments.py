@@ -77,7 +77,7 @@ def check_values(
     """
     _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
     mode = performance.grad_sample_mode
-    _check_choice("grad_sample_mode", mode, MODES, _GHOST if str(mode).startswith("ghost") else "")
+    _check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
     _check_choice("norm", privacy.norm, NORMS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:
