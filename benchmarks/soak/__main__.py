@@ -26,7 +26,8 @@ SIZES: dict[str, tuple[int, int, str]] = {
     "interrupts": (300, 12, "interrupts of the call"),
     "kills": (12, 3, "kills while saving"),
     "noise-steps": (400, 50, "steps whose noise is looked at, for each engine and clipping"),
-    "trainings": (1000, 150, "trainings with the canary, and as many without it"),
+    "trainings": (1000, 50, "trainings with the canary, and as many without it"),
+    "opacus-trainings": (1000, 500, "the same with plain Opacus"),
 }
 """Full size, quick size, and what it counts."""
 
@@ -52,7 +53,7 @@ def parts(sizes: dict[str, int], seed: int) -> dict[str, Callable[[], Part]]:
         "kills": functools.partial(files.kills, sizes["kills"]),
         "files": files.hostile,
         "noise": functools.partial(noise.measure, sizes["noise-steps"]),
-        "canary": functools.partial(canary.measure, sizes["trainings"]),
+        "canary": functools.partial(canary.measure, sizes["trainings"], sizes["opacus-trainings"]),
     }
 
 

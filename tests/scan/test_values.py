@@ -143,6 +143,12 @@ def test_objects_of_another_kind_are_refused(name: str, value: Any) -> None:
             call(**given)
 
 
+@pytest.mark.parametrize("name", ["loss_reduction", "grad_sample_mode", "norm", "clipping"])
+def test_a_choice_that_cannot_be_shown_is_refused(name: str) -> None:
+    with pytest.raises(dpfix.ArgumentError, match=f"{name}=a Unfinished that cannot be shown"):
+        dpfix.make_private_safe(**setting(**{name: Unfinished()}))
+
+
 def test_an_engine_whose_accountant_was_taken_away_is_refused() -> None:
     engine = PrivacyEngine()
     engine.accountant = None
