@@ -26,8 +26,9 @@ ITEMS, BATCH = 64, 2
 """Samples, and the expected size of a batch: 13 % of the draws are empty."""
 WARM = 1000
 """Steps after which nothing may grow any more."""
-LARGEST_GROWTH = 16
-"""MiB of resident memory that the steps after those may add: what the allocator keeps, far below 1 KiB a step."""
+LARGEST_GROWTH = 64
+"""MiB of resident memory that the steps after those may add: what the allocator keeps, and the fingerprints of the noise, of
+which 200,000 are kept (some 200 bytes each with their place in a dictionary), one for each parameter and step."""
 
 
 def _images(*shape: int) -> list[Any]:
