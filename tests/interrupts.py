@@ -106,14 +106,14 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(key for key in before.keys() | after.keys() if before.get(key, "none") != after.get(key, "none"))
 
 
-def spread(lines: list[int], parts: int, seed: int = 0) -> Iterator[int]:
+def spread(lines: list[int], parts: int, seed: int = 0, last: int = 10) -> Iterator[int]:
     """Some of the lines of a run: one in each of so many parts of equal length, and the last ones."""
     draw, total = torch.Generator().manual_seed(seed), len(lines)
     for part in range(parts):
         low, high = part * total // parts, (part + 1) * total // parts
         if high > low:
             yield lines[low + int(torch.randint(high - low, (), generator=draw))]
-    yield from lines[-10:]
+    yield from lines[len(lines) - last :]
 
 
 def in_thread(act: Callable[[], Any]) -> threading.Thread:

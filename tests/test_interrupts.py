@@ -67,21 +67,30 @@ def call(given: dict[str, Any]) -> Any:
         return dpfix.make_private_safe(**given)
 
 
-def check(name: str, engine: str, parts: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+def interrupted(
+    name: str, engine: str, parts: int, error: type[BaseException], seed: int = 0, last: int = 10
+) -> tuple[int, dict[str, list[str]], dict[str, Any]]:
+    """How many interrupts came out of calls, what they left and where, and arguments that were interrupted."""
     total = lines_of(lambda: call(arguments(name, engine)))
     given = arguments(name, engine)
     before = fingerprint(given)
-    left = {}
-    for at in spread(total, parts):
+    came, left = 0, {}
+    for at in spread(total, parts, seed, last):
         lines = Lines(at, error)
-        if not lines.run(partial(call, given)):
+        came += (stopped := lines.run(partial(call, given)))
+        if not stopped:
             given = arguments(name, engine)  # a shorter run: timing decides how long it is
             before = fingerprint(given)
         elif found := differences(before, fingerprint(given)):
             left[lines.place] = found[:3]
             given = arguments(name, engine)
             before = fingerprint(given)
-    assert not left
+    return came, left, given
+
+
+def check(name: str, engine: str, parts: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    came, left, given = interrupted(name, engine, parts, error)
+    assert came and not left
     assert train(call(given), 2) == 2
 
 

@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 import dpfix
 from dpfix.scan.values import shown
 from tests.cases import mlp
-from tests.helpers import assert_same_generators, generator_states, points, setting, sgd
+from tests.helpers import generator_states, points, same_generators, setting, sgd
 
 BOOLEANS = ("poisson_sampling", "batch_first", "wrap_model", "rand_on_empty", "no_grad_regions", "cache")
 ADAPTIVE = {
@@ -142,6 +143,12 @@ def test_objects_of_another_kind_are_refused(name: str, value: Any) -> None:
             call(**given)
 
 
+@pytest.mark.parametrize("name", ["loss_reduction", "grad_sample_mode", "norm", "clipping"])
+def test_a_choice_that_cannot_be_shown_is_refused(name: str) -> None:
+    with pytest.raises(dpfix.ArgumentError, match=f"{name}=a Unfinished that cannot be shown"):
+        dpfix.make_private_safe(**setting(**{name: Unfinished()}))
+
+
 def test_an_engine_whose_accountant_was_taken_away_is_refused() -> None:
     engine = PrivacyEngine()
     engine.accountant = None
@@ -178,9 +185,17 @@ OF_ONE_CALL = {
 }  # fmt: skip
 
 
-def fuzzed(calls: int, seed: int) -> tuple[list[str], int]:
-    """What was neither a success nor a refusal that leaves everything alone; and the number of successes."""
-    draw, wrong, successes = random.Random(seed), [], 0
+@dataclass
+class Fuzzed:
+    """What came of calls at random: successes, errors that are none of dpfix's, refusals that left a trace."""
+
+    successes: int = 0
+    raw: list[str] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
+
+
+def fuzzed(calls: int, seed: int) -> Fuzzed:
+    draw, found = random.Random(seed), Fuzzed()
     for number in range(calls):
         call = draw.choice(list(OF_ONE_CALL))
         given = setting(grad_sample_mode="bookkeeping", cache=False)
@@ -195,15 +210,14 @@ def fuzzed(calls: int, seed: int) -> tuple[list[str], int]:
         before = state_of(model, optimizer, loader), generator_states()
         try:
             call(**given)
-            successes += 1
+            found.successes += 1
         except dpfix.DPFixError:
-            if not equal(before[0], state_of(model, optimizer, loader)):
-                wrong.append(f"{number}: {call.__name__} with {names}: refused, and something changed")
-            assert_same_generators(before[1])
+            if not equal(before[0], state_of(model, optimizer, loader)) or not same_generators(before[1]):
+                found.traces.append(f"{number}: {call.__name__} with {names}: refused, and something changed")
         except Exception as error:  # noqa: BLE001 -- none of these may come
             told = {name: shown(given[name]) for name in names}
-            wrong.append(f"{number}: {call.__name__} with {told}: {type(error).__name__}: {str(error)[:100]}")
-    return wrong, successes
+            found.raw.append(f"{number}: {call.__name__} with {told}: {type(error).__name__}: {str(error)[:100]}")
+    return found
 
 
 def setting_objects(given: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -242,9 +256,10 @@ def equal(one: Any, other: Any) -> bool:
 def check_fuzzed(calls: int, seed: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrong, successes = fuzzed(calls, seed)
+        found = fuzzed(calls, seed)
+    wrong = found.raw + found.traces
     assert not wrong, f"{len(wrong)} of {calls}:\n" + "\n".join(wrong)
-    assert calls / 50 < successes < calls / 2, "values that pass and values that do not have to be among them"
+    assert calls / 50 < found.successes < calls / 2, "values that pass and values that do not have to be among them"
 
 
 def test_calls_with_values_at_random_succeed_or_are_refused() -> None:
