@@ -31,6 +31,7 @@ from dpfix.scan.arguments import (
     check_augmentation,
     check_budget,
     check_delta,
+    check_functions,
     check_names,
     check_objects,
     check_randomness,
@@ -383,6 +384,7 @@ def _checked(
 ) -> tuple[Request, dict[str, Any]]:
     """The request with plain values, and plain further options of Opacus's optimizers."""
     check_objects(request.module, request.optimizer, request.data_loader, engine)
+    check_functions(request.criterion, request.training_step)
     request = replace(
         request, privacy=plain_privacy(request.privacy), performance=plain_performance(request.performance)
     )

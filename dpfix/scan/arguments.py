@@ -64,6 +64,21 @@ def check_objects(module: Any, optimizer: Any, data_loader: Any, privacy_engine:
         )
 
 
+def check_functions(criterion: Any, training_step: Any) -> None:
+    """What computes the loss has to be callable.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    for name, value in (("criterion", criterion), ("training_step", training_step)):
+        if value is not None and not callable(value):
+            raise ArgumentError(
+                f"{name} is {type(value).__name__}, which cannot be called.",
+                help=f"Pass the function or module that computes the loss, or leave {name} out.",
+                path=name,
+            )
+
+
 def check_values(
     privacy: PrivacyOptions, performance: PerformanceOptions, module: nn.Module, noise_multiplier: Any
 ) -> None:
