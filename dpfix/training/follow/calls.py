@@ -150,6 +150,20 @@ TELL_NOTHING = frozenset([
 """Functions that give shapes, types and the like; they are not written down unless they give a tensor."""
 
 
+MAKES = frozenset({"tensor", "as_tensor", "full", "scalar_tensor"})
+"""Functions that make tensors of Python numbers."""
+LENGTHS = frozenset({"__len__", "numel", "size", "__get__", "nelement"})
+"""Functions that give lengths and shapes."""
+SELECTS = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
+"""Functions whose result is as long as a batch has elements of some kind."""
+
+
+def selects(name: str, args: Any) -> bool:
+    """Whether the length of what a function gives depends on the values that it is given."""
+    masks = (part for part in parts_of(args[1:]) if isinstance(part, torch.Tensor)) if name == "__getitem__" else ()
+    return name in SELECTS or any(mask.dtype is torch.bool for mask in masks)
+
+
 def writes(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function of that name writes into its first argument, or into ``out``."""
     return (name.endswith("_") and not name.endswith("__")) or name in {"__setitem__", "__set__"} or "out" in kwargs
@@ -327,3 +341,8 @@ def line_of(place: Place) -> str:
         return ""
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
     return f"{code.co_filename.rpartition('/')[2]}:{line}"
+
+
+def overwrites(call: Call | ModelCall) -> bool:
+    """Whether a call writes into its first argument, or into ``out``."""
+    return isinstance(call, Call) and writes(call.name, call.kwargs)

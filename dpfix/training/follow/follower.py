@@ -22,6 +22,8 @@ from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
+    LENGTHS,
+    MAKES,
     RANDOM,
     TELL_NOTHING,
     Call,
@@ -29,7 +31,9 @@ from dpfix.training.follow.calls import (
     Output,
     autocast_regions,
     graph_edges,
+    overwrites,
     parts_of,
+    selects,
     users_place,
     writes,
 )
@@ -214,7 +218,7 @@ class Follower(FollowingMode):
         self.clear()
         self.calls = left
         for call in left:
-            self._take((call.result, call.args[:1]) if _overwrites(call) else call.result)
+            self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
         if waiting:
             self.resume()
         else:
@@ -222,7 +226,7 @@ class Follower(FollowingMode):
 
     def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
-        made = pytree.tensors((call.result, call.args[:1])) if _overwrites(call) else pytree.tensors(call.result)
+        made = pytree.tensors((call.result, call.args[:1])) if overwrites(call) else pytree.tensors(call.result)
         self.earlier |= {id(t): ref(t) for t in made if origin.get(id(t)) or isinstance(call, ModelCall)}
 
     # -------------------------------------------------------------- the model
@@ -301,7 +305,7 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in _MAKES and (self._lists or self._read)):
+        if not self._takes(args, kwargs) and not (name in MAKES and (self._lists or self._read)):
             return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
         if writes(name, kwargs):
             self._keep(args, kwargs)
@@ -312,9 +316,9 @@ class Follower(FollowingMode):
         finally:
             self.paused = False
         if name in TELL_NOTHING and not isinstance(result, torch.Tensor):
-            if name not in _LENGTHS or not isinstance(result, (int, tuple)) or id(args[0]) not in self._data_shaped:
+            if name not in LENGTHS or not isinstance(result, (int, tuple)) or id(args[0]) not in self._data_shaped:
                 return result
-        elif name in _DATA_SHAPED or (name == "__getitem__" and _by_mask(args)):
+        elif selects(name, args):
             self._data_shaped |= {id(t) for t in pytree.tensors(result)}
         self._read |= not isinstance(result, torch.Tensor)
         place = users_place(frame)
@@ -383,7 +387,7 @@ class Follower(FollowingMode):
             from_ = self._of(call, found)
             if not from_:
                 continue
-            for t in pytree.tensors((call.result, call.args[:1]) if _overwrites(call) else call.result):
+            for t in pytree.tensors((call.result, call.args[:1]) if overwrites(call) else call.result):
                 found[id(t)] = found.get(id(t), nothing) | from_
         return found
 
@@ -395,14 +399,3 @@ class Follower(FollowingMode):
 
 
 _NUMBERS = (int, float)
-_MAKES = frozenset({"tensor", "as_tensor", "full", "scalar_tensor"})
-_LENGTHS = frozenset({"__len__", "numel", "size", "__get__", "nelement"})
-_DATA_SHAPED = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
-
-
-def _by_mask(args: Any) -> bool:
-    return any(isinstance(part, torch.Tensor) and part.dtype is torch.bool for part in parts_of(args[1:]))
-
-
-def _overwrites(call: Call | ModelCall) -> bool:
-    return isinstance(call, Call) and writes(call.name, call.kwargs)

@@ -12,9 +12,8 @@ class Hook:
     """A hook that does nothing in a copy of the model, or a pickled one: only the model itself is followed."""
 
     def __init__(self, act: Callable[..., None] | None = None) -> None:
-        self._act = act
+        self._act: Any = None if act is None else torch.compiler.disable(act)
 
-    @torch.compiler.disable
     def __call__(self, *args: Any) -> None:
         """The model is called, or has returned."""
         if self._act is not None:

@@ -118,8 +118,9 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
             for k, value in numbers_of(call):
                 told_number, new = _followed(value, pairs)
                 if told_number is not None:
-                    written = not isinstance(value, list) and value in call.place[0].co_consts
-                    found.append(Followed(call.place, value, told_number, {(number, k): new}, written))
+                    written = value in call.place[0].co_consts
+                    one = told_number if isinstance(value, list) else value
+                    found.append(Followed(call.place, one, told_number, {(number, k): new}, written))
     return found
 
 
