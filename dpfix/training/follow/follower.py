@@ -328,7 +328,7 @@ class Follower(FollowingMode):
         self._take(result)
         if writes(name, kwargs):
             self._take((args[:1], kwargs.get("out")))
-        zeros = tuple(a == 0 for a in args if type(a) in _NUMBERS) if name in ARITHMETIC else ()
+        zeros = tuple(a == 0 for a in args if type(a) in (int, float)) if name in ARITHMETIC else ()
         self.seen.add((place, name, zeros))
         if len(self.calls) >= MOST_CALLS or self._held > MOST_BYTES:
             self.clear()
@@ -396,6 +396,3 @@ class Follower(FollowingMode):
         for part in parts_of((call.args, call.kwargs)):
             from_ |= found.get(id(part), from_)
         return from_
-
-
-_NUMBERS = (int, float)
