@@ -21,6 +21,8 @@ from tests.reference import clipped_sum, gradients_one_by_one
 DRAW = [0, 3, 4, 9]
 CLIP = 0.2
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*draw.*of the data_loader were skipped:dpfix.DPFixWarning")
+
 
 class Model(nn.Module):
     """A layer that is used twice, one that is used once, parameters that no layer owns."""

@@ -77,7 +77,7 @@ def _compare(
             if len(grown) == 1 and more.shape[grown[0]] * _COPIES[1] == fewer.shape[grown[0]] * _COPIES[0]:
                 tensors[path] = SampleDim(grown[0], more.shape[grown[0]] // _COPIES[0])
         return
-    one, other = pytree.children(more), pytree.children(fewer)
+    one, other = _children(more), _children(fewer)
     if one is None or other is None:
         return
     if (len(one), len(other)) == _COPIES and isinstance(more, (list, tuple)):
@@ -89,9 +89,18 @@ def _compare(
             _compare(part, parts[key], (*path, key), tensors, lists)
 
 
+def _children(tree: Any) -> list[tuple[object, Any]] | None:
+    """The direct parts of a container, or the attributes of an object that a collate function makes."""
+    parts = pytree.children(tree)
+    if parts is not None or isinstance(tree, (torch.Tensor, np.ndarray)):
+        return parts
+    attributes = getattr(tree, "__dict__", None)
+    return list(attributes.items()) if isinstance(attributes, dict) and not isinstance(tree, type) else None
+
+
 def _at(tree: Any, path: pytree.Path) -> Any:
     for key in path:
-        found = dict(pytree.children(tree) or ())
+        found = dict(_children(tree) or ())
         if key not in found:
             return None
         tree = found[key]
@@ -156,6 +165,11 @@ class Exchange:
             return self.entries(tree)
         if path in layout.tensors:
             return self.leaf(tree, Rows.of(layout.tensors[path], samples))
+        if pytree.children(tree) is None and _children(tree):
+            other = copy.copy(tree)
+            for key, part in _children(tree) or ():
+                setattr(other, str(key), self._tree(part, layout, samples, (*path, key)))
+            return other
         return pytree.map_children(lambda key, part: self._tree(part, layout, samples, (*path, key)), tree)
 
 
@@ -260,7 +274,11 @@ def delivered(batch: Any, layout: BatchLayout) -> tuple[Delivery, dict[int, Sour
 
 
 def _weakly(leaf: Any) -> Any:
-    return ref(leaf) if isinstance(leaf, (torch.Tensor, np.ndarray)) else leaf
+    return ref(leaf) if isinstance(leaf, (torch.Tensor, np.ndarray)) or (_children(leaf) and _has_refs(leaf)) else leaf
+
+
+def _has_refs(thing: Any) -> bool:
+    return type(thing).__weakrefoffset__ != 0
 
 
 def _register(
@@ -276,5 +294,5 @@ def _register(
     if isinstance(tree, (torch.Tensor, np.ndarray)):
         sources[id(tree)] = Source(delivery, ref(tree), layout.tensors.get(path))
         return
-    for key, part in pytree.children(tree) or ():
+    for key, part in _children(tree) or ():
         _register(part, layout, (*path, key), delivery, sources)
