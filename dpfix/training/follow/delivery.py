@@ -18,6 +18,8 @@ from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe.probe import Probe
 
 _COPIES = (3, 2)
+_DEEP = 8
+"""Nested containers that are looked into; an object may refer to itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _compare(
                 tensors[path] = SampleDim(grown[0], more.shape[grown[0]] // _COPIES[0])
         return
     one, other = _children(more), _children(fewer)
-    if one is None or other is None:
+    if one is None or other is None or len(path) > _DEEP:
         return
     if (len(one), len(other)) == _COPIES and isinstance(more, (list, tuple)):
         lists.add(path)
@@ -294,5 +296,5 @@ def _register(
     if isinstance(tree, (torch.Tensor, np.ndarray)):
         sources[id(tree)] = Source(delivery, ref(tree), layout.tensors.get(path))
         return
-    for key, part in _children(tree) or ():
+    for key, part in (_children(tree) or ()) if len(path) <= _DEEP else ():
         _register(part, layout, (*path, key), delivery, sources)

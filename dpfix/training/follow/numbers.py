@@ -263,8 +263,17 @@ class NumberWatch:
 
 
 def _is_the_batch_size(value: float, samples: int) -> bool:
-    return any(math.isclose(x, samples, rel_tol=1e-6) for x in (value, 1 / value))
+    return any(math.isclose(x, samples, rel_tol=1e-6) for x in _with_inverse(value))
 
 
 def _of_the_batch_size(value: float, samples: int) -> bool:
-    return any(abs(x / samples - round(x / samples)) < 1e-6 for x in (value, 1 / value) if abs(x) >= samples)
+    return any(abs(x / samples - round(x / samples)) < 1e-6 for x in _with_inverse(value) if abs(x) >= samples)
+
+
+def _with_inverse(value: float) -> tuple[float, ...]:
+    if not math.isfinite(value) or abs(value) < _TINY:
+        return ()
+    return value, 1 / value
+
+
+_TINY = 1e-12
