@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.common.libraries import Step
+from dpfix.distributed import new_seed
 from dpfix.sampling.poisson import PoissonSampler
 from dpfix.sampling.randomness import Stream
 
@@ -108,10 +109,12 @@ def drawn_after(loader: DataLoader[Any], seed: int) -> Sequence[Sequence[int]]:
     """
     sampler, generator = loader.batch_sampler, loader.generator
     if isinstance(sampler, PoissonSampler):
-        sampler.source = Stream((seed,))
-        drawn = list(sampler)
-        sampler.source = Stream((seed,))
-        return drawn
+        sampler.source = Stream((seed,))  # a pass over the sampler itself would be recorded as draws of the training
+        numbers = Stream((seed,))
+        if sampler.ledger.position.reproducible:
+            numbers = Stream((new_seed(numbers.generator()),))
+        chosen = (numbers.uniform(sampler.num_samples) < sampler.sample_rate for _ in range(sampler.steps))
+        return [sampler.indices[rows].tolist() for rows in chosen]
     generator.manual_seed(seed)
     torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws a seed for its workers
     drawn = list(sampler)

@@ -161,6 +161,7 @@ def test_privacy_does_not_depend_on_the_views() -> None:
     assert many.report.settings["views per sample"] == "8"
 
 
+@pytest.mark.filterwarnings("ignore:.*draw.*of the data_loader were skipped:dpfix.DPFixWarning")
 @pytest.mark.parametrize("engine", OWN)
 def test_one_person_moves_the_sum_by_at_most_the_clip_norm(engine: str) -> None:
     model, data = made("convolution")
