@@ -106,12 +106,7 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
     Returns:
         One entry per number.
     """
-    pairs = {
-        pair
-        for one in told
-        for pair in one.numbers
-        if all(map(math.isfinite, pair)) and not (one.place is None and looks_small(pair[0]))
-    }
+    pairs = {pair for one in told for pair in one.numbers if all(map(math.isfinite, pair))}
     found = []
     for number, call in enumerate(calls):
         if isinstance(call, Call):
