@@ -113,7 +113,8 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
             for k, value in numbers_of(call):
                 told_number, new = _followed(value, pairs)
                 if told_number is not None:
-                    written = value in call.place[0].co_consts
+                    consts = call.place[0].co_consts
+                    written = (tuple(value) if isinstance(value, (list, tuple)) else value) in consts
                     one = told_number if isinstance(value, list) else value
                     found.append(Followed(call.place, one, told_number, {(number, k): new}, written))
     return found
