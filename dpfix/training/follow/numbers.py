@@ -115,7 +115,7 @@ def that_follow(calls: Sequence[Call | ModelCall], told: Sequence[Told]) -> list
                 if told_number is not None:
                     consts = call.place[0].co_consts
                     written = (tuple(value) if isinstance(value, (list, tuple)) else value) in consts
-                    one = told_number if isinstance(value, list) else value
+                    one = told_number if isinstance(value, (list, tuple)) else value
                     found.append(Followed(call.place, one, told_number, {(number, k): new}, written))
     return found
 
