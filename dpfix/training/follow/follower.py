@@ -243,12 +243,13 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
+        if not grad and not self._was_on:
+            return  # an evaluation, of which nothing is held
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
         call.deliveries = self._deliveries_in(args, kwargs)
         self._take(output)
-        self._models.append(call)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
                 self.on_draw(next(iter(call.deliveries)).draw)
@@ -257,11 +258,9 @@ class Follower(FollowingMode):
                 if isinstance(t, torch.Tensor) and t.requires_grad:
                     call.outputs.append(Output(t, get_gradient_edge(t), dims.get(path), t._version))
             self.seen |= graph_edges([o.edge.node for o in call.outputs])
-            self.calls.append(call)
-            self.resume()
-        elif self._was_on:
-            self.calls.append(call)
-            self.resume()
+        self.calls.append(call)
+        self._models.append(call)
+        self.resume()
 
     @staticmethod
     def _samples(layout: CallLayout, module: nn.Module, args: Any, kwargs: Any) -> int:
