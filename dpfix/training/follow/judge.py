@@ -26,7 +26,7 @@ from dpfix.training.follow.step import (
     tensors_of,
 )
 
-SAMPLES = 3
+SAMPLES = 6
 """Samples that are looked at in one check."""
 
 _SMALL = 1e-4
