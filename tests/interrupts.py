@@ -24,10 +24,11 @@ class Lines:
     Args:
         at: the number of the line at which the interrupt comes; 0 for none.
         error: what comes there.
+        within: the file whose lines count; all of dpfix without.
     """
 
-    def __init__(self, at: int = 0, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.at, self.error = at, error
+    def __init__(self, at: int = 0, error: type[BaseException] = KeyboardInterrupt, within: str = "") -> None:
+        self.at, self.error, self.within = at, error, within
         self.count, self.place = 0, ""
         self.last: dict[tuple[str, int], int] = {}
 
@@ -44,7 +45,8 @@ class Lines:
         return False
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(ROOT) else None
+        name = frame.f_code.co_filename
+        return self._line if name.startswith(ROOT) and name.endswith(self.within) else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
@@ -86,6 +88,7 @@ def fingerprint(given: Mapping[str, Any]) -> dict[str, Any]:
     seen["generators"] = (python, numpy[1].tolist(), numpy[2:], tuple(cpu.tolist()))
     seen["modes"] = (
         torch.is_grad_enabled(), torch.overrides._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
+        torch.get_default_dtype(),
     )  # fmt: skip
     return seen
 

@@ -105,6 +105,30 @@ def test_whatever_the_engine(engine: str) -> None:
     check("layers", engine, 6)
 
 
+PRECISION = "double_precision.py"
+"""The lines that switch the precision in which torch creates tensors, among others."""
+
+
+def test_an_interrupt_while_the_precision_is_switched() -> None:
+    given = arguments("layers")
+    before = fingerprint(given)
+    for at in range(1, 12):
+        assert (lines := Lines(at, within=PRECISION)).run(partial(call, given)), lines.place
+        assert not differences(before, fingerprint(given)), lines.place
+
+
+def test_an_interrupt_while_the_precision_is_switched_in_the_first_step() -> None:
+    for at in range(1, 12):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        loader = DataLoader([{"a": x, "b": y} for x, y in points()], batch_size=8)
+        model, _, loader = dpfix.make_private_safe(**setting(model, data_loader=loader, noise_multiplier=0.0))
+        x = next(iter(loader))["a"]
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert (lines := Lines(at, within=PRECISION)).run(partial(model, x)), lines.place
+        assert torch.get_default_dtype() is torch.float32, lines.place
+        assert torch.overrides._get_current_function_mode_stack() == modes and not torch._C._len_torch_dispatch_stack()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "bookkeeping", "hooks"])
 @pytest.mark.parametrize("name", MODELS)

@@ -43,7 +43,7 @@ class Memento:
 
     def __init__(self, *roots: Any, values: bool = True) -> None:
         self._generators = GeneratorStates.now()
-        self._modes = _Modes()
+        self._modes = Modes()
         self._values = [(t, t.detach().clone()) for t in _tensors_of(roots)] if values else []
         self._undo: list[Undo] = []
         self._held: dict[int, Any] = {}  # an id is that of the thing only as long as it lives
@@ -107,16 +107,28 @@ class Memento:
         self._undo.append(undo)
 
 
-class _Modes:
-    """Whether gradients are on, and the modes that torch runs functions and operations under."""
+class Modes:
+    """Whether gradients are on, the default precision, and the modes that torch runs functions and operations under.
+
+    As a context manager it puts them back where an exception comes out of the block.
+    """
 
     def __init__(self) -> None:
-        self._gradients = torch.is_grad_enabled()
+        self._gradients, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         self._functions = _get_current_function_mode_stack()
         self._operations = dispatch._get_current_dispatch_mode_stack()
 
+    def __enter__(self) -> None:
+        """Nothing: they were written down before."""
+
+    def __exit__(self, raised: Any, *rest: Any) -> None:
+        if raised is not None:
+            self.put_back()
+
     def put_back(self) -> None:
+        """Make them again what they were."""
         torch.set_grad_enabled(self._gradients)
+        torch.set_default_dtype(self._dtype)
         for now, before, pop, push in (
             (_get_current_function_mode_stack, self._functions, _pop_mode, _push_mode),
             (dispatch._get_current_dispatch_mode_stack, self._operations, dispatch._pop_mode, dispatch._push_mode),

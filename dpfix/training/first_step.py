@@ -19,6 +19,7 @@ from dpfix.engines.base import Handle
 from dpfix.engines.replaced import Replaced, is_recorded
 from dpfix.errors import TrainingStepError
 from dpfix.instrument.function_modes import unfollowed
+from dpfix.instrument.memento import Modes
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.turn import TURN
 from dpfix.layout.calls import CallLayout, find_layout
@@ -98,7 +99,7 @@ class RealCalls(Replaced):
             with unfollowed():
                 known = self._known(args, kwargs)
             if not known:
-                with TURN:
+                with TURN, Modes():
                     self._learn(args, kwargs)
             self._confirmed = bool(self._plan.engine)
         return self.original(*args, **kwargs)
