@@ -219,7 +219,7 @@ def test_what_one_rank_cannot_do_no_rank_does(refused: Seen, name: str, errors: 
         ("left out", ("RankError",) * 2, "the number of its batches is 2 on rank 0 and 3 on rank 1"),
         ("not finite", ("RankError", "NonFiniteGradientError"), ""),
         ("scheduler", ("RankError",) * 2, "max_grad_norm is 0.25 on rank 0 and 0.5 on rank 1"),
-        ("load", ("RankError",) * 2, "the number of accounted steps is 2 on rank 0 and 4 on rank 1"),
+        ("load", ("RankError",) * 2, "the number of states that were loaded is 1 on rank 0 and 0 on rank 1"),
         ("peek", ("RankError",) * 2, "the pass over the data_loader is "),
         ("noise on every rank", ("RankError", "NoiseError"), ""),
         ("noise on no rank", ("NoiseError", "RankError"), ""),

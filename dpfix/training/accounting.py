@@ -44,6 +44,7 @@ class Accounting:
 
     Attributes:
         at_release: looks at what is about to be released, before it is counted.
+        loads: how many states the optimizer has loaded.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Accounting:
         self._counted, self._unexplained = False, 0
         self._draw: Draw | None = None
         self._without_step = 0
-        self._warned = False
+        self._warned, self.loads = False, 0
         self._lock = threading.RLock()  # a pass may end in another thread
         self.at_release: Callable[[DPOptimizer], None] | None = None
         self._begin()
@@ -208,6 +209,7 @@ class Accounting:
         if entry is not None:
             book_of(self.engine).united(self.engine.accountant, *read_state(entry))
         load(without_entry(state))
+        self.loads += 1
         if entry is not None:
             self.take(entry)
         else:

@@ -8,14 +8,17 @@ from typing_extensions import override
 from dpfix.errors import RankError
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 
-_COMPARED = ("the pass over the data_loader", "the number of its batches", "the number of accounted steps", *SCHEDULED)
+_COMPARED = (
+    "the pass over the data_loader", "the number of its batches", "the number of accounted steps",
+    "the number of states that were loaded", *SCHEDULED,
+)  # fmt: skip
 
 
 class RanksAgree(Check):
     """All ranks are about to release parts of one batch, clipped to one norm, and none has failed.
 
     Catches: ranks that are at different batches or have different schedulers, and a step that is refused on one rank only.
-    Costs: nothing on one process; two exchanges of seven numbers per release otherwise.
+    Costs: nothing on one process; two exchanges of eight numbers per release otherwise.
     """
 
     def __init__(self, guarded: Guarded) -> None:
@@ -28,7 +31,7 @@ class RanksAgree(Check):
         draw = guarded.progress.draw
         seed, number = (draw.of.seed, draw.number) if draw else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
-        mine = [0.0, seed, number, guarded.accounting.steps, *settings]
+        mine = [0.0, seed, number, guarded.accounting.steps, guarded.accounting.loads, *settings]
         everyone = self._exchange(mine, optimizer)
         for rank, values in enumerate(everyone):
             for name, here, there in zip(_COMPARED, everyone[0][1:], values[1:], strict=True):
