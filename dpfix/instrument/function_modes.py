@@ -73,11 +73,14 @@ def switch_off(mode: FollowingMode) -> None:
 
 
 def switch_on(mode: FollowingMode) -> None:
-    """Let it see the functions that are called from now on in this thread."""
+    """Let it see the functions that are called from now on in this thread.
+
+    It goes below the script's own modes: a ``with`` block that is open takes off what lies on top when it ends.
+    """
     mode.over = False
     _sweep()
     if not is_on(mode):
-        mode.__enter__()
+        _lay(0, [mode, *_get_current_function_mode_stack()])
 
 
 def switch_off_all() -> None:
@@ -95,11 +98,13 @@ def _sweep() -> None:
         _pop_mode()
         stack.pop()
     over = [number for number, mode in enumerate(stack) if isinstance(mode, FollowingMode) and mode.over]
-    if not over:
-        return
-    above = stack[over[0] :]
-    for _ in above:
+    if over:
+        _lay(over[0], [m for m in stack[over[0] :] if not (isinstance(m, FollowingMode) and m.over)])
+
+
+def _lay(height: int, modes: list[TorchFunctionMode]) -> None:
+    """Put modes where others lie from some height on."""
+    for _ in _get_current_function_mode_stack()[height:]:
         _pop_mode()
-    for mode in above:
-        if not (isinstance(mode, FollowingMode) and mode.over):
-            _push_mode(mode)
+    for mode in modes:
+        _push_mode(mode)

@@ -340,11 +340,35 @@ def test_a_refused_loss_leaves_nothing_on() -> None:
     assert traces_on() == 0
 
 
-def test_modes_of_the_script_keep_their_places() -> None:
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
+
+@pytest.mark.parametrize("mode", [Mode, lambda: torch.device("cpu")], ids=["mode", "device"])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_a_mode_that_the_script_takes_off_is_taken_off(mode: Callable[[], Any], poisson: bool) -> None:
+    """Following begins within the block, and goes on when the block ends."""
+    _, training = start(poisson_sampling=poisson)
+    private, optimizer, loader = training
+    with mode():
+        x, y = next((x, y) for x, y in loader if len(x) > 1)
+        out = private(x)
+    (follower,) = _get_current_function_mode_stack()
+    assert isinstance(follower, LossTrace)
+    F.cross_entropy(out, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with mode():
+        x, _ = next((x, y) for x, y in loader if len(x) > 1)
+        out = private(x)
+    with pytest.raises(dpfix.CoupledLossError):
+        (out.var(0).sum()).backward()
+    optimizer.zero_grad()
+    assert not _get_current_function_mode_stack()
+
+
+def test_modes_of_the_script_keep_their_places() -> None:
     _, training = start()
     private, optimizer, _ = training
     x, y = several(training)
