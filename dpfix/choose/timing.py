@@ -17,12 +17,11 @@ from dpfix.plan import Plan
 TIMED_SAMPLES = 32
 """Batch size at which engines are timed, at most; smaller if the script's batches are."""
 ROUNDS = 20
+"""An engine that was slower than the fastest by one part in two after two rounds, in three after three, is out of the race."""
 IN_A_ROW = 2
 """Steps of an engine in its turn: the first one finds memory as another engine has left it."""
 ENOUGH_SECONDS = 1.0
 """No further round is begun after this long."""
-CLOSE = 1.5
-"""An engine that was this much slower than the fastest after two rounds is out of the race."""
 NOTICEABLE = 1.05
 """An engine that keeps per-sample gradients has to be this much faster than one that does not."""
 MATERIALISED_BYTES = 2**30
@@ -65,12 +64,14 @@ def _time(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan,
     for turn in range(ROUNDS):
         if turn and time.perf_counter() - begin > ENOUGH_SECONDS:
             break
-        best = min((min(times) for times in seen.values() if times), default=0.0)
+        if turn > 1:
+            close = (1 + 1 / turn) * min(map(min, seen.values()))
+            engines = [engine for engine in engines if min(seen[engine.name]) < close]
+            if len(engines) == 1:
+                break
         for engine in engines:
-            times = seen[engine.name]
-            if turn < 2 or min(times) < CLOSE * best:
-                with traceless(subject.module, before):
-                    times += [_seconds(engine, subject, batch, counts, plan) for _ in range(IN_A_ROW)]
+            with traceless(subject.module, before):
+                seen[engine.name] += [_seconds(engine, subject, batch, counts, plan) for _ in range(IN_A_ROW)]
     return {name: min(times) for name, times in seen.items()}
 
 
