@@ -65,9 +65,20 @@ def call(batch_size: int = 6, **changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+ADAPTIVE = {
+    "target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 10.0, "min_clipbound": 0.01,
+    "unclipped_num_std": 0.3,
+}  # fmt: skip
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights by their names in the network."""
     return {k.removeprefix("_module.").removeprefix("module."): v.clone() for k, v in model.state_dict().items()}
+
+
+def summed(model: nn.Module, batch: Any) -> Tensor:
+    """The loss as a sum over the samples."""
+    return step(model, batch) * len(batch[0])
 
 
 def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any]:
@@ -88,7 +99,7 @@ def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any
     while len(draws) < steps:
         for batch in batches:
             optimizer.zero_grad()
-            step(model, batch).backward()
+            given.get("training_step", step)(model, batch).backward()
             if loader.ledger.pending():  # not what an empty part of a batch delivers
                 drawn += batch[2].tolist()
             optimizer.step()
@@ -122,9 +133,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["Opacus"] = {"positions": opacus}
     found["few samples"] = train(call(batch_size=2), 12)
     found["memory manager"] = train(call(batch_size=20), 3, physical=4)
-    found["sum"] = train(
-        call(loss_reduction="sum", training_step=lambda m, b: step(m, b) * len(b[0]), grad_sample_mode="auto"), 3
-    )
+    found["sum"] = train(call(loss_reduction="sum", training_step=summed, grad_sample_mode="auto"), 3)
     found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
     sampler = DistributedSampler(digits(), seed=1)
     loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
@@ -242,7 +251,7 @@ def refusals(rank: int, size: int) -> dict[str, Any]:
         "samples": attempt(lambda: call(data_loader=loader)),
         "replicas": attempt(lambda: call(data_loader=sampled)),
         "seed": attempt(lambda: call(seed=None if rank else 0)),
-        "clipping": attempt(lambda: call(clipping="adaptive", target_unclipped_quantile=0.5)),
+        "clipping": attempt(lambda: call(clipping="adaptive", **ADAPTIVE)),
     }
 
 

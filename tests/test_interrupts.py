@@ -68,7 +68,7 @@ def call(given: dict[str, Any]) -> Any:
 
 
 def interrupted(
-    name: str, engine: str, parts: int, error: type[BaseException], seed: int = 0, last: int = 10
+    name: str, engine: str, parts: int, error: type[BaseException], seed: int = 0, last: int = 4
 ) -> tuple[int, dict[str, list[str]], dict[str, Any]]:
     """How many interrupts came out of calls, what they left and where, and arguments that were interrupted."""
     total = lines_of(lambda: call(arguments(name, engine)))
@@ -97,12 +97,12 @@ def check(name: str, engine: str, parts: int, error: type[BaseException] = Keybo
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_interrupt_of_the_call_leaves_nothing(name: str, error: type[BaseException]) -> None:
-    check(name, "bookkeeping", 20, error)
+    check(name, "bookkeeping", 8, error)
 
 
 @pytest.mark.parametrize("engine", ["auto", "vmap", "hooks", "functorch", "microbatch", "ew"])
 def test_whatever_the_engine(engine: str) -> None:
-    check("layers", engine, 6)
+    check("layers", engine, 4)
 
 
 PRECISION = "double_precision.py"
@@ -223,7 +223,7 @@ def test_an_interrupted_second_call_leaves_the_training_in_force(engine: str) ->
     given, training = in_training(engine, wrap=True)
     wanted = released(given, training, wrap=True)
     total = lines_of(lambda: call(in_training(engine, wrap=True)[0]))
-    for at in spread(total[: len(total) // 2], 8):
+    for at in spread(total[: len(total) // 2], 4, last=4):
         if not Lines(at).run(partial(call, given)):
             given, training = in_training(engine, wrap=True)
         still_private(given, training, True, wanted)
