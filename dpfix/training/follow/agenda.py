@@ -39,8 +39,8 @@ class Agenda:
         self._share = share
         self._known: set[Any] = set()
         self._once_more = False
-        self._start = time.perf_counter()
-        self._steps, self._tried, self._last, self._spent = 0, 0, 0.0, 0.0
+        self._start = 0.0
+        self._steps, self._tried, self._spent = 0, 0, 0.0
 
     def due(self, seen: set[Any]) -> bool:
         """Whether a step is checked.
@@ -52,36 +52,31 @@ class Agenda:
             True for the first steps, for one in which anything is seen for the first time, for the one after a step that was
             chosen by chance (what it keeps shows there), and by chance.
         """
+        self._start = self._start or time.perf_counter()  # what a script does before it trains is no time of training
         self._steps += 1
         new = not seen <= self._known
         self._known |= seen
-        if self._tried < FIRST or new or self._once_more:
-            self._once_more = False
-            self._tried += 1
-            return True
-        self._once_more = self.draw.random() < self.chance
-        return self._once_more
+        chosen = self._tried < FIRST or new or self._once_more
+        self._once_more = not chosen and self.draw.random() < self.chance
+        self._tried += chosen or self._once_more
+        return chosen or self._once_more
 
     @property
     def chance(self) -> float:
         """Probability with which a step is checked that is like others: what the share of the time allows."""
-        if not self._last:
+        if not self._spent:
             return 1.0 if self._share else 0.0
-        step = (time.perf_counter() - self._start - self._spent) / max(1, self._steps)  # without checks
-        return min(1.0, self._share * step / (2 * self._last))
+        step = (time.perf_counter() - self._start - self._spent) / max(1, self._steps - 1)  # without checks
+        return min(1.0, self._share * step / (2 * self._spent / max(1, self._tried)))
 
     @contextmanager
     def check(self) -> Iterator[None]:
-        """A step is being checked; the time of the last ones is remembered."""
+        """A part of a step is being checked; its time is remembered."""
         before = time.perf_counter()
         try:
             yield
         finally:
-            self._took(time.perf_counter() - before)
-
-    def _took(self, seconds: float) -> None:
-        self._spent += seconds
-        self._last = seconds if not self._last else 0.5 * (self._last + seconds)
+            self._spent += time.perf_counter() - before
 
     def passed(self) -> None:
         """A step was checked, and nothing was found."""
