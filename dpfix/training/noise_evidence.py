@@ -25,7 +25,7 @@ CELLS = 2.0**10
 """Cells in a standard deviation: two fingerprints are equal if all their numbers lie in the same cells."""
 
 KEPT = 200_000
-"""Fingerprints of single parameters that are kept, about 100 bytes each."""
+"""Fingerprints of the model, and as many of single parameters, that are kept, about 200 bytes each."""
 
 
 class SizeEvidence:
@@ -96,15 +96,15 @@ Seen = tuple[int, int]
 
 
 class Repeats:
-    """Noise that was there before, in any earlier step or in another parameter.
+    """Noise that was there before, in an earlier step or in another parameter.
 
     What is known of the noise has rounding errors, so that numbers are compared by cells of 1/1024 of a standard deviation.
     Two independent standard normal numbers share a cell with probability ``1 / (1024 * 2 sqrt(pi))`` at most, two fingerprints
     of 8 numbers with probability 4e-29: among a billion fingerprints two are equal with probability 2e-11. A repeat is
     missed where rounding moves a number over the border of a cell: one in 1000 for clipped sums of the size of the noise.
 
-    The first 8 numbers of the model are kept for all steps, those of every parameter for the last steps
-    (:data:`KEPT` fingerprints).
+    The first 8 numbers of the model and those of every parameter are kept for the last steps (:data:`KEPT` fingerprints of
+    either kind).
 
     Args:
         starts: where the numbers of every parameter begin in the arrays given to :meth:`add`.
@@ -149,8 +149,9 @@ class Repeats:
                 before = self._by_part.setdefault(prints[row], here)
                 if before is not here:
                     return here, before
-        while len(self._by_part) > KEPT:
-            del self._by_part[next(iter(self._by_part))]
+        for seen in (self._by_step, self._by_part):
+            while len(seen) > KEPT:
+                del seen[next(iter(seen))]
         return None
 
 

@@ -114,3 +114,13 @@ def test_independent_noise_shares_cells_as_rarely_as_said() -> None:
     first, second = np.floor(draw.standard_normal((2, 4_000_000)) * CELLS)
     assert np.mean(first == second) == pytest.approx(1 / (CELLS * 2 * math.sqrt(math.pi)), rel=0.15)
     assert (1 / (CELLS * 2 * math.sqrt(math.pi))) ** PRINT * 1e9**2 / 2 < 1e-9 - FALSE_ALARM
+
+
+def test_no_more_fingerprints_are_kept_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones are kept: noise comes again within them, and is known; memory ends there."""
+    monkeypatch.setattr("dpfix.training.noise_evidence.KEPT", 20)
+    draw, repeats = np.random.default_rng(3), Repeats(STARTS, SIZES)
+    noises = [draw.standard_normal(43) for _ in range(50)]
+    assert [repeats.add(noise, None, step) for step, noise in enumerate(noises, 1)] == [None] * 50
+    assert max(map(len, (repeats._by_step, repeats._by_part))) <= 20
+    assert repeats.add(noises[-5], None, 51) is not None
