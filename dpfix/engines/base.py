@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dpfix.plan import Plan
 
@@ -106,6 +107,30 @@ class Handle(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Take everything off the model."""
+
+
+class IdleHandle(Handle):
+    """Nothing is on the model.
+
+    Args:
+        module: what the training step calls.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.model = module
+        self.counts: Callable[[], tuple[int, ...]] = no_counts
+
+    @override
+    def clear(self) -> None:
+        pass
+
+    @override
+    def finish(self) -> None:
+        pass
+
+    @override
+    def detach(self) -> None:
+        pass
 
 
 class Engine(ABC):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.base import Engine, Handle, Verdict, no_counts
+from dpfix.engines.base import Engine, IdleHandle, Verdict
 from dpfix.plan import Plan
 
 
@@ -29,25 +28,9 @@ class Undecided(Engine):
         return UndecidedHandle(module)
 
 
-class UndecidedHandle(Handle):
-    """Nothing is on the model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.model = module
-        self.counts: Callable[[], tuple[int, ...]] = no_counts
+class UndecidedHandle(IdleHandle):
+    """Lets nothing through."""
 
     @override
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
         return []
-
-    @override
-    def clear(self) -> None:
-        pass
-
-    @override
-    def finish(self) -> None:
-        pass
-
-    @override
-    def detach(self) -> None:
-        pass

@@ -6,13 +6,12 @@ calls ``optimizer.step()``. Nothing is attached to the model, and what the loop 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
-from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
+from dpfix.engines.base import Engine, IdleHandle, Verdict, zeros
 from dpfix.plan import Plan
 
 
@@ -33,12 +32,8 @@ class ByHand(Engine):
         return ByHandHandle(module)
 
 
-class ByHandHandle(Handle):
+class ByHandHandle(IdleHandle):
     """Reads what the script left on the parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.model = module
-        self.counts: Callable[[], tuple[int, ...]] = no_counts
 
     @override
     def collect(self, parameters: list[nn.Parameter]) -> list[int]:
@@ -52,15 +47,3 @@ class ByHandHandle(Handle):
             if getattr(p, "grad_sample", None) is None:
                 p.grad_sample = zeros(p, len(found[0]))  # type: ignore[attr-defined]
         return [len(found[0])]
-
-    @override
-    def clear(self) -> None:
-        pass
-
-    @override
-    def finish(self) -> None:
-        pass
-
-    @override
-    def detach(self) -> None:
-        pass
