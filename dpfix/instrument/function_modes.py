@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 
 
 class FollowingMode(TorchFunctionMode):
@@ -75,12 +76,15 @@ def switch_off(mode: FollowingMode) -> None:
 def switch_on(mode: FollowingMode) -> None:
     """Let it see the functions that are called from now on in this thread.
 
-    It goes below the script's own modes: a ``with`` block that is open takes off what lies on top when it ends.
+    It goes below the script's own modes: a ``with`` block that is open takes off what lies on top when it ends. Only
+    ``torch.set_default_device`` looks for its mode at the bottom.
     """
     mode.over = False
     _sweep()
     if not is_on(mode):
-        _lay(0, [mode, *_get_current_function_mode_stack()])
+        stack = _get_current_function_mode_stack()
+        height = int(bool(stack) and isinstance(stack[0], DeviceContext) and "old_device" in vars(stack[0]))
+        _lay(height, [mode, *stack[height:]])
 
 
 def switch_off_all() -> None:

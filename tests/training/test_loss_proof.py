@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -345,7 +346,16 @@ class Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", [Mode, lambda: torch.device("cpu")], ids=["mode", "device"])
+@contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("cpu")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("mode", [Mode, lambda: torch.device("cpu"), default_device], ids=["mode", "device", "default"])
 @pytest.mark.parametrize("poisson", [True, False])
 def test_a_mode_that_the_script_takes_off_is_taken_off(mode: Callable[[], Any], poisson: bool) -> None:
     """Following begins within the block, and goes on when the block ends."""
