@@ -5,64 +5,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpfix.errors import ForeignBatchError
 from dpfix.instrument import pytree
+from dpfix.sampling.draw import Counts, Draw
 from dpfix.sampling.origin import Origins
 from dpfix.sampling.position import Position
 from dpfix.sampling.rate import part_sizes
 
 if TYPE_CHECKING:
     import torch
-
-Counts = tuple[int, ...]
-
-
-@dataclass(eq=False)
-class Draw:
-    """Samples that are delivered together: a Poisson draw or, in a ``BatchMemoryManager``, a part of one.
-
-    Attributes:
-        samples: how many there are.
-        number: the draw's number in its pass, from 1.
-        of: the pass.
-        part_of: the draw that this is a part of; ``None`` for a whole one.
-        counts: rows of every sample, where samples may have different numbers of them.
-        delivered: whether the loop has got it.
-        stepped: whether a step has taken its gradients.
-        released: whether a step has released it.
-        accounted: the noise multiplier with which the accountant has counted it; ``None`` if it has not.
-        summed: samples of a whole draw whose gradients are in the sum that is not released yet.
-        discarded: whether such a sum was thrown away, so that the draw can never be released.
-    """
-
-    samples: int
-    number: int
-    of: Pass = field(repr=False)
-    part_of: Draw | None = None
-    counts: Counts = ()
-    delivered: bool = False
-    stepped: bool = False
-    released: bool = False
-    accounted: float | None = None
-    summed: int = 0
-    discarded: bool = False
-
-    @property
-    def whole(self) -> Draw:
-        """The Poisson draw: this one, or the one that it is a part of."""
-        return self.part_of or self
-
-    @property
-    def completes(self) -> bool:
-        """Whether all samples of the Poisson draw are summed up once these are."""
-        return self.part_of is None or self.part_of.summed + self.samples == self.part_of.samples
-
-    def fits(self, rows: int) -> bool:
-        """Whether gradients of so many samples can be its own; an empty draw delivers one."""
-        return rows == self.samples or (self.samples == 0 and rows <= 1)
 
 
 class Pass:
@@ -212,7 +165,7 @@ class DrawLedger:
         Returns:
             The pass.
         """
-        self._thread.next = Pass(self, delivers=True, most=most)
+        self._thread.next, self._thread.drawn = Pass(self, delivers=True, most=most), None
         return self._thread.next
 
     def start(self) -> Pass:
@@ -258,11 +211,19 @@ class DrawLedger:
         self._thread.drawn = None if draw.of.delivers else draw
 
     def collated(self, batch: Any) -> None:
-        """A batch was made, in this thread, of what was drawn last for somebody else's loader."""
+        """A batch was made, in this thread, of what was drawn last for somebody else's loader.
+
+        A draw before it in its pass of which no batch was made was passed over, its samples never read (a resumed loop skips the
+        first batches of a pass): it is no release.
+        """
         draw: Draw | None = vars(self._thread).pop("drawn", None)
         if draw is not None:
             with self._lock:
                 self._origins.add(batch, draw)
+                draw.made = True
+                for earlier in [d for d in draw.of.unreleased if not d.made and d.number < draw.number]:
+                    del draw.of.unreleased[earlier]
+                    self._open.pop(earlier, None)
             self._delivered(batch, draw)
 
     def _delivered(self, batch: Any, draw: Draw) -> None:

@@ -133,6 +133,7 @@ def assign(
     rules: dict[str, LayerRule] = {}
     expanded: dict[str, dict[str, nn.Parameter]] = {}
     used = _uses(modules, elsewhere)
+    shared = {id(p) for path in called if path in modules for p in modules[path]._parameters.values()}
     for path, module in modules.items():
         own = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}
         if not own:
@@ -143,6 +144,8 @@ def assign(
         if rule is not None and layer in called and not places:
             rules[layer] = rule
             continue
+        if rule is not None and path not in called and not places and all(id(p) in shared for p in own.values()):
+            continue  # it only holds what other modules use, each of which is accounted for
         user = _around([layer, *places])
         while user and user not in called:
             user = user.rpartition(".")[0]
