@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -114,8 +113,6 @@ class RealCalls(Replaced):
         if vars(self.module).get(self.name) is not self:
             return  # another training of the same model has begun, or it is out already
         super().take_out()
-        if not isinstance(self.original, MethodType):
-            vars(self.module)[self.name] = self.original  # what this one stood in for is at work still
 
     @property
     def _guard(self) -> StepGuard:

@@ -107,5 +107,7 @@ def _is_ours(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
+    if getattr(owner, "part_of_the_model", False):
+        return False
     defined_in = getattr(hook, "__module__", None) or type(owner).__module__
     return str(defined_in).partition(".")[0] in _OURS
