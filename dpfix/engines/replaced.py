@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -45,8 +46,18 @@ class Replaced:
         else:
             vars(self.module)[self.name] = self._before
 
+    @property
+    def __func__(self) -> Any:
+        """As a bound method has it: whoever wraps that (accelerate) binds the wrapper to the module, and a copy to the copy."""
+        return partial(_bound, self)
+
     def __reduce__(self) -> Any:
         return _own, (self.module, self.name)
+
+
+def _bound(replaced: Replaced, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    method = replaced if module is replaced.module else _own(module, replaced.name)
+    return method(*args, **kwargs)
 
 
 class _PassedOn(Replaced):
