@@ -34,6 +34,7 @@ class Pass:
         resumable: whether a checkpoint can say where the training is in it.
         over: whether nothing of it will be delivered any more.
         latest: number of the last draw that was released.
+        passed_over: draws at its beginning whose batches somebody else's loader does not make.
         unreleased: draws that were delivered and not released, in order.
     """
 
@@ -42,6 +43,7 @@ class Pass:
         self.seed, self.over, self.latest = 0, False, 0
         self.workers: torch.Tensor | None = None
         self.reads_again = self.resumable = False
+        self.passed_over = 0
         self.unreleased: dict[Draw, None] = {}
         self._ledger = ledger
         self._waiting: deque[Draw | None] = deque()  # and what is read again
@@ -66,6 +68,8 @@ class Pass:
         """The sampler has drawn a batch of this many samples."""
         self._drawn += 1
         draw = Draw(samples, self._drawn, self)
+        if not self.delivers and self._drawn <= self.passed_over:
+            return
         if not self.delivers:
             self._ledger.hand_out(draw)
         elif self.most is None:
@@ -131,6 +135,7 @@ class DrawLedger:
         at_start: called when a pass begins.
         at_end: called when a pass is over.
         at_delivery: called with every batch that the loop gets, and its draw.
+        passes_over: draws that the next pass passes over at its beginning; a step on one of them is refused.
         keeps: how many of the batches that were delivered last are kept.
         recent: these, newest last: everything that they hold, with the keys that lead there, and the number of samples.
     """
@@ -141,7 +146,7 @@ class DrawLedger:
         self.at_start: Callable[[Pass], None] = lambda begun: None
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
-        self.keeps = 0
+        self.keeps = self.passes_over = 0
         self.recent: list[tuple[list[tuple[pytree.Path, Any]], int]] = []
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
@@ -171,6 +176,7 @@ class DrawLedger:
     def start(self) -> Pass:
         """A sampler begins a new pass."""
         begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
+        begun.passed_over, self.passes_over = self.passes_over, 0
         self.rounds += 1
         self.recent = []
         self.at_start(begun)

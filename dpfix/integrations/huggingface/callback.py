@@ -61,7 +61,7 @@ class _Begins(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing but the private optimizer and loader may be used."""
-        self._at_work.check(kwargs.get("optimizer"), kwargs.get("train_dataloader"))
+        self._at_work.begin(kwargs.get("optimizer"), kwargs.get("train_dataloader"), state.global_step)
 
 
 class PrivateCallback(TrainerCallback):
@@ -119,7 +119,7 @@ class PrivateCallback(TrainerCallback):
                 help="Pass callbacks=[PrivateCallback(...)] to Trainer, or use make_private(trainer, ...).",
                 path="callbacks",
             )
-        self._at_work.check(kwargs.get("optimizer"), kwargs.get("train_dataloader"))
+        self._at_work.begin(kwargs.get("optimizer"), kwargs.get("train_dataloader"), state.global_step)
 
 
 def _that_is_made() -> Trainer:

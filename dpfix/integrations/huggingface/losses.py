@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from dpfix.instrument import pytree
 from dpfix.repair.per_sample_means import MeansPerSample
@@ -77,6 +79,40 @@ class SampleBySample:
         ]
         loss = torch.stack(losses).mean()
         return (loss, batch.outputs[0][0]) if return_outputs else loss
+
+
+def loss_of(trainer: Any, compute: ComputeLoss) -> tuple[ComputeLoss, Callable[[], None]]:
+    """What computes the loss of a Trainer.
+
+    TRL's ``SFTTrainer`` asks the model for fused pieces of its loss, made by a function on the weights of the head. Where these add up to the loss that the model itself computes, the model does.
+
+    Args:
+        trainer: the Trainer.
+        compute: its ``compute_loss``.
+
+    Returns:
+        What takes its place, and what leaves the model as it was.
+    """
+    own = type(trainer).compute_loss
+    plain = getattr(trainer.args, "loss_type", "") == "nll" and not getattr(trainer, "aux_loss_enabled", False)
+    if not (own.__module__.startswith("trl.") and own.__qualname__ == "SFTTrainer.compute_loss" and plain):
+        return compute, lambda: None
+    patched = {
+        module: vars(module).pop("forward")
+        for module in trainer.model.modules()
+        if _is_trls(vars(module).get("forward"))
+    }
+
+    def put_back() -> None:
+        for module, forward in patched.items():
+            vars(module)["forward"] = forward
+
+    return MethodType(Trainer.compute_loss, trainer), put_back
+
+
+def _is_trls(forward: Any) -> bool:
+    function = getattr(forward, "__func__", None)
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("trl.")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import nn
 
 from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LossError, MisuseError, TrainingStepError
-from dpfix.integrations.huggingface.losses import MeansInside, SampleBySample
+from dpfix.integrations.huggingface.losses import MeansInside, SampleBySample, loss_of
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.training.result import PrivateTraining
 
@@ -40,6 +40,7 @@ class TrainerInPrivate:
         self._way: Way = MeansInside()
         self._take_off: Callable[[], None] = lambda: None
         self._loader, self._loss, self._log = trainer.get_train_dataloader, trainer.compute_loss, trainer.log
+        self._given_loss = self._loss
 
     def put_in(self) -> None:
         """From now on the Trainer gets the private loader; what it lacks of the rest is made when it asks for that."""
@@ -67,12 +68,13 @@ class TrainerInPrivate:
             logs = {**logs, "epsilon": self.private.get_epsilon(self._delta)}
         return self._log(logs, *args, **kwargs)
 
-    def check(self, optimizer: Any, loader: Any) -> None:
+    def begin(self, optimizer: Any, loader: Any, steps: int) -> None:
         """A training begins.
 
         Args:
             optimizer: what it is going to step with.
             loader: what it is going to iterate over.
+            steps: how many were made before a checkpoint; the batches of those in this pass are passed over.
 
         Raises:
             MisuseError: it is not the private one.
@@ -86,6 +88,7 @@ class TrainerInPrivate:
                 "Trainer if it is to train with another optimizer.",
                 path="trainer",
             )
+        loader.ledger.passes_over = 0 if self._trainer.args.ignore_data_skip else steps % len(loader)
 
     # ------------------------------------------------------------------ once
 
@@ -93,16 +96,18 @@ class TrainerInPrivate:
         """Make model, optimizer and loader private; if that is refused, the Trainer is as it was."""
         trainer = self._trainer
         optimizer, training, loader = trainer.optimizer, trainer.model.training, self._loader()
-        again = self.private is not None
+        again, put_back = self.private is not None, _nothing
         try:
             if again:
                 self._take_off()
                 trainer.optimizer = None
             trainer.create_optimizer()
             trainer.model.train()
+            self._loss, put_back = loss_of(trainer, self._given_loss)
             own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
             private, way = self._first_right_way(own, loader)
         except BaseException:
+            put_back()
             trainer.optimizer = optimizer
             trainer.model.train(training)
             raise
@@ -133,6 +138,10 @@ class TrainerInPrivate:
                 self._take_off = take_off
                 return private, way
         raise refused[0]
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Step:
