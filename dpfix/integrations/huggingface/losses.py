@@ -84,7 +84,8 @@ class SampleBySample:
 def loss_of(trainer: Any, compute: ComputeLoss) -> tuple[ComputeLoss, Callable[[], None]]:
     """What computes the loss of a Trainer.
 
-    TRL's ``SFTTrainer`` asks the model for fused pieces of its loss, made by a function on the weights of the head. Where these add up to the loss that the model itself computes, the model does.
+    TRL's ``SFTTrainer`` asks the model for fused pieces of its loss, made by a function on the weights of the head. Where these
+    add up to the loss that the model itself computes, the model does.
 
     Args:
         trainer: the Trainer.

@@ -69,7 +69,7 @@ class StepsInside(Check):
                 "out, after the gradients were released.",
                 "Every draw is accounted as one step, and its gradients must not be added to those of another. No parameter has "
                 "moved.",
-                "Use gradient_accumulation_steps=1 and a larger batch size, with opacus.utils.batch_memory_manager where memory is "
+                "Use gradient_accumulation_steps=1 and a larger batch size, with opacus.utils.batch_memory_manager if memory is "
                 "short.",
                 path="optimizer",
             )
