@@ -181,6 +181,7 @@ def make_private_safe(
                     request.ranks,
                     Following(prepared.step, prepared.batches, request.privacy.checks, request.privacy.strict),
                     deciding(request, prepared, report_of),
+                    training_step is not None,
                 ),
                 wrap_model=wrap_model,
                 for_opacus={

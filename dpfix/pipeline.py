@@ -33,7 +33,7 @@ from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
 from dpfix.observe.several_rows import check_rows, known_rows, row_counter
 from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
-from dpfix.observe.undecided import decided_later, may_wait, undecided
+from dpfix.observe.undecided import decided_later, may_decide_again, may_wait, undecided
 from dpfix.observe.writes import constant_writes, kept_until_next_call
 from dpfix.plan import Plan
 from dpfix.repair.lazy import materialise
@@ -220,17 +220,19 @@ def decide(request: Request, earlier: Prepared, others: Sequence[Way], call: Cal
 
 
 def deciding(request: Request, prepared: Prepared, report_of: Callable[[Prepared], Report]) -> Decide | None:
-    """What decides on a real call of the model that is none of those that were looked at; ``None`` if they were told."""
-    if request.training_step is not None or not may_wait(request):
+    """What decides on a real call of the model that is none of those that were looked at, or that trains what they do not."""
+    if not may_decide_again(request) or not (request.training_step is None or prepared.plan.frozen_parameters):
         return None
-    guess, learnt = prepared.step, list[Way]()
+    guess, learnt, plans = prepared.step, list[Way](), [prepared.plan]
 
     def on(call: Call, confirmed: bool) -> Decision | None:
         guessed = [Way(guess, prepared.samples)] if guess is not None and confirmed and not learnt else []
-        found = decide(request, prepared, [*guessed, *learnt], call)
+        so_far = plans[-1] if confirmed and plans[-1].engine else None
+        found = decide(replace(request, so_far=so_far), prepared, [*guessed, *learnt], call)
         if found is None:
             return None
         made, way = found
+        plans.append(made.plan)
         learnt.extend([*guessed, way])
         decision = Decision(made.plan, report_of(made))
         warn_blocked(decision.report)
@@ -254,6 +256,8 @@ def _proven(
     repairs = tuple(findings)
 
     record = observe(subject, samples)
+    if request.so_far is not None and record.together.used:
+        record = record.beside(request.so_far)
     check_inside(subject.module, record)
     check_outside(subject, samples, outside)
     if record.unused and record.together.used:

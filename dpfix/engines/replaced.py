@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch._C._functorch import TransformType
 
 class Replaced:
     """Stands in for a method of one module; a copy of the module, or a pickled one, gets its class's own back.
+
+    What another package has put on the module (accelerate's autocast, a forward of the trainer) stays in force: below, if it was
+    there before, and above, if it came later.
 
     Attributes:
         name: name of the method.
@@ -24,17 +28,44 @@ class Replaced:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = getattr(module, self.name)
+        self._before: Any = None
 
     def put_in(self) -> None:
         """Stand in from now on."""
+        self._before = vars(self.module).get(self.name)
         vars(self.module)[self.name] = self
 
     def take_out(self) -> None:
-        """Give the module its class's own method back."""
-        vars(self.module).pop(self.name, None)
+        """Give the module back what the method was before."""
+        now = vars(self.module).get(self.name)
+        if now is not self and now is not None:
+            self.__class__ = _PassedOn  # somebody else's stands in front of it, and goes on calling it
+            vars(self).update(handle=None)
+        elif self._before is None:
+            vars(self.module).pop(self.name, None)
+        else:
+            vars(self.module)[self.name] = self._before
+
+    @property
+    def __func__(self) -> Any:
+        """As a bound method has it: whoever wraps that (accelerate) binds the wrapper to the module, and a copy to the copy."""
+        return partial(_bound, self)
 
     def __reduce__(self) -> Any:
         return _own, (self.module, self.name)
+
+
+def _bound(replaced: Replaced, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    method = replaced if module is replaced.module else _own(module, replaced.name)
+    return method(*args, **kwargs)
+
+
+class _PassedOn(Replaced):
+    """What is left of one that was taken out."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method was before."""
+        return self.original(*args, **kwargs)
 
 
 def _own(module: nn.Module | None, name: str) -> Any:

@@ -89,10 +89,19 @@ def shortened(probe: Probe, paths: Iterable[pytree.Path]) -> Probe | None:
     values = {path: fillings(probe, path)[:1] for path in paths}
 
     def shorter(i: int, path: pytree.Path, leaf: Any) -> Any:
-        return partly(leaf, values[path][0], 0.5) if i == 1 and values.get(path) else leaf
+        if i != 1 or not values.get(path) or _stays(probe.items[i], path, 0.5):
+            return leaf
+        return partly(leaf, values[path][0], 0.5)
 
     changed = probe.changed(shorter, 2)
     return changed if None in changed.unchanged else None
+
+
+def _stays(item: Any, path: pytree.Path, share: float) -> bool:
+    """Whether a number stands at the beginning of a list of numbers, which a tokenizer delivers."""
+    numbers = pytree.at(item, path[:-1]) if path else None
+    in_list = isinstance(numbers, list) and isinstance(path[-1], int)
+    return in_list and path[-1] < max(1, round(share * len(numbers)))
 
 
 def fillings(probe: Probe, path: pytree.Path, special: Sequence[Number] = ()) -> tuple[Number, ...]:

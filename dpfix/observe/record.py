@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpfix.instrument.call_sites import CallSite
@@ -12,6 +12,7 @@ from dpfix.instrument.module_state import Key
 from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.observe import double_activation
 from dpfix.observe.recorder import RecordedCall, Site
+from dpfix.plan import Plan
 from dpfix.report.finding import Finding
 
 
@@ -116,6 +117,18 @@ class StepRecord:
     sample_writes: tuple[str, ...]
     scratch: tuple[Key, ...] = ()
     counts: tuple[int, ...] = ()
+
+    def beside(self, so_far: Plan) -> StepRecord:
+        """The same, in a training that has used other parts of the model: these go on being trained."""
+        paths, forms = {layer.path for layer in self.layers}, {call.signature for call in self.calls}
+        named = {name for name, _ in self.elsewhere}
+        return replace(
+            self,
+            unused=tuple(name for name in self.unused if name in so_far.frozen_parameters),
+            layers=(*self.layers, *(layer for layer in so_far.layers if layer.path not in paths)),
+            calls=(*self.calls, *(call for call in so_far.calls if call.signature not in forms)),
+            elsewhere=(*self.elsewhere, *(use for use in so_far.elsewhere if use[0] not in named)),
+        )
 
     @property
     def detached(self) -> tuple[Site, ...]:

@@ -6,7 +6,7 @@ singles are at the same time the batch-of-one reference that the audit compares 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -22,9 +22,10 @@ from dpfix.layout.infer import layout_of_calls, layout_of_layers
 from dpfix.layout.row_count import row_counts
 from dpfix.observe.failures import described_failures
 from dpfix.observe.one_step import draws_for_each, run_like, run_step
+from dpfix.observe.padded import as_in_batch
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import ModuleCall, Run, StepRecord
-from dpfix.observe.recorder import StepLog
+from dpfix.observe.recorder import RecordedCall, StepLog
 from dpfix.observe.training_step import Subject
 from dpfix.observe.writes import constant_and_dependent, dotted, overwritten_by_every_step
 from dpfix.report.finding import Finding, Fixability, Severity
@@ -70,12 +71,13 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
         drew = together.drew or together.outside or subject.generators
         if first and drew and not used >= set(trainable):
             used |= _used_by_chance(subject, probe, before)
+        inside = _calls_inside(subject, probe, before, alone) if first else []
         constant, dependent = constant_and_dependent([*alone, together])
         scratch = known.scratch if known else overwritten_by_every_step(subject, probe, before, alone[0], dependent)
     model_calls = [run.calls.get("", []) for run in (together, *alone)]
     counts = row_counts(model_calls[0], model_calls[1:])
     calls, problem = layout_of_calls(model_calls[0], model_calls[1:], counts)
-    layers = layout_of_layers(together.calls, [run.calls for run in alone], counts) if known is None else known.layers
+    layers = layout_of_layers(together.calls, inside, counts) if known is None else known.layers
     return StepRecord(
         together=_root_only(together),
         alone=tuple(_root_only(run) for run in alone),
@@ -95,6 +97,18 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
         scratch=scratch,
         counts=counts,
     )
+
+
+def _calls_inside(
+    subject: Subject, probe: Probe, before: dict[Key, Any], alone: Sequence[Run]
+) -> list[Mapping[str, list[RecordedCall]]]:
+    """The calls of every sample alone, of the sizes that it has in the batch."""
+    found = [run.calls for run in alone]
+    with suppress(TrainingStepError):  # a model that cannot work on padding alone
+        cut = as_in_batch(probe)
+        found = [run_step(subject, batch, before, StepLog(layers=True)).calls for batch in cut] or found
+    put_back(subject.module, before)
+    return found
 
 
 @contextmanager

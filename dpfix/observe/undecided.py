@@ -14,10 +14,14 @@ from dpfix.scan.request import Request
 
 def may_wait(request: Request) -> bool:
     """Whether the first real call may decide what cannot be told before: nothing of that is needed for the hand-off."""
+    return request.training_step is None and may_decide_again(request)
+
+
+def may_decide_again(request: Request) -> bool:
+    """Whether a real call may decide anew how the model is trained."""
     mode, privacy = request.performance.grad_sample_mode, request.privacy
     return (
-        request.training_step is None
-        and request.ranks.size == 1
+        request.ranks.size == 1
         and (mode == "auto" or (BY_NAME[mode].audited and not BY_NAME[mode].attached_by_opacus))
         and not isinstance(privacy.max_grad_norm, (list, tuple))  # one per parameter that is trained
         and privacy.augmentation is None

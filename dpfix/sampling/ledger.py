@@ -5,64 +5,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpfix.errors import ForeignBatchError
 from dpfix.instrument import pytree
+from dpfix.sampling.draw import Counts, Draw
 from dpfix.sampling.origin import Origins
 from dpfix.sampling.position import Position
 from dpfix.sampling.rate import part_sizes
 
 if TYPE_CHECKING:
     import torch
-
-Counts = tuple[int, ...]
-
-
-@dataclass(eq=False)
-class Draw:
-    """Samples that are delivered together: a Poisson draw or, in a ``BatchMemoryManager``, a part of one.
-
-    Attributes:
-        samples: how many there are.
-        number: the draw's number in its pass, from 1.
-        of: the pass.
-        part_of: the draw that this is a part of; ``None`` for a whole one.
-        counts: rows of every sample, where samples may have different numbers of them.
-        delivered: whether the loop has got it.
-        stepped: whether a step has taken its gradients.
-        released: whether a step has released it.
-        accounted: the noise multiplier with which the accountant has counted it; ``None`` if it has not.
-        summed: samples of a whole draw whose gradients are in the sum that is not released yet.
-        discarded: whether such a sum was thrown away, so that the draw can never be released.
-    """
-
-    samples: int
-    number: int
-    of: Pass = field(repr=False)
-    part_of: Draw | None = None
-    counts: Counts = ()
-    delivered: bool = False
-    stepped: bool = False
-    released: bool = False
-    accounted: float | None = None
-    summed: int = 0
-    discarded: bool = False
-
-    @property
-    def whole(self) -> Draw:
-        """The Poisson draw: this one, or the one that it is a part of."""
-        return self.part_of or self
-
-    @property
-    def completes(self) -> bool:
-        """Whether all samples of the Poisson draw are summed up once these are."""
-        return self.part_of is None or self.part_of.summed + self.samples == self.part_of.samples
-
-    def fits(self, rows: int) -> bool:
-        """Whether gradients of so many samples can be its own; an empty draw delivers one."""
-        return rows == self.samples or (self.samples == 0 and rows <= 1)
 
 
 class Pass:
@@ -81,6 +34,7 @@ class Pass:
         resumable: whether a checkpoint can say where the training is in it.
         over: whether nothing of it will be delivered any more.
         latest: number of the last draw that was released.
+        passed_over: draws at its beginning whose batches somebody else's loader does not make.
         unreleased: draws that were delivered and not released, in order.
     """
 
@@ -89,6 +43,7 @@ class Pass:
         self.seed, self.over, self.latest = 0, False, 0
         self.workers: torch.Tensor | None = None
         self.reads_again = self.resumable = False
+        self.passed_over = 0
         self.unreleased: dict[Draw, None] = {}
         self._ledger = ledger
         self._waiting: deque[Draw | None] = deque()  # and what is read again
@@ -113,6 +68,8 @@ class Pass:
         """The sampler has drawn a batch of this many samples."""
         self._drawn += 1
         draw = Draw(samples, self._drawn, self)
+        if not self.delivers and self._drawn <= self.passed_over:
+            return
         if not self.delivers:
             self._ledger.hand_out(draw)
         elif self.most is None:
@@ -178,6 +135,7 @@ class DrawLedger:
         at_start: called when a pass begins.
         at_end: called when a pass is over.
         at_delivery: called with every batch that the loop gets, and its draw.
+        passes_over: draws that the next pass passes over at its beginning; a step on one of them is refused.
         keeps: how many of the batches that were delivered last are kept.
         recent: these, newest last: everything that they hold, with the keys that lead there, and the number of samples.
     """
@@ -188,7 +146,7 @@ class DrawLedger:
         self.at_start: Callable[[Pass], None] = lambda begun: None
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
-        self.keeps = 0
+        self.keeps = self.passes_over = 0
         self.recent: list[tuple[list[tuple[pytree.Path, Any]], int]] = []
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
@@ -212,12 +170,13 @@ class DrawLedger:
         Returns:
             The pass.
         """
-        self._thread.next = Pass(self, delivers=True, most=most)
+        self._thread.next, self._thread.drawn = Pass(self, delivers=True, most=most), None
         return self._thread.next
 
     def start(self) -> Pass:
         """A sampler begins a new pass."""
         begun: Pass = vars(self._thread).pop("next", None) or Pass(self, delivers=False)
+        begun.passed_over, self.passes_over = self.passes_over, 0
         self.rounds += 1
         self.recent = []
         self.at_start(begun)
@@ -258,11 +217,19 @@ class DrawLedger:
         self._thread.drawn = None if draw.of.delivers else draw
 
     def collated(self, batch: Any) -> None:
-        """A batch was made, in this thread, of what was drawn last for somebody else's loader."""
+        """A batch was made, in this thread, of what was drawn last for somebody else's loader.
+
+        A draw before it in its pass of which no batch was made was passed over, its samples never read (a resumed loop skips the
+        first batches of a pass): it is no release.
+        """
         draw: Draw | None = vars(self._thread).pop("drawn", None)
         if draw is not None:
             with self._lock:
                 self._origins.add(batch, draw)
+                draw.made = True
+                for earlier in [d for d in draw.of.unreleased if not d.made and d.number < draw.number]:
+                    del draw.of.unreleased[earlier]
+                    self._open.pop(earlier, None)
             self._delivered(batch, draw)
 
     def _delivered(self, batch: Any, draw: Draw) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import ALONE, Ranks
+from dpfix.plan import Plan
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan
 
@@ -30,6 +31,7 @@ class Request:
         performance: how that is computed.
         ranks: the processes that make this call together.
         handed_over: whether Opacus has already handed over.
+        so_far: how the model was trained in what the loop has done until then.
     """
 
     module: nn.Module
@@ -41,6 +43,7 @@ class Request:
     performance: PerformanceOptions
     ranks: Ranks = ALONE
     handed_over: bool = False
+    so_far: Plan | None = None
 
     @property
     def scan(self) -> Scan:

@@ -19,7 +19,8 @@ from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from dpfix.errors import MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
-from dpfix.sampling.ledger import Draw, DrawLedger
+from dpfix.sampling.draw import Draw
+from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.population import Population
 from dpfix.scan.arguments import check_delta, check_names
 from dpfix.training.earlier import ENTRY, entry_of, steps_shown, with_entry, without_entry

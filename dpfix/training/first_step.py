@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from typing_extensions import override
 from dpfix.engines import engine_of
 from dpfix.engines.base import Handle
 from dpfix.engines.replaced import Replaced, is_recorded
-from dpfix.errors import TrainingStepError
+from dpfix.errors import PlanBrokenError, TrainingStepError
 from dpfix.instrument.function_modes import unfollowed
 from dpfix.instrument.memento import Modes
 from dpfix.instrument.rng import rng_untouched
@@ -27,6 +26,7 @@ from dpfix.observe.call_sources import Call, takes_from
 from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.sampling.ledger import DrawLedger
+from dpfix.training.comes_back import Arrivals
 from dpfix.training.guards.no_grad_regions import LeftOut, leave_out
 from dpfix.training.step_guard import StepGuard
 
@@ -78,26 +78,31 @@ class RealCalls(Replaced):
         prepared: Opacus's wrapper or hooks object.
         optimizer: the private optimizer.
         decide: learns, audits and chooses.
+        told: whether the call of dpfix has named the loop's step: only what comes back is looked at then.
     """
 
     name = "_call_impl"
 
-    def __init__(self, module: nn.Module, prepared: Any, optimizer: Any, decide: Decide) -> None:
+    def __init__(self, module: nn.Module, prepared: Any, optimizer: Any, decide: Decide, told: bool = False) -> None:
         super().__init__(module)
+        self._told = told
+        self._latest: Any = ((), {})
         self.report: Report | None = None
         self._prepared, self._optimizer, self._decide = prepared, optimizer, decide
         self._next: Plan | None = None  # from the next step on
         self._confirmed = False  # whether the loop has made a call that was audited
         self._flags: set[Any] = set()
+        self._arrivals = self._watching()
         ledger = self._guard.guarded.ledger
-        if ledger is not None:
+        if ledger is not None and not (told and not self._guard.plan.frozen_parameters):
             ledger.keeps = 2  # a loader around the private one may be a batch ahead of the loop
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, by an engine that was audited for it."""
         if is_recorded(self.module):
+            self._latest = args, kwargs
             with unfollowed():
-                known = self._known(args, kwargs)
+                known = self._told or self._known(args, kwargs)
             if not known:
                 with TURN, Modes():
                     self._learn(args, kwargs)
@@ -114,8 +119,7 @@ class RealCalls(Replaced):
         if vars(self.module).get(self.name) is not self:
             return  # another training of the same model has begun, or it is out already
         super().take_out()
-        if not isinstance(self.original, MethodType):
-            vars(self.module)[self.name] = self.original  # what this one stood in for is at work still
+        self._arrivals.detach()
 
     @property
     def _guard(self) -> StepGuard:
@@ -184,6 +188,41 @@ class RealCalls(Replaced):
             else:
                 self._go_on(plan)
 
+    def _watching(self) -> Arrivals:
+        def comes_back() -> None:
+            if self._next is None:
+                self._guard.leaves_out = self._come_back
+
+        return Arrivals(self.module, self._guard.plan.frozen_parameters, comes_back)
+
+    def _come_back(self, optimizer: Any, settle: Callable[[], None]) -> None:
+        """The step in which gradient reached parameters that are frozen, since the check had shown none.
+
+        Raises:
+            PlanBrokenError: they cannot be trained as the loop does it.
+        """
+        names = sorted(self._arrivals.names)
+        shown = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        told = LeftOut(
+            f"gradient reached {shown} of {type(self.module).__name__}, which none had reached when the step was checked; they "
+            "are frozen until now.",
+            "They are trained from the next step on",
+            "Pass a training_step that uses all parts of the model to make_private_safe to have them trained from the first.",
+            names[0],
+        )
+        self._guard.leaves_out = None
+        before = self._plan
+        leave_out(self._guard.guarded, optimizer, settle, told)
+        with TURN, Modes():
+            self._learn(*self._latest)
+        if self._plan is not before and {*names} & {*self._plan.frozen_parameters}:
+            raise PlanBrokenError(
+                told.fact,
+                "The call of the model does not show how they are used. No parameter has moved in this step.",
+                told.help,
+                path=names[0],
+            )
+
     def _leave_out(self, optimizer: Any, settle: Callable[[], None]) -> None:
         """The step in which the calls were seen for the first time; earlier ones of it were made under another engine."""
         plan, self._next = self._plan, None
@@ -214,6 +253,7 @@ class RealCalls(Replaced):
             guard = StepGuard(guarded, self._optimizer, following, earlier)
         for holder in (self._prepared, self._optimizer):
             holder.__dict__["guard"] = guard
+        self._arrivals = self._watching()
         self.put_in()
 
 

@@ -115,6 +115,7 @@ class Decided:
         ranks: the processes that train together.
         following: what is known about the real steps.
         decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
+        told: whether they were told, and only what comes back to be trained is decided on.
     """
 
     randomness: Randomness
@@ -126,6 +127,7 @@ class Decided:
     ranks: Ranks
     following: Following
     decide: Decide | None = None
+    told: bool = False
 
 
 def hand_off(
@@ -187,7 +189,7 @@ def hand_off(
     if not wrap_model:
         ZeroGrad(module, private_optimizer).put_in()
     if own and decided.decide is not None:
-        calls = RealCalls(module, prepared, private_optimizer, decided.decide)
+        calls = RealCalls(module, prepared, private_optimizer, decided.decide, told=decided.told)
         vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
         calls.put_in()
     return prepared, private_optimizer, loader

@@ -18,7 +18,7 @@ from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, Unedite
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.noise import ProvenNoise
-from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer
+from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer, StepsInside
 from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree
 from dpfix.training.guards.real_steps import Following, RealSteps
@@ -66,6 +66,7 @@ class StepGuard:
         self.checks: tuple[Check, ...] = (
             ClearedGradients(),
             NoGradScaler(),
+            StepsInside(),
             SameStructure(guarded),
             SameGroups(guarded),
             FixedNorms(guarded),

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -85,8 +86,19 @@ def plain_copy(module: nn.Module) -> nn.Module:
                 memo |= {id(t): _by_itself(t) for t in pytree.tensors(value) if not t.is_leaf or _in_vmap(t)}
     copied = copy.deepcopy(module, memo)
     for path, name in left_out:
-        vars(copied.get_submodule(path)).pop(name, None)
+        child = copied.get_submodule(path)
+        vars(child).pop(name, None)
+        below = _below(vars(module.get_submodule(path)).get(name))
+        if isinstance(below, MethodType):  # another package's forward, which ours stands in for
+            vars(child)[name] = MethodType(below.__func__, child)
     return copied
+
+
+def _below(method: Any) -> Any:
+    """What a method was before something of ours came to stand in for it."""
+    while method is not None and _is_ours(method):
+        method = vars(method).get("_before")
+    return method
 
 
 def _in_vmap(t: torch.Tensor) -> bool:
@@ -107,5 +119,7 @@ def _is_ours(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
+    if getattr(owner, "part_of_the_model", False):
+        return False
     defined_in = getattr(hook, "__module__", None) or type(owner).__module__
     return str(defined_in).partition(".")[0] in _OURS

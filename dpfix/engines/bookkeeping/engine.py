@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +29,7 @@ from dpfix.engines.bookkeeping.recurrent import CellForward, RecurrentForward
 from dpfix.engines.bookkeeping.root import RootForward
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.errors import ArgumentError
+from dpfix.instrument.parameter_uses import MARK, used_in
 from dpfix.layout.calls import LayerLayout
 from dpfix.plan import Plan
 
@@ -93,6 +94,7 @@ class Bookkeeping(Engine):
         modules = dict(module.named_modules())
         called = {layer.path for layer in plan.layers}
         rules, expanded = assign(self.rules, modules, called, dict(plan.elsewhere))
+        expanded = only_used(modules, plan.layers, rules, expanded)
         for path, rule in rules.items():
             handle.put_in(LayerForward(handle, modules[path], path, rule))
         made = composites(modules, called, expanded)
@@ -150,6 +152,34 @@ def assign(
     for path in expanded:
         rules.pop(path, None)
     return rules, expanded
+
+
+def only_used(
+    modules: dict[str, nn.Module],
+    layers: Sequence[LayerLayout],
+    rules: Mapping[str, LayerRule],
+    expanded: Mapping[str, Mapping[str, nn.Parameter]],
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Leave out what a module holds beside a layer that uses it: a tied weight, the bias of a decoder.
+
+    Args:
+        layers: the calls that the probe has shown, and the functions on parameters.
+        rules: the layers that are accounted for, by path.
+        expanded: parameters by path of the module that uses or holds them.
+
+    Returns:
+        The others.
+    """
+    names = {id(p): name for name, p in modules[""].named_parameters()}
+    calls = Counter(layer.path for layer in layers if MARK not in layer.path)
+    uses = Counter(part for layer in layers if MARK in layer.path for part in used_in(layer.path))
+
+    def used(p: nn.Parameter) -> bool:
+        owners = [path for path in rules if any(p is own for own in modules[path]._parameters.values())]
+        return not owners or uses[names[id(p)]] != sum(calls[path] for path in owners)
+
+    found = {path: {name: p for name, p in own.items() if used(p)} for path, own in expanded.items()}
+    return {path: own for path, own in found.items() if own}
 
 
 def on_the_batch(

@@ -50,7 +50,7 @@ class BookkeepingHandle(Handle):
 
     @override
     def detach(self) -> None:
-        for replaced in self._replaced:
+        for replaced in reversed(self._replaced):
             replaced.take_out()
         self._replaced.clear()
         self.finish()

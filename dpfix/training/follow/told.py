@@ -101,6 +101,7 @@ class ToldStep(Way):
             leaves.append(mine)
             return out
 
+        own = vars(self._module).get("forward")
         self._module.forward = forward  # type: ignore[method-assign]
         try:
             with rng_untouched(), torch.enable_grad():
@@ -112,6 +113,8 @@ class ToldStep(Way):
             raise NotFollowedError(f"the told step does not repeat: {error}") from error
         finally:
             vars(self._module).pop("forward", None)
+            if own is not None:
+                vars(self._module)["forward"] = own
         if len(arguments) != len(real.calls):
             raise NotFollowedError("the told step calls the model less often than the loop")
         grads = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(flat, found, strict=True)])

@@ -13,7 +13,8 @@ from torch import nn
 from dpfix.distributed import ALONE, Ranks
 from dpfix.engines.base import Handle
 from dpfix.plan import Plan
-from dpfix.sampling.ledger import Draw, DrawLedger
+from dpfix.sampling.draw import Draw
+from dpfix.sampling.ledger import DrawLedger
 from dpfix.training.accounting import Accounting
 
 SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")

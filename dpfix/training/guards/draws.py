@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from dpfix.errors import AccumulationError, ForeignBatchError, MisuseError
 from dpfix.instrument import pytree
-from dpfix.sampling.ledger import Draw, DrawLedger, Pass
+from dpfix.sampling.draw import Draw
+from dpfix.sampling.ledger import DrawLedger, Pass
 from dpfix.training.guards.check import Check, Guarded
 
 

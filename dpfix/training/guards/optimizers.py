@@ -53,6 +53,28 @@ class ClearedGradients(Check):
         self._clear = earlier._clear
 
 
+class StepsInside(Check):
+    """The optimizer inside steps with every release.
+
+    Catches: accelerate's optimizer, prepared before the call, that leaves steps out while it accumulates gradients: a release
+    would be accounted, and no parameter move. Costs: a look at two attributes.
+    """
+
+    @override
+    def before_step(self, optimizer: DPOptimizer) -> None:
+        accumulates = getattr(optimizer.original_optimizer, "gradient_state", None)
+        if accumulates is not None and not accumulates.sync_gradients:
+            raise AccumulationError(
+                "optimizer.step() while accelerate accumulates gradients (gradient_accumulation_steps > 1): it leaves this step "
+                "out, after the gradients were released.",
+                "Every draw is accounted as one step, and its gradients must not be added to those of another. No parameter has "
+                "moved.",
+                "Use gradient_accumulation_steps=1 and a larger batch size, with opacus.utils.batch_memory_manager if memory is "
+                "short.",
+                path="optimizer",
+            )
+
+
 class NoGradScaler(Check):
     """No ``torch.amp.GradScaler`` makes the step.
 
