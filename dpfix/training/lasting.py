@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from dpfix.sampling.inner_loader import inner_loader
 from dpfix.sampling.rate import sample_rate
 from dpfix.training.epsilon import Accuracy, answer
 from dpfix.training.releases import settled
@@ -24,7 +25,7 @@ def steps_within(private: Any, epsilon: float, delta: float) -> int:
     Returns:
         Their number; 0 if the next step would go beyond the target, or what was released already has.
     """
-    _, optimizer, loader = private
+    optimizer, loader = private[1], inner_loader(private[-1])
     accountant = settled(private.privacy_engine)
     before, step = list(accountant.history), (float(optimizer.noise_multiplier), sample_rate(loader))
     trial = copy.copy(accountant)
