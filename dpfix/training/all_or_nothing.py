@@ -30,7 +30,6 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
     Returns:
         The call.
     """
-
     on_inner = on_wrapped(call)
 
     @functools.wraps(call)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from dpfix.errors import ArgumentError
 from dpfix.sampling.inner_loader import inner_loader
 from dpfix.sampling.rate import sample_rate
+from dpfix.scan.values import number_in
 from dpfix.training.epsilon import Accuracy, answer
 from dpfix.training.releases import settled
 
@@ -46,3 +48,45 @@ def steps_within(private: Any, epsilon: float, delta: float) -> int:
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
 
+
+class Lasting:
+    """Whether a budget lasts for another step; the search for its last step is made once per noise level.
+
+    Args:
+        private: what :func:`dpfix.make_private_safe` returned.
+        target_epsilon: the budget.
+        delta: its delta.
+    """
+
+    def __init__(self, private: Any, target_epsilon: Any, delta: float) -> None:
+        self._private, self._target, self._delta = private, check_target(target_epsilon), delta
+        self._last: tuple[float, int] | None = None  # noise, and the number of steps at which the budget is spent
+
+    @property
+    def steps(self) -> int:
+        """Further steps that stay within the budget."""
+        optimizer = self._private[1]
+        made, noise = optimizer.guard.guarded.accounting.steps, float(optimizer.noise_multiplier)
+        if self._last is None or self._last[0] != noise or made >= self._last[1]:
+            self._last = noise, made + steps_within(self._private, self._target, self._delta)
+        return self._last[1] - made
+
+    def check(self) -> None:
+        """Refuse a training that cannot make a step.
+
+        Raises:
+            ArgumentError: the first one would go beyond the budget.
+        """
+        if self.steps == 0:
+            raise ArgumentError(
+                f"target_epsilon={self._target:g} at delta={self._delta:g} does not last for another step:",
+                f"epsilon is {self._private.get_epsilon(self._delta):.4g} now.",
+                "Raise target_epsilon or noise_multiplier.",
+                path="target_epsilon",
+            )
+
+
+def check_target(target_epsilon: Any) -> float:
+    """A positive number."""
+    help = "The training stops before the step that would go beyond it."
+    return number_in("target_epsilon", target_epsilon, (0, float("inf")), help, open_at="low high")

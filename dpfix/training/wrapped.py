@@ -41,7 +41,9 @@ def on_wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
         private, optimizer, private_loader = made
         if inner_model is not model and isinstance(private, nn.Module):
             private = _around_model(model, inner_model, private)
-        return made.with_objects(private, optimizer, private_loader if inner is loader else around(loader, private_loader))
+        return made.with_objects(
+            private, optimizer, private_loader if inner is loader else around(loader, private_loader)
+        )
 
     return on_inner
 

@@ -15,8 +15,7 @@ from dpfix.integrations.lightning.step import TrainingStep
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import index_set
 from dpfix.scan.arguments import check_delta
-from dpfix.scan.values import number_in
-from dpfix.training.lasting import steps_within
+from dpfix.training.lasting import Lasting, check_target
 from dpfix.training.loader_owner import replace_loader
 from dpfix.training.result import PrivateTraining
 
@@ -70,13 +69,11 @@ class PrivateCallback(Callback):
                 path=filled[0],
             )
         self._delta = None if delta is None else check_delta(delta)
-        if target_epsilon is not None:
-            help = "The training stops before the step that would go beyond it."
-            target_epsilon = number_in("target_epsilon", target_epsilon, (0, float("inf")), help, open_at="low high")
-        self._target, self._path = target_epsilon, module
+        self._target = None if target_epsilon is None else check_target(target_epsilon)
+        self._path = module
         self._arguments = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **arguments}
         self._loaded: tuple[Any, bool] | None = None
-        self._left: tuple[float, int] | None = None  # noise, and the steps after which the budget is spent
+        self._lasting: Lasting | None = None
 
     @property
     def delta(self) -> float:
@@ -139,28 +136,15 @@ class PrivateCallback(Callback):
         return TrainingStep(pl_module).train(pl_module.training), {"training_step": training_step}
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._target is None:
-            return
-        if self._steps_left() == 0:
-            raise ArgumentError(
-                f"target_epsilon={self._target:g} does not last for another step:",
-                f"epsilon is {self.private.get_epsilon(self.delta):.4g} at delta={self.delta:g}.",
-                "Raise target_epsilon or noise_multiplier.",
-                path="target_epsilon",
-            )
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._target is not None:
+            self._lasting = Lasting(self.private, self._target, self.delta)
+            self._lasting.check()
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._target is not None and self._steps_left() == 0:
+        if self._lasting is not None and self._lasting.steps == 0:
             trainer.should_stop = True
-
-    def _steps_left(self) -> int:
-        accounting, noise = self.private[1].guard.guarded.accounting, float(self.private[1].noise_multiplier)
-        if self._left is None or self._left[0] != noise or accounting.steps >= self._left[1]:
-            more = steps_within(self.private, self._target or 0.0, self.delta)
-            self._left = noise, accounting.steps + more
-        return self._left[1] - accounting.steps
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

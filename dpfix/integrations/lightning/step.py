@@ -63,7 +63,9 @@ class Beside:
 
     def __init__(self) -> None:
         self._real = False
-        self._logged: list[list[Logged]] = []  # by every forward pass of the real call: an engine may make one per sample
+        self._logged: list[
+            list[Logged]
+        ] = []  # by every forward pass of the real call: an engine may make one per sample
         self._states: dict[Metric, dict[str, Any]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Beside:

@@ -136,6 +136,7 @@ class Follower(FollowingMode):
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._held = 0
+        self._only_losses = False  # a step was made; until the next delivery only calls of backward() matter
 
     # -------------------------------------------------------------- deliveries
 
@@ -168,7 +169,7 @@ class Follower(FollowingMode):
         """What follows is written down, in the thread that calls the model."""
         if threading.get_ident() == self._thread:
             switch_on(self)
-            self.paused = False
+            self.paused = self._only_losses = False
 
     @property
     def _lists(self) -> bool:
@@ -219,10 +220,10 @@ class Follower(FollowingMode):
         self.calls = left
         for call in left:
             self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
-        if waiting:
-            self.resume()
-        else:
-            switch_off(self)
+        if not (waiting or remember):
+            return switch_off(self)
+        self.resume()
+        self._only_losses = not waiting
 
     def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
@@ -243,7 +244,7 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and not self._was_on:
+        if not grad and (self._only_losses or not self._was_on):
             return  # an evaluation, of which nothing is held
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
@@ -292,6 +293,8 @@ class Follower(FollowingMode):
                 return func(*args, **kwargs)
             finally:
                 self.paused = self.over
+        if self._only_losses:
+            return func(*args, **kwargs)
         return self._note(func, args, kwargs, sys._getframe(1))
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

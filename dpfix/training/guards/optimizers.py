@@ -157,6 +157,7 @@ def _refuse_other(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if training.outside.learns(p):
             raise learns_outside(tuple(p.shape), type(optimizer).__name__)
         if not training.owns(p):
+            training.outside.tell(p, type(optimizer).__name__)
             continue
         if training.allowed:
             return

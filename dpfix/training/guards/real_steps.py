@@ -22,7 +22,7 @@ from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
-from dpfix.training.follow.outside import Outside, Strangers, kept_from_before
+from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with, kept_from_before
 from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
@@ -169,9 +169,9 @@ class RealSteps(Check):
         follower = self._follower
         self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
-        if self.outside.look(loss, follower.calls):
-            self.outside.learn(self._outside_from_the_batch(loss))
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
+        if self.outside.look(loss, follower.calls) and (found := self._outside_from_the_batch(loss)):
+            (self.outside.learn if comes_from(loss, models) else self.outside.learn_beside)(found)
         if max((c.samples for c in models), default=0) < 2:
             self._looked = bool(models)
             return  # a sample alone, or the stand-in of an empty draw
@@ -205,10 +205,13 @@ class RealSteps(Check):
 
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
-        origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
-        if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
-            return []
-        return self.outside.look(loss, calls)
+        origin, (path, beside) = self._follower.origins(), path_to(loss, self._follower.calls)
+        calls = [call for number, call in enumerate(path) if number not in beside]
+        parts = [part for call in calls for part in parts_of((call.args, call.kwargs))]
+        tensors = [loss, *(part for part in parts if isinstance(part, torch.Tensor))]
+        if any(id(part) in origin for part in parts) or fed_with(tensors, self._follower.earlier.values()):
+            return self.outside.look(loss, calls)
+        return []
 
     def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw
