@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
@@ -93,6 +94,7 @@ class RealCalls(Replaced):
         if ledger is not None:
             ledger.keeps = 2  # a loader around the private one may be a batch ahead of the loop
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, by an engine that was audited for it."""
         if is_recorded(self.module):
