@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
-from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
+from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
@@ -69,6 +69,7 @@ class Follower(FollowingMode):
         broken: why the calls have a gap; empty if they have none.
         over: whether it is to be taken off.
         on_draw: called with the draw that the model is called with, where several are under way.
+        on_gradient: called with a tensor whose ``grad`` is read between ``backward()`` and ``step()``, and the frame that does.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Follower(FollowingMode):
         self.paused, self.over = True, True
         self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
+        self.on_gradient: Callable[[torch.Tensor, FrameType], None] = lambda p, frame: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
         self.sources = Sources()
@@ -136,7 +138,7 @@ class Follower(FollowingMode):
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._held = 0
-        self._only_losses = False  # a step was made; until the next delivery only calls of backward() matter
+        self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
 
     # -------------------------------------------------------------- deliveries
 
@@ -170,11 +172,6 @@ class Follower(FollowingMode):
         if threading.get_ident() == self._thread:
             switch_on(self)
             self.paused = self._only_losses = False
-
-    @property
-    def _lists(self) -> bool:
-        """Whether the loader delivers Python values."""
-        return bool(self._batches.lists)
 
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
@@ -290,9 +287,12 @@ class Follower(FollowingMode):
             self.paused = True
             try:
                 self._on_backward(args[0], args[1:], kwargs)
+                self._after_backward = True
                 return func(*args, **kwargs)
             finally:
                 self.paused = self.over
+        if self._after_backward and reads_gradient(func):
+            self.on_gradient(args[0], sys._getframe(1))
         if self._only_losses:
             return func(*args, **kwargs)
         return self._note(func, args, kwargs, sys._getframe(1))
@@ -307,7 +307,7 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in MAKES and (self._lists or self._read)):
+        if not self._takes(args, kwargs) and not (name in MAKES and (self._batches.lists or self._read)):
             return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
         if writes(name, kwargs):
             self._keep(args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
-from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, MisuseError, PlanBrokenError
 from dpfix.instrument.function_modes import switch_off
-from dpfix.instrument.source import calling_line, describe_module, warn_user
+from dpfix.instrument.source import calling_line, describe_module, takes_attribute, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
@@ -72,7 +73,7 @@ class RealSteps(Check):
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self._strangers = Strangers()
         self.outside = Outside(tuple(guarded.module.parameters()))
-        self._warned, self._unfollowed = False, ""
+        self._warned, self._unfollowed, self._told_gradient = False, "", False
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
         self._optimizer: DPOptimizer | None = None
@@ -85,6 +86,7 @@ class RealSteps(Check):
         if self._guarded.ledger is not None:
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
+        self._follower.on_gradient = self._gradient_read
 
     # -------------------------------------------------------------- moments
 
@@ -150,7 +152,7 @@ class RealSteps(Check):
         self._follower.follow(self._guarded.plan.calls, self._backward)
         self._listen()
         self.outside.take_over(earlier.outside)
-        self._numbers, self._warned = earlier._numbers, earlier._warned
+        self._numbers, self._warned, self._told_gradient = earlier._numbers, earlier._warned, earlier._told_gradient
 
     @override
     def detach(self) -> None:
@@ -202,6 +204,14 @@ class RealSteps(Check):
             raise
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
+
+    def _gradient_read(self, p: torch.Tensor, frame: FrameType) -> None:
+        if p.grad is not None or self._told_gradient or not any(p is own for own in self._guarded.parameters.values()):
+            return
+        if takes_attribute(frame):
+            raise MisuseError(*messages.NO_GRADIENT_YET, path="parameters")
+        self._told_gradient = True
+        warn_user(" ".join(messages.NO_GRADIENT_YET))
 
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
