@@ -246,7 +246,7 @@ class Follower(FollowingMode):
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
-        call.deliveries = self._deliveries_in(args, kwargs)
+        call.deliveries, call.autocast = self._deliveries_in(args, kwargs), autocast_regions()
         self._take(output)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:

@@ -206,7 +206,9 @@ class RealSteps(Check):
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
 
     def _gradient_read(self, p: torch.Tensor, frame: FrameType) -> None:
-        if p.grad is not None or self._told_gradient or not any(p is own for own in self._guarded.parameters.values()):
+        if p.grad is not None or self._told_gradient or frame.f_code.co_name == "zero_grad":
+            return
+        if not any(p is own for own in self._guarded.parameters.values()):
             return
         if takes_attribute(frame):
             raise MisuseError(*messages.NO_GRADIENT_YET, path="parameters")
