@@ -59,6 +59,9 @@ RANDOM = frozenset([
 ])
 """Functions that draw from torch's generators; they draw the same when they are repeated."""
 
+LIKE = frozenset(f"{kind}_like" for kind in ("empty", "ones", "rand", "randint", "randn", "zeros"))
+"""Functions that take nothing but shape and type from a tensor."""
+
 ARITHMETIC = frozenset([
     "__pow__",
     "__radd__",

@@ -23,6 +23,7 @@ from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
     LENGTHS,
+    LIKE,
     MAKES,
     RANDOM,
     TELL_NOTHING,
@@ -134,10 +135,9 @@ class Follower(FollowingMode):
         self.broken = ""
         self._marks = []
         self.plain: dict[int, ref[torch.Tensor]] = {}
-        self._read = False  # whether the script has made Python values of a batch
+        self._read, self._held = False, 0  # whether the script has made Python values of a batch; bytes
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
-        self._held = 0
         self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
 
     # -------------------------------------------------------------- deliveries
@@ -387,7 +387,7 @@ class Follower(FollowingMode):
         nothing: set[Delivery] = set()
         for call in self.calls:
             from_ = self._of(call, found)
-            if not from_:
+            if not from_ or getattr(call, "name", "") in LIKE:
                 continue
             for t in pytree.tensors((call.result, call.args[:1]) if overwrites(call) else call.result):
                 found[id(t)] = found.get(id(t), nothing) | from_

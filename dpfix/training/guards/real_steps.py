@@ -13,11 +13,11 @@ from typing_extensions import override
 from dpfix.engines import UNDECIDED, engine_of
 from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, MisuseError, PlanBrokenError
 from dpfix.instrument.function_modes import switch_off
-from dpfix.instrument.source import calling_line, describe_module, takes_attribute, warn_user
+from dpfix.instrument.source import calling_line, describe_module, is_users_file, takes_attribute, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
-from dpfix.training.follow.calls import ModelCall, line_of, parts_of
+from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
@@ -206,7 +206,8 @@ class RealSteps(Check):
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
 
     def _gradient_read(self, p: torch.Tensor, frame: FrameType) -> None:
-        if p.grad is not None or self._told_gradient or frame.f_code.co_name == "zero_grad":
+        file = frame.f_code.co_filename
+        if p.grad is not None or self._told_gradient or not (is_users_file(file) or file.endswith("clip_grad.py")):
             return
         if not any(p is own for own in self._guarded.parameters.values()):
             return
@@ -218,7 +219,8 @@ class RealSteps(Check):
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
         origin, (path, beside) = self._follower.origins(), path_to(loss, self._follower.calls)
-        calls = [call for number, call in enumerate(path) if number not in beside]
+        made = [call for number, call in enumerate(path) if number not in beside]
+        calls = [call for call in made if isinstance(call, ModelCall) or call.name not in LIKE]
         parts = [part for call in calls for part in parts_of((call.args, call.kwargs))]
         tensors = [loss, *(part for part in parts if isinstance(part, torch.Tensor))]
         if any(id(part) in origin for part in parts) or fed_with(tensors, self._follower.earlier.values()):
