@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from typing_extensions import override
 
 from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LoaderError, OptimizerError
@@ -19,10 +18,13 @@ from dpfix.training.lasting import Lasting, check_target
 from dpfix.training.loader_owner import replace_loader
 from dpfix.training.result import PrivateTraining
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:  # the package under its older name
-    from pytorch_lightning import Callback
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback  # type: ignore
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:  # the package under its older name
+        from pytorch_lightning import Callback
 
 FILLED_IN = ("optimizer", "data_loader", "wrap_model")
 """Arguments of the call that are the Trainer's."""
@@ -84,8 +86,8 @@ class PrivateCallback(Callback):
         """The privacy statement for the steps made so far."""
         return self.private.statement(self.delta)
 
-    @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The weights of a checkpoint are loaded when the model is repaired."""
         if stage != "fit":
             return
         _check_trainer(trainer, self._target)
@@ -99,8 +101,8 @@ class PrivateCallback(Callback):
 
         vars(pl_module)["load_state_dict"] = load_later
 
-    @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the training private."""
         vars(pl_module).pop("load_state_dict", None)
         trainer.fit_loop.setup_data()
         loader = _only_loader(trainer)
@@ -135,27 +137,27 @@ class PrivateCallback(Callback):
         takes_index = pl_module.training_step.__code__.co_argcount > 2
         return TrainingStep(pl_module).train(pl_module.training), {"training_step": training_step}
 
-    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A budget has to last for a step."""
         if self._target is not None:
             self._lasting = Lasting(self.private, self._target, self.delta)
             self._lasting.check()
 
-    @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop where the next step would go beyond the target."""
         if self._lasting is not None and self._lasting.steps == 0:
             trainer.should_stop = True
 
-    @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log epsilon."""
         pl_module.log("epsilon", self.private.get_epsilon(self.delta), prog_bar=True)
 
-    @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The model is the plain one again."""
         self._end(pl_module)
 
-    @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The model is the plain one again."""
         self._end(pl_module)
 
     def _end(self, pl_module: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric  # type: ignore
 from typing_extensions import override
 
 from dpfix.instrument.function_modes import unfollowed
@@ -33,8 +33,8 @@ class TrainingStep(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
-        own: Callable[..., Any] = module.training_step
-        vars(self).update(_own=own, _beside=Beside())  # past nn.Module, which would register what is in them
+        self._own: Callable[..., Any] = module.training_step
+        self._beside = Beside()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class TrainingStep(nn.Module):
     def in_loop(self) -> Callable[..., Any]:
         """What stands in for ``training_step`` in the Trainer's loop."""
 
-        @functools.wraps(vars(self)["_own"])
+        @functools.wraps(self._own)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._beside.begin()
             output = self(*args, **kwargs)
@@ -134,7 +134,7 @@ def _own(value: Any) -> Any:
 
 def _kept(value: Any) -> Any:
     """A value that can be read later; inside ``torch.vmap`` every sample has its own."""
-    functorch: Any = torch._C._functorch
+    functorch: Any = torch._C._functorch  # type: ignore
     with unfollowed():
         value = value.detach() if isinstance(value, torch.Tensor) else value
         while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
