@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ class PrivateCallback(Callback):
         self._arguments = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **arguments}
         self._loaded: tuple[Any, bool] | None = None
         self._lasting: Lasting | None = None
+        self._begun = False
 
     @property
     def delta(self) -> float:
@@ -111,6 +113,7 @@ class PrivateCallback(Callback):
         self.private = make_private_safe(
             module=root, optimizer=optimizer, data_loader=loader, wrap_model=False, **{**told, **self._arguments}
         )
+        self._begun = True
         optimizers = list(trainer.strategy.optimizers)
         optimizers[position] = self.private[1]
         trainer.strategy.optimizers = optimizers
@@ -134,7 +137,7 @@ class PrivateCallback(Callback):
                 output = step(batch, 0) if takes_index else step(batch)
             return output["loss"] if isinstance(output, Mapping) else output
 
-        takes_index = pl_module.training_step.__code__.co_argcount > 2
+        takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
         return TrainingStep(pl_module).train(pl_module.training), {"training_step": training_step}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -164,7 +167,8 @@ class PrivateCallback(Callback):
         """The model is the plain one again; what was released stays known."""
         for name in ("load_state_dict", "training_step"):
             vars(pl_module).pop(name, None)
-        if hasattr(self, "private"):
+        if self._begun:
+            self._begun = False
             self.private[0].cleanup()
 
 
