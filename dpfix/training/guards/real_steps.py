@@ -172,8 +172,8 @@ class RealSteps(Check):
         self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
-        if self.outside.look(loss, follower.calls) and (found := self._outside_from_the_batch(loss)):
-            (self.outside.learn if comes_from(loss, models) else self.outside.learn_beside)(found)
+        if self.outside.look(loss, follower.calls):
+            self._look_outside(loss, models)
         if max((c.samples for c in models), default=0) < 2:
             self._looked = bool(models)
             return  # a sample alone, or the stand-in of an empty draw
@@ -216,7 +216,7 @@ class RealSteps(Check):
         self._told_gradient = True
         warn_user(" ".join(messages.NO_GRADIENT_YET))
 
-    def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
+    def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
         origin, (path, beside) = self._follower.origins(), path_to(loss, self._follower.calls)
         made = [call for number, call in enumerate(path) if number not in beside]
@@ -224,8 +224,9 @@ class RealSteps(Check):
         parts = [part for call in calls for part in parts_of((call.args, call.kwargs))]
         tensors = [loss, *(part for part in parts if isinstance(part, torch.Tensor))]
         if any(id(part) in origin for part in parts) or fed_with(tensors, self._follower.earlier.values()):
-            return self.outside.look(loss, calls)
-        return []
+            private = comes_from(loss, models) or any(isinstance(call, ModelCall) for call in calls)
+            learn = self.outside.learn if private else self.outside.learn_beside
+            learn(self.outside.look(loss, calls))
 
     def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw

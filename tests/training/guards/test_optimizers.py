@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dpfix
@@ -98,6 +99,15 @@ def test_a_second_model_that_learns_from_the_batches_is_named(first: str) -> Non
 def test_a_second_model_that_learns_from_the_batches_through_the_private_one_is_refused(first: str) -> None:
     with pytest.raises(dpfix.MisuseError, match=r"a parameter of shape \(6, 6\) that is not in the private model"):
         Pair(through_private=True, on_data=True).run(first)
+
+
+def test_a_head_on_the_private_models_outputs_is_refused_though_they_are_detached() -> None:
+    _, training = start()
+    head = nn.Linear(3, 3)
+    x, y = first_batch(training)
+    F.cross_entropy(head(training[0](x).detach()), y).backward()
+    with pytest.raises(dpfix.MisuseError, match=r"a parameter of shape \(3, 3\) that is not in the private model"):
+        torch.optim.SGD(head.parameters(), lr=0.1).step()
 
 
 @order
