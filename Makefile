@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench soak zoo docs rules opacus-suite clean
+.PHONY: help demo test slow lint format bench frameworks soak zoo docs rules opacus-suite clean
 .SECONDARY:
 
 help:  ## show this list
@@ -47,6 +47,9 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.simsiam_digits --write docs/detach.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.augmentation_digits --write docs/augmentation.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.engine_speed --write
+
+frameworks: $(VENV)/.installed-dev  ## measure small scripts on Lightning, MONAI, ignite and others (a few minutes)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.frameworks --write docs/frameworks.md $(ARGS)
 
 soak: $(VENV)/.installed-dev  ## measure long use: memory, interrupts, hostile files, noise, a canary (an hour or more)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.soak --write docs/reliability.md $(ARGS)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
@@ -60,6 +61,11 @@ def as_one(func: Callable[..., Any], *args: Any) -> Any:
         if isinstance(mode, FollowingMode) and not mode.paused:
             return mode.note(func, args, {})
     return func(*args)
+
+
+def reads_gradient(func: Any) -> bool:
+    """Whether a function that a mode sees is the reading of a tensor's ``grad``."""
+    return getattr(func, "__self__", None) is torch.Tensor.grad and func.__name__ == "__get__"
 
 
 def is_on(mode: FollowingMode) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import os
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import opacus
@@ -92,3 +94,16 @@ def _source(module: nn.Module) -> str:
     except (OSError, TypeError):
         return ""
     return f", {os.path.basename(file)}:{line}" if file else ""
+
+
+def takes_attribute(frame: FrameType) -> bool:
+    """Whether the next thing that a frame does is to take an attribute of what it has just read.
+
+    Args:
+        frame: a frame that is reading an attribute.
+
+    Returns:
+        Whether it does, as in ``p.grad.norm()``; not in ``if p.grad is not None``.
+    """
+    later = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE")
+    return next((i.opname in {"LOAD_ATTR", "LOAD_METHOD"} for i in later), False)

@@ -123,5 +123,6 @@ NOT_COVERED = (
     "losses and metrics logged on training batches",
     "statistics of the data used in preprocessing (means, intensity ranges, vocabularies)",
     "what pretrained weights already hold of their own training data",
+    "other models that the loop trains on the same samples: covered are the private model and what learns from its outputs alone",
 )
 """What a guarantee of DP-SGD does not speak about."""

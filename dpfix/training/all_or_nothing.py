@@ -11,6 +11,7 @@ from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
 from dpfix.training.guards.optimizers import WATCHED
+from dpfix.training.wrapped import on_wrapped
 from dpfix.weights import origins
 
 Arguments = ParamSpec("Arguments")
@@ -20,7 +21,8 @@ Result = TypeVar("Result")
 def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Whatever stops a call (a refusal, ``KeyboardInterrupt``, a lack of memory), its arguments are as they were before.
 
-    A private training that the model is in goes on. Calls and private steps of several threads come one after another.
+    A private training that the model is in goes on. Calls and private steps of several threads come one after another. The
+    call gets what is inside of a framework's wrappers (:mod:`dpfix.training.wrapped`).
 
     Args:
         call: takes keywords, among them ``module``, ``criterion`` and ``training_step``.
@@ -28,6 +30,7 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
     Returns:
         The call.
     """
+    on_inner = on_wrapped(call)
 
     @functools.wraps(call)
     def whole(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -37,7 +40,7 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             outside = modules_outside(module, *beside) if finished(module) else []
             before = Memento(*kwargs.values(), *outside, *origins.REMEMBERED, WATCHED)
             try:
-                return call(*args, **kwargs)
+                return on_inner(*args, **kwargs)
             except BaseException:
                 before.put_back()
                 raise

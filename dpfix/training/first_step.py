@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
@@ -97,6 +98,7 @@ class RealCalls(Replaced):
         if ledger is not None and not (told and not self._guard.plan.frozen_parameters):
             ledger.keeps = 2  # a loader around the private one may be a batch ahead of the loop
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, by an engine that was audited for it."""
         if is_recorded(self.module):

@@ -38,6 +38,7 @@ from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
+from dpfix.training.loader_owner import replace_loader
 from dpfix.training.opacus_classes import (
     PrivateModule,
     private_hooks_class,
@@ -192,6 +193,7 @@ def hand_off(
         calls = RealCalls(module, prepared, private_optimizer, decided.decide, told=decided.told)
         vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
         calls.put_in()
+    replace_loader(module, originals.data_loader, loader)
     return prepared, private_optimizer, loader
 
 

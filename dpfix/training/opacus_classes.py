@@ -151,6 +151,10 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
     class PrivateWrapper(_transparent_wrapper_class(cls)):
         guard: StepGuard
 
+        @torch.compiler.disable  # a compiled model goes on step by step: the compiler would trace the engine at every size
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)
             self.guard.cleared()

@@ -10,6 +10,7 @@ from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.report.statement import NOT_COVERED, PrivacyStatement
+from dpfix.sampling.inner_loader import inner_loader
 from dpfix.sampling.loader import PrivateDataLoader
 from dpfix.sampling.rate import index_set, sample_rate
 from dpfix.scan.arguments import check_delta
@@ -42,6 +43,17 @@ class PrivateTraining(tuple[Any, ...]):
         self = super().__new__(cls, items)
         self._report, self.privacy_engine = report, privacy_engine
         return self
+
+    def with_objects(self, *items: Any) -> PrivateTraining:
+        """The same training with other objects in the tuple.
+
+        Args:
+            *items: model, optimizer and loader, or wrappers of them.
+
+        Returns:
+            The tuple with its attributes.
+        """
+        return PrivateTraining(items, self._report, self.privacy_engine)
 
     @property
     def report(self) -> Report:
@@ -76,7 +88,7 @@ class PrivateTraining(tuple[Any, ...]):
         """
         delta = check_delta(delta)
         accuracy = Accuracy.of(delta, alphas=alphas, eps_error=eps_error, delta_error=delta_error)
-        samples = len(index_set(self[-1]))
+        samples = len(index_set(inner_loader(self[-1])))
         if delta >= 1 / samples:
             warn_user(
                 f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
@@ -94,7 +106,7 @@ class PrivateTraining(tuple[Any, ...]):
             Unit, adjacency, sampling, rate, steps, noise, clip norm, accountant, epsilon and what is not covered.
         """
         delta = check_delta(delta)
-        _, optimizer, loader = self
+        optimizer, loader = self[1], inner_loader(self[-1])
         poisson = isinstance(loader, PrivateDataLoader)
         samples = len(index_set(loader))
         cautions = []

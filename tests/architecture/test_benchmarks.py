@@ -14,7 +14,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if pat
 PAGES = [ROOT / "Makefile", ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "zoo.run", "soak.__main__"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "zoo.run", "soak.__main__", "frameworks.__main__"])
 def test_script_can_be_imported(name: str) -> None:
     """What a script takes from dpfix, from the tests and from its neighbours is there."""
     importlib.import_module(f"benchmarks.{name}")

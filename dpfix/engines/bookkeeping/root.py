@@ -20,6 +20,7 @@ class RootForward(Replaced):
         super().__init__(module)
         self.handle = handle
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, recorded where per-sample gradients are wanted."""
         if not is_recorded(self.module):

@@ -62,6 +62,7 @@ class PerSampleForward(Replaced):
         super().__init__(handle.model)
         self.handle = handle
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The per-sample forward pass, where per-sample gradients are wanted."""
         if not is_recorded(self.module):

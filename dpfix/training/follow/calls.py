@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -57,6 +58,9 @@ RANDOM = frozenset([
     "uniform_",
 ])
 """Functions that draw from torch's generators; they draw the same when they are repeated."""
+
+LIKE = frozenset(f"{kind}_like" for kind in ("empty", "ones", "rand", "randint", "randn", "zeros"))
+"""Functions that take nothing but shape and type from a tensor."""
 
 ARITHMETIC = frozenset([
     "__pow__",
@@ -233,6 +237,7 @@ class ModelCall:
         state: state of torch's generators before it.
         outputs: tensors that it returned and that carry gradient.
         deliveries: the delivered batches that its arguments come from.
+        autocast: devices and types of the autocast regions around it.
         given: what arguments were that the script has written into since, by identity.
     """
 
@@ -244,6 +249,7 @@ class ModelCall:
     state: Any
     outputs: list[Output] = field(default_factory=list)
     deliveries: set[Any] = field(default_factory=set)
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
     given: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -256,6 +262,22 @@ class ModelCall:
         """A tensor is about to be written into; if it was an argument, remember what it was."""
         if id(t) not in self.given and any(t is argument for _, argument in pytree.leaves((self.args, self.kwargs))):
             self.given[id(t)] = t.detach().clone()
+
+
+@contextmanager
+def in_autocast(regions: tuple[tuple[str, torch.dtype], ...]) -> Iterator[None]:
+    """Enter autocast regions.
+
+    Args:
+        regions: as :func:`autocast_regions` gives them.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as around:
+        for device, dtype in regions:
+            around.enter_context(torch.autocast(device, dtype))
+        yield
 
 
 def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:

@@ -18,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
-from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
+from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
     LENGTHS,
+    LIKE,
     MAKES,
     RANDOM,
     TELL_NOTHING,
@@ -69,6 +70,7 @@ class Follower(FollowingMode):
         broken: why the calls have a gap; empty if they have none.
         over: whether it is to be taken off.
         on_draw: called with the draw that the model is called with, where several are under way.
+        on_gradient: called with a tensor whose ``grad`` is read between ``backward()`` and ``step()``, and the frame that does.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Follower(FollowingMode):
         self.paused, self.over = True, True
         self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
+        self.on_gradient: Callable[[torch.Tensor, FrameType], None] = lambda p, frame: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
         self.sources = Sources()
@@ -132,10 +135,10 @@ class Follower(FollowingMode):
         self.broken = ""
         self._marks = []
         self.plain: dict[int, ref[torch.Tensor]] = {}
-        self._read = False  # whether the script has made Python values of a batch
+        self._read, self._held = False, 0  # whether the script has made Python values of a batch; bytes
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
-        self._held = 0
+        self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
 
     # -------------------------------------------------------------- deliveries
 
@@ -168,12 +171,7 @@ class Follower(FollowingMode):
         """What follows is written down, in the thread that calls the model."""
         if threading.get_ident() == self._thread:
             switch_on(self)
-            self.paused = False
-
-    @property
-    def _lists(self) -> bool:
-        """Whether the loader delivers Python values."""
-        return bool(self._batches.lists)
+            self.paused = self._only_losses = False
 
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
@@ -219,10 +217,10 @@ class Follower(FollowingMode):
         self.calls = left
         for call in left:
             self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
-        if waiting:
-            self.resume()
-        else:
-            switch_off(self)
+        if not (waiting or remember):
+            return switch_off(self)
+        self.resume()
+        self._only_losses = not waiting
 
     def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
@@ -243,12 +241,12 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and not self._was_on:
+        if not grad and (self._only_losses or not self._was_on):
             return  # an evaluation, of which nothing is held
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
-        call.deliveries = self._deliveries_in(args, kwargs)
+        call.deliveries, call.autocast = self._deliveries_in(args, kwargs), autocast_regions()
         self._take(output)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
@@ -289,9 +287,14 @@ class Follower(FollowingMode):
             self.paused = True
             try:
                 self._on_backward(args[0], args[1:], kwargs)
+                self._after_backward = True
                 return func(*args, **kwargs)
             finally:
                 self.paused = self.over
+        if self._after_backward and reads_gradient(func):
+            self.on_gradient(args[0], sys._getframe(1))
+        if self._only_losses:
+            return func(*args, **kwargs)
         return self._note(func, args, kwargs, sys._getframe(1))
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -304,7 +307,7 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in MAKES and (self._lists or self._read)):
+        if not self._takes(args, kwargs) and not (name in MAKES and (self._batches.lists or self._read)):
             return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
         if writes(name, kwargs):
             self._keep(args, kwargs)
@@ -384,7 +387,7 @@ class Follower(FollowingMode):
         nothing: set[Delivery] = set()
         for call in self.calls:
             from_ = self._of(call, found)
-            if not from_:
+            if not from_ or getattr(call, "name", "") in LIKE:
                 continue
             for t in pytree.tensors((call.result, call.args[:1]) if overwrites(call) else call.result):
                 found[id(t)] = found.get(id(t), nothing) | from_

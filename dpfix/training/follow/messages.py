@@ -138,6 +138,14 @@ def not_followed(model: str, why: str) -> str:
     )
 
 
+NO_GRADIENT_YET = (
+    "the loop reads p.grad of a private parameter between backward() and optimizer.step() (to log gradient norms, or in "
+    "clip_grad_norm_ or clip_grad_value_), where it is None.",
+    "The sum over the batch is made in step(), of gradients that are clipped per sample, and has noise.",
+    "Read p.grad after step(); max_grad_norm of make_private_safe takes the place of clip_grad_norm_, which does nothing here.",
+)
+"""Fact, why and help."""
+
 WAY_OUT = "Pass criterion= or training_step= to make_private_safe."
 
 

@@ -19,7 +19,7 @@ from dpfix.instrument.module_state import state_of, traceless
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.plan import Plan
-from dpfix.training.follow.calls import ModelCall
+from dpfix.training.follow.calls import ModelCall, in_autocast
 from dpfix.training.follow.delivery import Exchange
 from dpfix.training.follow.judge import rows_gap
 from dpfix.training.follow.step import ROUGH, TOLERANCE, RealStep, close
@@ -115,7 +115,8 @@ class PlainModel:
         args, kwargs = arguments
         with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
             put_back(call.state)
-            out = self.module(*args, **kwargs)
+            with in_autocast(call.autocast):
+                out = self.module(*args, **kwargs)
             return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], torch.get_rng_state()
 
     # -------------------------------------------------------------- a loss that the model computes is a mean of its samples'
@@ -159,12 +160,13 @@ class PlainModel:
             return 0.0
         gap = norm_of({name: both[name] - wanted[name] for name in wanted}) / size
         dtype = next(self.module.parameters()).dtype
-        return 0.0 if gap <= 5 * TOLERANCE.get(dtype, ROUGH) else gap
+        tolerance = ROUGH if call.autocast else TOLERANCE.get(dtype, ROUGH)
+        return 0.0 if gap <= 5 * tolerance else gap
 
     def _gradient_of(self, call: ModelCall, path: pytree.Path, exchange: Exchange) -> Gradients:
         parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         args, kwargs = exchanged(call, exchange, self.step.samples)
-        with traceless(self.module, self._state), torch.enable_grad(), FixedRandomness():
+        with traceless(self.module, self._state), torch.enable_grad(), FixedRandomness(), in_autocast(call.autocast):
             loss = dict(pytree.leaves(self.module(*args, **kwargs)))[path]
             return _backward(parameters, [loss.sum()], [None])
 
@@ -173,12 +175,15 @@ class PlainModel:
     def graph(self) -> list[list[torch.Tensor]] | None:
         """The outputs of all calls again, with a graph; ``None`` if they are not those of the step.
 
-        An engine that draws other random numbers than the plain model (``vmap`` with dropout) gives other outputs.
+        An engine that draws other random numbers than the plain model (``vmap`` with dropout) gives other outputs. Under
+        autocast both round to half precision, each in its own way.
 
         Returns:
             One list of outputs per call.
         """
         made: list[list[torch.Tensor]] = []
+        if any(call.autocast for call in self.step.calls):
+            return None
         for call in self.step.calls:
             with rng_untouched(), torch.enable_grad():
                 put_back(call.state)

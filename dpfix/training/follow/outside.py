@@ -1,4 +1,4 @@
-"""What leaves without noise: parameters outside the model that learn from the private loss, and what is kept of a batch."""
+"""What leaves without noise: parameters outside the model that learn from the batches, and what is kept of a batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import nn
 
+from dpfix.instrument.source import warn_user
 from dpfix.training.follow.calls import Call, ModelCall, Place, nodes_behind, parts_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Outside:
     def __init__(self, private: Collection[torch.Tensor]) -> None:
         self._private = {id(p) for p in private}
         self._learning: dict[int, ref[torch.Tensor]] = {}
+        self._beside: dict[int, ref[torch.Tensor]] = {}
+        self._told = False
         self.at_learning: Callable[[Iterable[int]], None] = lambda ids: None
 
     def look(self, loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> list[torch.Tensor]:
@@ -48,8 +51,8 @@ class Outside:
         starts = [t.grad_fn for t in (loss, *arguments) if t.grad_fn is not None]
         direct = [t for t in arguments if t.requires_grad and t.grad_fn is None]
         found = [*direct, *_leaves(starts, stop)]
-        new = [t for t in found if id(t) not in self._private and id(t) not in self._learning]
-        return new
+        known = (self._private, self._learning, self._beside)
+        return [t for t in found if not any(id(t) in ids for ids in known)]
 
     def learn(self, parameters: Sequence[torch.Tensor]) -> None:
         """These get gradient from a loss over private data from now on."""
@@ -60,7 +63,25 @@ class Outside:
     def take_over(self, earlier: Outside) -> None:
         """What has begun to learn so far goes on learning."""
         self._learning |= earlier._learning
-        self.at_learning(self._learning)
+        self._beside |= earlier._beside
+        self._told = earlier._told
+        self.at_learning([*self._learning, *self._beside])
+
+    def learn_beside(self, parameters: Sequence[torch.Tensor]) -> None:
+        """These get gradient from a loss over private data that is not the private model's."""
+        self._beside |= {id(p): ref(p) for p in parameters}
+        self.at_learning(self._beside)
+
+    def tell(self, p: Any, optimizer: str) -> None:
+        """Say once that an optimizer steps over such a parameter."""
+        held = self._beside.get(id(p))
+        if not self._told and held is not None and held() is p and p.grad is not None:
+            self._told = True
+            warn_user(
+                f"{optimizer}.step(): it trains another model (a parameter of shape {tuple(p.shape)}) on the batches of the "
+                "private data_loader. Private is the model that was passed to make_private_safe, and what learns from its "
+                "outputs alone; nothing is guaranteed about the other one, which must not be published with it."
+            )
 
     def learns(self, p: Any) -> bool:
         """Whether a parameter has gradient from a private loss."""
@@ -115,6 +136,36 @@ def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:
         return False
     wanted = {output.edge.node for call in calls for output in call.outputs}
     return bool(wanted & {tensor.grad_fn, *nodes_behind(tensor.grad_fn)})
+
+
+def fed_with(starts: Sequence[torch.Tensor], held: Iterable[ref[torch.Tensor]]) -> bool:
+    """Whether the graphs behind some tensors keep any of these tensors, or a view of one, as an input.
+
+    Args:
+        starts: tensors with graphs.
+        held: tensors of batches.
+
+    Returns:
+        Whether they do; a copy that was made of one is not seen.
+    """
+    alive = [t for t in (h() for h in held) if t is not None and t.layout is torch.strided]
+    storages = {t.untyped_storage().data_ptr() for t in alive if t.numel()}
+    nodes = [t.grad_fn for t in starts if t.grad_fn is not None]
+    for node in {*nodes, *(n for start in nodes for n in nodes_behind(start))}:
+        for name in dir(node) if storages else ():
+            if not name.startswith("_saved_"):
+                continue
+            try:
+                kept = getattr(node, name)
+            except RuntimeError:  # freed by an earlier backward pass
+                continue
+            if (
+                isinstance(kept, torch.Tensor)
+                and kept.layout is torch.strided
+                and kept.untyped_storage().data_ptr() in storages
+            ):
+                return True
+    return False
 
 
 def _leaves(starts: Sequence[Any], stop: set[Any]) -> list[torch.Tensor]:

@@ -237,6 +237,7 @@ class DrawnRows(Check):
             raise ForeignBatchError(
                 f"optimizer.step() has per-sample gradients of {rows} samples, but the data_loader drew {drawn}.",
                 "Rows of the batch are not the drawn samples (filtered, repeated, or from another loader).",
-                "Train on the batches of the returned data_loader as they are.",
+                "Train on the batches of the returned data_loader as they are. Fakes for a discriminator have to be as many as "
+                "the batch has samples; dpfix.integrations.monai.PrivacyHandler sees to it in a GanTrainer.",
                 path="data_loader",
             )

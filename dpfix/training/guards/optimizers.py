@@ -84,7 +84,8 @@ class NoGradScaler(Check):
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        if getattr(optimizer, "grad_scale", None) is not None:
+        told = ("grad_scale", "found_inf")  # the former is None where the script has called unscale_()
+        if any(getattr(optimizer, name, None) is not None for name in told):
             raise MisuseError(
                 "optimizer.step() was called by a torch.amp.GradScaler.",
                 "Its loss scale would multiply the gradients before they are clipped, and skipping steps on overflow depends "
@@ -179,6 +180,7 @@ def _refuse_other(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if training.outside.learns(p):
             raise learns_outside(tuple(p.shape), type(optimizer).__name__)
         if not training.owns(p):
+            training.outside.tell(p, type(optimizer).__name__)
             continue
         if training.allowed:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,19 +11,19 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
-from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, MisuseError, PlanBrokenError
 from dpfix.instrument.function_modes import switch_off
-from dpfix.instrument.source import calling_line, describe_module, warn_user
+from dpfix.instrument.source import calling_line, describe_module, is_users_file, takes_attribute, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
-from dpfix.training.follow.calls import ModelCall, line_of, parts_of
+from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
-from dpfix.training.follow.outside import Outside, Strangers, kept_from_before
+from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with, kept_from_before
 from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
@@ -72,7 +73,7 @@ class RealSteps(Check):
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self._strangers = Strangers()
         self.outside = Outside(tuple(guarded.module.parameters()))
-        self._warned, self._unfollowed = False, ""
+        self._warned, self._unfollowed, self._told_gradient = False, "", False
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
         self._optimizer: DPOptimizer | None = None
@@ -85,6 +86,7 @@ class RealSteps(Check):
         if self._guarded.ledger is not None:
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
+        self._follower.on_gradient = self._gradient_read
 
     # -------------------------------------------------------------- moments
 
@@ -150,7 +152,7 @@ class RealSteps(Check):
         self._follower.follow(self._guarded.plan.calls, self._backward)
         self._listen()
         self.outside.take_over(earlier.outside)
-        self._numbers, self._warned = earlier._numbers, earlier._warned
+        self._numbers, self._warned, self._told_gradient = earlier._numbers, earlier._warned, earlier._told_gradient
 
     @override
     def detach(self) -> None:
@@ -169,9 +171,9 @@ class RealSteps(Check):
         follower = self._follower
         self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
-        if self.outside.look(loss, follower.calls):
-            self.outside.learn(self._outside_from_the_batch(loss))
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
+        if self.outside.look(loss, follower.calls):
+            self._look_outside(loss, models)
         if max((c.samples for c in models), default=0) < 2:
             self._looked = bool(models)
             return  # a sample alone, or the stand-in of an empty draw
@@ -203,12 +205,28 @@ class RealSteps(Check):
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
 
-    def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
+    def _gradient_read(self, p: torch.Tensor, frame: FrameType) -> None:
+        file = frame.f_code.co_filename
+        if p.grad is not None or self._told_gradient or not (is_users_file(file) or file.endswith("clip_grad.py")):
+            return
+        if not any(p is own for own in self._guarded.parameters.values()):
+            return
+        if takes_attribute(frame):
+            raise MisuseError(*messages.NO_GRADIENT_YET, path="parameters")
+        self._told_gradient = True
+        warn_user(" ".join(messages.NO_GRADIENT_YET))
+
+    def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
-        origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
-        if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
-            return []
-        return self.outside.look(loss, calls)
+        origin, (path, beside) = self._follower.origins(), path_to(loss, self._follower.calls)
+        made = [call for number, call in enumerate(path) if number not in beside]
+        calls = [call for call in made if isinstance(call, ModelCall) or call.name not in LIKE]
+        parts = [part for call in calls for part in parts_of((call.args, call.kwargs))]
+        tensors = [loss, *(part for part in parts if isinstance(part, torch.Tensor))]
+        if any(id(part) in origin for part in parts) or fed_with(tensors, self._follower.earlier.values()):
+            private = comes_from(loss, models) or any(isinstance(call, ModelCall) for call in calls)
+            learn = self.outside.learn if private else self.outside.learn_beside
+            learn(self.outside.look(loss, calls))
 
     def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw

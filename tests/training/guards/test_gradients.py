@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,3 +39,27 @@ def test_gradient_that_is_not_finite_is_refused(engine: str, value: float) -> No
     assert torch.equal(torch.get_rng_state(), generator), "no noise was drawn"
     training[1].zero_grad()
     assert train(training, 2) == 2
+
+
+def _first_backward() -> Any:
+    model, training = start("bookkeeping")
+    loss_of(training, first_batch(training)).backward()
+    return model, training
+
+
+def test_a_loop_that_logs_gradient_norms_before_the_step_is_told_why_there_are_none() -> None:
+    model, _ = _first_backward()
+    with pytest.raises(dpfix.MisuseError, match=r"reads p.grad .* where it is None.*Read p.grad after step\(\)"):
+        sum(p.grad.norm() for p in model.parameters())  # type: ignore[union-attr]
+
+
+def test_clip_grad_norm_warns_once() -> None:
+    model, training = _first_backward()
+    with pytest.warns(
+        dpfix.DPFixWarning, match="max_grad_norm of make_private_safe takes the place of clip_grad_norm_"
+    ) as told:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert [p.grad for p in model.parameters() if p.grad is not None] == []
+    assert len(told) == 1
+    training[1].step()
+    assert all(p.grad is not None and p.grad.norm() >= 0 for p in model.parameters())  # after the step they are there
