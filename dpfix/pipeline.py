@@ -48,6 +48,7 @@ from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
 from dpfix.training.first_step import Decide, Decision
+from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 
 
@@ -171,17 +172,18 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
+    batches = _batches(samples)
     waits = may_wait(request)
     try:
         step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
-        return _proven(request, surgery, samples, step, findings, outside)
+        return replace(_proven(request, surgery, samples, step, findings, outside), batches=batches)
     except UnknownCallError as unknown:
         if not waits:
             raise
         check_validator(request, findings)
         plan, later = undecided(request), decided_later(request, unknown)
         proofs = ("the engine is decided on the first real step; this report is complete after it",)
-        placeholder, batches = Placeholder(samples.singles[0]), _batches(samples)
+        placeholder = Placeholder(samples.singles[0])
         found, repairs = (*findings, later), tuple(findings)
         return Prepared(plan, placeholder, None, None, batches, found, (), proofs, samples, repairs)
 
@@ -281,7 +283,7 @@ def _proven(
         _placeholder(empty or ordinary, plan),
         known_rows(samples, record),
         step,
-        _batches(samples),
+        BatchLayout(),
         tuple(findings),
         evidence,
         tuple(proofs),
@@ -292,7 +294,9 @@ def _proven(
 
 def _batches(samples: probe.Probe) -> BatchLayout:
     with rng_untouched():
-        return BatchLayout.of(samples)
+        layout = BatchLayout.of(samples)
+        Collation(layout).look(samples.collate, samples.items)
+        return layout
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:

@@ -31,8 +31,18 @@ def own_generators(module: nn.Module, step: Any) -> Own:
     for part in module.modules():
         if not type(part).__module__.startswith("torch"):
             roots += [type(part).forward, *vars(part).values()]
+    return generators_of(*roots)
+
+
+def generators_of(*roots: Any) -> Own:
+    """The generators that functions, methods and objects refer to, with their present states."""
     found = reachable(*(root for root in roots if callable(root) or isinstance(root, _KINDS)))
     return tuple((thing, _state(thing)) for thing in found if isinstance(thing, _KINDS))
+
+
+def states_of(generators: Own) -> str:
+    """Where generators are now; equal after alike draws."""
+    return repr([_state(generator) for generator, _ in generators])
 
 
 @contextmanager

@@ -33,6 +33,7 @@ CODES: Mapping[str, str] = {
     "DPF041": "training_step, collate_fn or the loop mixes the samples before the model is called",
     "DPF042": "a hook on a module mixes the samples of a batch",
     "DPF043": "how the loop calls the model cannot be told from one batch; the first real call decides the engine",
+    "DPF046": "collate_fn makes one sample's part of a batch of other samples",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

@@ -210,6 +210,7 @@ def _private_loader(
         decided.known_rows,
         row_counter=decided.plan.row_counter,
         ledger=ledger,
+        look=decided.following.collation,
     )
     ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)

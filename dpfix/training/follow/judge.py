@@ -109,6 +109,21 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
             return found
     if not compared or decides:
         raise NotFollowedError(why)
+    return _by_what_is_of_all(way, step, base, draw)
+
+
+def _by_what_is_of_all(way: Way, step: RealStep, base: Repeated, draw: Random) -> Coupling | None:
+    """Whether a number or a tensor that the loader has made of the whole batch matters to anybody."""
+    if not any(delivery.of_all for delivery in step.deliveries):
+        return None
+    for keep in draw.sample(range(step.samples), min(SAMPLES, step.samples)):
+        try:
+            other = way.repeat(Exchange(tuple(range(step.samples)), keep, of_all=True))
+        except NotFollowedError:
+            return None  # a length, without which the step cannot be made
+        found = difference(base, other, step, keep)
+        if found is not None:
+            return found
     return None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, MisuseError, StateWrittenError
 from dpfix.instrument import pytree
+from dpfix.instrument.source import line_of_code
 from dpfix.report.finding import Finding
 
 NOTHING_RELEASED = "No parameter has moved in this step."
@@ -20,6 +24,24 @@ def coupled_input(gap: float, argument: str, line: str, model: str) -> CoupledMo
             "causes: a mean, maximum or standard deviation over the batch, mixup or CutMix, in-batch negatives.",
             "compute it per sample, or with constants that do not come from the batch (statistics of a public data set); augment "
             f"every sample alone. {NOTHING_RELEASED}",
+            path="data_loader",
+        )
+    )
+
+
+def coupled_collation(gap: float, path: pytree.Path, collate: Any) -> CoupledModelError:
+    """The collate function mixes samples."""
+    made = f"entry {'.'.join(map(str, path))}" if path else "its part of the batch"
+    by = f"by {gap:.1e} (relative)" if math.isfinite(gap) else "with them"
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF046",
+            f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)}) mixes the samples of a "
+            f"batch: with other samples beside it, {made} of one sample changes {by}.",
+            "what is computed from it depends on the others too, so clipping per sample bounds nothing. Known causes: statistics "
+            "of the batch (a mean, a maximum, counts of classes), padding with them, mixup or CutMix.",
+            "compute it per sample, in dataset[i] or one by one in the collate_fn, or with constants that do not come from the "
+            f"batch; augment every sample alone; pad with a constant. {NOTHING_RELEASED}",
             path="data_loader",
         )
     )

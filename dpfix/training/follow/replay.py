@@ -17,7 +17,7 @@ from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, writes
-from dpfix.training.follow.delivery import Exchange, Source, Sources
+from dpfix.training.follow.delivery import Exchange, Source, Sources, with_other_samples
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
@@ -320,6 +320,9 @@ class _Run:
                 other = entries if self.exchange is None else source.exchanged(self.exchange, entries)
                 for old, new in zip(numbers_in(entries), numbers_in(other), strict=True):
                     self.told.append(Told(None, new, old))
+        for delivery in self.step.deliveries:
+            numbers = [n for n in delivery.of_all if isinstance(n, (int, float))]
+            self.told += [Told(None, n if self.exchange is None else with_other_samples(n), n) for n in numbers]
         loss = self.values[id(self.step.loss)]
         outer = self.step.outer
         total = loss.sum() if outer is None else (loss * outer).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
 from dpfix.training.follow.calls import ModelCall, line_of, parts_of
+from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
@@ -46,6 +48,11 @@ class Following:
     share: float = SHARE
     strict: bool = False
 
+    @cached_property
+    def collation(self) -> Collation:
+        """Makes the loader's batches, and looks at some of them; a quarter of the share is its."""
+        return Collation(self.batches, 0.25 * self.share)
+
 
 class RealSteps(Check):
     """On checked steps: nobody else's data matters to a sample, and the clipped sum is that of ordinary autograd.
@@ -68,7 +75,7 @@ class RealSteps(Check):
         self._guarded, self.following = guarded, following
         engine = engine_of(guarded.plan)
         self.needed = engine.audited or engine is UNDECIDED  # the step that decides is followed from its delivery on
-        self.agenda = Agenda(following.share)
+        self.agenda = Agenda(0.75 * following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self._strangers = Strangers()
         self.outside = Outside(tuple(guarded.module.parameters()))
