@@ -32,6 +32,7 @@ from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
 from dpfix.observe.several_rows import check_rows, known_rows, row_counter
+from dpfix.observe.steady import steady
 from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
 from dpfix.observe.undecided import decided_later, may_wait, undecided
 from dpfix.observe.writes import constant_writes, kept_until_next_call
@@ -172,7 +173,8 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
-    batches = _batches(samples)
+        batches = _batches(samples)
+        samples = steady(samples)
     waits = may_wait(request)
     try:
         step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
@@ -293,10 +295,9 @@ def _proven(
 
 
 def _batches(samples: probe.Probe) -> BatchLayout:
-    with rng_untouched():
-        layout = BatchLayout.of(samples)
-        Collation(layout).look(samples.collate, samples.items)
-        return layout
+    layout = BatchLayout.of(samples)
+    Collation(layout).look(samples.collate, samples.items)
+    return layout
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:

@@ -16,7 +16,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, outside_states
 from dpfix.instrument.own_generators import drawing, generators_of, states_of
 from dpfix.instrument.rng import generator_states, rng_untouched
-from dpfix.layout.rows import Rows
+from dpfix.layout.rows import Rows, says_an_order
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda
 from dpfix.training.follow.delivery import BatchLayout, leaves_of, part_at
@@ -76,7 +76,7 @@ class Collation:
         """
         if items is None or not self._layout.known:
             return
-        generators = generators_of(collate, getattr(collate, "__call__", None))  # noqa: B004
+        generators = generators_of(collate)
         for number, draw in enumerate(DRAWS[1:]):
             keep, other, third = (items[(number + k) % len(items)] for k in range(3))
             place = self._agenda.draw.randrange(SIZE)
@@ -86,7 +86,8 @@ class Collation:
                 found = self._compare(made[0], made[1])
                 if found is None or not _repeats(collate, batches[0], generators, draw, made[0]):
                     continue
-                if made[0].drawn and self._sorts(collate, batches[0], generators, draw, made[0]):
+                pairs = zip(batches, made, strict=True)
+                if made[0].drawn and any(self._sorts(collate, batch, generators, draw, m) for batch, m in pairs):
                     continue  # a sample that has moved draws other numbers
             except USER_CODE_ERRORS:
                 continue
@@ -112,7 +113,7 @@ class Collation:
         found: list[dict[pytree.Path, Any]] = [{} for _ in range(SIZE)]
         for path, dim in self._layout.tensors.items():
             leaf = _tensor(part_at(batch, path))
-            if not _is_an_order(leaf):
+            if not says_an_order(leaf):
                 for row, part in zip(found, Rows.of(dim, SIZE).split(leaf), strict=True):
                     row[path] = part
         for path in self._layout.lists:
@@ -133,7 +134,7 @@ class Collation:
         return numbers and mine.shape == now.shape and not _close(mine, now)
 
     def _sorts(self, collate: Collate, items: list[Any], generators: Any, draw: Draw, made: _Made) -> bool:
-        """Whether the items' order does not matter to the collate function."""
+        """Whether the items' order does not matter to the collate function, as far as they differ to it."""
         turned = _make(collate, items[::-1], generators, draw)
         pairs = zip(self._rows(made.batch), self._rows(turned.batch), strict=True)
         return all(_gap(mine, now) is None for mine, now in pairs)
@@ -189,11 +190,6 @@ def _repeats(collate: Collate, items: list[Any], generators: Any, draw: Draw, ma
     """Whether the collate function gives the same for the same items; it may count its calls."""
     again = dict(leaves_of(_make(collate, items, generators, draw).batch))
     return all(_leaf_gap(leaf, again.get(path)) is None for path, leaf in leaves_of(made.batch))
-
-
-def _is_an_order(leaf: torch.Tensor) -> bool:
-    """Whether a tensor says which sample has gone where."""
-    return leaf.dim() == 1 and not leaf.is_floating_point() and leaf.sort().values.tolist() == list(range(len(leaf)))
 
 
 def _gap(mine: dict[pytree.Path, Any], other: dict[pytree.Path, Any]) -> _Mixed | None:
