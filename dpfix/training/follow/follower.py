@@ -159,6 +159,13 @@ class Follower(FollowingMode):
             self._marks.append((delivery, len(self.calls)))
         self.resume()
 
+    def forget_deliveries(self) -> None:
+        """What the model is called with are not the samples that were delivered."""
+        for delivery in list(self.deliveries):
+            self._drop(delivery)
+        for model in self._models:
+            model.deliveries.clear()
+
     def _forget_collation(self, sources: dict[int, Source]) -> None:
         """A batch is what was delivered; how a loader in the script's thread has made it, while it is followed, is not."""
         last = self._marks[-1][1] if self._marks else 0

@@ -92,6 +92,8 @@ class RealSteps(Check):
         if self._guarded.ledger is not None:
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
+        if self._guarded.own_loader is not None:
+            self._guarded.own_loader.at_delivery = self._follower.deliver
 
     # -------------------------------------------------------------- moments
 
@@ -164,6 +166,8 @@ class RealSteps(Check):
         if self.needed:
             self._follower.remove()
             self._pending = None
+        if self._guarded.own_loader is not None:
+            self._guarded.own_loader.end()
 
     # -------------------------------------------------------------- backward
 
@@ -189,7 +193,9 @@ class RealSteps(Check):
         if plan.row_counter is not None:
             return  # samples with different numbers of rows: the loss had to be told
         if any(c.samples != d.samples for c in models for d in c.deliveries):
-            return  # other rows than were drawn: the step is refused
+            if self._guarded.ledger is not None:
+                return  # other rows than were drawn: the step is refused
+            follower.forget_deliveries()
         seen = set(follower.seen)
         for delivery in {d for c in models for d in c.deliveries}:
             seen |= self._novelty.of(delivery)
