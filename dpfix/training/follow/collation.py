@@ -62,11 +62,8 @@ class Collation:
         if len(items) < 2 or not self._layout.known or not self._agenda.due(set()):
             return collate(items)
         with self._agenda.check():
-            few = _copied(self._agenda.draw.sample(items, min(3, len(items))))
-        batch = collate(items)
-        with self._agenda.check():
-            self.look(collate, few)
-        return batch
+            self.look(collate, _copied(self._agenda.draw.sample(items, min(3, len(items)))))
+        return collate(items)
 
     def look(self, collate: Collate, items: Sequence[Any] | None) -> None:
         """Compare batches of two or three items; whatever the collate function cannot take is left out.

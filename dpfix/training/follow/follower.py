@@ -39,6 +39,7 @@ from dpfix.training.follow.calls import (
 )
 from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
 from dpfix.training.follow.hook import Hook
+from dpfix.training.follow.kept import Kept
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
@@ -46,6 +47,8 @@ MOST_BYTES = 2**31
 """Results of these functions, which are held until then."""
 MOST_DELIVERIES = 64
 """Deliveries without a step that are remembered while nothing shows whether the script still has them."""
+MOST_AFTER = 10_000
+"""Functions after a step that are looked at for what they make of its batch."""
 MOST_AHEAD = 2
 """Deliveries without a step before the last one for which what was done to them is kept."""
 
@@ -67,6 +70,7 @@ class Follower(FollowingMode):
         seen: what this step did, as far as it tells steps of different kinds apart.
         unknown_form: whether the last batch did not look like those of this loader.
         broken: why the calls have a gap; empty if they have none.
+        earlier: what the script may have kept of earlier batches.
         over: whether it is to be taken off.
         on_draw: called with the draw that the model is called with, where several are under way.
     """
@@ -87,7 +91,8 @@ class Follower(FollowingMode):
         self.sources = Sources()
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
-        self.earlier: dict[int, ref[torch.Tensor]] = {}
+        self.earlier = Kept()
+        self._after = 0
         self._thread = threading.get_ident()
         self._state: Any = None
         self._was_on = False
@@ -154,9 +159,9 @@ class Follower(FollowingMode):
             self.deliveries[delivery] = sources
             self.sources.update(sources)
             self._forget_collation(sources)
-            for key in sources:  # a dataset in memory delivers the same tensor again
-                self.earlier.pop(key, None)
+            self.earlier.drop(sources)
             self._marks.append((delivery, len(self.calls)))
+        self._after = 0
         self.resume()
 
     def forget_deliveries(self) -> None:
@@ -210,7 +215,7 @@ class Follower(FollowingMode):
         used = set().union(*(c.deliveries for c in self.calls if isinstance(c, ModelCall)))
         waiting = {d for d in self.deliveries if d not in used} if used or len(self.deliveries) > 1 else set()
         origin = self.origins() if waiting or remember else {}
-        self.earlier = {key: held for key, held in self.earlier.items() if held() is not None}
+        self.earlier.tidy()
         left = []
         for call in self.calls:
             if waiting and self._of(call, origin) & waiting:
@@ -219,14 +224,14 @@ class Follower(FollowingMode):
                 self._remember(call, origin)
         for delivery in [d for d in self.deliveries if d not in waiting]:
             if remember:
-                things = [source.held() for source in self.deliveries[delivery].values()]
-                self.earlier |= {id(t): ref(t) for t in things if isinstance(t, torch.Tensor)}
+                self.earlier.add(source.held() for source in self.deliveries[delivery].values())
             self._drop(delivery)
         self.clear()
         self.calls = left
         for call in left:
             self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
-        if waiting:
+        self._after = MOST_AFTER if remember and not waiting else 0
+        if waiting or remember:
             self.resume()
         else:
             switch_off(self)
@@ -234,7 +239,8 @@ class Follower(FollowingMode):
     def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
         made = pytree.tensors((call.result, call.args[:1])) if overwrites(call) else pytree.tensors(call.result)
-        self.earlier |= {id(t): ref(t) for t in made if origin.get(id(t)) or isinstance(call, ModelCall)}
+        unknown = isinstance(call, ModelCall) and not self.sources
+        self.earlier.add(t for t in made if origin.get(id(t)) or unknown)
 
     # -------------------------------------------------------------- the model
 
@@ -250,8 +256,12 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and not self._was_on:
-            return  # an evaluation, of which nothing is held
+        if not grad and (self._after or not self._was_on):
+            if self._after:  # an evaluation, of which nothing is held
+                self.earlier.add(pytree.tensors(output) if self.earlier.among((args, kwargs)) else ())
+                self.resume()
+            return
+        self._after = 0
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
@@ -311,8 +321,8 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in MAKES and (self._lists or self._read)):
-            return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
+        if self._after or not (self._takes(args, kwargs) or (name in MAKES and (self._lists or self._read))):
+            return self._beside(func, name, args, kwargs)
         if writes(name, kwargs):
             self._keep(args, kwargs)
         state = torch.get_rng_state() if name in RANDOM else None
@@ -344,9 +354,16 @@ class Follower(FollowingMode):
             self.paused = True
         return result
 
-    def _plainly(self, result: Any) -> Any:
-        """A tensor that was made of nothing of the batch is known as such."""
-        if isinstance(result, torch.Tensor):
+    def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """A function that takes nothing of the batch: it may take something of an earlier one; a tensor it makes is plain."""
+        earlier = self.earlier.among((args, kwargs))
+        if self._after:
+            self._after -= 1
+            self.paused = self.over = not self._after
+        result = func(*args, **kwargs)
+        if earlier:
+            self.earlier.add(pytree.tensors((result, args[:1], kwargs.get("out")) if writes(name, kwargs) else result))
+        elif isinstance(result, torch.Tensor) and not self._after:
             self.plain[id(result)] = ref(result)
         return result
 

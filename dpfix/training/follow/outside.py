@@ -130,24 +130,3 @@ def _leaves(starts: Sequence[Any], stop: set[Any]) -> list[torch.Tensor]:
                 seen.add(following)
                 todo.append(following)
     return found
-
-
-def kept_from_before(calls: Sequence[Call | ModelCall], earlier: dict[int, ref[torch.Tensor]]) -> Place | bool:
-    """Whether a loss, or the model, takes what the script has kept of an earlier batch.
-
-    Args:
-        calls: those that the loss is made of.
-        earlier: what earlier batches were, and what was made of them.
-
-    Returns:
-        The place where it is taken; true if it is an argument of the model; false if there is none.
-    """
-    made: set[int] = set()
-    for call in calls:
-        for part in parts_of((call.args, call.kwargs)):
-            if isinstance(part, torch.Tensor) and id(part) not in made:
-                held = earlier.get(id(part))
-                if held is not None and held() is part:
-                    return call.place if isinstance(call, Call) else True
-        made |= {id(part) for part in parts_of(call.result)}
-    return False

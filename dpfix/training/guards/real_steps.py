@@ -24,7 +24,7 @@ from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
-from dpfix.training.follow.outside import Outside, Strangers, kept_from_before
+from dpfix.training.follow.outside import Outside, Strangers
 from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
@@ -219,6 +219,8 @@ class RealSteps(Check):
     def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
         origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
+        if self._follower.earlier.has(loss):
+            return self.outside.look(loss, [])  # after the step, on features that the model has given
         if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
             return []
         return self.outside.look(loss, calls)
@@ -245,7 +247,7 @@ class RealSteps(Check):
             self._not_followed(
                 f"it takes a tensor ({line}) that the loop makes anew in every step by a way that is not seen"
             )
-        at = kept_from_before(calls, follower.earlier)
+        at = follower.earlier.taken_by(calls)
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
         others = list(exchanges(real.samples, draw))
