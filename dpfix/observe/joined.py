@@ -56,9 +56,7 @@ def join(parts: Sequence[Any], like: Any, dims: Dims, samples: int, path: pytree
     if any([key for key, _ in pytree.children(p) or ()] != keys for p in parts) or inside.keys() != set(keys):
         raise NotJoinedError
     others = [dict(pytree.children(p) or ()) for p in parts]
-    return pytree.rebuilt(
-        first, {k: join([o[k] for o in others], inside[k], dims, samples, (*path, k)) for k in keys}
-    )
+    return pytree.rebuilt(first, {k: join([o[k] for o in others], inside[k], dims, samples, (*path, k)) for k in keys})
 
 
 def joined(usual: Probe) -> Probe | None:

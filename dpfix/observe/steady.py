@@ -23,6 +23,7 @@ from dpfix.observe.call_rows import Dims, dims_in_batch
 from dpfix.observe.joined import NotJoinedError, join
 from dpfix.observe.probe import Probe
 
+
 def steady(probe: Probe) -> Probe:
     """The same samples, in the collate function's order; where it draws, every sample draws the same alone and in a batch.
 

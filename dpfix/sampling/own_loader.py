@@ -39,7 +39,7 @@ class Deliveries:
         """A loader that hands out the same samples in parts tells it in the same way."""
         if type(other) is DataLoader:
             parts = Deliveries(other, self._look)
-            parts.at_delivery = lambda batch: self.at_delivery(batch)
+            parts.at_delivery = self.at_delivery
         return other
 
     def end(self) -> None:
@@ -80,7 +80,7 @@ def _telling_class(cls: type[Any]) -> type[Any]:
 
 
 def _copied(cls: type[Any], state: dict[str, Any]) -> Any:
-    other = cls.__new__(cls)
+    other: Any = object.__new__(cls)
     vars(other).update(state)
     return other
 

@@ -88,11 +88,13 @@ class Collation:
                     continue  # a sample that has moved draws other numbers
             except USER_CODE_ERRORS:
                 continue
-            if isinstance(found, _Whole):
-                self._layout.of_all.update(found.paths)
-                continue
+            self._conclude(found, collate)
+
+    def _conclude(self, found: _Mixed | _Whole, collate: Collate) -> None:
+        if isinstance(found, _Mixed):
             users = getattr(getattr(collate, "__self__", collate), "collate", collate)
             raise messages.coupled_collation(found.gap, found.path, users)
+        self._layout.of_all.update(found.paths)
 
     def _compare(self, one: _Made, other: _Made) -> _Mixed | _Whole | None:
         """What is wrong with two batches that have one sample in common; ``None`` if nothing is, or if it cannot be told."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,6 +21,7 @@ from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
+    GIVES_MEMORY,
     LENGTHS,
     MAKES,
     RANDOM,
@@ -37,16 +37,16 @@ from dpfix.training.follow.calls import (
     users_place,
     writes,
 )
-from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
+from dpfix.training.follow.delivery import BatchLayout, Delivery, Source
 from dpfix.training.follow.hook import Hook
 from dpfix.training.follow.kept import Kept
+from dpfix.training.follow.outside import refuse_write
+from dpfix.training.follow.under_way import Origins, UnderWay, origin_of
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
 MOST_BYTES = 2**31
 """Results of these functions, which are held until then."""
-MOST_DELIVERIES = 64
-"""Deliveries without a step that are remembered while nothing shows whether the script still has them."""
 MOST_AFTER = 10_000
 """Functions after a step that are looked at for what they make of its batch."""
 MOST_AHEAD = 2
@@ -84,11 +84,10 @@ class Follower(FollowingMode):
     ) -> None:
         super().__init__()
         self.paused, self.over = True, True
-        self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
-        self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
-        self.sources = Sources()
+        self.deliveries = UnderWay(batches)
+        self.sources = self.deliveries.sources
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
         self.earlier = Kept()
@@ -138,6 +137,7 @@ class Follower(FollowingMode):
         self._marks = []
         self.plain: dict[int, ref[torch.Tensor]] = {}
         self._read = False  # whether the script has made Python values of a batch
+        self._gave_array = False  # whether it has made arrays or lists of one
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._held = 0
@@ -151,13 +151,10 @@ class Follower(FollowingMode):
             draw: the ledger's draw of it.
         """
         self._drop_old()
-        found = delivered(batch, self._batches)
-        self.unknown_form = found is None
-        if found is not None:
-            delivery, sources = found
-            delivery.draw = draw
-            self.deliveries[delivery] = sources
-            self.sources.update(sources)
+        delivery = self.deliveries.add(batch, draw)
+        self.unknown_form = delivery is None
+        if delivery is not None:
+            sources = self.deliveries[delivery]
             self._forget_collation(sources)
             self.earlier.drop(sources)
             self._marks.append((delivery, len(self.calls)))
@@ -166,8 +163,7 @@ class Follower(FollowingMode):
 
     def forget_deliveries(self) -> None:
         """What the model is called with are not the samples that were delivered."""
-        for delivery in list(self.deliveries):
-            self._drop(delivery)
+        self.deliveries.drop(self.deliveries)
         for model in self._models:
             model.deliveries.clear()
 
@@ -185,26 +181,18 @@ class Follower(FollowingMode):
     @property
     def _lists(self) -> bool:
         """Whether the loader delivers Python values."""
-        return bool(self._batches.lists)
+        return bool(self.deliveries.layout.lists)
 
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
         switch_off(self)
 
     def _drop_old(self) -> None:
-        gone = [d for d in self.deliveries if not d.alive]
-        gone += list(self.deliveries)[: max(0, len(self.deliveries) - MOST_DELIVERIES)] if not gone else []
-        for delivery in gone:
-            self._drop(delivery)
+        self.deliveries.drop_old()
         if len(self._marks) > MOST_AHEAD:
             first = self._marks[-MOST_AHEAD][1]
             del self.calls[:first]
             self._marks = [(d, at - first) for d, at in self._marks[-MOST_AHEAD:]]
-
-    def _drop(self, delivery: Delivery) -> None:
-        for key, source in self.deliveries.pop(delivery, {}).items():
-            if self.sources.get(key) is source:
-                del self.sources[key]
 
     def settle(self, *, remember: bool = False) -> None:
         """A step was made: forget its deliveries, and everything that was made of them alone.
@@ -218,14 +206,14 @@ class Follower(FollowingMode):
         self.earlier.tidy()
         left = []
         for call in self.calls:
-            if waiting and self._of(call, origin) & waiting:
+            if waiting and origin_of((call.args, call.kwargs), origin) & waiting:
                 left.append(call)
             elif remember:
                 self._remember(call, origin)
-        for delivery in [d for d in self.deliveries if d not in waiting]:
-            if remember:
-                self.earlier.add(source.held() for source in self.deliveries[delivery].values())
-            self._drop(delivery)
+        done = [d for d in self.deliveries if d not in waiting]
+        if remember:
+            self.earlier.add(source.held() for d in done for source in self.deliveries[d].values())
+        self.deliveries.drop(done)
         self.clear()
         self.calls = left
         for call in left:
@@ -236,7 +224,7 @@ class Follower(FollowingMode):
         else:
             switch_off(self)
 
-    def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
+    def _remember(self, call: Call | ModelCall, origin: Origins) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
         made = pytree.tensors((call.result, call.args[:1])) if overwrites(call) else pytree.tensors(call.result)
         unknown = isinstance(call, ModelCall) and not self.sources
@@ -290,11 +278,7 @@ class Follower(FollowingMode):
         """The deliveries that the arguments of a call come from, as far as that is known."""
         if len(self.deliveries) < 2:
             return set(self.deliveries) if self._takes(args, kwargs) else set()
-        origin = self.origins()
-        found: set[Delivery] = set()
-        for part in parts_of((args, kwargs)):
-            found |= origin.get(id(part), found)
-        return found
+        return origin_of((args, kwargs), self.origins())
 
     # -------------------------------------------------------------- functions
 
@@ -322,9 +306,13 @@ class Follower(FollowingMode):
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
         if self._after or not (self._takes(args, kwargs) or (name in MAKES and (self._lists or self._read))):
-            return self._beside(func, name, args, kwargs)
+            return self._beside(func, name, args, kwargs, frame)
         if writes(name, kwargs):
+            if not self._takes(args[:1], {}):
+                refuse_write(self._module, args, kwargs, frame)
             self._keep(args, kwargs)
+        elif name in GIVES_MEMORY:
+            self._keep(args, {})
         state = torch.get_rng_state() if name in RANDOM else None
         self.paused = True
         try:
@@ -337,6 +325,7 @@ class Follower(FollowingMode):
         elif selects(name, args):
             self._data_shaped |= {id(t) for t in pytree.tensors(result)}
         self._read |= not isinstance(result, torch.Tensor)
+        self._gave_array |= isinstance(result, (np.ndarray, list))
         place = users_place(frame)
         grad = torch.is_grad_enabled()
         version = result._version if isinstance(result, torch.Tensor) else 0
@@ -354,17 +343,21 @@ class Follower(FollowingMode):
             self.paused = True
         return result
 
-    def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         """A function that takes nothing of the batch: it may take something of an earlier one; a tensor it makes is plain."""
         earlier = self.earlier.among((args, kwargs))
         if self._after:
             self._after -= 1
             self.paused = self.over = not self._after
+        if earlier and writes(name, kwargs):
+            refuse_write(self._module, args, kwargs, frame)
         result = func(*args, **kwargs)
         if earlier:
             self.earlier.add(pytree.tensors((result, args[:1], kwargs.get("out")) if writes(name, kwargs) else result))
         elif isinstance(result, torch.Tensor) and not self._after:
-            self.plain[id(result)] = ref(result)
+            unclear = self._gave_array and not all(map(self.is_plain, pytree.tensors((args, kwargs))))
+            if not unclear:  # no array of the batch can be in it
+                self.plain[id(result)] = ref(result)
         return result
 
     def is_plain(self, t: torch.Tensor) -> bool:
@@ -402,20 +395,6 @@ class Follower(FollowingMode):
 
     # -------------------------------------------------------------- where tensors come from
 
-    def origins(self) -> dict[int, set[Delivery]]:
+    def origins(self) -> Origins:
         """For every tensor that comes from delivered batches, these deliveries."""
-        found: dict[int, set[Delivery]] = {k: {s.delivery} for k, s in self.sources.items() if s.held() is not None}
-        nothing: set[Delivery] = set()
-        for call in self.calls:
-            from_ = self._of(call, found)
-            if not from_:
-                continue
-            for t in pytree.tensors((call.result, call.args[:1]) if overwrites(call) else call.result):
-                found[id(t)] = found.get(id(t), nothing) | from_
-        return found
-
-    def _of(self, call: Call | ModelCall, found: dict[int, set[Delivery]]) -> set[Delivery]:
-        from_: set[Delivery] = set()
-        for part in parts_of((call.args, call.kwargs)):
-            from_ |= found.get(id(part), from_)
-        return from_
+        return self.deliveries.origins(self.calls)

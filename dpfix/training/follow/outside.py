@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import nn
 
-from dpfix.training.follow.calls import Call, ModelCall, Place, nodes_behind, parts_of
+from dpfix.instrument import pytree
+from dpfix.training.follow import messages
+from dpfix.training.follow.calls import (
+    Call,
+    ModelCall,
+    Place,
+    line_of,
+    nodes_behind,
+    parts_of,
+    storage_of,
+    users_place,
+)
 
 if TYPE_CHECKING:
     from dpfix.training.follow.follower import Follower
@@ -28,6 +40,7 @@ class Outside:
     def __init__(self, private: Collection[torch.Tensor]) -> None:
         self._private = {id(p) for p in private}
         self._learning: dict[int, ref[torch.Tensor]] = {}
+        self._values: dict[int, torch.Tensor] = {}
         self.at_learning: Callable[[Iterable[int]], None] = lambda ids: None
 
     def look(self, loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> list[torch.Tensor]:
@@ -55,17 +68,33 @@ class Outside:
         """These get gradient from a loss over private data from now on."""
         new = {id(p): ref(p) for p in parameters}
         self._learning |= new
+        self._values |= {id(p): p.detach().clone() for p in parameters}
         self.at_learning(new)
+
+    def refuse_moved(self) -> None:
+        """None of them has changed since it was found, by whatever."""
+        for key, value in self._values.items():
+            p = self._learning[key]()
+            if p is not None and (p.shape != value.shape or not torch.equal(p, value)):
+                raise messages.moved_outside(tuple(p.shape))
 
     def take_over(self, earlier: Outside) -> None:
         """What has begun to learn so far goes on learning."""
         self._learning |= earlier._learning
+        self._values |= earlier._values
         self.at_learning(self._learning)
 
     def learns(self, p: Any) -> bool:
         """Whether a parameter has gradient from a private loss."""
         held = self._learning.get(id(p))
         return held is not None and held() is p and p.grad is not None
+
+
+def refuse_write(module: nn.Module, args: Any, kwargs: Any, frame: FrameType | None) -> None:
+    """Parameters and buffers of the model get no values of a batch, whatever writes them into the first argument or ``out``."""
+    written = {storage_of(t) for t in pytree.tensors((args[:1], kwargs.get("out")))}
+    if any(storage_of(t) in written for t in (*module.parameters(), *module.buffers())):
+        raise messages.written_by_hand(type(module).__name__, line_of(users_place(frame)))
 
 
 class Strangers:

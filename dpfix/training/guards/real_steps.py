@@ -17,6 +17,14 @@ from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
+from dpfix.training.follow.beside import (
+    Inside,
+    Settings,
+    attribute_of_batch,
+    numbers_of_model,
+    numbers_read,
+    settings_of,
+)
 from dpfix.training.follow.calls import ModelCall, line_of, parts_of
 from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
@@ -78,6 +86,7 @@ class RealSteps(Check):
         self.agenda = Agenda(0.75 * following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self._strangers = Strangers()
+        self._settings, self._model_numbers = Settings(), Settings(numbers_of_model(guarded.module, ()))
         self.outside = Outside(tuple(guarded.module.parameters()))
         self._warned, self._unfollowed = False, ""
         self._looked = self._checked = False
@@ -109,6 +118,7 @@ class RealSteps(Check):
         self._follower.pause()
         if self._failed is not None:
             raise self._failed
+        self._look_at_settings(optimizer)
         models = [c for c in self._follower.calls if isinstance(c, ModelCall) and c.outputs]
         if models and not self._looked and max(c.samples for c in models) > 1:
             self._not_followed(
@@ -160,6 +170,7 @@ class RealSteps(Check):
         self._listen()
         self.outside.take_over(earlier.outside)
         self._numbers, self._warned = earlier._numbers, earlier._warned
+        self._settings, self._model_numbers = earlier._settings, earlier._model_numbers
 
     @override
     def detach(self) -> None:
@@ -180,6 +191,7 @@ class RealSteps(Check):
         follower = self._follower
         self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
+        self.outside.refuse_moved()
         if self.outside.look(loss, follower.calls):
             self.outside.learn(self._outside_from_the_batch(loss))
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
@@ -250,6 +262,7 @@ class RealSteps(Check):
         at = follower.earlier.taken_by(calls)
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
+        self._look_beside(real, model)
         others = list(exchanges(real.samples, draw))
         mixed = model.mixes(others[: 4 * 2])
         if mixed is not None:
@@ -268,13 +281,16 @@ class RealSteps(Check):
     def _way(self, real: RealStep, model: PlainModel) -> tuple[Way, Replay | None]:
         """The script's own code, where the loop makes the told step; else what it did, call by call."""
         following = self.following
-        if following.step is not None:
+        if following.step is not None and not self._written(real):
             try:
                 return ToldStep(following.step, following.batches, real, self._value, model.module), None
             except NotFollowedError:
                 pass
         replay = Replay(self._follower, real)
         return replay, replay
+
+    def _written(self, real: RealStep) -> bool:
+        return self._follower.deliveries.written(real.deliveries, self._follower.kept)
 
     def _value(self, t: torch.Tensor) -> torch.Tensor:
         return self._follower.kept.get(id(t), t)
@@ -297,6 +313,33 @@ class RealSteps(Check):
             f"it is computed with a Python number ({line}) that equals a count or a sum over the batch, or changes from step to "
             "step with numbers that the loop reads from the batch"
         )
+
+    def _look_at_settings(self, optimizer: DPOptimizer) -> None:
+        """Settings of the optimizer do not follow the batches; those that never change cost a comparison."""
+        values = settings_of(optimizer)
+        if self._settings.changed(values):
+            found = self._settings.follow(values, numbers_read(self._follower.calls))
+            if found is not None:
+                raise messages.setting_follows(found[1])
+
+    def _look_beside(self, real: RealStep, model: PlainModel) -> None:
+        """Nothing of the batch reaches the model but by its arguments."""
+        follower, module, name = self._follower, self._guarded.module, self._guarded.name
+        origin = follower.origins()
+        attribute = attribute_of_batch(module, lambda t: id(t) in origin or follower.earlier.has(t))
+        if attribute:
+            raise messages.reaches_model(f"`{attribute}` holds it", name)
+        for call in real.calls:
+            inside = Inside(lambda t: id(t) in origin or follower.earlier.has(t), (call.args, call.kwargs))
+            model.run(call, inside)
+            if inside.found is not None:
+                raise messages.reaches_model("a hook, or a function that the model calls, holds it", name)
+        found = self._model_numbers.follow(numbers_of_model(module, real.calls), numbers_read(follower.calls))
+        if found is not None:
+            where, what = found
+            raise messages.reaches_model(
+                f"the Python number {_named(where, what)}, which it has read from the batch", name
+            )
 
     def _look_at_lengths(self, way: Way, replay: Replay | None, real: RealStep, model: PlainModel) -> None:
         for exchange in exchanges(real.samples, self.agenda.draw):
@@ -328,6 +371,10 @@ class RealSteps(Check):
             raise CoupledLossError(text, "strict=True was asked for.", messages.WAY_OUT, path="strict")
         self._warned = True
         warn_user(f"{text} {messages.WAY_OUT}")
+
+
+def _named(where: Any, what: Any) -> str:
+    return f"`{where}.{what}`".replace("`.", "`") if isinstance(where, str) else f"in {messages.argument_name(what)}"
 
 
 def _norms(parameters: Any) -> torch.Tensor | None:

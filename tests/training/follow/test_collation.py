@@ -200,14 +200,16 @@ def test_collation_of_the_whole_batch_is_stopped(collate: Collate, items: Any, l
 
 
 def test_it_is_named_with_its_place() -> None:
-    with pytest.raises(dpfix.CoupledModelError, match=r"DPF046.*collate_fn \(swapped_features, test_collation\.py:\d+\)"):
+    with pytest.raises(
+        dpfix.CoupledModelError, match=r"DPF046.*collate_fn \(swapped_features, test_collation\.py:\d+\)"
+    ):
         train(swapped_features, vectors(), plain)
 
 
 def only_now_and_then(items: list[Any]) -> Any:
     """Mixes only where values are unlike those that the call has drawn."""
     x, y = columns(items)
-    return (x - x.mean(0) if bool((20 < x.min(1).values).any()) else x), y
+    return (x - x.mean(0) if bool((x.min(1).values > 20).any()) else x), y
 
 
 def far_off() -> list[Any]:

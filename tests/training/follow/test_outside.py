@@ -296,7 +296,15 @@ def student_on_other_data(model: Any, optimizer: Any, loader: Any) -> None:
         other.step()
 
 
-RIGHT = (logged, clipped_and_averaged, annealed_temperature, warmed_up_by_hand, restored, numpy_noise, student_on_other_data)
+RIGHT = (
+    logged,
+    clipped_and_averaged,
+    annealed_temperature,
+    warmed_up_by_hand,
+    restored,
+    numpy_noise,
+    student_on_other_data,
+)
 
 
 @pytest.mark.parametrize("loop", RIGHT, ids=[loop.__name__ for loop in RIGHT])

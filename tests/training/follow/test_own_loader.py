@@ -90,10 +90,12 @@ def test_parts_that_opacus_makes_too() -> None:
 def test_a_collate_function_that_mixes_is_stopped() -> None:
     def mixes(items: list[Any]) -> Any:
         x, y = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
-        return (x - x.mean(0) if bool((20 < x.min(1).values).any()) else x), y
+        return (x - x.mean(0) if bool((x.min(1).values > 20).any()) else x), y
 
-    row = Row("far off", lambda: [(x + 40, y) for x, y in labelled()], couplings.on_pairs(F.cross_entropy), collate=mixes)
-    _, loader, (private, optimizer, _) = own(row)
+    row = Row(
+        "far off", lambda: [(x + 40, y) for x, y in labelled()], couplings.on_pairs(F.cross_entropy), collate=mixes
+    )
+    _, loader, (private, _optimizer, _) = own(row)
     with pytest.raises(dpfix.CoupledModelError, match="DPF046"):
         for batch in loader:
             row.loss(private, batch)
@@ -106,7 +108,7 @@ def test_right_script_trains(script: Any) -> None:
 
 
 def test_the_loader_is_the_scripts_own_and_its_copies_are_nobodys() -> None:
-    _, loader, (private, optimizer, returned) = own(EXTRA[0])
+    _, loader, (private, _optimizer, returned) = own(EXTRA[0])
     assert returned is loader and isinstance(loader, DataLoader) and type(loader).__name__ == "DataLoader"
     for other in (copy.copy(loader), copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))):
         assert type(other) is DataLoader and len(list(other)) == len(loader)
