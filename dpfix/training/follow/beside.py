@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,8 +96,9 @@ def numbers_read(calls: Sequence[Call | ModelCall]) -> dict[Any, float]:
 class Settings:
     """Numbers outside the loss that follow what the script reads from its batches.
 
-    One does if it is a number that was read, or its inverse, and is none that scripts have as a constant; or if it changes
-    with such a number from step to step, and their quotient (or product) stays, twice in a row.
+    One does if it is a number that was read, or its inverse, and is none that scripts have as a constant; or if it has changed
+    with such a number, or its inverse, in a straight line, for two steps with numbers that are no counts, and for eight else:
+    a schedule and a small count do so by chance for a while.
 
     Args:
         values: the numbers before the first step.
@@ -105,8 +106,7 @@ class Settings:
 
     def __init__(self, values: Mapping[Any, float] | None = None) -> None:
         self._before: dict[Any, float] = dict(values or {})
-        self._read: dict[Any, float] = {}
-        self._times: dict[Any, int] = {}
+        self._lines: dict[Any, _Line] = {}
 
     def changed(self, values: Mapping[Any, float]) -> bool:
         """Whether any of the numbers is another one than before."""
@@ -124,22 +124,44 @@ class Settings:
         """
         found = None
         for key, value in values.items():
-            before = self._before.get(key, value)
-            moved = value != before
-            follows = moved and any(self._quotients(value, before, read))
-            self._times[key] = self._times.get(key, 0) + 1 if follows else 0
-            if found is None and (self._times[key] > 1 or (moved and any(_is(value, r) for r in read.values()))):
-                found = key
-        self._before, self._read = dict(values), dict(read)
+            if value == self._before.get(key, value):
+                continue
+            follows = any(_is(value, number) for number in read.values())
+            for place, number in read.items():
+                for inverse in (False, True) if number else (False,):
+                    line = self._lines.setdefault((key, place, inverse), _Line())
+                    follows |= line.holds(1 / number if inverse else number, value, number == round(number))
+            found = key if follows and found is None else found
+        self._before = dict(values)
         return found
 
-    def _quotients(self, value: float, before: float, read: Mapping[Any, float]) -> Iterator[bool]:
-        for place, now in read.items():
-            then = self._read.get(place)
-            if then is None or now == then or not now or not then:
-                continue
-            yield math.isclose(value / now, before / then, rel_tol=1e-6)
-            yield math.isclose(value * now, before * then, rel_tol=1e-6)
+
+class _Line:
+    """Whether points lie on a straight line that is not flat."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, float]] = []
+        self._times = 0
+
+    def holds(self, x: float, y: float, count: bool) -> bool:
+        """Another point; whether enough of the last ones have been on one line, and at different places.
+
+        Args:
+            x: a number that was read, or its inverse.
+            y: one that may follow it.
+            count: whether what was read is a count.
+
+        Returns:
+            Whether it is sure.
+        """
+        if any(x == before for before, _ in self._points[-1:]):
+            self._times = self._times if y == self._points[-1][1] else 0
+            return False
+        (x0, y0), (x1, y1) = self._points if len(self._points) == 2 else ((x, y), (x, y))
+        on_line = x1 != x0 and y1 != y0 and math.isclose(y, y1 + (y1 - y0) / (x1 - x0) * (x - x1), rel_tol=1e-9)
+        self._times = self._times + 1 if on_line else 0
+        self._points = [*self._points[-1:], (x, y)]
+        return self._times >= (8 if count else 2)
 
 
 def _is(value: float, read: float) -> bool:

@@ -336,16 +336,17 @@ def users_place(frame: FrameType | None) -> Place:
     """Where in the script a frame is, or was called."""
     while frame is not None and not is_users_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return (_NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    return (NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
 
 
-_NOWHERE = (lambda: None).__code__
+NOWHERE = (lambda: None).__code__
+"""Stands for a place that is not known."""
 
 
 def line_of(place: Place) -> str:
     """A place in the script as ``file:line``; empty if it is not known."""
     code, offset = place
-    if code is _NOWHERE:
+    if code is NOWHERE:
         return ""
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
     return f"{code.co_filename.rpartition('/')[2]}:{line}"

@@ -355,6 +355,8 @@ class Follower(FollowingMode):
         if earlier:
             self.earlier.add(pytree.tensors((result, args[:1], kwargs.get("out")) if writes(name, kwargs) else result))
         elif isinstance(result, torch.Tensor) and not self._after:
+            if name in MAKES and args and type(args[0]) in (bool, int, float):  # a switch
+                self.seen.add((users_place(frame), name, not args[0]))
             unclear = self._gave_array and not all(map(self.is_plain, pytree.tensors((args, kwargs))))
             if not unclear:  # no array of the batch can be in it
                 self.plain[id(result)] = ref(result)
@@ -369,12 +371,9 @@ class Follower(FollowingMode):
         """Whether a function takes anything that comes from a delivered batch or from the model."""
         known, taken = self.sources, self._taken
         for part in args if not kwargs else (*args, *kwargs.values()):
-            if id(part) in taken or (id(part) in known and known.of(part) is not None):
-                return True
-            if isinstance(part, (list, tuple, dict)) and any(
-                id(p) in taken or (id(p) in known and known.of(p) is not None) for p in parts_of(part)
-            ):
-                return True
+            for p in parts_of(part) if isinstance(part, (list, tuple, dict)) else (part,):
+                if id(p) in taken or (id(p) in known and known.of(p) is not None):
+                    return True
         return False
 
     def _take(self, made: Any) -> None:

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -105,7 +106,7 @@ class Strangers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, torch.Tensor] = {}
+        self._known: dict[Any, Any] = {}
 
     def look(self, calls: Sequence[Call | ModelCall], follower: Follower) -> Place | bool:
         """Look for one that is not what it was in the step before.
@@ -122,19 +123,23 @@ class Strangers:
         for call in calls:
             place = call.place if isinstance(call, Call) else "model"
             for k, part in enumerate(parts_of((call.args, call.kwargs))):
-                if not isinstance(part, torch.Tensor) or id(part) in made or part.grad_fn is not None:
+                if id(part) in made or not isinstance(part, (torch.Tensor, np.ndarray)):
+                    continue
+                if isinstance(part, torch.Tensor) and part.grad_fn is not None:
                     continue
                 if follower.sources.of(part) is not None or follower.is_plain(part) or isinstance(part, nn.Parameter):
                     continue
                 before = self._known.get((place, k))
-                self._known[place, k] = part.detach()
+                self._known[place, k] = part.detach() if isinstance(part, torch.Tensor) else part
                 if before is not None and before is not part and not _same(before, part):
                     found = found or (call.place if isinstance(call, Call) else True)
             made |= {id(part) for part in parts_of(call.result)}
         return found
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b)
     return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.detach()))
 
 

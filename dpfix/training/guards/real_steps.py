@@ -306,7 +306,7 @@ class RealSteps(Check):
         found = self._numbers.look(replay, real, exchanges(real.samples, self.agenda.draw))
         if found is None:
             return
-        line = line_of(found.place)
+        line = line_of(found.place) or "an argument of the model"
         if found.sure:
             raise messages.coupled_number(line, real.place)
         self._not_followed(

@@ -312,3 +312,46 @@ RIGHT = (
 def test_right_loop_is_left_alone(loop: Any, told: bool) -> None:
     _, run = start(**({"criterion": F.cross_entropy} if told else {}))
     loop(*run)
+
+
+def rate_in_a_line_with_the_loss(model: Any, optimizer: Any, loader: Any) -> None:
+    for x, y in batches(loader):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.param_groups[0]["lr"] = 0.01 + 0.05 * loss.item()
+        step(model, optimizer, loss)
+
+
+def number_further_computed_is_an_argument(model: Any, optimizer: Any, loader: Any) -> None:
+    for x, y in batches(loader):
+        step(model, optimizer, F.cross_entropy(model(x, by=1 + 0.3 * x.std().item()), y))
+
+
+def mean_of_arrays(model: Any, optimizer: Any, loader: Any) -> None:
+    for x, y in batches(loader):
+        mean = torch.tensor(np.mean([row.numpy() for row in x], 0))
+        step(model, optimizer, F.cross_entropy(model(x - mean), y))
+
+
+def weights_of_a_list_of_counts(model: Any, optimizer: Any, loader: Any) -> None:
+    for x, y in batches(loader):
+        weight = torch.tensor([1.0 + 9 * y.tolist().count(2)] * 3)
+        step(model, optimizer, (weight[y] * F.cross_entropy(model(x), y, reduction="none")).mean())
+
+
+FURTHER = (
+    rate_in_a_line_with_the_loss, number_further_computed_is_an_argument, mean_of_arrays, weights_of_a_list_of_counts
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", FURTHER, ids=[loop.__name__ for loop in FURTHER])
+def test_what_is_computed_further_is_stopped_once_it_has_changed(loop: Any) -> None:
+    test_way_around_is_stopped(loop, False)
+
+
+def test_a_switch_that_is_a_tensor_is_seen_when_it_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpfix.training.follow.agenda.Agenda.chance", 0.0)
+    _, (model, optimizer, loader) = start()
+    with pytest.raises(dpfix.CoupledLossError, match="DPF014"):
+        for number, (x, y) in enumerate(batches(loader)):
+            weight = torch.where(torch.tensor(number >= 6), 1 + x.std(), torch.tensor(1.0))
+            step(model, optimizer, F.cross_entropy(model(x), y) * weight)
