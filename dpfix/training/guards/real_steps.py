@@ -263,7 +263,7 @@ class RealSteps(Check):
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
         self._look_beside(real, model)
-        others = list(exchanges(real.samples, draw))
+        others = list(exchanges(real, draw))
         mixed = model.mixes(others[: 4 * 2])
         if mixed is not None:
             self._failed = messages.coupled_model(mixed[0], describe_module(guarded.module, ""))
@@ -303,7 +303,7 @@ class RealSteps(Check):
         return messages.coupled_input(found.gap, messages.argument_name(found.path), line, self._guarded.name)
 
     def _look_at_numbers(self, replay: Replay, real: RealStep) -> None:
-        found = self._numbers.look(replay, real, exchanges(real.samples, self.agenda.draw))
+        found = self._numbers.look(replay, real, exchanges(real, self.agenda.draw))
         if found is None:
             return
         line = line_of(found.place) or "an argument of the model"
@@ -342,7 +342,7 @@ class RealSteps(Check):
             )
 
     def _look_at_lengths(self, way: Way, replay: Replay | None, real: RealStep, model: PlainModel) -> None:
-        for exchange in exchanges(real.samples, self.agenda.draw):
+        for exchange in exchanges(real, self.agenda.draw):
             if exchange.extreme is not None:
                 continue
             try:
