@@ -65,15 +65,20 @@ class Outside:
         new = [t for t in found if id(t) not in self._private and id(t) not in self._learning]
         return new
 
-    def learn(self, parameters: Sequence[torch.Tensor]) -> None:
-        """These get gradient from a loss over private data from now on."""
+    def learn(self, parameters: Sequence[torch.Tensor], *, with_model: bool) -> None:
+        """These get gradient from a loss over private data from now on.
+
+        Args:
+            parameters: new ones.
+            with_model: whether the private model is in that loss, so that they are trained together.
+        """
         new = {id(p): ref(p) for p in parameters}
         self._learning |= new
-        self._values |= {id(p): p.detach().clone() for p in parameters}
+        self._values |= {id(p): p.detach().clone() for p in parameters if with_model}
         self.at_learning(new)
 
     def refuse_moved(self) -> None:
-        """None of them has changed since it was found, by whatever."""
+        """None that is trained with the model has changed since it was found, by whatever."""
         for key, value in self._values.items():
             p = self._learning[key]()
             if p is not None and (p.shape != value.shape or not torch.equal(p, value)):

@@ -193,7 +193,7 @@ class RealSteps(Check):
         outer = kwargs.get("gradient", args[0] if args else None)
         self.outside.refuse_moved()
         if self.outside.look(loss, follower.calls):
-            self.outside.learn(self._outside_from_the_batch(loss))
+            self._learn_outside(loss)
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
         if max((c.samples for c in models), default=0) < 2:
             self._looked = bool(models)
@@ -228,14 +228,14 @@ class RealSteps(Check):
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
 
-    def _outside_from_the_batch(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
+    def _learn_outside(self, loss: torch.Tensor) -> None:
+        """A loss on delivered data teaches parameters outside the model; one on a generator's data teaches none."""
         origin, calls = self._follower.origins(), path_to(loss, self._follower.calls)[0]
         if self._follower.earlier.has(loss):
-            return self.outside.look(loss, [])  # after the step, on features that the model has given
-        if not any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
-            return []
-        return self.outside.look(loss, calls)
+            self.outside.learn(self.outside.look(loss, []), with_model=False)  # after the step, on features
+        elif any(id(part) in origin for call in calls for part in parts_of((call.args, call.kwargs))):
+            with_model = any(isinstance(call, ModelCall) for call in calls)
+            self.outside.learn(self.outside.look(loss, calls), with_model=with_model)
 
     def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw

@@ -355,3 +355,17 @@ def test_a_switch_that_is_a_tensor_is_seen_when_it_is_turned(monkeypatch: pytest
         for number, (x, y) in enumerate(batches(loader)):
             weight = torch.where(torch.tensor(number >= 6), 1 + x.std(), torch.tensor(1.0))
             step(model, optimizer, F.cross_entropy(model(x), y) * weight)
+
+
+def compared_with_a_copy(model: Any, optimizer: Any, loader: Any) -> None:
+    """A plain copy is run on the same batch, and loaded with the model's weights before each step."""
+    copied = Scaled()
+    for x, y in batches(loader):
+        copied.load_state_dict({n.removeprefix("_module."): v for n, v in model.state_dict().items()})
+        copied.zero_grad()
+        F.cross_entropy(copied(x), y).backward()
+        step(model, optimizer, F.cross_entropy(model(x), y))
+
+
+def test_copy_beside_the_model_is_nobodys_business() -> None:
+    test_right_loop_is_left_alone(compared_with_a_copy, False)
