@@ -144,19 +144,21 @@ def sensitivity(setup: Setup, made: Made) -> float:
 
 
 def leaks(setup: Setup, make: Callable[[Setup], Made]) -> bool:
-    """Whether parameters, buffers or attributes differ after a forward pass with and without a sample."""
+    """Whether a step leaves other buffers or attributes, or forward other parameters, with and without a sample."""
     items = setup.items()
     states = []
     for batch in (items, items[1:]):
         torch.manual_seed(0)
-        model = make(setup).model
-        setup.loss(model, setup.collate(batch))
-        states.append({
-            (path, name): value.detach().clone()
-            for path, module in model.named_modules()
-            for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
-            if isinstance(value, Tensor)
-        })
+        made = make(setup)
+        loss = setup.loss(made.model, setup.collate(batch))
+        found = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+        loss.backward()
+        made.optimizer.step()
+        for path, module in made.model.named_modules():
+            for name, value in {**vars(module), **module._buffers}.items():
+                if isinstance(value, Tensor):
+                    found[f"{path}.{name}"] = value.detach().clone()
+        states.append(found)
     return any(n not in states[1] or not torch.equal(t, states[1][n]) for n, t in states[0].items())
 
 
@@ -633,6 +635,105 @@ def centre_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(out, batch[1]) + 0.1 * (out - CENTRES[batch[1]]).square().sum(1).mean()
 
 
+ARC = nn.Parameter(torch.linspace(-1, 1, 9).view(3, 3))
+
+
+def arc_face(model: nn.Module, batch: Any) -> Tensor:
+    """An additive angular margin to the class's own direction, which is learnt."""
+    cosine = F.normalize(model(batch[0]), dim=1) @ F.normalize(ARC, dim=1).T
+    own = F.one_hot(batch[1], 3).bool()
+    return F.cross_entropy(8 * torch.where(own, (cosine.clamp(-0.99, 0.99).acos() + 0.2).cos(), cosine), batch[1])
+
+
+DISCRIMINATOR = nn.Parameter(torch.linspace(-1, 1, 6))
+
+
+def adversarial(model: nn.Module, batch: Any) -> Tensor:
+    """An autoencoder, and a discriminator that learns on the real data beside it."""
+    x, out = batch[0], model(batch[0])
+    real, fake = (F.softplus(sign * (t @ DISCRIMINATOR)).mean() for sign, t in ((-1, x), (1, out)))
+    return F.mse_loss(out, x) + 0.1 * (real + fake)
+
+
+class Named(nn.Module):
+    """Named inputs, and a loss of its own if it gets labels, as models of Hugging Face have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(inputs)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def named(items: list[Any]) -> dict[str, Tensor]:
+    x, y = default_collate(items)
+    return {"inputs": x, "labels": y}
+
+
+def of_logits(model: nn.Module, batch: Any) -> Tensor:
+    return HEAVY(model(**batch)["logits"], batch["labels"])
+
+
+class MeanOverTime(nn.Module):
+    """A mean over all places, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean(1)
+
+
+def trimmed(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    longest = int((x[:, :, 0] != 0).sum(1).max())
+    return F.cross_entropy(model(x[:, :longest]), y)
+
+
+class Unpadded(nn.Module):
+    """Padding is taken out, and what is left is put into as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)[x[:, :, 0] != 0]
+        return self.head(torch.tanh(z[: len(z) // len(x) * len(x)].view(len(x), -1, 8)).mean(1))
+
+
+def later_short() -> list[Any]:
+    draw = torch.Generator().manual_seed(1)
+    out = []
+    for i in range(24):
+        x = 1 + 0.3 * torch.randn(6, 6, generator=draw)
+        x[4 if i < 11 else 2 + 4 * (i % 2) :] = 0
+        out.append((x, i % 3))
+    return out
+
+
+def sup_con(model: nn.Module, batch: Any) -> Tensor:
+    """Supervised contrastive: every sample against all others of its label."""
+    f, y = F.normalize(model(batch[0]), dim=1), batch[1]
+    alone = torch.eye(len(f)).bool()
+    log = (f @ f.T / 0.2).masked_fill(alone, -1e9).log_softmax(1)
+    same = ((y[:, None] == y[None]) & ~alone).float()
+    return -(same * log).sum() / same.sum().clamp(min=1) + 1e-2 * model(batch[0]).square().sum(1).mean()
+
+
+def weights_in_collate(items: list[Any]) -> Any:
+    x, y = default_collate(items)
+    return x, y, (len(y) / torch.bincount(y, minlength=3).clamp(min=1))[y]
+
+
+def with_weights(model: nn.Module, batch: Any) -> Tensor:
+    x, y, weight = batch
+    return (weight * F.cross_entropy(model(x), y, reduction="none")).mean()
+
+
 class AgainstOffset(nn.Module):
     """A Linear layer on inputs with a large common offset, which the layers after it remove."""
 
@@ -763,6 +864,18 @@ REAL = (
          first=((1, 2, 3), (4, 5, 6), (7, 8, 9), (1, 4, 7), (2, 5, 8))),
     Real("centre loss with an optimizer of its own", "un-noised", linear, lambda: in_a_row(lambda i: i % 3), centre_loss,
          SHOWS, outside=CENTRES),
+    Real("ArcFace with an optimizer of its own", "un-noised", linear, lambda: in_a_row(lambda i: i % 3), arc_face,
+         SHOWS, outside=ARC),
+    Real("discriminator on real data", "un-noised", lambda: nn.Linear(6, 6), lambda: in_a_row(lambda i: i % 3), adversarial,
+         SHOWS, outside=DISCRIMINATOR),
+    Real("Hugging Face form, another loss of `.logits`", "1.5 C", Named, lambda: in_a_row(rare), of_logits, SHOWS,
+         collate=named),
+    Real("trim to the longest before a model without a mask", "1.3-2.1 C", MeanOverTime, later_short, trimmed, SHOWS),
+    Real("`z[mask]` unpadding, viewed as rows", "2.0 C", Unpadded, later_short, classify, SHOWS),
+    Real("SupCon, many classes", "2.0-3.4 C", linear, lambda: in_a_row(lambda i: i if i < 11 else 11 + i % 2), sup_con,
+         SHOWS),
+    Real("class weights counted in `collate_fn`", "accepted", linear, lambda: in_a_row(lambda i: i % 3), with_weights,
+         (1, 2, 4, 7, 10), collate=weights_in_collate),
     Real("Linear on inputs with a large offset", "1.57 C", AgainstOffset, with_offset, classify, SHOWS),
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
 from dpfix.observe.several_rows import check_rows, known_rows, row_counter
+from dpfix.observe.steady import steady
 from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
 from dpfix.observe.undecided import decided_later, may_decide_again, may_wait, undecided
 from dpfix.observe.writes import constant_writes, kept_until_next_call
@@ -48,6 +49,7 @@ from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
 from dpfix.scan.request import Request
 from dpfix.training.first_step import Decide, Decision
+from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 
 
@@ -171,17 +173,19 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
+        batches = _batches(samples)
+        samples = steady(samples)
     waits = may_wait(request)
     try:
         step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
-        return _proven(request, surgery, samples, step, findings, outside)
+        return replace(_proven(request, surgery, samples, step, findings, outside), batches=batches)
     except UnknownCallError as unknown:
         if not waits:
             raise
         check_validator(request, findings)
         plan, later = undecided(request), decided_later(request, unknown)
         proofs = ("the engine is decided on the first real step; this report is complete after it",)
-        placeholder, batches = Placeholder(samples.singles[0]), _batches(samples)
+        placeholder = Placeholder(samples.singles[0])
         found, repairs = (*findings, later), tuple(findings)
         return Prepared(plan, placeholder, None, None, batches, found, (), proofs, samples, repairs)
 
@@ -285,7 +289,7 @@ def _proven(
         _placeholder(empty or ordinary, plan),
         known_rows(samples, record),
         step,
-        _batches(samples),
+        BatchLayout(),
         tuple(findings),
         evidence,
         tuple(proofs),
@@ -295,8 +299,9 @@ def _proven(
 
 
 def _batches(samples: probe.Probe) -> BatchLayout:
-    with rng_untouched():
-        return BatchLayout.of(samples)
+    layout = BatchLayout.of(samples)
+    Collation(layout).look(samples.collate, samples.items)
+    return layout
 
 
 def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Finding]:

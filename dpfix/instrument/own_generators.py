@@ -31,8 +31,20 @@ def own_generators(module: nn.Module, step: Any) -> Own:
     for part in module.modules():
         if not type(part).__module__.startswith("torch"):
             roots += [type(part).forward, *vars(part).values()]
-    found = reachable(*(root for root in roots if callable(root) or isinstance(root, _KINDS)))
+    return generators_of(*roots)
+
+
+def generators_of(*roots: Any) -> Own:
+    """The generators that functions, methods and callable objects refer to, with their present states."""
+    held = [part for root in roots for part in getattr(getattr(root, "__self__", None), "__dict__", {}).values()]
+    calls = [root.__call__ for root in (*roots, *held) if callable(root) and hasattr(root, "__dict__")]
+    found = reachable(*(root for root in (*roots, *calls) if callable(root) or isinstance(root, _KINDS)))
     return tuple((thing, _state(thing)) for thing in found if isinstance(thing, _KINDS))
+
+
+def states_of(generators: Own) -> str:
+    """Where generators are now; equal after alike draws."""
+    return repr([_state(generator) for generator, _ in generators])
 
 
 @contextmanager

@@ -143,3 +143,9 @@ def rows_of(tensor: torch.Tensor, layout: SampleDim, samples: int) -> Rows:
             help="Pass the training_step your loop really makes, or grad_sample_mode='microbatch'.",
         )
     return Rows.of(layout, samples)
+
+
+def says_an_order(leaf: torch.Tensor) -> bool:
+    """Whether a tensor of a batch says which sample has gone where: the numbers of all places, each once."""
+    whole = leaf.dim() == 1 and not leaf.is_floating_point() and not leaf.is_complex()
+    return whole and leaf.sort().values.tolist() == list(range(len(leaf)))

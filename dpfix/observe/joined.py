@@ -11,15 +11,52 @@ from typing import Any
 import torch
 
 from dpfix.instrument import pytree
-from dpfix.observe.call_rows import dims_in_batch
+from dpfix.observe.call_rows import Dims, dims_in_batch
 from dpfix.observe.probe import Probe
 
 ROOT = "batch"
 """Key of the batch in a sample of such a probe."""
 
 
-class _NotJoinedError(Exception):
-    """A batch is more than its samples one after another; caught inside this file."""
+class NotJoinedError(Exception):
+    """A batch is more than its samples one after another; caught where batches are joined."""
+
+
+def join(parts: Sequence[Any], like: Any, dims: Dims, samples: int, path: pytree.Path = ()) -> Any:
+    """A batch of batches of single samples.
+
+    Args:
+        parts: the latter.
+        like: what a batch of some samples holds.
+        dims: the dimension that carries the samples, by the path of a tensor.
+        samples: the number of these.
+        path: where in the batch this is.
+
+    Returns:
+        The batch.
+
+    Raises:
+        NotJoinedError: it is more than they one after another (padding).
+    """
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        alike = all(isinstance(p, torch.Tensor) and p.shape == first.shape for p in parts)
+        if not alike or (path not in dims and not all(torch.equal(p, first) for p in parts)):
+            raise NotJoinedError
+        return torch.cat(list(parts), dims[path]) if path in dims else first
+    listed = type(first) in {list, tuple} and type(like) is type(first)
+    if listed and len(like) == samples and len(first) == 1:
+        return type(first)(entry for part in parts for entry in part)
+    below, inside = pytree.children(first), dict(pytree.children(like) or ())
+    if below is None:
+        if any(type(p) is not type(first) or not pytree.alike(p, first) for p in parts):
+            raise NotJoinedError
+        return first
+    keys = [key for key, _ in below]
+    if any([key for key, _ in pytree.children(p) or ()] != keys for p in parts) or inside.keys() != set(keys):
+        raise NotJoinedError
+    others = [dict(pytree.children(p) or ()) for p in parts]
+    return pytree.rebuilt(first, {k: join([o[k] for o in others], inside[k], dims, samples, (*path, k)) for k in keys})
 
 
 def joined(usual: Probe) -> Probe | None:
@@ -30,35 +67,13 @@ def joined(usual: Probe) -> Probe | None:
     """
     dims = dims_in_batch(usual)
 
-    def join(parts: Sequence[Any], like: Any, path: pytree.Path) -> Any:
-        """Parts of single samples put together, as in a batch that had ``like`` at this place."""
-        first = parts[0]
-        if isinstance(first, torch.Tensor):
-            alike = all(isinstance(p, torch.Tensor) and p.shape == first.shape for p in parts)
-            if not alike or (path not in dims and not all(torch.equal(p, first) for p in parts)):
-                raise _NotJoinedError
-            return torch.cat(list(parts), dims[path]) if path in dims else first
-        listed = type(first) in {list, tuple} and type(like) is type(first)
-        if listed and len(like) == len(usual) and len(first) == 1:
-            return type(first)(entry for part in parts for entry in part)
-        below, inside = pytree.children(first), dict(pytree.children(like) or ())
-        if below is None:
-            if any(type(p) is not type(first) or not pytree.alike(p, first) for p in parts):
-                raise _NotJoinedError
-            return first
-        keys = [key for key, _ in below]
-        if any([key for key, _ in pytree.children(p) or ()] != keys for p in parts) or inside.keys() != set(keys):
-            raise _NotJoinedError
-        others = [dict(pytree.children(p) or ()) for p in parts]
-        return pytree.rebuilt(first, {k: join([o[k] for o in others], inside[k], (*path, k)) for k in keys})
-
     def collate(items: list[Any]) -> Any:
-        return {ROOT: join([item[ROOT] for item in items], usual.batch, ())}
+        return {ROOT: join([item[ROOT] for item in items], usual.batch, dims, len(usual))}
 
     items = tuple({ROOT: single} for single in usual.singles)
     try:
         batch = collate(list(items))
-    except _NotJoinedError:
+    except NotJoinedError:
         return None
     if not pytree.alike(batch[ROOT], usual.batch):
         return None

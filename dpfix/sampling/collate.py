@@ -87,6 +87,7 @@ class CollateOrPlaceholder:
         known_rows: what every sample is checked for, where samples have several rows.
         row_counter: counts the rows of a sample, where samples may have different numbers of them.
         ledger: learns what was made of a draw that somebody else's loader hands out.
+        look: calls the collate function on prepared samples, and looks at what it makes of them.
     """
 
     collate: Collate
@@ -95,6 +96,7 @@ class CollateOrPlaceholder:
     known_rows: KnownRows | None = None
     row_counter: RowCounter | None = None
     ledger: DrawLedger | None = None
+    look: Callable[[Collate, list[Any]], Any] | None = None
 
     def __call__(self, samples: list[Any]) -> Any:
         """The batch of some samples, or the placeholder's."""
@@ -120,7 +122,11 @@ class CollateOrPlaceholder:
 
     def collated(self, prepared: list[Any]) -> Any:
         """The batch that the user's collate function makes of prepared samples."""
-        return self.collate(prepared if self.augmentation is None else [row for rows in prepared for row in rows])
+        make = self.collate if self.augmentation is None else self._of_views
+        return make(prepared) if self.look is None else self.look(make, prepared)
+
+    def _of_views(self, prepared: list[Any]) -> Any:
+        return self.collate([row for rows in prepared for row in rows])
 
 
 def user_collate(loader: DataLoader[Any]) -> Collate:

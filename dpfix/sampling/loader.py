@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
+from dpfix.sampling.own_loader import deliveries_of
 from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches
 from dpfix.sampling.rate import batch_size, index_set, sample_rate
 
@@ -162,6 +163,8 @@ def split_by_draws() -> None:
     def wrap_data_loader(*, data_loader: Any, max_batch_size: int, optimizer: Any) -> Any:
         if isinstance(data_loader, PrivateDataLoader):
             return data_loader.in_parts(max_batch_size)
-        return opacus(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
+        parts = opacus(data_loader=data_loader, max_batch_size=max_batch_size, optimizer=optimizer)
+        told = deliveries_of(data_loader)
+        return parts if told is None else told.of(parts)
 
     batch_memory_manager.wrap_data_loader = wrap_data_loader

@@ -28,6 +28,7 @@ from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder, user_collate
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader, split_by_draws
+from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
@@ -156,6 +157,7 @@ def hand_off(
     module, plan, ranks = originals.module, decided.plan, decided.ranks
     ledger = DrawLedger() if decided.poisson_sampling else None
     loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
+    own_loader = Deliveries(loader, decided.following.collation) if ledger is None else None
     _check_dataset(privacy_engine, originals.data_loader)
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     engine = engine_of(plan)
@@ -176,7 +178,7 @@ def hand_off(
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
     handle = put_to_work(module, plan, prepared, ledger)
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks, ledger)
-    guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks)
+    guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks, own_loader=own_loader)
     guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
@@ -185,7 +187,7 @@ def hand_off(
     if ledger is not None:
         ledger.at_start = lambda begun: private_optimizer.guard.draws.begin_pass(private_optimizer, begun)
         ledger.at_end = accounting.at_end_of_pass
-        split_by_draws()
+    split_by_draws()
     in_training.begin(module, prepared)
     if not wrap_model:
         ZeroGrad(module, private_optimizer).put_in()
@@ -214,6 +216,7 @@ def _private_loader(
         decided.known_rows,
         row_counter=decided.plan.row_counter,
         ledger=ledger,
+        look=decided.following.collation,
     )
     ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)

@@ -414,7 +414,7 @@ def test_collate_fn_that_mixes_is_named() -> None:
         return x - x.mean(), torch.tensor([y for _, y in items])
 
     message = refusal(dpfix.CoupledModelError, mlp(), collate=standardised)
-    assert message.startswith("DPF041") and "collate_fn mixes the samples" in message
+    assert message.startswith("DPF046") and "collate_fn (standardised" in message and "mixes the samples" in message
 
 
 def test_padding_in_collate_fn_is_named() -> None:

@@ -17,7 +17,11 @@ by its own code if that was told (``told.py``) and else call by call (``replay.p
 in the model's arguments, in the model's outputs, and in the gradient of the loss with respect to the outputs have to stay as
 they are. Together that is what clipping per sample rests on. Nothing is released in a step that fails.
 
+Batches are looked at where they are made: a collate function that computes from all of a batch is stopped there, in a worker too
+(``collation.py``); a loader of the script's own tells what it delivers as the private one does (``sampling/own_loader.py``).
+
 What a check cannot see is named once, with its place; with ``strict=True`` it is refused. Python numbers that the script
 reads from a batch and computes with are followed by value (``numbers.py``). What learns beside the model, or is kept from
-one batch to the next, leaves without noise and is refused (``outside.py``).
+one batch to the next, leaves without noise and is refused (``outside.py``, ``kept.py``); so is what reaches the model, or the
+step, past the model's arguments: attributes, hooks, settings of the optimizer (``beside.py``).
 """

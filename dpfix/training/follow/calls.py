@@ -156,6 +156,8 @@ TELL_NOTHING = frozenset([
 
 MAKES = frozenset({"tensor", "as_tensor", "full", "scalar_tensor"})
 """Functions that make tensors of Python numbers."""
+GIVES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__"})
+"""Functions through which a script may write into a tensor unseen."""
 LENGTHS = frozenset({"__len__", "numel", "size", "__get__", "nelement"})
 """Functions that give lengths and shapes."""
 SELECTS = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
@@ -166,6 +168,12 @@ def selects(name: str, args: Any) -> bool:
     """Whether the length of what a function gives depends on the values that it is given."""
     masks = (part for part in parts_of(args[1:]) if isinstance(part, torch.Tensor)) if name == "__getitem__" else ()
     return name in SELECTS or any(mask.dtype is torch.bool for mask in masks)
+
+
+def storage_of(t: torch.Tensor) -> int:
+    """Where the memory of a tensor begins; another number for each that has none of its own."""
+    inside_vmap = torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
+    return id(t) if inside_vmap or t.layout is not torch.strided else t.untyped_storage().data_ptr()
 
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:
@@ -350,16 +358,17 @@ def users_place(frame: FrameType | None) -> Place:
     """Where in the script a frame is, or was called."""
     while frame is not None and not is_users_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return (_NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    return (NOWHERE, 0) if frame is None else (frame.f_code, frame.f_lasti)
 
 
-_NOWHERE = (lambda: None).__code__
+NOWHERE = (lambda: None).__code__
+"""Stands for a place that is not known."""
 
 
 def line_of(place: Place) -> str:
     """A place in the script as ``file:line``; empty if it is not known."""
     code, offset = place
-    if code is _NOWHERE:
+    if code is NOWHERE:
         return ""
     line = next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
     return f"{code.co_filename.rpartition('/')[2]}:{line}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -29,10 +29,17 @@ class BatchLayout:
     Attributes:
         tensors: how every tensor or array does, by its path; one that is not here carries none, or cannot be told.
         lists: paths of lists with one entry per sample.
+        of_all: paths of numbers and tensors that are no rows and were seen to depend on which samples there are; it grows.
     """
 
     tensors: Mapping[pytree.Path, SampleDim] = field(default_factory=dict)
     lists: frozenset[pytree.Path] = frozenset()
+    of_all: set[pytree.Path] = field(default_factory=set)
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known to carry the samples."""
+        return bool(self.tensors or self.lists)
 
     @classmethod
     def of(cls, probe: Probe) -> BatchLayout:
@@ -60,10 +67,10 @@ class BatchLayout:
         """Number of samples in a batch of the loader; ``None`` if it cannot be told."""
         found: set[int] = set()
         for path in self.lists:
-            part = _at(batch, path)
+            part = part_at(batch, path)
             found.add(len(part) if isinstance(part, (list, tuple)) else -1)
         for path, dim in self.tensors.items():
-            leaf = _at(batch, path)
+            leaf = part_at(batch, path)
             fits = isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim > dim.dim
             found.add(leaf.shape[dim.dim] // dim.rows if fits and not leaf.shape[dim.dim] % dim.rows else -1)
         return found.pop() if len(found) == 1 and found != {-1} else None
@@ -100,7 +107,17 @@ def _children(tree: Any) -> list[tuple[object, Any]] | None:
     return list(attributes.items()) if isinstance(attributes, dict) and not isinstance(tree, type) else None
 
 
-def _at(tree: Any, path: pytree.Path) -> Any:
+def leaves_of(tree: Any, path: pytree.Path = ()) -> Iterator[tuple[pytree.Path, Any]]:
+    """All leaves of a batch with their paths, those in attributes of objects too."""
+    parts = _children(tree) if len(path) <= _DEEP else None
+    if parts is None:
+        yield path, tree
+    for key, part in parts or ():
+        yield from leaves_of(part, (*path, key))
+
+
+def part_at(tree: Any, path: pytree.Path) -> Any:
+    """What is at a path of a batch; ``None`` if there is nothing."""
     for key in path:
         found = dict(_children(tree) or ())
         if key not in found:
@@ -118,6 +135,7 @@ class Exchange:
 
     Attributes:
         order: for every place the number of the sample that takes it.
+        of_all: whether numbers and tensors that depend on which samples there are become others.
         extreme: what whole numbers of the others are filled with, instead: ``torch.amin`` or ``torch.amax``.
         keep: the sample that stays.
     """
@@ -125,6 +143,7 @@ class Exchange:
     order: tuple[int, ...]
     keep: int
     extreme: Callable[[torch.Tensor], torch.Tensor] | None = None
+    of_all: bool = False
 
     def rows(self, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
         """A tensor with the samples exchanged.
@@ -167,12 +186,25 @@ class Exchange:
             return self.entries(tree)
         if path in layout.tensors:
             return self.leaf(tree, Rows.of(layout.tensors[path], samples))
+        if path in layout.of_all:
+            return with_other_samples(tree) if self.of_all else tree
         if pytree.children(tree) is None and _children(tree):
             other = copy.copy(tree)
             for key, part in _children(tree) or ():
                 setattr(other, str(key), self._tree(part, layout, samples, (*path, key)))
             return other
         return pytree.map_children(lambda key, part: self._tree(part, layout, samples, (*path, key)), tree)
+
+
+def with_other_samples(value: Any) -> Any:
+    """What a number or a tensor that depends on which samples there are might be with others."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
+        return ~value if isinstance(value, torch.Tensor) else not value
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value * torch.linspace(1.3, 2.9, value.numel(), dtype=value.dtype).view_as(value) + 0.1
+    if isinstance(value, np.ndarray):
+        return with_other_samples(torch.from_numpy(np.ascontiguousarray(value))).numpy()
+    return 1.3 * value + 0.1 if isinstance(value, float) else value + 1
 
 
 def _whole(tensor: torch.Tensor) -> bool:
@@ -193,6 +225,7 @@ class Source:
         dim: how a tensor or array carries the samples; ``None`` for one that carries none.
         entries: whether it is a list with one entry per sample.
         entry: for a part of such an entry, the list it is in, the number of the sample, and where it is in the entry.
+        of_all: whether it depends on which samples there are, although it carries none.
     """
 
     delivery: Delivery
@@ -200,6 +233,7 @@ class Source:
     dim: SampleDim | None = None
     entries: bool = False
     entry: tuple[Any, int, pytree.Path] | None = None
+    of_all: bool = False
 
     def exchanged(self, exchange: Exchange, value: Any) -> Any:
         """This part with the samples exchanged.
@@ -212,9 +246,11 @@ class Source:
         """
         if self.entries:
             return exchange.entries(value)
+        if self.of_all:
+            return with_other_samples(value) if exchange.of_all else value
         if self.entry is not None:
             entries, number, path = self.entry
-            return value if exchange.extreme is not None else _at(entries[exchange.order[number]], path)
+            return value if exchange.extreme is not None else part_at(entries[exchange.order[number]], path)
         return value if self.dim is None else exchange.leaf(value, Rows.of(self.dim, self.delivery.samples))
 
 
@@ -226,11 +262,13 @@ class Delivery:
         tree: the batch, with weak references in the place of tensors and arrays.
         samples: how many it holds.
         draw: the ledger's draw of it.
+        of_all: what it holds that depends on which samples there are, and carries none, tensors weakly.
     """
 
     tree: Any
     samples: int
     draw: Any = None
+    of_all: tuple[Any, ...] = ()
 
     @property
     def batch(self) -> Any:
@@ -270,6 +308,7 @@ def delivered(batch: Any, layout: BatchLayout) -> tuple[Delivery, dict[int, Sour
     if not samples:
         return None
     delivery = Delivery(pytree.map_leaves(lambda _, leaf: _weakly(leaf), batch), samples)
+    delivery.of_all = tuple(_weakly(part_at(batch, path)) for path in layout.of_all)
     sources: dict[int, Source] = {}
     _register(batch, layout, (), delivery, sources)
     return delivery, sources
@@ -294,7 +333,7 @@ def _register(
                     sources[id(leaf)] = Source(delivery, ref(leaf), entry=(tree, number, place))
         return
     if isinstance(tree, (torch.Tensor, np.ndarray)):
-        sources[id(tree)] = Source(delivery, ref(tree), layout.tensors.get(path))
+        sources[id(tree)] = Source(delivery, ref(tree), layout.tensors.get(path), of_all=path in layout.of_all)
         return
     for key, part in (_children(tree) or ()) if len(path) <= _DEEP else ():
         _register(part, layout, (*path, key), delivery, sources)

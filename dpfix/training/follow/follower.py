@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,8 +21,8 @@ from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switc
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.calls import (
     ARITHMETIC,
+    GIVES_MEMORY,
     LENGTHS,
-    LIKE,
     MAKES,
     RANDOM,
     TELL_NOTHING,
@@ -38,15 +37,18 @@ from dpfix.training.follow.calls import (
     users_place,
     writes,
 )
-from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Sources, delivered
+from dpfix.training.follow.delivery import BatchLayout, Delivery, Source
 from dpfix.training.follow.hook import Hook
+from dpfix.training.follow.kept import Kept
+from dpfix.training.follow.outside import refuse_write
+from dpfix.training.follow.under_way import Origins, UnderWay, origin_of
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
 MOST_BYTES = 2**31
 """Results of these functions, which are held until then."""
-MOST_DELIVERIES = 64
-"""Deliveries without a step that are remembered while nothing shows whether the script still has them."""
+MOST_AFTER = 10_000
+"""Functions after a step that are looked at for what they make of its batch."""
 MOST_AHEAD = 2
 """Deliveries without a step before the last one for which what was done to them is kept."""
 
@@ -68,6 +70,7 @@ class Follower(FollowingMode):
         seen: what this step did, as far as it tells steps of different kinds apart.
         unknown_form: whether the last batch did not look like those of this loader.
         broken: why the calls have a gap; empty if they have none.
+        earlier: what the script may have kept of earlier batches.
         over: whether it is to be taken off.
         on_draw: called with the draw that the model is called with, where several are under way.
         on_gradient: called with a tensor whose ``grad`` is read between ``backward()`` and ``step()``, and the frame that does.
@@ -82,15 +85,15 @@ class Follower(FollowingMode):
     ) -> None:
         super().__init__()
         self.paused, self.over = True, True
-        self._batches = batches
         self.on_draw: Callable[[Any], None] = lambda draw: None
         self.on_gradient: Callable[[torch.Tensor, FrameType], None] = lambda p, frame: None
         self._on_cuda = any(p.is_cuda for p in module.parameters())
-        self.deliveries: OrderedDict[Delivery, dict[int, Source]] = OrderedDict()
-        self.sources = Sources()
+        self.deliveries = UnderWay(batches)
+        self.sources = self.deliveries.sources
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
-        self.earlier: dict[int, ref[torch.Tensor]] = {}
+        self.earlier = Kept()
+        self._after = 0
         self._thread = threading.get_ident()
         self._state: Any = None
         self._was_on = False
@@ -136,6 +139,7 @@ class Follower(FollowingMode):
         self._marks = []
         self.plain: dict[int, ref[torch.Tensor]] = {}
         self._read, self._held = False, 0  # whether the script has made Python values of a batch; bytes
+        self._gave_array = False  # whether it has made arrays or lists of one
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
@@ -149,18 +153,21 @@ class Follower(FollowingMode):
             draw: the ledger's draw of it.
         """
         self._drop_old()
-        found = delivered(batch, self._batches)
-        self.unknown_form = found is None
-        if found is not None:
-            delivery, sources = found
-            delivery.draw = draw
-            self.deliveries[delivery] = sources
-            self.sources.update(sources)
+        delivery = self.deliveries.add(batch, draw)
+        self.unknown_form = delivery is None
+        if delivery is not None:
+            sources = self.deliveries[delivery]
             self._forget_collation(sources)
-            for key in sources:  # a dataset in memory delivers the same tensor again
-                self.earlier.pop(key, None)
+            self.earlier.drop(sources)
             self._marks.append((delivery, len(self.calls)))
+        self._after = 0
         self.resume()
+
+    def forget_deliveries(self) -> None:
+        """What the model is called with are not the samples that were delivered."""
+        self.deliveries.drop(self.deliveries)
+        for model in self._models:
+            model.deliveries.clear()
 
     def _forget_collation(self, sources: dict[int, Source]) -> None:
         """A batch is what was delivered; how a loader in the script's thread has made it, while it is followed, is not."""
@@ -178,19 +185,11 @@ class Follower(FollowingMode):
         switch_off(self)
 
     def _drop_old(self) -> None:
-        gone = [d for d in self.deliveries if not d.alive]
-        gone += list(self.deliveries)[: max(0, len(self.deliveries) - MOST_DELIVERIES)] if not gone else []
-        for delivery in gone:
-            self._drop(delivery)
+        self.deliveries.drop_old()
         if len(self._marks) > MOST_AHEAD:
             first = self._marks[-MOST_AHEAD][1]
             del self.calls[:first]
             self._marks = [(d, at - first) for d, at in self._marks[-MOST_AHEAD:]]
-
-    def _drop(self, delivery: Delivery) -> None:
-        for key, source in self.deliveries.pop(delivery, {}).items():
-            if self.sources.get(key) is source:
-                del self.sources[key]
 
     def settle(self, *, remember: bool = False) -> None:
         """A step was made: forget its deliveries, and everything that was made of them alone.
@@ -201,18 +200,17 @@ class Follower(FollowingMode):
         used = set().union(*(c.deliveries for c in self.calls if isinstance(c, ModelCall)))
         waiting = {d for d in self.deliveries if d not in used} if used or len(self.deliveries) > 1 else set()
         origin = self.origins() if waiting or remember else {}
-        self.earlier = {key: held for key, held in self.earlier.items() if held() is not None}
+        self.earlier.tidy()
         left = []
         for call in self.calls:
-            if waiting and self._of(call, origin) & waiting:
+            if waiting and origin_of((call.args, call.kwargs), origin) & waiting:
                 left.append(call)
             elif remember:
                 self._remember(call, origin)
-        for delivery in [d for d in self.deliveries if d not in waiting]:
-            if remember:
-                things = [source.held() for source in self.deliveries[delivery].values()]
-                self.earlier |= {id(t): ref(t) for t in things if isinstance(t, torch.Tensor)}
-            self._drop(delivery)
+        done = [d for d in self.deliveries if d not in waiting]
+        if remember:
+            self.earlier.add(source.held() for d in done for source in self.deliveries[d].values())
+        self.deliveries.drop(done)
         self.clear()
         self.calls = left
         for call in left:
@@ -220,12 +218,14 @@ class Follower(FollowingMode):
         if not (waiting or remember):
             return switch_off(self)
         self.resume()
-        self._only_losses = not waiting
+        self._after = 0 if waiting else MOST_AFTER
 
-    def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
+    def _remember(self, call: Call | ModelCall, origin: Origins) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
         made = pytree.tensors((call.result, call.args[:1])) if overwrites(call) else pytree.tensors(call.result)
-        self.earlier |= {id(t): ref(t) for t in made if origin.get(id(t)) or isinstance(call, ModelCall)}
+        unknown = isinstance(call, ModelCall) and not self.sources
+        of_model = isinstance(call, ModelCall) or self.earlier.of_model((call.args, call.kwargs))
+        self.earlier.add((t for t in made if origin.get(id(t)) or unknown), of_model=of_model)
 
     # -------------------------------------------------------------- the model
 
@@ -241,8 +241,12 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and (self._only_losses or not self._was_on):
-            return  # an evaluation, of which nothing is held
+        if not grad and (self._after or self._only_losses or not self._was_on):
+            if self._after:  # an evaluation, of which nothing is held
+                self.earlier.add(pytree.tensors(output) if self.earlier.among((args, kwargs)) else (), of_model=True)
+                self.resume()
+            return
+        self._after = 0
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
@@ -271,11 +275,7 @@ class Follower(FollowingMode):
         """The deliveries that the arguments of a call come from, as far as that is known."""
         if len(self.deliveries) < 2:
             return set(self.deliveries) if self._takes(args, kwargs) else set()
-        origin = self.origins()
-        found: set[Delivery] = set()
-        for part in parts_of((args, kwargs)):
-            found |= origin.get(id(part), found)
-        return found
+        return origin_of((args, kwargs), self.origins())
 
     # -------------------------------------------------------------- functions
 
@@ -307,10 +307,16 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self._takes(args, kwargs) and not (name in MAKES and (self._batches.lists or self._read)):
-            return self._plainly(func(*args, **kwargs))  # it has nothing to do with the batch
+        if self._after or not (
+            self._takes(args, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))
+        ):
+            return self._beside(func, name, args, kwargs, frame)
         if writes(name, kwargs):
+            if not self._takes(args[:1], {}):
+                refuse_write(self._module, args, kwargs, frame)
             self._keep(args, kwargs)
+        elif name in GIVES_MEMORY:
+            self._keep(args, {})
         state = torch.get_rng_state() if name in RANDOM else None
         self.paused = True
         try:
@@ -323,6 +329,7 @@ class Follower(FollowingMode):
         elif selects(name, args):
             self._data_shaped |= {id(t) for t in pytree.tensors(result)}
         self._read |= not isinstance(result, torch.Tensor)
+        self._gave_array |= isinstance(result, (np.ndarray, list))
         place = users_place(frame)
         grad = torch.is_grad_enabled()
         version = result._version if isinstance(result, torch.Tensor) else 0
@@ -340,10 +347,24 @@ class Follower(FollowingMode):
             self.paused = True
         return result
 
-    def _plainly(self, result: Any) -> Any:
-        """A tensor that was made of nothing of the batch is known as such."""
-        if isinstance(result, torch.Tensor):
-            self.plain[id(result)] = ref(result)
+    def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, frame: FrameType | None) -> Any:
+        """A function that takes nothing of the batch: it may take something of an earlier one; a tensor it makes is plain."""
+        earlier = self.earlier.among((args, kwargs))
+        if self._after:
+            self._after -= 1
+            self._only_losses = not self._after
+        if earlier and writes(name, kwargs):
+            refuse_write(self._module, args, kwargs, frame)
+        result = func(*args, **kwargs)
+        if earlier:
+            made = pytree.tensors((result, args[:1], kwargs.get("out")) if writes(name, kwargs) else result)
+            self.earlier.add(made, of_model=self.earlier.of_model((args, kwargs)))
+        elif isinstance(result, torch.Tensor) and not self._after:
+            if name in MAKES and args and type(args[0]) in (bool, int, float):  # a switch
+                self.seen.add((users_place(frame), name, not args[0]))
+            unclear = self._gave_array and not all(map(self.is_plain, pytree.tensors((args, kwargs))))
+            if not unclear:  # no array of the batch can be in it
+                self.plain[id(result)] = ref(result)
         return result
 
     def is_plain(self, t: torch.Tensor) -> bool:
@@ -355,12 +376,9 @@ class Follower(FollowingMode):
         """Whether a function takes anything that comes from a delivered batch or from the model."""
         known, taken = self.sources, self._taken
         for part in args if not kwargs else (*args, *kwargs.values()):
-            if id(part) in taken or (id(part) in known and known.of(part) is not None):
-                return True
-            if isinstance(part, (list, tuple, dict)) and any(
-                id(p) in taken or (id(p) in known and known.of(p) is not None) for p in parts_of(part)
-            ):
-                return True
+            for p in parts_of(part) if isinstance(part, (list, tuple, dict)) else (part,):
+                if id(p) in taken or (id(p) in known and known.of(p) is not None):
+                    return True
         return False
 
     def _take(self, made: Any) -> None:
@@ -381,20 +399,6 @@ class Follower(FollowingMode):
 
     # -------------------------------------------------------------- where tensors come from
 
-    def origins(self) -> dict[int, set[Delivery]]:
+    def origins(self) -> Origins:
         """For every tensor that comes from delivered batches, these deliveries."""
-        found: dict[int, set[Delivery]] = {k: {s.delivery} for k, s in self.sources.items() if s.held() is not None}
-        nothing: set[Delivery] = set()
-        for call in self.calls:
-            from_ = self._of(call, found)
-            if not from_ or getattr(call, "name", "") in LIKE:
-                continue
-            for t in pytree.tensors((call.result, call.args[:1]) if overwrites(call) else call.result):
-                found[id(t)] = found.get(id(t), nothing) | from_
-        return found
-
-    def _of(self, call: Call | ModelCall, found: dict[int, set[Delivery]]) -> set[Delivery]:
-        from_: set[Delivery] = set()
-        for part in parts_of((call.args, call.kwargs)):
-            from_ |= found.get(id(part), from_)
-        return from_
+        return self.deliveries.origins(self.calls)

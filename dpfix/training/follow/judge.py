@@ -50,18 +50,22 @@ class Coupling:
     path: Any = ()
 
 
-def exchanges(samples: int, draw: Random) -> Iterator[Exchange]:
+def exchanges(step: RealStep, draw: Random) -> Iterator[Exchange]:
     """Other samples for every place but one, in ways that show different couplings.
 
     All others are copies of one sample; half are copies of the sample itself (pairs of one label); whole numbers of the others
-    are all the smallest, or all the largest, of the batch.
+    are all the smallest, or all the largest, of the batch. Samples that the loss feels most and least are always looked at, and
+    stand in for others half of the time: the hardest, a rare class with a large weight, one of which everything is masked.
 
     Args:
-        samples: number of samples, at least 2.
+        step: with at least 2 samples.
         draw: chooses the samples.
     """
-    for keep in sorted(draw.sample(range(samples), min(SAMPLES, samples))):
-        other = draw.choice([j for j in range(samples) if j != keep])
+    samples, telling = step.samples, step.telling
+    others = draw.sample([j for j in range(samples) if j not in telling], max(0, min(SAMPLES, samples) - len(telling)))
+    for keep in sorted([*telling, *others]):
+        among = [j for j in (telling if draw.random() < 0.5 else range(samples)) if j != keep]
+        other = draw.choice(among or [j for j in range(samples) if j != keep])
         if samples > 2:
             yield Exchange(tuple(keep if j == keep else other for j in range(samples)), keep)
         yield Exchange(_alternating(samples, keep, other), keep)
@@ -93,7 +97,7 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
     """
     base = way.repeat(None)
     compared, why, sorted_, decides = 0, "", False, False
-    for exchange in exchanges(step.samples, draw):
+    for exchange in exchanges(step, draw):
         if sorted_ and exchange.extreme is not None:
             continue  # where a sample goes to cannot be told from changed values
         try:
@@ -109,6 +113,21 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
             return found
     if not compared or decides:
         raise NotFollowedError(why)
+    return _by_what_is_of_all(way, step, base, draw)
+
+
+def _by_what_is_of_all(way: Way, step: RealStep, base: Repeated, draw: Random) -> Coupling | None:
+    """Whether a number or a tensor that the loader has made of the whole batch matters to anybody."""
+    if not any(delivery.of_all for delivery in step.deliveries):
+        return None
+    for keep in draw.sample(range(step.samples), min(SAMPLES, step.samples)):
+        try:
+            other = way.repeat(Exchange(tuple(range(step.samples)), keep, of_all=True))
+        except NotFollowedError:
+            return None  # a length, without which the step cannot be made
+        found = difference(base, other, step, keep)
+        if found is not None:
+            return found
     return None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, MisuseError, StateWrittenError
 from dpfix.instrument import pytree
+from dpfix.instrument.source import line_of_code
 from dpfix.report.finding import Finding
 
 NOTHING_RELEASED = "No parameter has moved in this step."
@@ -20,6 +24,24 @@ def coupled_input(gap: float, argument: str, line: str, model: str) -> CoupledMo
             "causes: a mean, maximum or standard deviation over the batch, mixup or CutMix, in-batch negatives.",
             "compute it per sample, or with constants that do not come from the batch (statistics of a public data set); augment "
             f"every sample alone. {NOTHING_RELEASED}",
+            path="data_loader",
+        )
+    )
+
+
+def coupled_collation(gap: float, path: pytree.Path, collate: Any) -> CoupledModelError:
+    """The collate function mixes samples."""
+    made = f"entry {'.'.join(map(str, path))}" if path else "its part of the batch"
+    by = f"by {gap:.1e} (relative)" if math.isfinite(gap) else "with them"
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF046",
+            f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)}) mixes the samples of "
+            f"a batch: with other samples beside it, {made} of one sample changes {by}.",
+            "what is computed from it depends on the others too, so clipping per sample bounds nothing. Known causes: statistics "
+            "of the batch (a mean, a maximum, counts of classes), padding with them, mixup or CutMix.",
+            "compute it per sample, in dataset[i] or one by one in the collate_fn, or with constants that do not come from the "
+            f"batch; augment every sample alone; pad with a constant. {NOTHING_RELEASED}",
             path="data_loader",
         )
     )
@@ -115,6 +137,53 @@ def kept(line: str) -> StateWrittenError:
             f"compute it from the parameters, from public data, or within one batch and sample. {NOTHING_RELEASED}",
             path="training_step",
         )
+    )
+
+
+def reaches_model(by: str, model: str) -> CoupledModelError:
+    """The model is told something of the batch beside its arguments."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF041",
+            f"the loop has computed something from the batch, and it reaches {model} beside the samples: {by}.",
+            "what the model makes of one sample then depends on the others, so clipping per sample bounds nothing.",
+            "give it to the model as an argument with a row for every sample, or use a constant that does not come from the "
+            f"batch. {NOTHING_RELEASED}",
+            path="module",
+        )
+    )
+
+
+def written_by_hand(model: str, line: str) -> MisuseError:
+    """Parameters or buffers are written to with values of a batch."""
+    return MisuseError(
+        f"parameters or buffers of {model} were about to be written to with values that the loop has computed from a batch"
+        f"{_at(line)}.",
+        "They would leave without noise.",
+        "Change parameters by optimizer.step() alone; weight decay, clamping and averaging by hand need no values of a batch.",
+        path="module",
+    )
+
+
+def moved_outside(shape: tuple[int, ...]) -> MisuseError:
+    """A parameter that learns from the private loss was changed by hand."""
+    return MisuseError(
+        f"a parameter of shape {shape} that is not in the private model gets gradient from the private loss, and has changed "
+        "since the last step.",
+        "It was moved by gradients of single samples without clipping and noise.",
+        "Make it a part of the model that is passed to make_private_safe, and its parameters a group of the private optimizer; "
+        "or freeze it with requires_grad_(False).",
+        path="parameters",
+    )
+
+
+def setting_follows(name: str) -> MisuseError:
+    """A setting of the optimizer is computed from a batch."""
+    return MisuseError(
+        f"optimizer: `{name}` follows a number that the loop reads from its batches (a loss, a norm, a count).",
+        "The step is scaled by values of samples without noise, so it tells more than the noise covers.",
+        f"Set `{name}` from the number of the step, or from data that are public. {NOTHING_RELEASED}",
+        path="optimizer",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from random import Random
 from typing import Any
 
@@ -110,6 +110,12 @@ class PlainModel:
                 if gap:
                     return gap
         return 0.0
+
+    def run(self, call: ModelCall, around: AbstractContextManager[Any]) -> None:
+        """Run the model once more on a call, inside a context; what it cannot do is not seen."""
+        with traceless(self.module, self._state), torch.no_grad(), rng_untouched(), around, suppress(*USER_CODE_ERRORS):
+            put_back(call.state)
+            self.module(*call.args, **call.kwargs)
 
     def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], torch.Tensor]:
         args, kwargs = arguments

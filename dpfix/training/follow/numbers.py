@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpfix.instrument import pytree
-from dpfix.training.follow.calls import ARITHMETIC, Call, ModelCall, Place
+from dpfix.training.follow.calls import ARITHMETIC, NOWHERE, Call, ModelCall, Place
 from dpfix.training.follow.delivery import Exchange
 from dpfix.training.follow.judge import difference
 from dpfix.training.follow.step import NotFollowedError, RealStep
@@ -136,6 +136,11 @@ def numbers_of(call: Call) -> Iterator[tuple[int | str, Any]]:
             yield k, value
 
 
+def numbers_given(call: ModelCall) -> Iterator[tuple[Any, Any]]:
+    """Python numbers with which the model is called, by their path."""
+    return ((path, leaf) for path, leaf in pytree.leaves((call.args, call.kwargs)) if _is_number(leaf))
+
+
 _OPTIONS = frozenset({"alpha", "beta", "value", "other", "label_smoothing", "fill_value", "weight", "min", "max"})
 
 
@@ -201,7 +206,7 @@ class NumberWatch:
 
     def __init__(self) -> None:
         self._followed: dict[Any, set[float]] = defaultdict(set)
-        self._values: dict[Any, set[float]] = defaultdict(set)
+        self._values: dict[Any, set[Any]] = defaultdict(set)
 
     def look(self, replay: Replay, step: RealStep, exchanges: Iterable[Exchange]) -> Suspect | None:
         """Look for numbers in the loss that equal one of the batch, and that matter.
@@ -242,19 +247,20 @@ class NumberWatch:
 
     def _changing(self, replay: Replay, samples: int) -> list[Any]:
         """Numbers that are not those of the steps before, in calls after the script has read a number of this batch."""
-        read, out = False, []
+        read, out, models = False, [], 0
         for call in replay.calls:
-            if not isinstance(call, Call):
-                continue
-            read |= call.tells and not isinstance(call.result, bool)
-            if not read:
-                continue
-            for k, value in numbers_of(call):
-                if _is_number(value) and not _of_the_batch_size(value, samples):
-                    known = self._values[call.place, k]
-                    if known and value not in known:
-                        out.append((call.place, k))
-                    known.add(value)
+            if isinstance(call, Call):
+                read |= call.tells and not isinstance(call.result, bool)
+                place, numbers = call.place, numbers_of(call)
+            else:
+                place, numbers, models = (NOWHERE, models), numbers_given(call), models + 1
+            for k, value in numbers if read else ():
+                one = tuple(value) if isinstance(value, (list, tuple)) else value
+                if len(one) != samples if isinstance(one, tuple) else not _of_the_batch_size(one, samples):
+                    known = self._values[place, k]
+                    if known and one not in known:
+                        out.append((place, k))
+                    known.add(one)
         return out
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import nn
 
+from dpfix.instrument import pytree
 from dpfix.instrument.source import warn_user
-from dpfix.training.follow.calls import Call, ModelCall, Place, nodes_behind, parts_of
+from dpfix.training.follow import messages
+from dpfix.training.follow.calls import (
+    Call,
+    ModelCall,
+    Place,
+    line_of,
+    nodes_behind,
+    parts_of,
+    storage_of,
+    users_place,
+)
 
 if TYPE_CHECKING:
     from dpfix.training.follow.follower import Follower
@@ -29,6 +42,7 @@ class Outside:
     def __init__(self, private: Collection[torch.Tensor]) -> None:
         self._private = {id(p) for p in private}
         self._learning: dict[int, ref[torch.Tensor]] = {}
+        self._values: dict[int, torch.Tensor] = {}
         self._beside: dict[int, ref[torch.Tensor]] = {}
         self._told = False
         self.at_learning: Callable[[Iterable[int]], None] = lambda ids: None
@@ -54,15 +68,29 @@ class Outside:
         known = (self._private, self._learning, self._beside)
         return [t for t in found if not any(id(t) in ids for ids in known)]
 
-    def learn(self, parameters: Sequence[torch.Tensor]) -> None:
-        """These get gradient from a loss over private data from now on."""
+    def learn(self, parameters: Sequence[torch.Tensor], *, with_model: bool) -> None:
+        """These get gradient from a loss over private data from now on.
+
+        Args:
+            parameters: new ones.
+            with_model: whether the private model is in that loss, so that they are trained together.
+        """
         new = {id(p): ref(p) for p in parameters}
         self._learning |= new
+        self._values |= {id(p): p.detach().clone() for p in parameters if with_model}
         self.at_learning(new)
+
+    def refuse_moved(self) -> None:
+        """None that is trained with the model has changed since it was found, by whatever."""
+        for key, value in self._values.items():
+            p = self._learning[key]()
+            if p is not None and (p.shape != value.shape or not torch.equal(p, value)):
+                raise messages.moved_outside(tuple(p.shape))
 
     def take_over(self, earlier: Outside) -> None:
         """What has begun to learn so far goes on learning."""
         self._learning |= earlier._learning
+        self._values |= earlier._values
         self._beside |= earlier._beside
         self._told = earlier._told
         self.at_learning([*self._learning, *self._beside])
@@ -89,6 +117,13 @@ class Outside:
         return held is not None and held() is p and p.grad is not None
 
 
+def refuse_write(module: nn.Module, args: Any, kwargs: Any, frame: FrameType | None) -> None:
+    """Parameters and buffers of the model get no values of a batch, whatever writes them into the first argument or ``out``."""
+    written = {storage_of(t) for t in pytree.tensors((args[:1], kwargs.get("out")))}
+    if any(storage_of(t) in written for t in (*module.parameters(), *module.buffers())):
+        raise messages.written_by_hand(type(module).__name__, line_of(users_place(frame)))
+
+
 class Strangers:
     """Tensors in the loss, or given to the model, of which nobody knows where they come from.
 
@@ -97,7 +132,7 @@ class Strangers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, torch.Tensor] = {}
+        self._known: dict[Any, Any] = {}
 
     def look(self, calls: Sequence[Call | ModelCall], follower: Follower) -> Place | bool:
         """Look for one that is not what it was in the step before.
@@ -114,19 +149,23 @@ class Strangers:
         for call in calls:
             place = call.place if isinstance(call, Call) else "model"
             for k, part in enumerate(parts_of((call.args, call.kwargs))):
-                if not isinstance(part, torch.Tensor) or id(part) in made or part.grad_fn is not None:
+                if id(part) in made or not isinstance(part, (torch.Tensor, np.ndarray)):
+                    continue
+                if isinstance(part, torch.Tensor) and part.grad_fn is not None:
                     continue
                 if follower.sources.of(part) is not None or follower.is_plain(part) or isinstance(part, nn.Parameter):
                     continue
                 before = self._known.get((place, k))
-                self._known[place, k] = part.detach()
+                self._known[place, k] = part.detach() if isinstance(part, torch.Tensor) else part
                 if before is not None and before is not part and not _same(before, part):
                     found = found or (call.place if isinstance(call, Call) else True)
             made |= {id(part) for part in parts_of(call.result)}
         return found
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b)
     return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.detach()))
 
 
@@ -138,7 +177,7 @@ def comes_from(tensor: torch.Tensor, calls: Sequence[ModelCall]) -> bool:
     return bool(wanted & {tensor.grad_fn, *nodes_behind(tensor.grad_fn)})
 
 
-def fed_with(starts: Sequence[torch.Tensor], held: Iterable[ref[torch.Tensor]]) -> bool:
+def fed_with(starts: Sequence[torch.Tensor], held: Iterable[torch.Tensor]) -> bool:
     """Whether the graphs behind some tensors keep any of these tensors, or a view of one, as an input.
 
     Args:
@@ -148,8 +187,7 @@ def fed_with(starts: Sequence[torch.Tensor], held: Iterable[ref[torch.Tensor]]) 
     Returns:
         Whether they do; a copy that was made of one is not seen.
     """
-    alive = [t for t in (h() for h in held) if t is not None and t.layout is torch.strided]
-    storages = {t.untyped_storage().data_ptr() for t in alive if t.numel()}
+    storages = {t.untyped_storage().data_ptr() for t in held if t.layout is torch.strided and t.numel()}
     nodes = [t.grad_fn for t in starts if t.grad_fn is not None]
     for node in {*nodes, *(n for start in nodes for n in nodes_behind(start))}:
         for name in dir(node) if storages else ():
@@ -181,24 +219,3 @@ def _leaves(starts: Sequence[Any], stop: set[Any]) -> list[torch.Tensor]:
                 seen.add(following)
                 todo.append(following)
     return found
-
-
-def kept_from_before(calls: Sequence[Call | ModelCall], earlier: dict[int, ref[torch.Tensor]]) -> Place | bool:
-    """Whether a loss, or the model, takes what the script has kept of an earlier batch.
-
-    Args:
-        calls: those that the loss is made of.
-        earlier: what earlier batches were, and what was made of them.
-
-    Returns:
-        The place where it is taken; true if it is an argument of the model; false if there is none.
-    """
-    made: set[int] = set()
-    for call in calls:
-        for part in parts_of((call.args, call.kwargs)):
-            if isinstance(part, torch.Tensor) and id(part) not in made:
-                held = earlier.get(id(part))
-                if held is not None and held() is part:
-                    return call.place if isinstance(call, Call) else True
-        made |= {id(part) for part in parts_of(call.result)}
-    return False

@@ -16,8 +16,8 @@ from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
-from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, writes
-from dpfix.training.follow.delivery import Exchange, Source, Sources
+from dpfix.training.follow.calls import Call, ModelCall, line_of, parts_of, storage_of, writes
+from dpfix.training.follow.delivery import Exchange, Source, Sources, with_other_samples
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.numbers import Told, numbers_in
 from dpfix.training.follow.outside import comes_from
@@ -320,6 +320,9 @@ class _Run:
                 other = entries if self.exchange is None else source.exchanged(self.exchange, entries)
                 for old, new in zip(numbers_in(entries), numbers_in(other), strict=True):
                     self.told.append(Told(None, new, old))
+        for delivery in self.step.deliveries:
+            numbers = [n for n in delivery.of_all if isinstance(n, (int, float))]
+            self.told += [Told(None, n if self.exchange is None else with_other_samples(n), n) for n in numbers]
         loss = self.values[id(self.step.loss)]
         outer = self.step.outer
         total = loss.sum() if outer is None else (loss * outer).sum()
@@ -363,21 +366,21 @@ def path_to(loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> tuple[list
         Both in order, and the numbers of the latter.
     """
     wanted, aside = {id(loss)}, set[int]()
-    storages = {_storage(loss)}
+    storages = {storage_of(loss)}
     path: list[Call | ModelCall] = []
     marks: list[bool] = []
     for call in reversed(calls):
         made = {id(t) for t in pytree.tensors(call.result)} | {id(call.result)}
         needed = bool(made & wanted)
         if isinstance(call, Call) and writes(call.name, call.kwargs) and not needed:
-            needed = any(_storage(t) in storages for t in pytree.tensors((call.args[:1], call.kwargs.get("out"))))
+            needed = any(storage_of(t) in storages for t in pytree.tensors((call.args[:1], call.kwargs.get("out"))))
         asked = isinstance(call, Call) and call.tells and bool(pytree.tensors((call.args, call.kwargs)))
         if not needed and not asked and not made & aside:
             continue
         parts = {id(p) for p in parts_of((call.args, call.kwargs)) if isinstance(p, (torch.Tensor, np.ndarray, list))}
         if needed:
             wanted |= parts
-            storages |= {_storage(t) for t in pytree.tensors((call.args, call.kwargs))}
+            storages |= {storage_of(t) for t in pytree.tensors((call.args, call.kwargs))}
         else:
             aside |= parts
         path.append(call)
@@ -385,8 +388,3 @@ def path_to(loss: torch.Tensor, calls: Sequence[Call | ModelCall]) -> tuple[list
     path.reverse()
     marks.reverse()
     return path, {number for number, mark in enumerate(marks) if mark}
-
-
-def _storage(t: torch.Tensor) -> int:
-    inside_vmap = torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
-    return id(t) if inside_vmap or t.layout is not torch.strided else t.untyped_storage().data_ptr()

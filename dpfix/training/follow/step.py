@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dpfix.instrument import pytree
+from dpfix.layout.rows import Rows
 from dpfix.training.follow.calls import ModelCall, Output, inner_nodes
 from dpfix.training.follow.delivery import Delivery, Exchange
 
@@ -52,6 +54,17 @@ class RealStep:
     gradients: tuple[tuple[torch.Tensor | None, ...], ...]
     deliveries: tuple[Delivery, ...]
     place: str
+
+    @cached_property
+    def telling(self) -> tuple[int, ...]:
+        """The samples whose outputs the loss feels most and least; fewer where they are the same or cannot be told."""
+        squares = torch.zeros(self.samples, dtype=torch.float64)
+        for call, gradients in zip(self.calls, self.gradients, strict=True):
+            for output, gradient in zip(call.outputs, gradients, strict=True):
+                if output.dim is not None and gradient is not None and not gradient.is_complex():
+                    rows = Rows.of(output.dim, self.samples).split(gradient).flatten(1).double()
+                    squares += torch.nan_to_num(rows).square().sum(1).cpu()
+        return tuple(dict.fromkeys((int(squares.argmax()), int(squares.argmin()))))
 
     def completed(self, base: Repeated) -> RealStep:
         """The same with gradients that autograd could not be asked for, taken from a repetition that is otherwise equal."""

@@ -15,6 +15,7 @@ from dpfix.engines.base import Handle
 from dpfix.plan import Plan
 from dpfix.sampling.draw import Draw
 from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.own_loader import Deliveries
 from dpfix.training.accounting import Accounting
 
 SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
@@ -47,6 +48,7 @@ class Guarded:
         handle: the engine at work.
         accounting: counts the steps.
         ledger: what the private loader drew; ``None`` without Poisson sampling.
+        own_loader: what the script's own loader hands out; ``None`` with Poisson sampling.
         ranks: the processes that train together.
         progress: how far the training has come.
     """
@@ -58,6 +60,7 @@ class Guarded:
     accounting: Accounting
     ledger: DrawLedger | None = None
     ranks: Ranks = ALONE
+    own_loader: Deliveries | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property

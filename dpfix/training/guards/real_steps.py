@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -17,13 +18,22 @@ from dpfix.instrument.source import calling_line, describe_module, is_users_file
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
+from dpfix.training.follow.beside import (
+    Inside,
+    Settings,
+    attribute_of_batch,
+    numbers_of_model,
+    numbers_read,
+    settings_of,
+)
 from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
+from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
-from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with, kept_from_before
+from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with
 from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
@@ -47,6 +57,11 @@ class Following:
     share: float = SHARE
     strict: bool = False
 
+    @cached_property
+    def collation(self) -> Collation:
+        """Makes the loader's batches, and looks at some of them; a quarter of the share is its."""
+        return Collation(self.batches, 0.25 * self.share)
+
 
 class RealSteps(Check):
     """On checked steps: nobody else's data matters to a sample, and the clipped sum is that of ordinary autograd.
@@ -69,9 +84,10 @@ class RealSteps(Check):
         self._guarded, self.following = guarded, following
         engine = engine_of(guarded.plan)
         self.needed = engine.audited or engine is UNDECIDED  # the step that decides is followed from its delivery on
-        self.agenda = Agenda(following.share)
+        self.agenda = Agenda(0.75 * following.share)
         self._novelty, self._numbers = Novelty(), NumberWatch()
         self._strangers = Strangers()
+        self._settings, self._model_numbers = Settings(), Settings(numbers_of_model(guarded.module, ()))
         self.outside = Outside(tuple(guarded.module.parameters()))
         self._warned, self._unfollowed, self._told_gradient = False, "", False
         self._looked = self._checked = False
@@ -87,6 +103,8 @@ class RealSteps(Check):
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
         self._follower.on_gradient = self._gradient_read
+        if self._guarded.own_loader is not None:
+            self._guarded.own_loader.at_delivery = self._follower.deliver
 
     # -------------------------------------------------------------- moments
 
@@ -102,6 +120,7 @@ class RealSteps(Check):
         self._follower.pause()
         if self._failed is not None:
             raise self._failed
+        self._look_at_settings(optimizer)
         models = [c for c in self._follower.calls if isinstance(c, ModelCall) and c.outputs]
         if models and not self._looked and max(c.samples for c in models) > 1:
             self._not_followed(
@@ -153,12 +172,15 @@ class RealSteps(Check):
         self._listen()
         self.outside.take_over(earlier.outside)
         self._numbers, self._warned, self._told_gradient = earlier._numbers, earlier._warned, earlier._told_gradient
+        self._settings, self._model_numbers = earlier._settings, earlier._model_numbers
 
     @override
     def detach(self) -> None:
         if self.needed:
             self._follower.remove()
             self._pending = None
+        if self._guarded.own_loader is not None:
+            self._guarded.own_loader.end()
 
     # -------------------------------------------------------------- backward
 
@@ -171,6 +193,7 @@ class RealSteps(Check):
         follower = self._follower
         self._pending = None  # of a step that was refused
         outer = kwargs.get("gradient", args[0] if args else None)
+        self.outside.refuse_moved()
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
         if self.outside.look(loss, follower.calls):
             self._look_outside(loss, models)
@@ -184,7 +207,9 @@ class RealSteps(Check):
         if plan.row_counter is not None:
             return  # samples with different numbers of rows: the loss had to be told
         if any(c.samples != d.samples for c in models for d in c.deliveries):
-            return  # other rows than were drawn: the step is refused
+            if self._guarded.ledger is not None:
+                return  # other rows than were drawn: the step is refused
+            follower.forget_deliveries()
         seen = set(follower.seen)
         for delivery in {d for c in models for d in c.deliveries}:
             seen |= self._novelty.of(delivery)
@@ -223,10 +248,13 @@ class RealSteps(Check):
         calls = [call for call in made if isinstance(call, ModelCall) or call.name not in LIKE]
         parts = [part for call in calls for part in parts_of((call.args, call.kwargs))]
         tensors = [loss, *(part for part in parts if isinstance(part, torch.Tensor))]
-        if any(id(part) in origin for part in parts) or fed_with(tensors, self._follower.earlier.values()):
-            private = comes_from(loss, models) or any(isinstance(call, ModelCall) for call in calls)
-            learn = self.outside.learn if private else self.outside.learn_beside
-            learn(self.outside.look(loss, calls))
+        earlier, found = self._follower.earlier, self.outside.look(loss, calls)
+        if any(id(part) in origin for part in parts) or earlier.has(loss) or fed_with(tensors, earlier):
+            with_model = any(isinstance(call, ModelCall) for call in calls)
+            if with_model or comes_from(loss, models) or earlier.of_model(loss):
+                self.outside.learn(found, with_model=with_model)
+            else:
+                self.outside.learn_beside(found)
 
     def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw
@@ -250,10 +278,11 @@ class RealSteps(Check):
             self._not_followed(
                 f"it takes a tensor ({line}) that the loop makes anew in every step by a way that is not seen"
             )
-        at = kept_from_before(calls, follower.earlier)
+        at = follower.earlier.taken_by(calls)
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
-        others = list(exchanges(real.samples, draw))
+        self._look_beside(real, model)
+        others = list(exchanges(real, draw))
         mixed = model.mixes(others[: 4 * 2])
         if mixed is not None:
             self._failed = messages.coupled_model(mixed[0], describe_module(guarded.module, ""))
@@ -271,13 +300,16 @@ class RealSteps(Check):
     def _way(self, real: RealStep, model: PlainModel) -> tuple[Way, Replay | None]:
         """The script's own code, where the loop makes the told step; else what it did, call by call."""
         following = self.following
-        if following.step is not None:
+        if following.step is not None and not self._written(real):
             try:
                 return ToldStep(following.step, following.batches, real, self._value, model.module), None
             except NotFollowedError:
                 pass
         replay = Replay(self._follower, real)
         return replay, replay
+
+    def _written(self, real: RealStep) -> bool:
+        return self._follower.deliveries.written(real.deliveries, self._follower.kept)
 
     def _value(self, t: torch.Tensor) -> torch.Tensor:
         return self._follower.kept.get(id(t), t)
@@ -290,10 +322,10 @@ class RealSteps(Check):
         return messages.coupled_input(found.gap, messages.argument_name(found.path), line, self._guarded.name)
 
     def _look_at_numbers(self, replay: Replay, real: RealStep) -> None:
-        found = self._numbers.look(replay, real, exchanges(real.samples, self.agenda.draw))
+        found = self._numbers.look(replay, real, exchanges(real, self.agenda.draw))
         if found is None:
             return
-        line = line_of(found.place)
+        line = line_of(found.place) or "an argument of the model"
         if found.sure:
             raise messages.coupled_number(line, real.place)
         self._not_followed(
@@ -301,8 +333,35 @@ class RealSteps(Check):
             "step with numbers that the loop reads from the batch"
         )
 
+    def _look_at_settings(self, optimizer: DPOptimizer) -> None:
+        """Settings of the optimizer do not follow the batches; those that never change cost a comparison."""
+        values = settings_of(optimizer)
+        if self._settings.changed(values):
+            found = self._settings.follow(values, numbers_read(self._follower.calls))
+            if found is not None:
+                raise messages.setting_follows(found[1])
+
+    def _look_beside(self, real: RealStep, model: PlainModel) -> None:
+        """Nothing of the batch reaches the model but by its arguments."""
+        follower, module, name = self._follower, self._guarded.module, self._guarded.name
+        origin = follower.origins()
+        attribute = attribute_of_batch(module, lambda t: id(t) in origin or follower.earlier.has(t))
+        if attribute:
+            raise messages.reaches_model(f"`{attribute}` holds it", name)
+        for call in real.calls:
+            inside = Inside(lambda t: id(t) in origin or follower.earlier.has(t), (call.args, call.kwargs))
+            model.run(call, inside)
+            if inside.found is not None:
+                raise messages.reaches_model("a hook, or a function that the model calls, holds it", name)
+        found = self._model_numbers.follow(numbers_of_model(module, real.calls), numbers_read(follower.calls))
+        if found is not None:
+            where, what = found
+            raise messages.reaches_model(
+                f"the Python number {_named(where, what)}, which it has read from the batch", name
+            )
+
     def _look_at_lengths(self, way: Way, replay: Replay | None, real: RealStep, model: PlainModel) -> None:
-        for exchange in exchanges(real.samples, self.agenda.draw):
+        for exchange in exchanges(real, self.agenda.draw):
             if exchange.extreme is not None:
                 continue
             try:
@@ -331,6 +390,10 @@ class RealSteps(Check):
             raise CoupledLossError(text, "strict=True was asked for.", messages.WAY_OUT, path="strict")
         self._warned = True
         warn_user(f"{text} {messages.WAY_OUT}")
+
+
+def _named(where: Any, what: Any) -> str:
+    return f"`{where}.{what}`".replace("`.", "`") if isinstance(where, str) else f"in {messages.argument_name(what)}"
 
 
 def _norms(parameters: Any) -> torch.Tensor | None:

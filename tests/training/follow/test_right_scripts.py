@@ -23,9 +23,9 @@ def marked(some: list[Script]) -> list[Any]:
     return [pytest.param(s, id=s.name, marks=[marks[s.name]] if s.name in marks else []) for s in some]
 
 
-def trains(script: Script) -> None:
+def trains(script: Script, **arguments: Any) -> None:
     """A few steps, the first of which are all checked; warnings are errors in all tests."""
-    training = script.start(seed=3)
+    training = script.start(seed=3, **arguments)
     before = torch.cat([p.detach().flatten().clone() for p in training.model.parameters()])
     made = 0
     while made < STEPS:
