@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import ALONE, Ranks
+from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan
 
@@ -30,6 +31,7 @@ class Request:
         performance: how that is computed.
         ranks: the processes that make this call together.
         handed_over: whether Opacus has already handed over.
+        mixing: what a run has shown of modules that call ``batch_norm``, by path.
     """
 
     module: nn.Module
@@ -41,11 +43,12 @@ class Request:
     performance: PerformanceOptions
     ranks: Ranks = ALONE
     handed_over: bool = False
+    mixing: Mapping[str, Mixing] = field(default_factory=dict)
 
     @property
     def scan(self) -> Scan:
         """The objects as the rules see them."""
-        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance)
+        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance, self.mixing)
 
     @property
     def views(self) -> int:
