@@ -40,6 +40,7 @@ from dpfix.errors import (
     UnusedKeysError,
 )
 from dpfix.plan import Plan
+from dpfix.repair.joined_optimizer import JoinedOptimizer
 from dpfix.repair.per_sample_loss import PerSampleLoss
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
@@ -78,6 +79,7 @@ __all__ = [
     "Finding",
     "Fixability",
     "ForeignBatchError",
+    "JoinedOptimizer",
     "LegacyReport",
     "LoadReport",
     "LoaderError",

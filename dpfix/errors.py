@@ -230,6 +230,7 @@ USER_CODE_ERRORS = (
     KeyError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
 )
 """What the user's code (model, loss, dataset) raises for data that it cannot take."""
 

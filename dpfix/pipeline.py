@@ -10,7 +10,6 @@ from importlib import metadata
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpfix.audit.harder import Harder
 from dpfix.audit.isolation import check_ordinary, weighted_by_rows
@@ -18,13 +17,14 @@ from dpfix.audit.persistent_state import check_inside, check_outside, modules_ou
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.distributed import fingerprint
-from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, TrainingStepError
+from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, StateWrittenError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
 from dpfix.instrument.function_modes import switch_off_all, unfollowed
 from dpfix.instrument.own_generators import drawing, own_generators
 from dpfix.instrument.rng import rng_untouched
 from dpfix.instrument.source import warn_user
 from dpfix.observe import double_activation, no_grad_search, probe
+from dpfix.observe.batch_statistics import mixing_modules
 from dpfix.observe.call_sources import Call
 from dpfix.observe.failures import described_failures
 from dpfix.observe.real_call import Way, check_fixed, learn, together
@@ -43,6 +43,7 @@ from dpfix.repair.validator import check_validator
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.rules import RULES, Rule
+from dpfix.rules.batch_norm import fixed_norms
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
@@ -178,7 +179,7 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     waits = may_wait(request)
     try:
         step = infer(samples.batch, request.criterion, request.training_step, request.privacy.loss_reduction)
-        return replace(_proven(request, surgery, samples, step, findings, outside), batches=batches)
+        return replace(_proven(request, samples, step, findings, outside), batches=batches)
     except UnknownCallError as unknown:
         if not waits:
             raise
@@ -212,7 +213,7 @@ def decide(request: Request, earlier: Prepared, others: Sequence[Way], call: Cal
                 with Surgery(request.scan) as surgery:
                     check_fixed(request.module, way)
                     whole = together([*others, way])
-                    made = _proven(request, surgery, whole.samples, whole.step, list(earlier.repairs), outside)
+                    made = _proven(request, whole.samples, whole.step, list(earlier.repairs), outside)
                     check_rows(request.module, earlier.known_rows, made.known_rows)
                     surgery.commit()
                 return made, way
@@ -246,15 +247,37 @@ def deciding(request: Request, prepared: Prepared, report_of: Callable[[Prepared
 
 
 def _proven(
+    request: Request, samples: probe.Probe, step: TrainingStep, findings: list[Finding], outside: list[nn.Module]
+) -> Prepared:
+    """As :func:`_audited`, all or nothing; where calls of ``batch_norm`` mix the samples, they are repaired first."""
+    audited = partial(_audited, samples=samples, step=step, outside=outside)
+    try:
+        with Surgery(request.scan) as surgery:
+            prepared = audited(request, surgery, findings=list(findings))
+            surgery.commit()
+            return prepared
+    except (CoupledModelError, StateWrittenError):
+        mixing = mixing_modules(Subject(request.module, step), samples, request.privacy.norm)
+        if not mixing:
+            raise
+    request = replace(request, mixing=mixing)
+    with Surgery(request.scan) as surgery:
+        prepared = audited(request, surgery, findings=findings)
+        surgery.commit()
+        return prepared
+
+
+def _audited(
     request: Request,
     surgery: Surgery,
+    *,
     samples: probe.Probe,
     step: TrainingStep,
     findings: list[Finding],
     outside: list[nn.Module],
 ) -> Prepared:
     subject = Subject(request.module, step)
-    if _materialised(subject, samples):
+    if _materialised(subject, samples) or request.mixing:
         findings += [f for f in _repair(request, surgery) if f not in findings]
     check_validator(request, findings)
     repairs = tuple(findings)
@@ -346,7 +369,7 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         loss_known=step.loss_known,
         batch_first=request.performance.batch_first,
         frozen_parameters=record.unused if record.together.used else (),
-        fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
+        fixed_norms=fixed_norms(request.scan),
         scratch=record.scratch,
         views=request.views,
         row_counter=row_counter(request, samples, record.counts, step),

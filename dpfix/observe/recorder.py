@@ -97,7 +97,7 @@ class StepLog:
             graph, or looks up a padding token.
         activations: calls of activations.
         stack: paths of the modules being called.
-        failed: path of the innermost module whose forward raised.
+        failed: path of the innermost module whose forward raised; ``None`` if none did.
     """
 
     details: bool = False
@@ -112,7 +112,7 @@ class StepLog:
     needs_workarounds: bool = False
     activations: double_activation.Calls = field(default_factory=double_activation.Calls)
     stack: list[str] = field(default_factory=list)
-    failed: str = ""
+    failed: str | None = None
     _clock: int = 0
     _open: list[tuple[int, CallSite | None]] = field(default_factory=list)
     _counter: CallCounter = field(default_factory=CallCounter)
@@ -313,7 +313,7 @@ def _hooks(path: str, child: nn.Module, log: StepLog, keep: bool, watch: _Watch 
         if log.stack:
             log.stack.pop()
         if sys.exc_info()[1] is not None:  # called because forward raised
-            log.failed = log.failed or path
+            log.failed = path if log.failed is None else log.failed
             return
         if keep:
             log.calls.setdefault(path, []).append(

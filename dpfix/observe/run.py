@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dpfix.errors import CoupledModelError, TrainingStepError
+from dpfix.errors import CoupledLossError, CoupledModelError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, traceless
 from dpfix.instrument.own_generators import drawing
@@ -121,6 +121,8 @@ def _batch_runs_too(subject: Subject, probe: Probe, before: dict[Key, Any]) -> I
         put_back(subject.module, before)
         run_step(subject, probe.batch, before)
         put_back(subject.module, before)
+        if log.failed is None:
+            raise _needs_others(subject, probe, error) from error
         raise CoupledModelError(
             Finding.refusal(
                 "DPF013",
@@ -132,6 +134,23 @@ def _batch_runs_too(subject: Subject, probe: Probe, before: dict[Key, Any]) -> I
                 path=log.failed,
             )
         ) from error
+
+
+def _needs_others(subject: Subject, probe: Probe, error: TrainingStepError) -> CoupledLossError:
+    """What the step makes of the model's output fails for one sample, where there are others it does not."""
+    cause = error.__cause__
+    return CoupledLossError(
+        Finding.refusal(
+            "DPF014",
+            f"the loss works on {len(probe)} samples, but not on one alone: {type(cause).__name__}: {cause} "
+            f"({subject.step.origin}).",
+            "what counts (positives, valid elements) is averaged over the batch, and a sample alone may hold none of it; its "
+            "share of the loss then depends on the other samples.",
+            "average inside each sample, with max(count, 1) as the divisor, then over the samples; "
+            "dpfix.PerSampleLoss(criterion) does so, and a sample in which nothing counts contributes 0.",
+            path="training_step" if subject.step.origin.startswith("training_step") else "criterion",
+        )
+    )
 
 
 def _root_only(run: Run) -> Run:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from dpfix.engines import BY_NAME, UNDECIDED
 from dpfix.observe.training_step import UnknownCallError
 from dpfix.plan import Plan
 from dpfix.repair.lazy import is_lazy
 from dpfix.report.finding import Finding
+from dpfix.rules.batch_norm import fixed_norms
 from dpfix.scan.request import Request
 
 
@@ -36,7 +35,7 @@ def undecided(request: Request) -> Plan:
         loss_reduction=request.privacy.loss_reduction,
         loss_known=False,
         batch_first=request.performance.batch_first,
-        fixed_norms=tuple(path for path, _ in request.scan.modules(_BatchNorm)),
+        fixed_norms=fixed_norms(request.scan),
         own_engines=True,
     )
 

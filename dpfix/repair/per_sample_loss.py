@@ -21,7 +21,8 @@ class PerSampleLoss(nn.Module):
     criterion that is already a mean over samples this is the same number; for one that couples them (class weights with
     a mean, ``ignore_index``, Dice over the batch) it is the loss whose share of sample i depends on sample i alone.
 
-    A sample in which nothing counts (every target is ``ignore_index``, or has class weight 0) contributes 0, not 0/0.
+    A sample in which nothing counts (every target is ``ignore_index``, or has class weight 0; or the criterion divides by
+    the number of what counts and raises ``ZeroDivisionError``) contributes 0, not 0/0.
 
     Criteria that ``torch.func.vmap`` can follow are computed for all samples at once. That is tried on the first batch of
     every form, and kept if values and gradients equal those of a loop over the samples; all others stay in the loop.
@@ -72,9 +73,11 @@ class PerSampleLoss(nn.Module):
 
         args, kwargs = pytree.map_leaves(take, tree)
         if nothing_counts:
-            outputs = pytree.gradient_tensors((args, kwargs)) or pytree.tensors((args, kwargs))
-            return sum((t.sum() * 0 for t in outputs[1:]), outputs[0].sum() * 0)
-        return self.criterion(*args, **kwargs)
+            return _nothing(args, kwargs)
+        try:
+            return self.criterion(*args, **kwargs)
+        except ZeroDivisionError:  # a mean over what counts, by a Python number
+            return _nothing(args, kwargs)
 
     def _vectorised(self, tree: Any) -> torch.Tensor:
         tree = pytree.plain(tree)
@@ -140,6 +143,11 @@ def _samples(tree: Any) -> int:
             path="criterion",
         )
     return sizes.pop()
+
+
+def _nothing(args: Any, kwargs: Any) -> torch.Tensor:
+    outputs = pytree.gradient_tensors((args, kwargs)) or pytree.tensors((args, kwargs))
+    return sum((t.sum() * 0 for t in outputs[1:]), outputs[0].sum() * 0)
 
 
 def _nothing_counts(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

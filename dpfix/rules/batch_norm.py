@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -9,27 +9,42 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from typing_extensions import override
 
+from dpfix.instrument.batch_norm_calls import PerSampleNorm, describe, groups_of, per_sample_class
+from dpfix.instrument.source import line_of_code
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
 
-_MAX_GROUPS = 32
 _KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_WHY = "sample i's output depends on sample j, so clipping per sample bounds nothing."
+_CHOICE = "norm='instance' or 'layer' chooses another replacement"
 
 
 class BatchNorm(Rule):
     """BatchNorm in training mode normalises a sample with the statistics of the others.
 
     What: any subclass of ``torch.nn``'s batch normalisation that would use the statistics of the batch: in training
-    mode, or in evaluation mode without running statistics; with or without affine parameters, trainable or frozen.
+    mode, or in evaluation mode without running statistics; with or without affine parameters, trainable or frozen. And any
+    other module whose ``forward`` calls ``torch.nn.functional.batch_norm`` so that it mixes the samples; a run of the
+    training step shows these. A call with one row mixes none (a standardised weight, a sample normalised by itself) and
+    stays.
 
     Why bad: sample i's output, and so its gradient, depends on sample j. Clipping per sample bounds nothing, and the
     running statistics leave the training without noise (measured with Opacus 1.6.0: 3.1 times the clip norm).
 
-    Example: ``nn.BatchNorm2d(64)``, ``nn.BatchNorm1d(64, affine=False)``, ``nn.SyncBatchNorm(64)``.
+    Example: ``nn.BatchNorm2d(64)``, ``nn.BatchNorm1d(64, affine=False)``, ``nn.SyncBatchNorm(64)``, timm's
+    ``BatchNormAct2d(64)``.
 
     Use instead: group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), instance or layer normalisation;
     ``norm=`` of the call chooses. A BatchNorm in ``eval()`` with running statistics is a fixed affine map and stays.
+
+    A plain BatchNorm is replaced. A subclass with a ``forward`` of its own (an activation, dropout inside), any other
+    module, and the root stay what they are: class, parameters, and all else that ``forward`` does; only ``batch_norm`` in
+    it is computed as the replacement would, in training and in ``eval()``. Statistics that such a call would have tracked
+    leave the state dict, so that it does not load into the original model, which computes something else. A copy or a
+    pickle keeps the repair. In a block that is re-parametrised for inference (RepVGG) the branches train with the
+    replacement, which depends on the sample and cannot be folded into a convolution: leave such a model as it was trained.
+    A subclass that computes statistics by hand is not repaired; the audit refuses it (DPF013).
     """
 
     title = "BatchNorm mixes the samples of a batch"
@@ -38,15 +53,14 @@ class BatchNorm(Rule):
         Fixability.CHANGES_MODEL: "weight, bias, eps, device, dtype and ``requires_grad`` are kept by reusing the very "
         "parameters; running statistics are dropped. The number of groups never leaves one element per group: at least two "
         "channels per group, and eight for BatchNorm1d, which may see no spatial positions at all.",
-        Fixability.REFUSED: "the root itself, and a subclass with a ``forward`` of its own.",
         Fixability.NOTHING: "in ``eval()`` with running statistics; a step in training mode is refused.",
     }
 
     @override
     def find(self, scan: Scan) -> Iterator[Finding]:
         for path, module in scan.modules(_BatchNorm):
-            if _lazy(module):
-                continue  # looked at again once its parameters exist
+            if _lazy(module) or isinstance(module, PerSampleNorm):
+                continue  # a lazy one is looked at again once its parameters exist
             if not is_batch_coupled(module):
                 yield self.finding(
                     Fixability.NOTHING,
@@ -56,26 +70,38 @@ class BatchNorm(Rule):
                     path=path,
                 )
                 continue
-            fact = f"{scan.place(path)} mixes the samples of a batch."
-            why = "sample i's output depends on sample j, so clipping per sample bounds nothing."
-            if type(module).forward not in _KNOWN_FORWARDS or not path:
-                yield self.refusal(fact, why, _way_out(module, path), path)
+            place, new = scan.place(path), _describe(module, scan.privacy.norm)
+            own = "" if _replaceable(path, module) else f" by batch_norm in its forward ({_line(module)})"
+            yield self.finding(
+                Fixability.CHANGES_MODEL,
+                f"{place} mixes the samples of a batch{own}.",
+                _WHY,
+                fix=f"{new}{own and ' in place of batch_norm, the rest of the layer as it is'}; weight, bias, eps, dtype and "
+                f"requires_grad kept, running statistics {'not used' if own else 'dropped'}",
+                help=f"{_CHOICE}; or keep the statistics fixed: module.eval() and requires_grad_(False) on this layer.",
+                path=path,
+            )
+        for path, seen in scan.mixing.items():
+            module = scan.module.get_submodule(path)
+            if isinstance(module, PerSampleNorm) and seen.sites <= module.sites:
                 continue
             yield self.finding(
                 Fixability.CHANGES_MODEL,
-                fact,
-                why,
-                fix=f"{_describe(module, scan.privacy.norm)}; weight, bias, eps, dtype and requires_grad kept, "
-                "running statistics dropped",
-                help="norm='instance' or 'layer' chooses another replacement; or keep the statistics fixed: "
-                "module.eval() and requires_grad_(False) on this layer.",
+                f"{scan.place(path)} mixes the samples of a batch by batch_norm in its forward ({', '.join(seen.lines)}).",
+                _WHY,
+                fix=f"{describe(scan.privacy.norm, seen.channels, seen.groups)} in place of batch_norm; weight, bias and eps "
+                "kept, running statistics not used",
+                help=f"{_CHOICE}; or normalise with fixed statistics: training=False.",
                 path=path,
             )
 
     @override
-    def fix(self, module: nn.Module, scan: Scan) -> nn.Module:
-        assert isinstance(module, _BatchNorm)
-        return _replacement(module, scan.privacy.norm)
+    def fix(self, module: nn.Module, scan: Scan) -> nn.Module | Mapping[str, Any]:
+        path = scan.aliases[module][0]
+        if _replaceable(path, module):
+            return _replacement(module, scan.privacy.norm)
+        sites = scan.mixing[path].sites if path in scan.mixing else frozenset()
+        return {"__class__": per_sample_class(type(module), scan.privacy.norm, sites)}
 
     VALID = (
         lambda: _model(nn.GroupNorm(4, 8)),
@@ -103,29 +129,23 @@ def is_batch_coupled(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
+def _replaceable(path: str, module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether another layer can take the place of a whole module: all that it does is known, and so is its owner."""
+    return bool(path) and isinstance(module, _BatchNorm) and type(module).forward in _KNOWN_FORWARDS
+
+
+def _line(module: nn.Module) -> str:
+    return line_of_code(type(module).forward)
+
+
 def _lazy(module: nn.Module) -> bool:
     state = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(isinstance(t, (UninitializedParameter, UninitializedBuffer)) for t in state)
 
 
-def group_count(channels: int, smallest: int) -> int:
-    """The largest number of groups with enough channels in each.
-
-    Args:
-        channels: number of channels.
-        smallest: least number of channels in a group.
-
-    Returns:
-        A divisor of ``channels``, at most 32; 1 if there is no better one.
-
-    >>> group_count(64, 2), group_count(8, 2), group_count(16, 8), group_count(7, 2)
-    (32, 4, 2, 1)
-    """
-    return max(g for g in range(1, _MAX_GROUPS + 1) if channels % g == 0 and (channels // g >= smallest or g == 1))
-
-
-def _smallest_group(module: _BatchNorm) -> int:
-    return 8 if isinstance(module, nn.BatchNorm1d) else 2
+def fixed_norms(scan: Scan) -> tuple[str, ...]:
+    """Paths of the BatchNorm layers that normalise with fixed statistics and have to go on doing so."""
+    return tuple(path for path, module in scan.modules(_BatchNorm) if not isinstance(module, PerSampleNorm))
 
 
 def _replacement(module: _BatchNorm, norm: str) -> nn.Module:
@@ -136,29 +156,20 @@ def _replacement(module: _BatchNorm, norm: str) -> nn.Module:
         new: nn.Module = kind(channels, eps=module.eps, affine=False)
         new.affine = module.affine  # type: ignore[assignment]
     else:
-        groups = 1 if norm == "layer" else group_count(channels, _smallest_group(module))
-        new = nn.GroupNorm(groups, channels, eps=module.eps, affine=False)
+        new = nn.GroupNorm(_groups(module, norm), channels, eps=module.eps, affine=False)
         new.affine = module.affine  # type: ignore[assignment]
     # The parameters themselves are handed over, so the optimizer, its state and its schedulers go on.
     new.weight, new.bias = module.weight, module.bias  # type: ignore[assignment]
     return new
 
 
+def _groups(module: _BatchNorm, norm: str) -> int:
+    return groups_of(norm, module.num_features, not isinstance(module, nn.BatchNorm1d))
+
+
 def _describe(module: nn.Module, norm: str) -> str:
     assert isinstance(module, _BatchNorm)
-    if norm == "instance":
-        return f"InstanceNorm({module.num_features})"
-    groups = 1 if norm == "layer" else group_count(module.num_features, _smallest_group(module))
-    return f"GroupNorm({groups}, {module.num_features})"
-
-
-def _way_out(module: nn.Module, path: str) -> str:
-    if not path:
-        return "the root itself cannot be replaced; wrap it: torch.nn.Sequential(module)."
-    return (
-        f"{type(module).__name__} has a forward of its own, so dpfix does not guess what it computes. Replace it "
-        "by torch.nn.GroupNorm yourself, or freeze it: eval() and requires_grad_(False)."
-    )
+    return describe(norm, module.num_features, _groups(module, norm))
 
 
 def _model(norm: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,8 @@ _Problem = tuple[str, str, str]
 class LoaderFits(Rule):
     """The loader has to be one that Poisson sampling can stand in for.
 
-    What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), custom batch samplers, weighted samplers
+    What: streams (``IterableDataset``), ready-made batches (``batch_size=None``), fewer samples than a batch with
+    ``drop_last=True``, custom batch samplers, weighted samplers
     and samplers dpfix does not know. An index set that names one record several times: repeated indices in a ``Subset`` or
     a ``SubsetRandomSampler``, a data set that a ``ConcatDataset`` contains twice.
 
@@ -76,6 +77,7 @@ class LoaderFits(Rule):
     INVALID = (
         lambda: _pair(batch_size=None),
         lambda: _pair(batch_size=8, dataset=_Stream()),
+        lambda: _pair(batch_size=25, drop_last=True),
         lambda: _pair(batch_sampler=[[0, 1], [2, 3, 4]]),
         lambda: _pair(batch_size=8, sampler=WeightedRandomSampler([1.0] * 24, 24)),
         lambda: _pair(batch_size=8, sampler=DistributedSampler(TensorDataset(torch.zeros(24)), num_replicas=2, rank=0)),
@@ -92,7 +94,9 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
         yield (
             f"data_loader reads {type(loader.dataset).__name__}, an IterableDataset.",
             "a stream has no set of samples to draw from with a known probability.",
-            "wrap the data in a map-style dataset (torch.utils.data.Dataset with __len__ and __getitem__).",
+            "index it: a torch.utils.data.Dataset with __len__ and __getitem__, over list(stream) where that fits into memory. "
+            "A Hugging Face stream: load_dataset(..., streaming=False). Tar shards (WebDataset): one index over shards and "
+            "members, read in __getitem__ (wids.ShardListDataset), or the files unpacked.",
         )
     elif loader.batch_sampler is None:
         yield (
@@ -106,10 +110,30 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
             "the sampling rate is batch size over the number of samples.",
             "give the dataset a __len__ that counts its samples.",
         )
+    elif (nothing := _nothing_to_deliver(loader)) is not None:
+        yield nothing
     else:
         ranks = Ranks.of(scan.module)
         problems = _sampler(loader, ranks) if scan.privacy.poisson_sampling else _order_on_ranks(loader, ranks)
         yield from islice(chain(problems, _one_record_several_times(loader)), 1)
+
+
+def _nothing_to_deliver(loader: DataLoader[Any]) -> _Problem | None:
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler or len(batches):
+        return None
+    samples = len(batches.sampler)  # type: ignore[arg-type]
+    if not samples:
+        return (
+            f"data_loader has a {type(batches.sampler).__name__} without an index.",
+            "there is no sample to draw.",
+            "give it the indices that are to be drawn.",
+        )
+    return (
+        f"data_loader has drop_last=True and {samples} sample(s) for batches of {batches.batch_size}: it delivers nothing.",
+        "without a batch there is no step, and no sampling rate.",
+        f"pass batch_size={samples} or less, or drop_last=False.",
+    )
 
 
 def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:

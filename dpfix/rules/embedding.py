@@ -28,6 +28,11 @@ class EmbeddingOptions(Rule):
 
     Example: ``nn.Embedding(1000, 64, max_norm=1.0)``.
 
+    ``scale_grad_by_freq`` has no per-sample meaning that is another layer: divided by its counts within one sample, the
+    gradient is that of a model which sees words that a sample repeats once; but torch's counts are those of the batch, and
+    training would silently become another one. Where rare words are to learn faster, an adaptive optimizer (Adam) does that
+    from the noisy gradient, or a loss weight per word does it per sample.
+
     Use instead: the plain layer with a dense optimizer; a norm can be limited in forward by a differentiable expression.
     """
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from dpfix.errors import OptimizerError
@@ -18,7 +20,7 @@ class OptimizerFits(Rule):
     """The optimizer has to hold exactly the trainable parameters of the model, once each.
 
     What: parameters that are foreign to the model, missing from the optimizer or in two groups; optimizers that evaluate
-    the loss several times per step (LBFGS) or need sparse gradients (SparseAdam).
+    the loss several times per step (LBFGS), make a step in several calls (SAM) or need sparse gradients (SparseAdam).
 
     Why bad: a foreign parameter has no per-sample gradient; a trainable parameter outside the private optimizer gets its
     raw gradient, un-noised, from whoever steps it; in two groups it is moved twice by one noisy gradient. A closure
@@ -26,7 +28,9 @@ class OptimizerFits(Rule):
 
     Example: an optimizer built before ``ModuleValidator.fix``, which returns a copy of the model.
 
-    Use instead: one optimizer over ``[p for p in model.parameters() if p.requires_grad]``.
+    Use instead: one optimizer over ``[p for p in model.parameters() if p.requires_grad]``. Two that share the model, such as
+    Muon for matrices and AdamW for the rest, are one as ``dpfix.JoinedOptimizer(first, second)``. Any other optimizer is used
+    as it is, since it only sees the noisy gradient: fused Adam, quantised states, schedule-free averaging.
     """
 
     title = "the optimizer does not fit the model"
@@ -41,6 +45,21 @@ class OptimizerFits(Rule):
                 f"optimizer: {kind} evaluates the loss several times per step through a closure.",
                 "every evaluation releases a gradient of the batch, and the accountant counts one.",
                 "use a first-order optimizer (SGD, Adam, AdamW).",
+                "optimizer",
+            )
+        elif calls := _further_steps(type(scan.optimizer)):
+            yield self.refusal(
+                f"optimizer: {kind} makes a step in several calls ({', '.join(calls)}).",
+                "each takes a gradient of the batch; what moves parameters before the noise is added (to a worst case, in SAM) is "
+                "not covered, and the accountant counts one release.",
+                "use the optimizer inside it (SGD, Adam, AdamW), or another whose step() takes one gradient as it is.",
+                "optimizer",
+            )
+        elif _needs_closure(type(scan.optimizer)):
+            yield self.refusal(
+                f"optimizer: {kind}.step() needs a closure, to evaluate the loss itself.",
+                "every evaluation releases a gradient of the batch, and the accountant counts one.",
+                "use an optimizer whose step() takes the gradient as it is (SGD, Adam, AdamW).",
                 "optimizer",
             )
         if isinstance(scan.optimizer, torch.optim.SparseAdam):
@@ -80,7 +99,8 @@ class OptimizerFits(Rule):
             yield self.refusal(
                 f"optimizer lacks {len(missing)} trainable parameter(s) of the module: {shown}.",
                 "stepped by another optimizer they would move by raw, un-noised gradients.",
-                "add them to the optimizer before the call, or freeze them with requires_grad_(False).",
+                "add them to the optimizer before the call, or freeze them with requires_grad_(False); two optimizers that share "
+                "the model (Muon beside AdamW) become one: optimizer = dpfix.JoinedOptimizer(first, second).",
                 missing[0],
             )
 
@@ -91,11 +111,43 @@ class OptimizerFits(Rule):
         ),
     )
     INVALID = (
+        lambda: _pair(lambda m: _Sharpness(m.parameters(), lr=0.1)),
+        lambda: _pair(lambda m: _Searching(m.parameters(), lr=0.1)),
         lambda: _pair(lambda m: torch.optim.LBFGS(m.parameters())),
         lambda: _pair(lambda m: torch.optim.SparseAdam(list(m.parameters()))),
         lambda: _pair(lambda m: torch.optim.SGD(m[0].parameters(), lr=0.1)),
         lambda: _pair(lambda m: torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1)),
     )
+
+
+def _further_steps(kind: type[Optimizer]) -> list[str]:
+    """Public methods of an optimizer's class, besides ``step``, that are steps by their names (``first_step``)."""
+    own = {*dir(kind)} - {*dir(Optimizer)}
+    steps = {name for name in own if name.endswith("_step") and not name.startswith(("_", "get_", "set_", "reset_", "is_"))}
+    return sorted(name for name in steps if inspect.isfunction(inspect.getattr_static(kind, name)))
+
+
+def _needs_closure(kind: type[Optimizer]) -> bool:
+    try:
+        arguments = list(inspect.signature(kind.step).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    return any(a.default is a.empty and a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) for a in arguments[:1])
+
+
+class _Sharpness(torch.optim.SGD):
+    """A step to the worst case around, and back with the gradient from there (SAM)."""
+
+    def first_step(self) -> None:
+        pass
+
+    def second_step(self) -> None:
+        pass
+
+
+class _Searching(torch.optim.SGD):
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return super().step(closure)
 
 
 def _pair(build: Any) -> dict[str, Any]:

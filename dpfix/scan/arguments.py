@@ -24,6 +24,14 @@ from dpfix.scan.values import number, shown
 MODES = ("auto", *BY_NAME)
 """Legal values of ``grad_sample_mode``."""
 
+_HELP = {
+    "data_loader": "Pass a torch.utils.data.DataLoader over a data set with __len__ and __getitem__: Poisson sampling draws by "
+    "index. A stream of samples or ready-made batches (WebDataset, torchdata.nodes, tf.data) has to be indexed first.",
+    "optimizer": "Pass the torch.optim.Optimizer that the training loop uses; several over parts of one model as "
+    "dpfix.JoinedOptimizer(first, second).",
+}
+"""What to pass instead of another object, where that needs more words."""
+
 CLIPPING = ("flat", "per_layer", "adaptive")
 """Legal values of ``clipping``."""
 
@@ -45,7 +53,7 @@ def check_objects(module: Any, optimizer: Any, data_loader: Any, privacy_engine:
         if not isinstance(value, kind):
             raise ArgumentError(
                 f"{name} is {type(value).__name__}, not a {kind.__module__}.{kind.__qualname__}.",
-                help=f"Pass the {name} that the training loop uses.",
+                help=_HELP.get(name, f"Pass the {name} that the training loop uses."),
                 path=name,
             )
         if not hasattr(value, made):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.distributed import ALONE, Ranks
 from dpfix.plan import Plan
+from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan
 
@@ -32,6 +33,7 @@ class Request:
         ranks: the processes that make this call together.
         handed_over: whether Opacus has already handed over.
         so_far: how the model was trained in what the loop has done until then.
+        mixing: what a run has shown of modules that call ``batch_norm``, by path.
     """
 
     module: nn.Module
@@ -44,11 +46,12 @@ class Request:
     ranks: Ranks = ALONE
     handed_over: bool = False
     so_far: Plan | None = None
+    mixing: Mapping[str, Mixing] = field(default_factory=dict)
 
     @property
     def scan(self) -> Scan:
         """The objects as the rules see them."""
-        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance)
+        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance, self.mixing)
 
     @property
     def views(self) -> int:

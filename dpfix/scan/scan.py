@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.instrument.source import describe_module
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
@@ -25,6 +26,7 @@ class Scan:
         data_loader: the user's loader.
         privacy: what was asked for that decides what is released.
         performance: what was asked for that decides how it is computed.
+        mixing: what a run has shown of modules that call ``batch_norm``, by path.
     """
 
     module: nn.Module
@@ -32,6 +34,7 @@ class Scan:
     data_loader: DataLoader[Any]
     privacy: PrivacyOptions
     performance: PerformanceOptions
+    mixing: Mapping[str, Mixing] = field(default_factory=dict)
 
     @cached_property
     def aliases(self) -> Mapping[nn.Module, tuple[str, ...]]:

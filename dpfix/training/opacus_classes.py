@@ -27,6 +27,7 @@ from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
+from dpfix.training.own_methods import own_method
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -52,6 +53,9 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             with TURN, self.guard.others.stepping():
                 return super().step(closure)
+
+        def __getattr__(self, name: str) -> Any:
+            return own_method(self, name)
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
             try:

@@ -24,6 +24,7 @@ from dpfix.engines.bookkeeping.handle import BookkeepingHandle
 from dpfix.engines.bookkeeping.iteration import RootCall
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, Recorded, Report, pulled_back
 from dpfix.engines.bookkeeping.linear import Linear
+from dpfix.engines.bookkeeping.norms import GroupNorm, LayerNorm
 from dpfix.engines.replaced import transformed
 from dpfix.errors import PlanBrokenError
 from dpfix.instrument import pytree
@@ -31,7 +32,7 @@ from dpfix.instrument.parameter_uses import MARK, ParameterUses, arguments, bare
 from dpfix.layout.calls import LayerLayout
 from dpfix.layout.rows import Rows, rows_of
 
-_LINEAR, _EMBEDDING = Linear(), Embedding()
+_LINEAR, _EMBEDDING, _GROUP_NORM, _LAYER_NORM = Linear(), Embedding(), GroupNorm(), LayerNorm()
 
 _ARITHMETIC = (
     "add", "sub", "mul", "div", "true_divide", "truediv", "pow", "maximum", "minimum", "addcmul", "addcdiv", "lerp", "where",
@@ -217,6 +218,20 @@ def _embedding(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: An
     return meeting.applied(_EMBEDDING, SimpleNamespace(padding_idx=padding), ids, place["input"], weight)
 
 
+def _group_norm(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
+    return _norm(meeting, _GROUP_NORM, "num_groups", args, kwargs)
+
+
+def _layer_norm(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
+    return _norm(meeting, _LAYER_NORM, "normalized_shape", args, kwargs)
+
+
+def _norm(meeting: Meeting, rule: LayerRule, setting: str, args: Any, kwargs: Any) -> torch.Tensor:
+    (input, value, weight, bias, eps), place = _bound(("input", setting, "weight", "bias", "eps"), args, kwargs)
+    settings = SimpleNamespace(eps=1e-5 if eps is None else eps, **{setting: value})
+    return meeting.applied(rule, settings, input, place["input"], weight, bias)
+
+
 def _bound(names: tuple[str, ...], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """Arguments by name, and where they are."""
     places = {n: (0, i) if i < len(args) else (1, n) for i, n in enumerate(names)}
@@ -231,6 +246,8 @@ MEETINGS: Mapping[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
 }
 """What is done where parameters and samples meet, by the name of the function."""
 
