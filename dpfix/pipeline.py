@@ -47,8 +47,9 @@ from dpfix.rules.batch_norm import fixed_norms
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
-from dpfix.sampling.rate import batch_size, index_set, replaced_sampler, sample_rate
+from dpfix.sampling.rate import batch_size, index_set, replaced_sampler
 from dpfix.scan.request import Request
+from dpfix.scan.settings import settings
 from dpfix.training.first_step import Decide, Decision
 from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
@@ -90,7 +91,7 @@ class Prepared:
             self.plan.engine,
             self.evidence,
             self.proofs,
-            _settings(request, noise_multiplier) | {"randomness": _randomness(request, secure)},
+            settings(request, noise_multiplier, secure=secure),
             versions(),
         )
 
@@ -118,34 +119,6 @@ class Prepared:
             | data_fingerprint(request.data_loader)
             | fingerprint(request.module)
         )
-
-
-def _settings(request: Request, noise_multiplier: float | None) -> dict[str, str]:
-    """The privacy settings in force, for the report."""
-    loader, privacy = request.data_loader, request.privacy
-    poisson = f"Poisson, rate {sample_rate(loader):.6g}"
-    several = {} if request.views == 1 else {"views per sample": str(request.views)}
-    if request.ranks.size > 1:
-        several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
-    return {
-        "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
-        "clip norm": str(privacy.max_grad_norm),
-        "clipping": privacy.clipping,
-        "samples": str(len(index_set(loader))),
-        "sampling": poisson if privacy.poisson_sampling else "the loader's own",
-        "expected batch size": f"{batch_size(loader):g}",
-        "loss reduction": privacy.loss_reduction,
-    } | several
-
-
-def _randomness(request: Request, secure: bool) -> str:
-    """Where noise and draws come from, in words."""
-    if secure:
-        return "a cryptographic generator"
-    if not request.privacy.reproducible:
-        return "the training's own generators, seeded by the operating system"
-    given = "seed" if request.privacy.seed is not None else "noise_generator"
-    return f"from {given}=, so that the noise can be computed again: it protects nobody from whoever knows that seed"
 
 
 def versions() -> Mapping[str, str]:

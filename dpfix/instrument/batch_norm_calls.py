@@ -191,9 +191,7 @@ class _Alone(nn.SyncBatchNorm):
 
 
 @functools.cache
-def per_sample_class(
-    original: type[nn.Module], norm: str, sites: frozenset[Site] = frozenset()
-) -> type[PerSampleNorm]:
+def per_sample_class(original: type[nn.Module], norm: str, sites: frozenset[Site] = frozenset()) -> type[PerSampleNorm]:
     """The class that a module gets.
 
     Args:

@@ -123,7 +123,9 @@ class OptimizerFits(Rule):
 def _further_steps(kind: type[Optimizer]) -> list[str]:
     """Public methods of an optimizer's class, besides ``step``, that are steps by their names (``first_step``)."""
     own = {*dir(kind)} - {*dir(Optimizer)}
-    steps = {name for name in own if name.endswith("_step") and not name.startswith(("_", "get_", "set_", "reset_", "is_"))}
+    steps = {
+        name for name in own if name.endswith("_step") and not name.startswith(("_", "get_", "set_", "reset_", "is_"))
+    }
     return sorted(name for name in steps if inspect.isfunction(inspect.getattr_static(kind, name)))
 
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dpfix.distributed import ALONE, Ranks
-from dpfix.plan import Plan
 from dpfix.instrument.batch_norm_calls import Mixing
+from dpfix.plan import Plan
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan
 

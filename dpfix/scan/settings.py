@@ -1,0 +1,45 @@
+"""The privacy settings of a call in words, for the report."""
+
+from __future__ import annotations
+
+from dpfix.sampling.rate import batch_size, index_set, sample_rate
+from dpfix.scan.request import Request
+
+
+def settings(request: Request, noise_multiplier: float | None, *, secure: bool) -> dict[str, str]:
+    """The privacy settings in force.
+
+    Args:
+        request: the call.
+        noise_multiplier: ``None`` in a diagnosis.
+        secure: whether the noise is cryptographic.
+
+    Returns:
+        What they are, by name.
+    """
+    loader, privacy = request.data_loader, request.privacy
+    poisson = f"Poisson, rate {sample_rate(loader):.6g}"
+    several = {} if request.views == 1 else {"views per sample": str(request.views)}
+    if request.ranks.size > 1:
+        several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
+    return {
+        "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
+        "clip norm": str(privacy.max_grad_norm),
+        "clipping": privacy.clipping,
+        "samples": str(len(index_set(loader))),
+        "sampling": poisson if privacy.poisson_sampling else "the loader's own",
+        "expected batch size": f"{batch_size(loader):g}",
+        "loss reduction": privacy.loss_reduction,
+        **several,
+        "randomness": _randomness(request, secure),
+    }
+
+
+def _randomness(request: Request, secure: bool) -> str:
+    """Where noise and draws come from, in words."""
+    if secure:
+        return "a cryptographic generator"
+    if not request.privacy.reproducible:
+        return "the training's own generators, seeded by the operating system"
+    given = "seed" if request.privacy.seed is not None else "noise_generator"
+    return f"from {given}=, so that the noise can be computed again: it protects nobody from whoever knows that seed"
