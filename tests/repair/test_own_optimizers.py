@@ -223,7 +223,11 @@ def test_joined_optimizers_save_and_load_their_state() -> None:
 
 @pytest.mark.parametrize(
     ("build", "text"),
-    [(lambda m: ("no",), "a str, not"), (lambda m: (), "no parameter"), (lambda m: (two(m)[0],) * 2, "one parameter twice")],
+    [
+        (lambda m: ("no",), "a str, not"),
+        (lambda m: (), "no parameter"),
+        (lambda m: (two(m)[0],) * 2, "one parameter twice"),
+    ],
 )
 def test_what_cannot_be_joined_is_refused(build: Callable[[Any], Any], text: str) -> None:
     with pytest.raises(dpfix.OptimizerError, match=text):

@@ -23,6 +23,7 @@ from dpfix.training.follow.calls import (
     ARITHMETIC,
     GIVES_MEMORY,
     LENGTHS,
+    LIKE,
     MAKES,
     RANDOM,
     TELL_NOTHING,
@@ -349,7 +350,7 @@ class Follower(FollowingMode):
 
     def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         """A function that takes nothing of the batch: it may take something of an earlier one; a tensor it makes is plain."""
-        earlier = self.earlier.among((args, kwargs))
+        earlier = name not in LIKE and self.earlier.among((args, kwargs))
         if self._after:
             self._after -= 1
             self._only_losses = not self._after
