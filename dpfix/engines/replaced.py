@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -39,7 +40,8 @@ class Replaced:
         """Give the module back what the method was before."""
         now = vars(self.module).get(self.name)
         if now is not self and now is not None:
-            self.__class__ = _PassedOn  # somebody else's stands in front of it, and goes on calling it
+            # somebody else's stands in front of it, and goes on calling it
+            self.__class__ = _PassedOn  # type: ignore[assignment]
             vars(self).update(handle=None)
         elif self._before is None:
             vars(self.module).pop(self.name, None)
@@ -51,12 +53,17 @@ class Replaced:
         """As a bound method has it: whoever wraps that (accelerate) binds the wrapper to the module, and a copy to the copy."""
         return partial(_bound, self)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's own: trainers and ``generate`` choose columns and arguments by it."""
+        return inspect.signature(self.original)
+
     def __reduce__(self) -> Any:
         return _own, (self.module, self.name)
 
 
 def _bound(replaced: Replaced, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    method = replaced if module is replaced.module else _own(module, replaced.name)
+    method: Any = replaced if module is replaced.module else _own(module, replaced.name)
     return method(*args, **kwargs)
 
 

@@ -99,9 +99,8 @@ def shortened(probe: Probe, paths: Iterable[pytree.Path]) -> Probe | None:
 
 def _stays(item: Any, path: pytree.Path, share: float) -> bool:
     """Whether a number stands at the beginning of a list of numbers, which a tokenizer delivers."""
-    numbers = pytree.at(item, path[:-1]) if path else None
-    in_list = isinstance(numbers, list) and isinstance(path[-1], int)
-    return in_list and path[-1] < max(1, round(share * len(numbers)))
+    numbers, place = (pytree.at(item, path[:-1]), path[-1]) if path else (None, None)
+    return isinstance(numbers, list) and isinstance(place, int) and place < max(1, round(share * len(numbers)))
 
 
 def fillings(probe: Probe, path: pytree.Path, special: Sequence[Number] = ()) -> tuple[Number, ...]:

@@ -96,11 +96,16 @@ class MeansPerSample:
         Returns:
             Takes it off the model again.
         """
-        handles = [
+        handles = (
             module.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             module.register_forward_hook(self.end, always_call=True),
-        ]
-        return lambda: [handle.remove() for handle in handles] and None
+        )
+
+        def take_off() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return take_off
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The model is called."""

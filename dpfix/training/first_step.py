@@ -17,7 +17,7 @@ from typing_extensions import override
 from dpfix.engines import engine_of
 from dpfix.engines.base import Handle
 from dpfix.engines.replaced import Replaced, is_recorded
-from dpfix.errors import PlanBrokenError, TrainingStepError
+from dpfix.errors import DPFixWarning, PlanBrokenError, TrainingStepError
 from dpfix.instrument.function_modes import unfollowed
 from dpfix.instrument.memento import Modes
 from dpfix.instrument.rng import rng_untouched
@@ -214,9 +214,15 @@ class RealCalls(Replaced):
         )
         self._guard.leaves_out = None
         before = self._plan
-        leave_out(self._guard.guarded, optimizer, settle, told)
+        failed: Exception | None = None
+        try:
+            leave_out(self._guard.guarded, optimizer, settle, told)
+        except (DPFixWarning, PlanBrokenError) as error:  # an error by the script's own filter, or a lost logical batch
+            failed = error
         with TURN, Modes():
             self._learn(*self._latest)
+        if failed is not None:
+            raise failed
         if self._plan is not before and {*names} & {*self._plan.frozen_parameters}:
             raise PlanBrokenError(
                 told.fact,

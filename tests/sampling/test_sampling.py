@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -341,3 +341,31 @@ def test_dataset_of_the_loader_is_kept() -> None:
         data_loader=DataLoader(TensorDataset(*points(24).tensors), batch_size=8, collate_fn=default_collate)
     )
     assert dpfix.make_private_safe(**given)[2].dataset is given["data_loader"].dataset
+
+
+def test_batches_that_another_loader_passes_over_are_not_accounted() -> None:
+    """What ``accelerate.skip_first_batches`` does: another loader on the sampler, whose first batches nobody reads."""
+
+    class PassedOver:
+        def __init__(self, batches: Any, some: int) -> None:
+            self.batches, self.some = batches, some
+
+        def __iter__(self) -> Iterator[Any]:
+            return (drawn for number, drawn in enumerate(self.batches) if number >= self.some)
+
+        def __len__(self) -> int:
+            return len(self.batches) - self.some
+
+    training = dpfix.make_private_safe(**setting())
+    model, optimizer, loader = training
+    rest = DataLoader(loader.dataset, batch_sampler=PassedOver(loader.batch_sampler, 2), collate_fn=loader.collate_fn)
+    steps = 0
+    for x, y in rest:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        steps += 1
+    assert steps == len(loader) - 2
+    assert sum(entry[-1] for entry in training.privacy_engine.accountant.history) == steps
+    training.get_epsilon(1e-3)
+    assert sum(entry[-1] for entry in training.privacy_engine.accountant.history) == steps

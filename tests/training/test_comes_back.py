@@ -1,0 +1,120 @@
+"""A part of the model that the check did not use is trained once the loop uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dpfix
+from tests.helpers import points, sgd
+from tests.reference import clipped_sum, gradients_one_by_one, relative_error
+
+CLIP = 0.5
+EXPECTED = 6
+
+
+class Tasks(nn.Module):
+    """Two heads, one of which is chosen by an argument or a state of the model; a third is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.never = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.heads = nn.ModuleDict({"a": nn.Linear(8, 3), "b": nn.Linear(8, 3)})
+        self.task = "a"
+
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        return self.heads[task or self.task](torch.tanh(self.trunk(x)))
+
+
+class Both(Tasks):
+    def forward(self, x: Tensor, task: str | None = None) -> Any:
+        h = torch.tanh(self.trunk(x))
+        return self.heads["a"](h), self.heads["b"](h)
+
+
+def by_argument(model: nn.Module, batch: Any, task: str) -> Tensor:
+    return F.cross_entropy(model(batch[0], task), batch[1])
+
+
+def by_state(model: Any, batch: Any, task: str) -> Tensor:
+    model.task = task
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def by_output(model: nn.Module, batch: Any, task: str) -> Tensor:
+    return F.cross_entropy(model(batch[0])["ab".index(task)], batch[1])
+
+
+def plain(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def private(model: nn.Module, **changes: Any) -> dpfix.PrivateTraining:
+    given = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "wrap_model": False, "cache": False}
+    loader = DataLoader(points(), EXPECTED, shuffle=True)
+    return dpfix.make_private_safe(module=model, optimizer=sgd(model, 0.1), data_loader=loader, **(given | changes))
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("build", "loss"), [(Tasks, by_argument), (Tasks, by_state), (Both, by_output)])
+def test_another_head_is_trained_once_gradient_reaches_it(
+    build: type[Tasks], loss: Callable[[nn.Module, Any, str], Tensor], told: bool
+) -> None:
+    if not told and loss is by_output:
+        pytest.skip("a loss over one of several outputs has to be told")
+    torch.manual_seed(0)
+    model, fresh = build(), build()
+    step = (lambda m, batch: loss(m, batch, "a")) if loss is not by_state else plain
+    given = {"training_step": step} if told else {"training_step": None, "criterion": nn.CrossEntropyLoss()}
+    training = private(model, **given)
+    assert "heads.b.weight" in training.plan.frozen_parameters
+    _, optimizer, loader = training
+    left_out, right = 0, 0
+    for _ in range(3):
+        for number, batch in enumerate(loader):
+            task = "ab"[number % 2]
+            fresh.load_state_dict(model.state_dict())
+            optimizer.zero_grad()
+            loss(model, batch, task).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                optimizer.step()
+            except dpfix.DPFixWarning as warning:
+                assert "trained from the next step on" in str(warning) or "ordinary one from the next step" in str(
+                    warning
+                )
+                assert all(map(torch.equal, before, model.parameters()))
+                left_out += 1
+                continue
+            singles = [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(len(batch[0]))]
+            wanted = clipped_sum(gradients_one_by_one(fresh, lambda m, b, task=task: loss(m, b, task), singles), CLIP)
+            wanted = {n: g for n, g in wanted.items() if bool(g.any())}
+            trained = dict(model.named_parameters())
+            assert relative_error({n: trained[n].grad * EXPECTED for n in wanted}, wanted) < 1e-4  # type: ignore[operator]
+            right += task == "b" and bool(wanted)
+    assert left_out <= 2 and right >= 2
+    assert set(training.plan.frozen_parameters) == {"never.weight", "never.bias"}
+    assert len(training.privacy_engine.accountant.history) == 1
+    assert sum(entry[-1] for entry in training.privacy_engine.accountant.history) == 12
+
+
+def test_what_comes_back_gets_noise() -> None:
+    torch.manual_seed(0)
+    model = Tasks()
+    training = private(model, training_step=lambda m, batch: by_argument(m, batch, "a"), noise_multiplier=100.0)
+    _, optimizer, loader = training
+    with pytest.warns(dpfix.DPFixWarning, match="trained from the next step on"):
+        for number, batch in enumerate(loader):
+            optimizer.zero_grad()
+            by_argument(model, batch, "b").backward()
+            optimizer.step()
+            head = model.heads["b"].weight.grad
+            assert (head is None) == (number == 0)
+            if head is not None:
+                assert 0.3 < float(head.std()) * EXPECTED / (100.0 * CLIP) < 3
