@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from typing_extensions import override
 
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.rules.norm_with_parts import ends_in_its_parts, with_parts_of
 from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
 
@@ -38,7 +39,8 @@ class BatchNorm(Rule):
         Fixability.CHANGES_MODEL: "weight, bias, eps, device, dtype and ``requires_grad`` are kept by reusing the very "
         "parameters; running statistics are dropped. The number of groups never leaves one element per group: at least two "
         "channels per group, and eight for BatchNorm1d, which may see no spatial positions at all.",
-        Fixability.REFUSED: "the root itself, and a subclass with a ``forward`` of its own.",
+        Fixability.REFUSED: "the root itself, and a subclass with a ``forward`` of its own, unless that is seen to compute "
+        "batch normalisation and then the layer's own children, as in timm, which are kept.",
         Fixability.NOTHING: "in ``eval()`` with running statistics; a step in training mode is refused.",
     }
 
@@ -58,7 +60,7 @@ class BatchNorm(Rule):
                 continue
             fact = f"{scan.place(path)} mixes the samples of a batch."
             why = "sample i's output depends on sample j, so clipping per sample bounds nothing."
-            if type(module).forward not in _KNOWN_FORWARDS or not path:
+            if not path or not (type(module).forward in _KNOWN_FORWARDS or ends_in_its_parts(module)):
                 yield self.refusal(fact, why, _way_out(module, path), path)
                 continue
             yield self.finding(
@@ -75,7 +77,7 @@ class BatchNorm(Rule):
     @override
     def fix(self, module: nn.Module, scan: Scan) -> nn.Module:
         assert isinstance(module, _BatchNorm)
-        return _replacement(module, scan.privacy.norm)
+        return with_parts_of(_replacement(module, scan.privacy.norm), module)
 
     VALID = (
         lambda: _model(nn.GroupNorm(4, 8)),
@@ -88,6 +90,7 @@ class BatchNorm(Rule):
         lambda: _model(nn.BatchNorm2d(8).requires_grad_(False)),
         lambda: _model(nn.BatchNorm2d(8, track_running_stats=False).eval()),
         lambda: _model(_Activated(8)),
+        lambda: _model(_WithActivation(8)),
     )
 
 
@@ -165,8 +168,19 @@ def _model(norm: nn.Module) -> dict[str, Any]:
     return {"module": nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))}
 
 
+class _WithActivation(nn.BatchNorm2d):
+    """As in timm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
 class _Activated(nn.BatchNorm2d):
-    """A BatchNorm with its activation inside, as in timm."""
+    """A BatchNorm with its activation inside, which is no part of it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.relu(super().forward(input))

@@ -136,3 +136,31 @@ def test_groups_never_hold_one_element(smallest: int) -> None:
         groups = group_count(channels, smallest)
         assert channels % groups == 0 and 1 <= groups <= 32
         assert groups == 1 or channels // groups >= smallest
+
+
+class Activated(nn.BatchNorm2d):
+    """As in timm: the parts that follow are children of the layer."""
+
+    def __init__(self, channels: int, factor: float = 1.0) -> None:
+        super().__init__(channels)
+        self.drop, self.act, self.factor = nn.Identity(), nn.SiLU(), factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.factor * self.act(self.drop(super().forward(input)))
+
+
+@pytest.mark.parametrize("norm", ["group", "instance", "layer"])
+def test_a_subclass_that_ends_in_its_parts_keeps_them(norm: str) -> None:
+    layer = Activated(8)
+    keys = [k for k in nn.Sequential(layer).state_dict() if "running" not in k and "tracked" not in k]
+    net, _ = make(layer, norm=norm)
+    assert net.norm.act is layer.act and net.norm.weight is layer.weight
+    assert list(nn.Sequential(net.norm).state_dict()) == keys
+    x = torch.randn(2, 8, 5, 5)
+    plain = nn.GroupNorm({"group": 4, "instance": 8, "layer": 1}[norm], 8)
+    assert torch.allclose(net.norm(x), nn.functional.silu(plain(x)), atol=1e-5)
+
+
+def test_a_subclass_that_computes_anything_else_is_refused() -> None:
+    with pytest.raises(dpfix.ModelError, match="Activated has a forward of its own"):
+        make(Activated(8, factor=2.0))
