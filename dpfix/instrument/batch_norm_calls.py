@@ -7,7 +7,6 @@ A module that makes such a call keeps its class, its parameters and everything e
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
