@@ -137,7 +137,7 @@ class DrawLedger:
         at_delivery: called with every batch that the loop gets, and its draw.
         passes_over: draws that the next pass passes over at its beginning; a step on one of them is refused.
         keeps: how many of the batches that were delivered last are kept.
-        recent: these, newest last: everything that they hold, with the keys that lead there, and the number of samples.
+        recent: these, newest last: everything that they hold, with the keys that lead there, the number of samples, the draw.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class DrawLedger:
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
         self.keeps = self.passes_over = 0
-        self.recent: list[tuple[list[tuple[pytree.Path, Any]], int]] = []
+        self.recent: list[tuple[list[tuple[pytree.Path, Any]], int, Draw]] = []
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
         self._worked: Draw | None = None
@@ -234,7 +234,7 @@ class DrawLedger:
 
     def _delivered(self, batch: Any, draw: Draw) -> None:
         if self.keeps:
-            self.recent = [*self.recent, (pytree.parts(batch), draw.samples)][-self.keeps :]
+            self.recent = [*self.recent, (pytree.parts(batch), draw.samples, draw)][-self.keeps :]
         self.at_delivery(batch, draw)
 
     # ------------------------------------------------------------------ what the loop is working on

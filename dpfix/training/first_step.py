@@ -146,9 +146,11 @@ class RealCalls(Replaced):
         return rows in {None, max(1, drawn)} or rows == self._call(args, kwargs).samples
 
     def _call(self, args: Any, kwargs: Any) -> Call:
-        """A call, with the newest batch of which it has something."""
-        ledger = self._guard.guarded.ledger
-        calls = [Call(args, kwargs, *batch) for batch in reversed(ledger.recent)] if ledger is not None else []
+        """A call, with the batch that is known to be in it, or else the newest of which it has something."""
+        ledger, draws = self._guard.guarded.ledger, self._guard.real_steps.draws_of((args, kwargs))
+        recent = ledger.recent[::-1] if ledger is not None else []
+        known = [batch for batch in recent if batch[2] in draws] if len(draws) == 1 else []
+        calls = [Call(args, kwargs, *batch[:2]) for batch in known or recent]
         found = (call for call in calls if takes_from(call))
         return next(found, calls[0] if calls else Call(args, kwargs, (), None))
 

@@ -251,7 +251,7 @@ class Follower(FollowingMode):
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
-        call.deliveries, call.autocast = self._deliveries_in(args, kwargs), autocast_regions()
+        call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions()
         self._take(output)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
@@ -272,7 +272,7 @@ class Follower(FollowingMode):
         except MisuseError:
             return 0  # an evaluation on anything else; in training, the engine says so
 
-    def _deliveries_in(self, args: Any, kwargs: Any) -> set[Delivery]:
+    def deliveries_in(self, args: Any, kwargs: Any) -> set[Delivery]:
         """The deliveries that the arguments of a call come from, as far as that is known."""
         if len(self.deliveries) < 2:
             return set(self.deliveries) if self._takes(args, kwargs) else set()

@@ -151,9 +151,9 @@ class Strangers:
             for k, part in enumerate(parts_of((call.args, call.kwargs))):
                 if id(part) in made or not isinstance(part, (torch.Tensor, np.ndarray)):
                     continue
-                if isinstance(part, torch.Tensor) and part.grad_fn is not None:
+                if isinstance(part, torch.Tensor) and (part.grad_fn is not None or follower.is_plain(part)):
                     continue
-                if follower.sources.of(part) is not None or follower.is_plain(part) or isinstance(part, nn.Parameter):
+                if follower.sources.of(part) is not None or isinstance(part, nn.Parameter):
                     continue
                 before = self._known.get((place, k))
                 self._known[place, k] = part.detach() if isinstance(part, torch.Tensor) else part

@@ -106,6 +106,10 @@ class RealSteps(Check):
         if self._guarded.own_loader is not None:
             self._guarded.own_loader.at_delivery = self._follower.deliver
 
+    def draws_of(self, tree: Any) -> set[Any]:
+        """The draws whose batches are known to be in the arguments of a call, however the loop has changed them."""
+        return {delivery.draw for delivery in self._follower.deliveries_in(*tree)} if self.needed else set()
+
     # -------------------------------------------------------------- moments
 
     @override

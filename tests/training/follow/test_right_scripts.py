@@ -14,15 +14,6 @@ STEPS = 6
 ALL = scripts(COUNT)
 
 
-REFUSED = "the first step takes a batch that was fetched ahead for the one that the model was called with"
-KNOWN = {"per-sample-tokens nested mirrored prefetched nothing": REFUSED}
-
-
-def marked(some: list[Script]) -> list[Any]:
-    marks = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in KNOWN.items()}
-    return [pytest.param(s, id=s.name, marks=[marks[s.name]] if s.name in marks else []) for s in some]
-
-
 def trains(script: Script, **arguments: Any) -> None:
     """A few steps, the first of which are all checked; warnings are errors in all tests."""
     training = script.start(seed=3, **arguments)
@@ -37,13 +28,13 @@ def trains(script: Script, **arguments: Any) -> None:
     assert not torch.equal(before, after) and torch.isfinite(after).all()
 
 
-@pytest.mark.parametrize("script", marked(ALL[:FAST]))
+@pytest.mark.parametrize("script", ALL[:FAST], ids=lambda script: script.name)
 def test_right_script_trains(script: Script) -> None:
     trains(script)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", marked(ALL[FAST:]))
+@pytest.mark.parametrize("script", ALL[FAST:], ids=lambda script: script.name)
 def test_right_script_trains_too(script: Script) -> None:
     trains(script)
 
