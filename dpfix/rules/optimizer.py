@@ -50,8 +50,8 @@ class OptimizerFits(Rule):
         elif calls := _further_steps(type(scan.optimizer)):
             yield self.refusal(
                 f"optimizer: {kind} makes a step in several calls ({', '.join(calls)}).",
-                "each takes a gradient of the batch; what moves parameters before the noise is added (to a worst case, in SAM) is "
-                "not covered, and the accountant counts one release.",
+                "each takes a gradient of the batch; what moves parameters before the noise is added (to a worst case, in SAM) "
+                "is not covered, and the accountant counts one release.",
                 "use the optimizer inside it (SGD, Adam, AdamW), or another whose step() takes one gradient as it is.",
                 "optimizer",
             )
@@ -123,7 +123,9 @@ class OptimizerFits(Rule):
 def _further_steps(kind: type[Optimizer]) -> list[str]:
     """Public methods of an optimizer's class, besides ``step``, that are steps by their names (``first_step``)."""
     own = {*dir(kind)} - {*dir(Optimizer)}
-    steps = {name for name in own if name.endswith("_step") and not name.startswith(("_", "get_", "set_", "reset_", "is_"))}
+    steps = {
+        name for name in own if name.endswith("_step") and not name.startswith(("_", "get_", "set_", "reset_", "is_"))
+    }
     return sorted(name for name in steps if inspect.isfunction(inspect.getattr_static(kind, name)))
 
 
