@@ -223,27 +223,25 @@ def _proven(
     request: Request, samples: probe.Probe, step: TrainingStep, findings: list[Finding], outside: list[nn.Module]
 ) -> Prepared:
     """As :func:`_audited`, all or nothing; where calls of ``batch_norm`` mix the samples, they are repaired first."""
-    audited = partial(_audited, samples=samples, step=step, outside=outside)
-    try:
+
+    def attempt(request: Request) -> Prepared:
         with Surgery(request.scan) as surgery:
-            prepared = audited(request, surgery, findings=list(findings))
+            prepared = _audited(request, surgery, samples, step, list(findings), outside)
             surgery.commit()
-            return prepared
+        return prepared
+
+    try:
+        return attempt(request)
     except (CoupledModelError, StateWrittenError):
         mixing = mixing_modules(Subject(request.module, step), samples, request.privacy.norm)
         if not mixing:
             raise
-    request = replace(request, mixing=mixing)
-    with Surgery(request.scan) as surgery:
-        prepared = audited(request, surgery, findings=findings)
-        surgery.commit()
-        return prepared
+    return attempt(replace(request, mixing=mixing))
 
 
 def _audited(
     request: Request,
     surgery: Surgery,
-    *,
     samples: probe.Probe,
     step: TrainingStep,
     findings: list[Finding],

@@ -77,7 +77,8 @@ def choose(
                 left = {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
                 left |= {name: EngineEvidence(name, passed=False, reason=_CANNOT_GIVE_WAY) for name in sorted(others)}
                 return chosen, tuple((left | evidence).values())
-    raise NoEngineError(_nothing_passed(subject.module, mode, options, tuple(evidence.values())))
+    problem = trials.ordinary.record.layout_problem
+    raise NoEngineError(_nothing_passed(subject.module, mode, options, tuple(evidence.values()), problem))
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], trials: Trials) -> 
 
 
 def _nothing_passed(
-    module: nn.Module, mode: str, options: PerformanceOptions, evidence: Sequence[EngineEvidence]
+    module: nn.Module, mode: str, options: PerformanceOptions, evidence: Sequence[EngineEvidence], layout_problem: str
 ) -> Finding:
     asked = "" if mode == "auto" else f" (grad_sample_mode='{mode}' was asked for)"
     if mode != options.grad_sample_mode:
@@ -211,6 +212,11 @@ def _nothing_passed(
         if options.grad_sample_mode == "auto"
         else "leave grad_sample_mode at 'auto'."
     )
+    if layout_problem:
+        help = (
+            "give every sample a place of its own in dimension 0: samples of different sizes (graphs, point sets) padded to "
+            "[samples, size, ...] with a mask, or as a list with one entry per sample that forward goes through."
+        )
     return Finding.refusal(
         "DPF016",
         f"no engine reproduces the batch-of-one reference for {describe_module(module, '')}{asked}.",

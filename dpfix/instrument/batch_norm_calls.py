@@ -135,7 +135,8 @@ class PerSampleNorm(nn.Module):
     """What a module becomes whose ``forward`` normalises with the statistics of the batch: a subclass of its own class.
 
     In its ``forward`` a call that normalises with those statistics, or with what an earlier such call would have tracked,
-    is a group normalisation. The tracked statistics are never written; they leave the state dict.
+    is a group normalisation. The tracked statistics are never written; they leave the state dict, and nobody but that
+    ``forward`` can read them: folded into a convolution (RepVGG) they would give another function without an error.
     """
 
     original: type[nn.Module]
@@ -144,8 +145,22 @@ class PerSampleNorm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
-        with _Calls(self._instead):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        state = vars(self)
+        state["_running"] = state.get("_running", 0) + 1
+        try:
+            with _Calls(self._instead):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            state["_running"] -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        state = vars(self)
+        if name in state.get("_tracked", ()) and not state.get("_running"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name}: private training has put {describe(self.norm)} in the place of batch_norm "
+                "here. It normalises each sample by itself and tracks no statistics; it cannot be folded into a convolution."
+            )
+        return super().__getattr__(name)
 
     def _instead(self, call: BatchNormCall) -> torch.Tensor | None:
         tracked = vars(self).setdefault("_tracked", set())
@@ -172,7 +187,10 @@ class PerSampleNorm(nn.Module):
 
 
 def describe(norm: str, channels: int | None = None, groups: int | None = None) -> str:
-    """A normalisation in words.
+    """A normalisation.
+
+    Returns:
+        It in words.
 
     >>> describe("group", 64, 32), describe("instance", 64), describe("layer")
     ('GroupNorm(32, 64)', 'InstanceNorm(64)', 'GroupNorm(1, channels)')
@@ -203,7 +221,7 @@ def per_sample_class(original: type[nn.Module], norm: str, sites: frozenset[Site
     """
     if issubclass(original, PerSampleNorm):
         original, sites = original.original, sites | original.sites
-    bases = (PerSampleNorm, original, *((_Alone,) if issubclass(original, nn.SyncBatchNorm) else ()))
+    bases: Any = (PerSampleNorm, original, *((_Alone,) if issubclass(original, nn.SyncBatchNorm) else ()))
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, bases, names | {"original": original, "norm": norm, "sites": sites})
 

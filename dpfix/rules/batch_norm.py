@@ -44,6 +44,7 @@ class BatchNorm(Rule):
     leave the state dict, so that it does not load into the original model, which computes something else. A copy or a
     pickle keeps the repair. In a block that is re-parametrised for inference (RepVGG) the branches train with the
     replacement, which depends on the sample and cannot be folded into a convolution: leave such a model as it was trained.
+    Reading ``running_mean`` of a repaired layer is an ``AttributeError`` that says so.
     A subclass that computes statistics by hand is not repaired; the audit refuses it (DPF013).
     """
 
@@ -71,7 +72,7 @@ class BatchNorm(Rule):
                 )
                 continue
             place, new = scan.place(path), _describe(module, scan.privacy.norm)
-            own = "" if _replaceable(path, module) else f" by batch_norm in its forward ({_line(module)})"
+            own = "" if _replaceable(module, path) else f" by batch_norm in its forward ({_line(module)})"
             yield self.finding(
                 Fixability.CHANGES_MODEL,
                 f"{place} mixes the samples of a batch{own}.",
@@ -98,7 +99,7 @@ class BatchNorm(Rule):
     @override
     def fix(self, module: nn.Module, scan: Scan) -> nn.Module | Mapping[str, Any]:
         path = scan.aliases[module][0]
-        if _replaceable(path, module):
+        if _replaceable(module, path):
             return _replacement(module, scan.privacy.norm)
         sites = scan.mixing[path].sites if path in scan.mixing else frozenset()
         return {"__class__": per_sample_class(type(module), scan.privacy.norm, sites)}
@@ -129,7 +130,7 @@ def is_batch_coupled(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _replaceable(path: str, module: nn.Module) -> TypeGuard[_BatchNorm]:
+def _replaceable(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:
     """Whether another layer can take the place of a whole module: all that it does is known, and so is its owner."""
     return bool(path) and isinstance(module, _BatchNorm) and type(module).forward in _KNOWN_FORWARDS
 

@@ -11,10 +11,18 @@ from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
 
 _OPTIONS = {
-    "max_norm": "forward rescales the rows of the words in the batch, without noise",
-    "sparse": "the noisy sum is dense, and sparse gradients cannot be clipped per sample",
-    "scale_grad_by_freq": "a row's gradient is divided by its count in the batch, which couples the samples",
+    "max_norm": ("forward rescales the rows of the words in the batch, without noise", ""),
+    "sparse": (
+        "the noisy sum is dense, and sparse gradients cannot be clipped per sample",
+        " and use a dense optimizer",
+    ),
+    "scale_grad_by_freq": (
+        "a row's gradient is divided by its count in the batch, which couples the samples; counts of one sample alone would "
+        "train another model",
+        "; Adam evens out rare and frequent words from the noisy gradient",
+    ),
 }
+"""Options by name, each with why it is refused and what else to do than to leave it out."""
 
 
 class EmbeddingOptions(Rule):
@@ -43,15 +51,14 @@ class EmbeddingOptions(Rule):
     def find(self, scan: Scan) -> Iterator[Finding]:
         for path, module in scan.modules(nn.Embedding, nn.EmbeddingBag):
             trainable = any(p.requires_grad for p in module.parameters())
-            for option, why in _OPTIONS.items():
+            for option, (why, further) in _OPTIONS.items():
                 value = getattr(module, option)
                 if value in (None, False) or not (trainable or option == "max_norm"):
                     continue
                 yield self.refusal(
                     f"{scan.place(path)} has {option}={value}.",
                     f"{why}.",
-                    f"build the layer without {option}"
-                    + (" and use a dense optimizer." if option == "sparse" else "."),
+                    f"build the layer without {option}{further}.",
                     path,
                 )
 

@@ -50,8 +50,8 @@ class OptimizerFits(Rule):
         elif calls := _further_steps(type(scan.optimizer)):
             yield self.refusal(
                 f"optimizer: {kind} makes a step in several calls ({', '.join(calls)}).",
-                "each takes a gradient of the batch; what moves parameters before the noise is added (to a worst case, in SAM) is "
-                "not covered, and the accountant counts one release.",
+                "each takes a gradient of the batch; what moves parameters before the noise is added (to a worst case, in SAM) "
+                "is not covered, and the accountant counts one release.",
                 "use the optimizer inside it (SGD, Adam, AdamW), or another whose step() takes one gradient as it is.",
                 "optimizer",
             )

@@ -140,7 +140,7 @@ def test_it_is_announced_with_its_line_and_keeps_class_and_parameters(kind: type
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_computes_what_was_trained_and_statistics_are_not_saved(kind: type[nn.Module]) -> None:
-    net, training = make(kind(8))
+    net, _ = make(kind(8))
     with pytest.warns(dpfix.DPFixWarning, match="`norm`.*GroupNorm"):
         exported = dpfix.export_plain(net)
     assert dpfix.changed_layers(net).keys() == {"norm"}
@@ -217,6 +217,31 @@ def test_frozen_statistics_beside_a_repair_stay() -> None:
     _, training = make(net)
     assert training.plan.fixed_norms == ("norm.frozen",)
     torch.testing.assert_close(net.frozen(x), before)
+
+
+class Reparametrised(nn.Module):
+    """A convolution and an identity, each with its norm, that become one convolution for inference."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        self.norm, self.identity = Scaled(features), Scaled(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + self.identity(x)
+
+    def fold(self) -> Tensor:
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.conv.weight * scale.view(-1, 1, 1, 1)
+
+
+def test_a_block_is_not_folded_by_statistics_that_nobody_tracked() -> None:
+    net, training = make(Reparametrised(8))
+    assert [f.path for f in training.report.repairs if f.code == "DPF001"] == ["norm.norm", "norm.identity"]
+    for block in (net.norm, copy.deepcopy(net.norm)):
+        with pytest.raises(AttributeError, match=r"running_var: .*GroupNorm.*cannot be folded into a convolution"):
+            block.fold()
+        block(torch.randn(2, 8, 4, 4))
 
 
 class ByHand(nn.BatchNorm2d):
