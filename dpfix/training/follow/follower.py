@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 from weakref import ref
@@ -93,14 +94,12 @@ class Follower(FollowingMode):
         self.sources = self.deliveries.sources
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
-        self.earlier = Kept()
-        self._after = 0
+        self.earlier, self._after = Kept(), 0
         self._thread = threading.get_ident()
         self._state: Any = None
-        self._was_on = False
+        self._was_on = self._resting = False
         self.clear()
         self._module, self._hooks = module, list[RemovableHandle]()
-        self._resting = False
         self.follow(layouts, on_backward)
 
     def follow(self, layouts: tuple[CallLayout, ...], on_backward: Callable[[torch.Tensor, Any, Any], None]) -> None:
@@ -126,9 +125,8 @@ class Follower(FollowingMode):
         """Take everything off; the training is over."""
         self.rest()
         self.clear()
-        self.deliveries.clear()
-        self.sources.clear()
-        self.earlier.clear()
+        for known in (self.deliveries, self.sources, self.earlier):
+            known.clear()
 
     def clear(self) -> None:
         """Forget the calls."""
@@ -139,10 +137,10 @@ class Follower(FollowingMode):
         self.broken = ""
         self._marks = []
         self.plain: dict[int, ref[torch.Tensor]] = {}
-        self._read, self._held = False, 0  # whether the script has made Python values of a batch; bytes
-        self._gave_array = False  # whether it has made arrays or lists of one
+        self._read, self._gave_array = False, False  # whether the script has made Python values, or arrays, of a batch
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
+        self._held = 0
         self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
 
     # -------------------------------------------------------------- deliveries
@@ -249,7 +247,10 @@ class Follower(FollowingMode):
             return
         self._after = 0
         layout = find_layout(self._layouts, args, kwargs)
-        samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
+        samples = 0
+        if layout is not None:
+            with suppress(MisuseError):  # an evaluation on anything else; in training, the engine says so
+                samples = samples_in(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
         call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions()
         self._take(output)
@@ -264,13 +265,6 @@ class Follower(FollowingMode):
         self.calls.append(call)
         self._models.append(call)
         self.resume()
-
-    @staticmethod
-    def _samples(layout: CallLayout, module: nn.Module, args: Any, kwargs: Any) -> int:
-        try:
-            return samples_in(layout, module, args, kwargs)
-        except MisuseError:
-            return 0  # an evaluation on anything else; in training, the engine says so
 
     def deliveries_in(self, args: Any, kwargs: Any) -> set[Delivery]:
         """The deliveries that the arguments of a call come from, as far as that is known."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import FrameType
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
-from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, MisuseError, PlanBrokenError
+from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
 from dpfix.instrument.function_modes import switch_off
-from dpfix.instrument.source import calling_line, describe_module, is_users_file, takes_attribute, warn_user
+from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
@@ -30,6 +29,7 @@ from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
 from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
+from dpfix.training.follow.gradient_reads import GradientReads
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
@@ -89,7 +89,8 @@ class RealSteps(Check):
         self._strangers = Strangers()
         self._settings, self._model_numbers = Settings(), Settings(numbers_of_model(guarded.module, ()))
         self.outside = Outside(tuple(guarded.module.parameters()))
-        self._warned, self._unfollowed, self._told_gradient = False, "", False
+        self._warned, self._unfollowed = False, ""
+        self._gradient_reads = GradientReads(guarded.parameters)
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
         self._optimizer: DPOptimizer | None = None
@@ -102,7 +103,7 @@ class RealSteps(Check):
         if self._guarded.ledger is not None:
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
-        self._follower.on_gradient = self._gradient_read
+        self._follower.on_gradient = self._gradient_reads.look
         if self._guarded.own_loader is not None:
             self._guarded.own_loader.at_delivery = self._follower.deliver
 
@@ -175,7 +176,8 @@ class RealSteps(Check):
         self._follower.follow(self._guarded.plan.calls, self._backward)
         self._listen()
         self.outside.take_over(earlier.outside)
-        self._numbers, self._warned, self._told_gradient = earlier._numbers, earlier._warned, earlier._told_gradient
+        self._numbers, self._warned = earlier._numbers, earlier._warned
+        self._gradient_reads.told = earlier._gradient_reads.told
         self._settings, self._model_numbers = earlier._settings, earlier._model_numbers
 
     @override
@@ -233,17 +235,6 @@ class RealSteps(Check):
             raise
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
-
-    def _gradient_read(self, p: torch.Tensor, frame: FrameType) -> None:
-        file = frame.f_code.co_filename
-        if p.grad is not None or self._told_gradient or not (is_users_file(file) or file.endswith("clip_grad.py")):
-            return
-        if not any(p is own for own in self._guarded.parameters.values()):
-            return
-        if takes_attribute(frame):
-            raise MisuseError(*messages.NO_GRADIENT_YET, path="parameters")
-        self._told_gradient = True
-        warn_user(" ".join(messages.NO_GRADIENT_YET))
 
     def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
