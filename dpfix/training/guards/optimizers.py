@@ -65,8 +65,8 @@ class StepsInside(Check):
         accumulates = getattr(optimizer.original_optimizer, "gradient_state", None)
         if accumulates is not None and not accumulates.sync_gradients:
             raise AccumulationError(
-                "optimizer.step() while accelerate accumulates gradients (gradient_accumulation_steps > 1): it leaves this step "
-                "out, after the gradients were released.",
+                "optimizer.step() while accelerate accumulates gradients (gradient_accumulation_steps > 1): it would "
+                "leave out this step, and the release would be accounted.",
                 "Every draw is accounted as one step, and its gradients must not be added to those of another. No parameter has "
                 "moved.",
                 "Use gradient_accumulation_steps=1 and a larger batch size, with opacus.utils.batch_memory_manager if memory is "
