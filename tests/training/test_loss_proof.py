@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.engines import ENGINES
+from dpfix.training.follow.after_step import AfterStep
 from dpfix.training.follow.follower import Follower as LossTrace
 from tests.helpers import sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
@@ -207,6 +208,15 @@ def test_loss_without_coupling_trains_and_releases_the_clipped_sum(name: str) ->
         assert relative_error(moved, wanted) <= 1e-3
 
 
+def test_looking_at_what_follows_a_step_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpfix.training.follow.after_step.MOST_AFTER", 20)
+    _, training = start()
+    x, _ = step(training, nn.CrossEntropyLoss())
+    for number in range(25):
+        assert bool(_get_current_function_mode_stack()) is (number <= 20)
+        torch.add(x, 1)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_loop_may_write_into_the_output_with_every_engine(engine: str) -> None:
     _, training = start(grad_sample_mode=engine)
@@ -218,8 +228,10 @@ def test_nothing_of_the_proof_is_left_after_a_step_and_after_training() -> None:
     model, training = start()
     for _ in range(4):
         step(training, nn.CrossEntropyLoss())
-        assert not _get_current_function_mode_stack()
+        assert traces_on() == 0
+        assert all(isinstance(mode, AfterStep) for mode in _get_current_function_mode_stack())
     training[0].to_standard_module()
+    assert not _get_current_function_mode_stack()
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 

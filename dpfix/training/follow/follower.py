@@ -20,6 +20,7 @@ from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
 from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
+from dpfix.training.follow.after_step import AfterStep
 from dpfix.training.follow.calls import (
     ARITHMETIC,
     GIVES_MEMORY,
@@ -49,8 +50,6 @@ MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
 MOST_BYTES = 2**31
 """Results of these functions, which are held until then."""
-MOST_AFTER = 10_000
-"""Functions after a step that are looked at for what they make of its batch."""
 MOST_AHEAD = 2
 """Deliveries without a step before the last one for which what was done to them is kept."""
 
@@ -94,7 +93,7 @@ class Follower(FollowingMode):
         self.sources = self.deliveries.sources
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
-        self.earlier, self._after = Kept(), 0
+        self.earlier, self._after_step = Kept(), AfterStep(self)
         self._thread = threading.get_ident()
         self._state: Any = None
         self._was_on = self._resting = False
@@ -119,6 +118,7 @@ class Follower(FollowingMode):
             hook.remove()
         self._hooks.clear()
         self._resting = not self.over
+        self._after_step.end()
         switch_off(self)
 
     def remove(self) -> None:
@@ -134,14 +134,12 @@ class Follower(FollowingMode):
         self._models: list[ModelCall] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.seen: set[Any] = set()
-        self.broken = ""
-        self._marks = []
+        self.broken, self._marks, self._after_backward = "", [], False
         self.plain: dict[int, ref[torch.Tensor]] = {}
         self._read, self._gave_array = False, False  # whether the script has made Python values, or arrays, of a batch
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
         self._held = 0
-        self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
 
     # -------------------------------------------------------------- deliveries
 
@@ -159,7 +157,6 @@ class Follower(FollowingMode):
             self._forget_collation(sources)
             self.earlier.drop(sources)
             self._marks.append((delivery, len(self.calls)))
-        self._after = 0
         self.resume()
 
     def forget_deliveries(self) -> None:
@@ -176,8 +173,9 @@ class Follower(FollowingMode):
     def resume(self) -> None:
         """What follows is written down, in the thread that calls the model."""
         if threading.get_ident() == self._thread:
+            self._after_step.end()
             switch_on(self)
-            self.paused = self._only_losses = False
+            self.paused = False
 
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
@@ -214,10 +212,11 @@ class Follower(FollowingMode):
         self.calls = left
         for call in left:
             self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
-        if not (waiting or remember):
-            return switch_off(self)
-        self.resume()
-        self._after = 0 if waiting else MOST_AFTER
+        if waiting:
+            return self.resume()
+        switch_off(self)
+        if remember:
+            self._after_step.begin()
 
     def _remember(self, call: Call | ModelCall, origin: Origins) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
@@ -231,6 +230,7 @@ class Follower(FollowingMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._was_on = not self.over
         switch_off(self)
+        self._after_step.pause()
         self._state = torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_cuda else None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -238,14 +238,13 @@ class Follower(FollowingMode):
         if output is None:  # it failed
             if self._was_on:
                 self.resume()
+            self._after_step.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and (self._after or self._only_losses or not self._was_on):
-            if self._after:  # an evaluation, of which nothing is held
-                self.earlier.add(pytree.tensors(output) if self.earlier.among((args, kwargs)) else (), of_model=True)
-                self.resume()
+        if not grad and not self._was_on:  # an evaluation, of which nothing is held
+            self.earlier.add(pytree.tensors(output) if self.earlier.among((args, kwargs)) else (), of_model=True)
+            self._after_step.resume()
             return
-        self._after = 0
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0
         if layout is not None:
@@ -281,16 +280,18 @@ class Follower(FollowingMode):
         if func is torch.Tensor.backward:
             self.paused = True
             try:
-                self._on_backward(args[0], args[1:], kwargs)
-                self._after_backward = True
+                self.at_backward(args[0], args[1:], kwargs)
                 return func(*args, **kwargs)
             finally:
                 self.paused = self.over
         if self._after_backward and reads_gradient(func):
             self.on_gradient(args[0], sys._getframe(1))
-        if self._only_losses:
-            return func(*args, **kwargs)
         return self._note(func, args, kwargs, sys._getframe(1))
+
+    def at_backward(self, loss: torch.Tensor, args: Any, kwargs: Any) -> None:
+        """``loss.backward(...)`` is about to be called."""
+        self._on_backward(loss, args, kwargs)
+        self._after_backward = True
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function and write it down as one step, whatever it calls in turn.
@@ -302,10 +303,14 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if self._after or not (
-            self._takes(args, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))
-        ):
-            return self._beside(func, name, args, kwargs, frame)
+        if not (self._takes(args, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))):
+            result, earlier = self.beside(func, args, kwargs, frame)
+            if isinstance(result, torch.Tensor) and not earlier:
+                if name in MAKES and args and type(args[0]) in (bool, int, float):  # a switch
+                    self.seen.add((users_place(frame), name, not args[0]))
+                if not self._gave_array or all(map(self.is_plain, pytree.tensors((args, kwargs)))):
+                    self.plain[id(result)] = ref(result)  # no array of the batch can be in it
+            return result
         if writes(name, kwargs):
             if not self._takes(args[:1], {}):
                 refuse_write(self._module, args, kwargs, frame)
@@ -342,25 +347,21 @@ class Follower(FollowingMode):
             self.paused = True
         return result
 
-    def _beside(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, frame: FrameType | None) -> Any:
-        """A function that takes nothing of the batch: it may take something of an earlier one; a tensor it makes is plain."""
-        earlier = name not in LIKE and self.earlier.among((args, kwargs))
-        if self._after:
-            self._after -= 1
-            self._only_losses = not self._after
-        if earlier and writes(name, kwargs):
+    def beside(self, func: Any, args: Any, kwargs: Any, frame: FrameType | None) -> tuple[Any, bool]:
+        """Call a function that takes nothing of this step's batch.
+
+        Returns:
+            What it returns, and whether anything of an earlier batch is in it.
+        """
+        name = getattr(func, "__name__", "")
+        earlier, written = name not in LIKE and self.earlier.among((args, kwargs)), writes(name, kwargs)
+        if earlier and written:
             refuse_write(self._module, args, kwargs, frame)
         result = func(*args, **kwargs)
         if earlier:
-            made = pytree.tensors((result, args[:1], kwargs.get("out")) if writes(name, kwargs) else result)
+            made = pytree.tensors((result, args[:1], kwargs.get("out")) if written else result)
             self.earlier.add(made, of_model=self.earlier.of_model((args, kwargs)))
-        elif isinstance(result, torch.Tensor) and not self._after:
-            if name in MAKES and args and type(args[0]) in (bool, int, float):  # a switch
-                self.seen.add((users_place(frame), name, not args[0]))
-            unclear = self._gave_array and not all(map(self.is_plain, pytree.tensors((args, kwargs))))
-            if not unclear:  # no array of the batch can be in it
-                self.plain[id(result)] = ref(result)
-        return result
+        return result, earlier
 
     def is_plain(self, t: torch.Tensor) -> bool:
         """Whether a tensor was made, while it was followed, of nothing that comes from the batch."""
