@@ -123,9 +123,8 @@ class Follower(FollowingMode):
         """Take everything off; the training is over."""
         self.rest()
         self.clear()
-        self.deliveries.clear()
-        self.sources.clear()
-        self.earlier.clear()
+        for held in (self.deliveries, self.sources, self.earlier):
+            held.clear()
 
     def clear(self) -> None:
         """Forget the calls."""
@@ -305,6 +304,10 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "__deepcopy__" and not self._takes(args[:1], {}):  # its memo may hold objects that are half made
+            result = func(*args, **kwargs)
+            self.earlier.add([result] if self.earlier.has(args[0]) else ())
+            return result
         if self._after or not (self._takes(args, kwargs) or (name in MAKES and (self._lists or self._read))):
             return self._beside(func, name, args, kwargs, frame)
         if writes(name, kwargs):
