@@ -177,11 +177,6 @@ class Follower(FollowingMode):
             switch_on(self)
             self.paused = False
 
-    @property
-    def _lists(self) -> bool:
-        """Whether the loader delivers Python values."""
-        return bool(self.deliveries.layout.lists)
-
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
         switch_off(self)
@@ -308,7 +303,9 @@ class Follower(FollowingMode):
             result = func(*args, **kwargs)
             self.earlier.add([result] if self.earlier.has(args[0]) else ())
             return result
-        if self._after or not (self._takes(args, kwargs) or (name in MAKES and (self._lists or self._read))):
+        if self._after or not (
+            self._takes(args, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))
+        ):
             return self._beside(func, name, args, kwargs, frame)
         if writes(name, kwargs):
             if not self._takes(args[:1], {}):
