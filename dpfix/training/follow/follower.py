@@ -303,12 +303,13 @@ class Follower(FollowingMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, frame: FrameType | None) -> Any:
         name = getattr(func, "__name__", "")
-        if not (self._takes(args, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))):
+        given = args[:1] if name == "__deepcopy__" else args  # its memo may hold objects that are half made
+        if not (self._takes(given, kwargs) or (name in MAKES and (self.deliveries.layout.lists or self._read))):
             result, earlier = self.beside(func, args, kwargs, frame)
             if isinstance(result, torch.Tensor) and not earlier:
                 if name in MAKES and args and type(args[0]) in (bool, int, float):  # a switch
                     self.seen.add((users_place(frame), name, not args[0]))
-                if not self._gave_array or all(map(self.is_plain, pytree.tensors((args, kwargs)))):
+                if not self._gave_array or all(map(self.is_plain, pytree.tensors((given, kwargs)))):
                     self.plain[id(result)] = ref(result)  # no array of the batch can be in it
             return result
         if writes(name, kwargs):
@@ -354,13 +355,14 @@ class Follower(FollowingMode):
             What it returns, and whether anything of an earlier batch is in it.
         """
         name = getattr(func, "__name__", "")
-        earlier, written = name not in LIKE and self.earlier.among((args, kwargs)), writes(name, kwargs)
+        given = args[:1] if name == "__deepcopy__" else args
+        earlier, written = name not in LIKE and self.earlier.among((given, kwargs)), writes(name, kwargs)
         if earlier and written:
             refuse_write(self._module, args, kwargs, frame)
         result = func(*args, **kwargs)
         if earlier:
             made = pytree.tensors((result, args[:1], kwargs.get("out")) if written else result)
-            self.earlier.add(made, of_model=self.earlier.of_model((args, kwargs)))
+            self.earlier.add(made, of_model=self.earlier.of_model((given, kwargs)))
         return result, earlier
 
     def is_plain(self, t: torch.Tensor) -> bool:
@@ -392,8 +394,6 @@ class Follower(FollowingMode):
                 self.kept[id(t)] = t.detach().clone()
             for call in self._models:
                 call.keep(t)
-
-    # -------------------------------------------------------------- where tensors come from
 
     def origins(self) -> Origins:
         """For every tensor that comes from delivered batches, these deliveries."""

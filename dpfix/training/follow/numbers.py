@@ -256,7 +256,8 @@ class NumberWatch:
                 place, numbers, models = (NOWHERE, models), numbers_given(call), models + 1
             for k, value in numbers if read else ():
                 one = tuple(value) if isinstance(value, (list, tuple)) else value
-                if len(one) != samples if isinstance(one, tuple) else not _of_the_batch_size(one, samples):
+                weights = isinstance(one, tuple) and len(one) != samples and any(type(x) is float for x in one)
+                if weights or not (isinstance(one, tuple) or _of_the_batch_size(one, samples)):
                     known = self._values[place, k]
                     if known and one not in known:
                         out.append((place, k))
