@@ -20,6 +20,7 @@ from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
 from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switch_off, switch_on
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
+from dpfix.training.follow.after_step import AfterStep
 from dpfix.training.follow.calls import (
     ARITHMETIC,
     LENGTHS,
@@ -96,12 +97,12 @@ class Follower(FollowingMode):
         self._was_on = False
         self.clear()
         self._module, self._hooks = module, list[RemovableHandle]()
-        self._resting = False
+        self._resting, self._after_step = False, AfterStep(self)
         self.follow(layouts, on_backward)
 
     def follow(self, layouts: tuple[CallLayout, ...], on_backward: Callable[[torch.Tensor, Any, Any], None]) -> None:
         """Follow the model; the arguments are those of the class."""
-        self._layouts, self._on_backward = layouts, on_backward
+        self._layouts, self.on_loss = layouts, on_backward
         self._hooks += [
             self._module.register_forward_pre_hook(Hook(self._enter), prepend=True),
             self._module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
@@ -116,6 +117,7 @@ class Follower(FollowingMode):
             hook.remove()
         self._hooks.clear()
         self._resting = not self.over
+        switch_off(self._after_step)
         switch_off(self)
 
     def remove(self) -> None:
@@ -138,7 +140,7 @@ class Follower(FollowingMode):
         self._read, self._held = False, 0  # whether the script has made Python values of a batch; bytes
         self._data_shaped: set[int] = set()  # tensors whose length depends on what a batch holds; the calls hold them
         self._taken: set[int] = set()  # what was made of delivered batches or by the model; the calls hold it
-        self._only_losses = self._after_backward = False  # the former: until the next delivery only backward() matters
+        self._after_backward = False
 
     # -------------------------------------------------------------- deliveries
 
@@ -169,9 +171,10 @@ class Follower(FollowingMode):
 
     def resume(self) -> None:
         """What follows is written down, in the thread that calls the model."""
+        switch_off(self._after_step)
         if threading.get_ident() == self._thread:
             switch_on(self)
-            self.paused = self._only_losses = False
+            self.paused = False
 
     def pause(self) -> None:
         """What follows is nobody's business; while it is off, functions cost nothing."""
@@ -217,10 +220,9 @@ class Follower(FollowingMode):
         self.calls = left
         for call in left:
             self._take((call.result, call.args[:1]) if overwrites(call) else call.result)
-        if not (waiting or remember):
-            return switch_off(self)
-        self.resume()
-        self._only_losses = not waiting
+        (self.resume if waiting else self.pause)()
+        if remember and not waiting:
+            self._after_step.begin()
 
     def _remember(self, call: Call | ModelCall, origin: dict[int, set[Delivery]]) -> None:
         """What a call has made of a delivered batch may be kept by the script; then it is known where it came from."""
@@ -241,7 +243,7 @@ class Follower(FollowingMode):
                 self.resume()
             return
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
-        if not grad and (self._only_losses or not self._was_on):
+        if not grad and not self._was_on:
             return  # an evaluation, of which nothing is held
         layout = find_layout(self._layouts, args, kwargs)
         samples = 0 if layout is None else self._samples(layout, module, args, kwargs)
@@ -286,15 +288,13 @@ class Follower(FollowingMode):
         if func is torch.Tensor.backward:
             self.paused = True
             try:
-                self._on_backward(args[0], args[1:], kwargs)
+                self.on_loss(args[0], args[1:], kwargs)
                 self._after_backward = True
                 return func(*args, **kwargs)
             finally:
                 self.paused = self.over
         if self._after_backward and reads_gradient(func):
             self.on_gradient(args[0], sys._getframe(1))
-        if self._only_losses:
-            return func(*args, **kwargs)
         return self._note(func, args, kwargs, sys._getframe(1))
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
