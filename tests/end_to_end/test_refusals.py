@@ -139,13 +139,6 @@ class Cache(nn.Module):
         return x
 
 
-class Activated(nn.BatchNorm1d):
-    """A BatchNorm with a forward of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.relu(super().forward(input))
-
-
 class WordMean(nn.Module):
     """An embedding inside."""
 
@@ -230,7 +223,6 @@ REFUSALS = (
     Refusal("unknown", dpfix.UnknownArgumentError, "`max_grad_norm`", changed(max_grad_norms=2.0)),
     Refusal("ghost-mode", dpfix.ArgumentError, "clips from norms as ghost clipping", changed(grad_sample_mode="ghost")),
     Refusal("evaluation-mode", dpfix.ModelError, "DPF004", lambda: setting(host().eval())),
-    Refusal("own-batch-norm", dpfix.ModelError, "`4`", lambda: setting(host(Activated(16)))),
     Refusal("half", dpfix.ModelError, "DPF009.*bfloat16", lambda: setting(host(nn.Linear(16, 16).bfloat16()))),
     Refusal("complex", dpfix.ModelError, "DPF009.*`filter`", spectral),
     Refusal("max-norm", dpfix.ModelError, "`4.words`", lambda: setting(host(WordMean(max_norm=1.0)))),
