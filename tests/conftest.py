@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collecting have made stays until the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
