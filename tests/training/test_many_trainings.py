@@ -66,7 +66,7 @@ def test_a_parameter_with_the_id_of_one_that_is_gone_is_no_longer_watched() -> N
         p.grad = torch.zeros_like(p)
     training[1].original_optimizer.step()
     other = nn.Parameter(torch.zeros(2))
-    WATCHED[id(other)] = weakref.ref(check)
+    WATCHED[id(other)] = (weakref.ref(check),)
     check._trained[id(other)] = weakref.ref(next(model.parameters()))
     torch.optim.SGD([other], lr=0.1).step()
     del WATCHED[id(other)]
