@@ -7,10 +7,12 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -18,7 +20,7 @@ import dpfix
 from dpfix.training.guards.optimizers import WATCHED
 from tests.cases import mlp
 from tests.helpers import setting, sgd, train
-from tests.training.steps import every_engine, start
+from tests.training.steps import every_engine, first_batch, loss_of, start
 
 
 def other_step() -> float:
@@ -46,6 +48,39 @@ def test_trainings_are_freed(engine: str) -> None:
     gc.collect()
     assert [r() for r in references] == [None] * 30
     assert len(WATCHED) <= watched and len(_global_optimizer_pre_hooks) <= max(hooks, 1)
+
+
+def forward_alone(training: Any) -> None:
+    loss_of(training, first_batch(training))
+
+
+def no_step(training: Any) -> None:
+    loss_of(training, first_batch(training)).backward()
+
+
+def refused_step(training: Any) -> None:
+    x, y = first_batch(training)
+    output = training[0](x)
+    with pytest.raises(dpfix.CoupledLossError):
+        (F.cross_entropy(output, y) * (1 + output.mean())).backward()
+        training[1].step()
+
+
+@pytest.mark.parametrize("last", [forward_alone, no_step, refused_step])
+@every_engine
+def test_trainings_that_ended_in_the_middle_of_a_step_are_freed_by_the_next_one(
+    engine: str, last: Callable[[Any], None]
+) -> None:
+    model, training = start(engine)
+    train(training, 1)
+    last(training)
+    parts = (model, *model.parameters(), training[0], training[1], training[1].guard)
+    references = [weakref.ref(part) for part in parts]
+    del model, training, parts
+    kept = start(engine)
+    gc.collect()
+    assert [r() for r in references] == [None] * len(references)
+    train(kept[1], 1)
 
 
 def test_another_optimizer_does_not_get_slower_with_the_number_of_trainings() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
+from typing_extensions import override
 
 from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 
@@ -29,7 +30,7 @@ class AfterStep(FollowingMode):
     def __init__(self, follower: Follower) -> None:
         super().__init__()
         self._follower = ref(follower)
-        self._left, self._thread = 0, 0
+        self._left, self.thread = 0, 0
 
     @property
     def going_on(self) -> bool:
@@ -38,7 +39,7 @@ class AfterStep(FollowingMode):
 
     def begin(self) -> None:
         """A step was made."""
-        self._left, self._thread = MOST_AFTER, threading.get_ident()
+        self._left, self.thread = MOST_AFTER, threading.get_ident()
         self.resume()
 
     def resume(self) -> None:
@@ -53,8 +54,12 @@ class AfterStep(FollowingMode):
 
     def end(self) -> None:
         """The next batch is here, or the training is over."""
-        self._left = 0
+        self.clear()
         switch_off(self)
+
+    @override
+    def clear(self) -> None:
+        self._left = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.note(func, args, kwargs or {})
@@ -68,7 +73,7 @@ class AfterStep(FollowingMode):
         follower = self._follower()
         if follower is None:
             self.end()
-        if follower is None or self.paused or threading.get_ident() != self._thread or torch.compiler.is_compiling():
+        if follower is None or self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         self._left -= 1
         self.paused, frame = True, sys._getframe(2)

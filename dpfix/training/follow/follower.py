@@ -94,7 +94,7 @@ class Follower(FollowingMode):
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
         self.earlier, self._after_step = Kept(), AfterStep(self)
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._state: Any = None
         self._was_on = self._resting = False
         self.clear()
@@ -172,7 +172,7 @@ class Follower(FollowingMode):
 
     def resume(self) -> None:
         """What follows is written down, in the thread that calls the model."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self.thread:
             self._after_step.end()
             switch_on(self)
             self.paused = False
@@ -234,7 +234,7 @@ class Follower(FollowingMode):
         self._state = torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_cuda else None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         if output is None:  # it failed
             if self._was_on:
                 self.resume()
@@ -275,7 +275,7 @@ class Follower(FollowingMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or threading.get_ident() != self._thread or torch.compiler.is_compiling():
+        if self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is torch.Tensor.backward:
             self.paused = True
