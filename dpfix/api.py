@@ -114,7 +114,7 @@ def make_private_safe(
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
-        norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
+        norm: what replaces BatchNorm: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"`` for a pretrained model.
         no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
         cache: remember in the user's cache directory which engine was fastest for this model; it is audited all the same.
         checks: share of the training time that checks of random real steps may take. The first steps, and steps on which

@@ -13,7 +13,7 @@ from dpfix.sampling.augmentation import AugmentationMultiplicity
 OPACUS_MODES = ("hooks", "functorch", "ew")
 """Modes of ``grad_sample_mode`` in which Opacus computes per-sample gradients."""
 
-NORMS = ("group", "instance", "layer")
+NORMS = ("group", "instance", "layer", "folded")
 """Legal values of ``norm``."""
 
 
@@ -27,8 +27,8 @@ class PrivacyOptions:
         poisson_sampling: whether the loader is to draw Poisson batches.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         augmentation: makes several views of every sample, if that is asked for.
-        norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"`` or ``"layer"``; the released model is
-            another one for each.
+        norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"``; the
+            released model is another one for each.
         noise_generator: the script's source of the noise, or ``None``.
         seed: makes noise and draws reproducible, or ``None``.
         checks: share of the training time that checks of random real steps may take.
