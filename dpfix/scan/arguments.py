@@ -18,7 +18,7 @@ from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.scan.options import NORMS, PerformanceOptions, PrivacyOptions
+from dpfix.scan.options import NORMS, SAMPLINGS, PerformanceOptions, PrivacyOptions
 from dpfix.scan.values import number, shown
 
 MODES = ("auto", *BY_NAME)
@@ -102,6 +102,7 @@ def check_values(
     mode = performance.grad_sample_mode
     _check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
     _check_choice("norm", privacy.norm, NORMS)
+    _check_choice("sampling", privacy.sampling, SAMPLINGS)
     _check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
@@ -172,6 +173,13 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
             "dpfix adds up the ranks for flat clipping only.",
             "Pass clipping='flat'.",
             path="clipping",
+        )
+    if privacy.sampling in {"shuffle", "truncated"}:
+        raise ArgumentError(
+            f"sampling={privacy.sampling!r} with {ranks.size} ranks:",
+            "the ranks share Poisson draws only.",
+            "Leave out sampling, or train on one process.",
+            path="sampling",
         )
     if secure_mode:
         raise ArgumentError(
@@ -309,7 +317,7 @@ def check_augmentation(privacy: PrivacyOptions) -> None:
     if not privacy.poisson_sampling:
         raise ArgumentError(
             "augmentation needs poisson_sampling=True:",
-            "the views are made by the private loader, and poisson_sampling=False leaves the loader alone.",
+            "the views are made by the private loader, and poisson_sampling=False, as sampling='fixed', leaves the loader alone.",
             "For batches of your own, collate the views of a sample next to each other.",
             path="augmentation",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from opacus import PrivacyEngine
-from opacus.accountants import create_accountant
 from torch import nn
 from typing_extensions import override
 
@@ -14,6 +13,7 @@ from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import Given
 from dpfix.training import checkpoint
 from dpfix.training.accounting import answer_of
+from dpfix.training.pld_accountant import new_accountant
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -22,11 +22,11 @@ class CheckpointingEngine(PrivacyEngine):
     Its epsilon is that of :meth:`dpfix.PrivateTraining.get_epsilon`. Its secure mode needs no further package.
 
     Args:
-        accountant: name of Opacus's accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
+        accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``, which are Opacus's, or ``"pld"``, with ``dpfix[accounting]``.
         secure_mode: draw noise and batches with the operating system's cryptographic generator.
 
     Raises:
-        ArgumentError: ``secure_mode`` is neither true nor false.
+        ArgumentError: ``secure_mode`` is neither true nor false, or there is no accountant of that name.
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
@@ -37,10 +37,12 @@ class CheckpointingEngine(PrivacyEngine):
                 "Pass secure_mode=True or leave it out.",
                 path="secure_mode",
             )
+        counting = new_accountant(accountant)
         if not secure_mode:
-            super().__init__(accountant=accountant)
+            super().__init__()
+            self.accountant = counting
             return
-        self.accountant = create_accountant(mechanism=accountant)  # Opacus's __init__ would ask for torchcsprng
+        self.accountant = counting  # Opacus's __init__ would ask for torchcsprng
         self.secure_mode, self.secure_rng, self.dataset = True, None, None
 
     @override
