@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ class ParameterDtype(Rule):
     optimizer holds of them, and the model's call runs under autocast. Matrix products and convolutions are computed in
     bfloat16 as before; gradients, norms, clipped sums, noise and updates are float32. What the model returns is float32 where
     autocast or a sum with a parameter makes it so. Parts of the model that the script calls by themselves, and methods other
-    than ``forward``, run under autocast only if the script says so. In an export the parameters are bfloat16 again, and the
-    model has its own class. float16 is not repaired: without a scaled loss its small gradients are zero.
+    than ``forward``, run under autocast only if the script says so. What ``dpfix.export_plain`` returns has bfloat16 parameters
+    and its own class again; ``to_standard_module()`` returns the model as it was trained. float16 is not repaired: without a
+    scaled loss its small gradients are zero.
     """
 
     title = "a parameter whose noise is not what is accounted"
@@ -54,20 +55,26 @@ class ParameterDtype(Rule):
             seen.add(parameter.dtype)
             yield self.refusal(
                 f"module: parameter `{name}` of {model} is {parameter.dtype}.",
-                _ROUNDED if half else "complex noise has half the variance per real coordinate, less than the accountant assumes.",
+                _ROUNDED
+                if half
+                else "complex noise has half the variance per real coordinate, less than the accountant assumes.",
                 "call module.float() and use torch.autocast with dtype=torch.bfloat16 for speed."
                 if half
                 else "keep a real parameter of shape [..., 2] and use torch.view_as_complex in forward.",
                 name,
             )
-        found = _in_bfloat16(scan)
+        found = _in_bfloat16(scan.parameter_names)
         if found:
-            more = f" and {len(found) - 1} more are" if len(found) > 1 else " is"
+            name, more = scan.parameter_names[found[0]], f" and {len(found) - 1} more are" if found[1:] else " is"
             single = [f"`{n}`" for p, n in scan.parameter_names.items() if p.dtype is torch.float32 and p.dim() > 1]
-            too = f"; what uses the float32 parameters ({', '.join(single[:3])}) is computed in bfloat16 too" if single else ""
+            too = (
+                f"; what uses the float32 parameters ({', '.join(single[:3])}) is computed in bfloat16 too"
+                if single
+                else ""
+            )
             yield self.finding(
                 Fixability.CHANGES_MODEL,
-                f"module: parameter `{scan.parameter_names[found[0]]}` of {model}{more} torch.bfloat16.",
+                f"module: parameter `{name}` of {model}{more} torch.bfloat16.",
                 _ROUNDED,
                 fix="float32 parameters, the same objects, and the model's call under autocast, so that it computes in bfloat16 "
                 f"as before{too}; bfloat16 again in an export",
@@ -76,12 +83,11 @@ class ParameterDtype(Rule):
 
     @override
     def fix(self, module: nn.Module, scan: Scan) -> Precision:
-        return Precision(in_bfloat16(type(module)), _in_bfloat16(scan), torch.float32)
+        return Precision(in_bfloat16(type(module)), _in_bfloat16(module.parameters()), torch.float32)
 
     VALID = (
         lambda: _model(torch.float32),
         lambda: _model(torch.float64),
-        lambda: {"module": nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3, dtype=torch.bfloat16).requires_grad_(False))},
     )
     INVALID = (
         lambda: _model(torch.bfloat16),
@@ -93,11 +99,9 @@ class ParameterDtype(Rule):
 _ROUNDED = "rounding changes the clipped sum and its noise; they are not what is accounted."
 
 
-def _in_bfloat16(scan: Scan) -> tuple[nn.Parameter, ...]:
+def _in_bfloat16(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
     """The trainable parameters that are converted; a lazy one is looked at again once it exists."""
-    return tuple(
-        p for p in scan.parameter_names if p.requires_grad and p.dtype is torch.bfloat16 and not is_lazy(p)
-    )
+    return tuple(p for p in parameters if p.requires_grad and p.dtype is torch.bfloat16 and not is_lazy(p))
 
 
 def _model(dtype: torch.dtype) -> dict[str, Any]:

@@ -32,6 +32,9 @@ def export_plain(model: nn.Module) -> nn.Module:
     """
     module = unwrap(model)
     copied = plain_copy(module)
+    for name, p in module.named_parameters():
+        exported = copied.get_parameter(name)
+        exported.data = exported.data.to(dtype_before(p))
     restored: dict[nn.Module, nn.Module] = {}
     for path, origin in origins_in(module):
         part = copied.get_submodule(path)
@@ -46,10 +49,8 @@ def export_plain(model: nn.Module) -> nn.Module:
         above, _, name = path.rpartition(".")
         copied.get_submodule(above)._modules[name] = restored[part]
     for name, p in module.named_parameters():
-        exported = copied.get_parameter(name)
-        exported.data = exported.data.to(dtype_before(p))
         if was_trainable(p):
-            exported.requires_grad_(True)
+            copied.get_parameter(name).requires_grad_(True)
     _warn(changed_layers(module))
     return copied
 

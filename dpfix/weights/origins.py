@@ -55,7 +55,9 @@ def remember_attributes(
     """
     earlier, stays = _ORIGINS.get(module), not (exact or taken_back)
     kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
-    _ORIGINS[module] = Origin(f"{type(module).__name__}: {change}", exact, None, kept, stays or (earlier is not None and earlier.stays))
+    _ORIGINS[module] = Origin(
+        f"{type(module).__name__}: {change}", exact, None, kept, stays or (earlier is not None and earlier.stays)
+    )
 
 
 def remember_frozen(parameter: nn.Parameter) -> None:

@@ -20,6 +20,7 @@ from tests.helpers import points, setting, sgd, train
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, norm, relative_error
 
 HALF = 5e-2
+"""Relative error that is rounding in bfloat16."""
 SAMPLES = 8
 
 
@@ -126,10 +127,15 @@ def make(kind: Kind, mode: str, batch_size: int, **changes: Any) -> tuple[nn.Mod
         "poisson_sampling": False,
         "grad_sample_mode": mode,
     }
-    return model, dpfix.make_private_safe(module=model, **(given | changes)), list(zip(x.split(1), y.split(1), strict=True))
+    return (
+        model,
+        dpfix.make_private_safe(module=model, **(given | changes)),
+        list(zip(x.split(1), y.split(1), strict=True)),
+    )
 
 
 @ways
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # functorch, of attention
 def test_the_clipped_sum_is_that_of_batches_of_one(kind: Kind, mode: str) -> None:
     model, training, singles = make(kind, mode, SAMPLES)
     private, optimizer, loader = training
@@ -145,13 +151,17 @@ def test_the_clipped_sum_is_that_of_batches_of_one(kind: Kind, mode: str) -> Non
             optimizer.zero_grad()
             step(private, batch).backward()
             optimizer.step()
-        moved = {n: (p - q).detach() * SAMPLES for (n, p), q in zip(plain.named_parameters(), model.parameters(), strict=True)}
+        moved = {
+            n: (p - q).detach() * SAMPLES
+            for (n, p), q in zip(plain.named_parameters(), model.parameters(), strict=True)
+        }
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert relative_error(moved, clipped_sum(alone, clip_norm)) < HALF
         assert relative_error(moved, clipped_sum(before, clip_norm)) < HALF  # it computes what it did before
 
 
 @ways
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # functorch, of attention
 def test_no_sample_moves_it_by_more_than_the_clip_norm(kind: Kind, mode: str) -> None:
     """Norms of rounded gradients, or clip factors that are rounded, would let one through that is 0.6 % too large."""
     model, (private, optimizer, loader), _ = make(kind, mode, 1, max_grad_norm=1e-3)
@@ -202,10 +212,29 @@ def test_the_report_says_it() -> None:
 def test_frozen_parameters_stay_in_half_precision() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
     model[0].requires_grad_(False)
-    private, optimizer, loader = training = dpfix.make_private_safe(**setting(model, optimizer=sgd(model)))
+    private, *_ = training = dpfix.make_private_safe(**setting(model, optimizer=sgd(model)))
     assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    train(training, 3, lambda out, y: F.cross_entropy(out, y))
-    assert private.to_standard_module()[2].weight.dtype is torch.bfloat16
+    train(training, 3, F.cross_entropy)
+    exported = dpfix.export_plain(private)
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    assert [p.requires_grad for p in exported.parameters()] == [False, False, True, True]
+
+
+def test_the_standard_module_stays_repaired() -> None:
+    """It is the script's own object, whose trained values and optimizer are in single precision."""
+    model = half()
+    training = dpfix.make_private_safe(**setting(model))
+    train(training, 1)
+    plain, x = training[0].to_standard_module(), torch.randn(4, 6).bfloat16()
+    assert plain is model and model(x).dtype is torch.bfloat16
+    training[1].original_optimizer.zero_grad()
+    F.cross_entropy(model(x), torch.arange(4) % 3).backward()
+    training[1].original_optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    again = dpfix.make_private_safe(**setting(model))
+    assert not again.report.repairs
+    train(again, 1)
+    assert {p.dtype for p in dpfix.export_plain(model).parameters()} == {torch.bfloat16}
 
 
 def test_lazy_parameters_are_converted_once_they_exist() -> None:
@@ -241,8 +270,10 @@ def test_the_state_of_the_optimizer_follows() -> None:
     for name, p in model.named_parameters():
         now = optimizer.state[p]
         assert now["exp_avg"].dtype is now["exp_avg_sq"].dtype is torch.float32
-        assert torch.equal(now["exp_avg"], held[name]["exp_avg"].float()) and torch.equal(now["step"], held[name]["step"])
-    train(training, 2, lambda out, y: F.cross_entropy(out, y))
+        assert torch.equal(now["exp_avg"], held[name]["exp_avg"].float()) and torch.equal(
+            now["step"], held[name]["step"]
+        )
+    train(training, 2, F.cross_entropy)
 
 
 class MeanOfBatch(nn.Module):
@@ -282,6 +313,7 @@ def test_copies_and_pickles_compute_the_same() -> None:
         assert {p.dtype for p in other.parameters()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # functorch, of attention
 @pytest.mark.parametrize("mode", ["bookkeeping", "hooks"])
 def test_an_export_is_the_model_as_it_was_built(mode: str) -> None:
     model = half(Words())
@@ -298,6 +330,30 @@ def test_an_export_is_the_model_as_it_was_built(mode: str) -> None:
     for n, p in model.named_parameters():
         assert torch.equal(exported.state_dict()[n], p.bfloat16())
     torch.testing.assert_close(exported(ids), model(ids).to(exported(ids)), rtol=HALF, atol=HALF)
+
+
+class Attention(nn.Module):
+    """A layer that works inside fused kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(1)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_attention_is_exported() -> None:
+    model = half(Attention())
+    training = dpfix.make_private_safe(**setting(model))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    train(training, 2)
+    exported, original = dpfix.export_plain(model), half(Attention())
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    original.load_state_dict(exported.state_dict())
+    x = torch.randn(4, 6).bfloat16()
+    assert torch.equal(exported(x), original(x))
 
 
 def test_weights_in_half_precision_can_be_loaded() -> None:
