@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class InBFloat16(nn.Module):
@@ -47,6 +51,29 @@ def in_bfloat16(original: type[nn.Module]) -> type[nn.Module]:
 def device_of(module: nn.Module) -> str:
     """The kind of device that the parameters of a module are on."""
     return next((p.device.type for p in module.parameters()), "cpu")
+
+
+def without_autocast(function: Function) -> Function:
+    """A function that computes in its arguments' types inside autocast too: sums of products would be rounded there.
+
+    Args:
+        function: a function that clips, or makes what is clipped.
+
+    Returns:
+        The same, outside of autocast.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not on:
+            return function(*args, **kwargs)
+        with ExitStack() as around:
+            for kind in on:
+                around.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return cast("Function", outside)
 
 
 def _unpickled(original: type[nn.Module]) -> nn.Module:
