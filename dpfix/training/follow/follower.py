@@ -251,7 +251,7 @@ class Follower(FollowingMode):
             with suppress(MisuseError):  # an evaluation on anything else; in training, the engine says so
                 samples = samples_in(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
-        call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions()
+        call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions(module)
         self._take(output)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
