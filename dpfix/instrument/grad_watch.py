@@ -21,7 +21,7 @@ class GradWatch:
         self.parameters = parameters
         self.arrived: list[str] = []
         self._seen: dict[str, tuple[int, int]] = {}
-        this = ref(self)  # nothing collects a cycle through a hook of a tensor that a graph holds
+        this: ref[GradWatch] = ref(self)  # nothing collects a cycle through a hook of a tensor that a graph holds
         self._handles = [
             p.register_post_accumulate_grad_hook(partial(_note, this, name)) for name, p in parameters.items()
         ]

@@ -17,14 +17,21 @@ class Hook:
     """
 
     def __init__(self, act: Callable[..., None] | None = None) -> None:
-        self._act = None if act is None else WeakMethod(act)
+        self._act: Any = None if act is None else WeakMethod(act)
 
-    @torch.compiler.disable
     def __call__(self, *args: Any) -> None:
         """The model is called, or has returned."""
-        act = None if self._act is None else self._act()
-        if act is not None:
-            act(*args)
+        if self._act is not None:
+            _NOT_COMPILED(self._act, args)
 
     def __reduce__(self) -> Any:
         return Hook, ()
+
+
+def _call(method: Any, args: tuple[Any, ...]) -> None:
+    act = method()
+    if act is not None:
+        act(*args)
+
+
+_NOT_COMPILED: Any = torch.compiler.disable(_call)
