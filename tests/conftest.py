@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def seeded() -> None:
 def reproducible_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has the same noise and draws, whatever ran before it; the operating system is stood in for by a count."""
     monkeypatch.setattr("dpfix.sampling.randomness.system_entropy", itertools.count().__next__)
+    # with the same noise in every test a model can have the very weights that another test's training has released
+    monkeypatch.setattr("dpfix.training.lineage._NOTED", OrderedDict())
 
 
 @pytest.fixture(autouse=True)
