@@ -92,7 +92,7 @@ def fingerprint(given: Mapping[str, Any]) -> dict[str, Any]:
     seen["generators"] = (python, numpy[1].tolist(), numpy[2:], tuple(cpu.tolist()))
     seen["modes"] = (
         torch.is_grad_enabled(), torch.overrides._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
-        torch.get_default_dtype(), torch._C._get_torch_function_state(),
+        torch.get_default_dtype(), torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
     )  # fmt: skip
     return seen
 
