@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from opacus import PrivacyEngine
+from opacus.accountants.accountant import IAccountant
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -351,7 +352,8 @@ def _engine(given: PrivacyEngine | None, secure_mode: Any, accountant: Any) -> P
     secure_mode = truth("secure_mode", secure_mode)
     if given is None:
         return SafePrivacyEngine(secure_mode=secure_mode, accountant="prv" if accountant is None else accountant)
-    own = given.accountant.mechanism() if isinstance(given, PrivacyEngine) else accountant
+    counting = getattr(given, "accountant", None)
+    own = counting.mechanism() if isinstance(counting, IAccountant) else accountant  # another kind is refused later
     if accountant is not None and accountant != own:
         raise ArgumentError(
             f"accountant={accountant!r} with a privacy_engine whose accountant is {own!r}:",
