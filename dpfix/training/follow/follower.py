@@ -285,8 +285,8 @@ class Follower(FollowingMode):
             finally:
                 self.paused = self.over
         if self._after_backward and reads_gradient(func):
-            self.on_gradient(args[0], sys._getframe(1))
-        return self._note(func, args, kwargs, sys._getframe(1))
+            self.on_gradient(args[0], sys._getframe(2))  # that of the mode which lies for it is between
+        return self._note(func, args, kwargs, sys._getframe(2))
 
     def at_backward(self, loss: torch.Tensor, args: Any, kwargs: Any) -> None:
         """``loss.backward(...)`` is about to be called."""
