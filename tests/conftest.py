@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 def pytest_collection_finish() -> None:
     """What imports and collecting have made stays until the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def looked_through_once() -> Iterator[None]:
+    """What the tests of a file leave behind, in imports and in torch's caches, stays, too."""
+    yield
     gc.collect()
     gc.freeze()
 
