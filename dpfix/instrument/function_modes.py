@@ -134,7 +134,8 @@ def switch_off_all() -> None:
 
     What they hold of a batch keeps the earlier trainings alive, as nothing collects a cycle through the graph of a loss.
     """
-    for mode in [mode for mode in ALIVE if mode.thread == threading.get_ident()]:
+    alive = [held() for held in list(ALIVE.data)]  # copied at once: another thread may begin a training
+    for mode in [mode for mode in alive if mode is not None and mode.thread == threading.get_ident()]:
         mode.clear()
         mode.on_abandoned()
         switch_off(mode)
