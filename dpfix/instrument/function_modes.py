@@ -48,7 +48,7 @@ class FollowingMode(ABC):
 
 
 ALIVE: WeakSet[FollowingMode] = WeakSet()
-"""Those of all trainings that are alive."""
+"""Those of all trainings that are alive. A training begins, and they are looked through, in one thread at a time (``TURN``)."""
 
 
 @contextmanager
@@ -134,8 +134,7 @@ def switch_off_all() -> None:
 
     What they hold of a batch keeps the earlier trainings alive, as nothing collects a cycle through the graph of a loss.
     """
-    alive = [held() for held in list(ALIVE.data)]  # copied at once: another thread may begin a training
-    for mode in [mode for mode in alive if mode is not None and mode.thread == threading.get_ident()]:
+    for mode in [mode for mode in ALIVE if mode.thread == threading.get_ident()]:
         mode.clear()
         mode.on_abandoned()
         switch_off(mode)
