@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from benchmarks.common import tables
-from benchmarks.common.digits import digits
+from benchmarks.common.digits import accuracy, digits, epoch
 from benchmarks.common.process import quiet
 from dpfix.instrument.batch_norm_calls import group_count
 from dpfix.weights.folded import fold
@@ -72,19 +72,10 @@ FROM_SCRATCH: dict[str, Norm] = {
 }
 
 
-def accuracy(model: nn.Module, data: Data) -> float:
-    model.eval()
-    with torch.no_grad():
-        return float((model(data[0]).argmax(1) == data[1]).float().mean())
-
-
 def train(model: nn.Module, data: Data, epochs: int, lr: float, batch: int = 64) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     for _ in range(epochs):
-        for x, y in DataLoader(TensorDataset(*data), batch_size=batch, shuffle=True, drop_last=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+        epoch(model, optimizer, DataLoader(TensorDataset(*data), batch_size=batch, shuffle=True, drop_last=True))
 
 
 def train_privately(model: nn.Module, data: Data, epochs: int, lr: float, norm: str = "group") -> nn.Module:
@@ -96,10 +87,7 @@ def train_privately(model: nn.Module, data: Data, epochs: int, lr: float, norm: 
     )  # fmt: skip
     private, optimizer, loader = training
     for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(private(x), y).backward()
-            optimizer.step()
+        epoch(private, optimizer, loader)
     return model
 
 
@@ -196,26 +184,26 @@ def main() -> None:
             model = network(norm)
             start = copy.deepcopy(model)
             train(model, private, given.epochs, 0.1)
-            scratch[name][0].append(accuracy(model, test))
+            scratch[name][0].append(accuracy(model, *test))
             if name != "batch":
                 trained = train_privately(start, private, given.epochs, given.lr)
-                scratch[name][1].append(accuracy(trained, test))
+                scratch[name][1].append(accuracy(trained, *test))
             print(name, *(shares(v) for v in scratch[name] if v), flush=True)
         split = TEST + PUBLIC
         public, held_out = ((x[a:b].flip(-1, -2), y[a:b]) for a, b in ((TEST, split), (0, TEST)))
         torch.manual_seed(seed)
         pretrained = network(nn.BatchNorm2d)
         train(pretrained, public, given.epochs, 0.1)
-        original.append(accuracy(pretrained, held_out))
+        original.append(accuracy(pretrained, *held_out))
         pretrained.train()
         for name, model in starts(pretrained, public[0]).items():
             at_start, at_end = after.setdefault(name, ([], []))
             modes = {m: m.training for m in model.modules()}
-            at_start.append(accuracy(model, held_out))
+            at_start.append(accuracy(model, *held_out))
             for module, mode in modes.items():
                 module.training = mode
             torch.manual_seed(seed)
-            at_end.append(accuracy(train_privately(model, (x[split:], y[split:]), given.epochs, given.lr), test))
+            at_end.append(accuracy(train_privately(model, (x[split:], y[split:]), given.epochs, given.lr), *test))
             print(name, shares(at_start), shares(at_end), flush=True)
     lines = [
         f"{given.seeds} seeds, each with another split; mean (lowest to highest) accuracy on {TEST} images. {given.epochs} "

@@ -239,7 +239,7 @@ def make_private_safe_with_epsilon(
         accuracy = Accuracy.of(delta, **search)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         earlier = tuple(earlier_releases(request.module, request.optimizer, data_loader).history(engine))
-        times = accounted_compositions(data_loader, request.privacy.sampling, passes)
+        times = accounted_compositions(len(data_loader), request.privacy.sampling, passes)
         budget = Budget(epsilon, delta, _rate(request), times, earlier)
         noise = noise_for(replace(budget, tolerance=tolerance, accuracy=accuracy), engine.accountant)
     return inspect.unwrap(make_private_safe)(

@@ -143,8 +143,9 @@ def _replaceable(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:
 
 def _folds(module: _BatchNorm, scan: Scan) -> bool:
     """Whether the statistics of a layer go into weight and bias."""
-    others = [other for _, other in scan.modules(_BatchNorm) if isinstance(other, _BatchNorm)]
-    return scan.privacy.norm == "folded" and can_fold(module) and not shares_weights(module, others)
+    if scan.privacy.norm != "folded" or not can_fold(module):
+        return False
+    return not shares_weights(module, [m for _, m in scan.modules(_BatchNorm) if isinstance(m, _BatchNorm)])
 
 
 def _kept(module: nn.Module, scan: Scan, own: str) -> str:

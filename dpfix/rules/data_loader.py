@@ -26,6 +26,7 @@ from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.poisson import unrecorded
 from dpfix.sampling.records import repeated
 from dpfix.scan.scan import Scan
 
@@ -139,8 +140,7 @@ def _nothing_to_deliver(loader: DataLoader[Any]) -> _Problem | None:
 
 
 def _sampler(loader: DataLoader[Any], ranks: Ranks, *, ordered: bool) -> Iterator[_Problem]:
-    batches: Any = loader.batch_sampler
-    batches = getattr(batches, "batches", batches)  # without an earlier call's records
+    batches = unrecorded(loader.batch_sampler)
     if ordered and (hasattr(batches, "sample_rate") or _repeats(batches)):
         yield (
             f"data_loader may deliver a sample several times in a pass ({type(getattr(batches, 'sampler', batches)).__name__}), "

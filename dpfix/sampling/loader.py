@@ -16,7 +16,7 @@ from typing_extensions import override
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
 from dpfix.sampling.own_loader import deliveries_of
-from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches
+from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches, unrecorded
 from dpfix.sampling.rate import batch_size, index_set, sample_rate
 
 
@@ -54,9 +54,7 @@ class PrivateDataLoader(DPDataLoader):
         self.distributed = drawing.ranks.size > 1
         self.ledger = drawing.ledger
         self.sampling = drawing.sampling
-        sampler: Any = getattr(
-            loader.batch_sampler, "batches", loader.batch_sampler
-        )  # without an earlier call's records
+        sampler: Any = unrecorded(loader.batch_sampler)
         if self.sampling != "shuffle":
             sampler = PoissonSampler(index_set(loader), drawing, sample_rate=self.sample_rate, steps=len(loader))
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.

@@ -130,6 +130,11 @@ class RecordedBatches:
         return len(self.batches)
 
 
+def unrecorded(batches: Any) -> Any:
+    """A batch sampler without the records that an earlier call has put around it."""
+    return batches.batches if isinstance(batches, RecordedBatches) else batches
+
+
 def _check_new(indices: list[int], seen: set[int]) -> None:
     """No index comes twice in a pass that is accounted once.
 

@@ -55,6 +55,10 @@ def sample_rate(loader: DataLoader[Any]) -> float:
     return batch_size(loader) / len(index_set(loader))
 
 
+BY_CHANCE = frozenset({"poisson", "truncated"})
+"""Ways of sampling in which chance decides whether a sample is in a batch."""
+
+
 def accounted_rate(loader: DataLoader[Any], sampling: str) -> float:
     """The rate with which a release is accounted.
 
@@ -65,12 +69,16 @@ def accounted_rate(loader: DataLoader[Any], sampling: str) -> float:
     Returns:
         :func:`sample_rate` for Poisson draws, else 1: a sample that is in a batch for certain gains nothing from chance.
     """
-    return sample_rate(loader) if sampling in {"poisson", "truncated"} else 1.0
+    return sample_rate(loader) if sampling in BY_CHANCE else 1.0
 
 
-def accounted_compositions(loader: DataLoader[Any], sampling: str, passes: float) -> int:
-    """How many releases are accounted in so many passes: with ``"shuffle"`` one each, since a sample is in one of its batches."""
-    return math.ceil(passes if sampling == "shuffle" else passes * len(loader))
+def accounted_compositions(batches: int, sampling: str, passes: float) -> int:
+    """How many releases are accounted in so many passes of so many batches.
+
+    Returns:
+        With ``"shuffle"`` one for a pass, since a sample is in one of its batches; else one for a batch.
+    """
+    return math.ceil(passes if sampling == "shuffle" else passes * batches)
 
 
 def sampling_of(loader: DataLoader[Any]) -> str:

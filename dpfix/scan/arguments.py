@@ -98,12 +98,12 @@ def check_values(
     Raises:
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
-    _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
+    check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
     mode = performance.grad_sample_mode
-    _check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
-    _check_choice("norm", privacy.norm, NORMS)
-    _check_choice("sampling", privacy.sampling, SAMPLINGS)
-    _check_choice("clipping", privacy.clipping, CLIPPING)
+    check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
+    check_choice("norm", privacy.norm, NORMS)
+    check_choice("sampling", privacy.sampling, SAMPLINGS)
+    check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
             f"noise_multiplier={shown(noise_multiplier)} must be a finite number >= 0:",
@@ -127,7 +127,18 @@ _GHOST = (
 )
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...], instead: str = "") -> None:
+def check_choice(name: str, value: Any, legal: tuple[str, ...], instead: str = "") -> None:
+    """An option has one of its values.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        legal: its values.
+        instead: a way out; the most similar value if there is none.
+
+    Raises:
+        ArgumentError: it has not.
+    """
     if isinstance(value, str) and value in legal:
         return
     near = difflib.get_close_matches(value, legal, n=1) if isinstance(value, str) and len(value) < 80 else []

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dpfix.errors import USER_CODE_ERRORS, ArgumentError
+from dpfix.sampling.rate import BY_CHANCE
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
 
@@ -114,7 +115,7 @@ def plain_privacy(privacy: PrivacyOptions) -> PrivacyOptions:
         norms = [_number_or_as_given(norm) for norm in norms]
     poisson = truth("poisson_sampling", privacy.poisson_sampling)
     sampling = privacy.sampling if privacy.sampling is not None else "poisson" if poisson else "fixed"
-    if not poisson and isinstance(sampling, str) and sampling in {"poisson", "truncated"}:
+    if not poisson and isinstance(sampling, str) and sampling in BY_CHANCE:
         raise ArgumentError(
             f"sampling={sampling!r} with poisson_sampling=False:",
             "the one draws every sample by chance, the other says that nothing is.",

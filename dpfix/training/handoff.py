@@ -247,9 +247,8 @@ def _account(
     privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], decided: Decided, ledger: DrawLedger | None
 ) -> Accounting:
     """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
-    expected = (
-        batch_size(loader) / decided.ranks.size
-    )  # Opacus's distributed optimizer divides by the number of ranks itself
+    # Opacus's distributed optimizer divides by the number of ranks itself.
+    expected = batch_size(loader) / decided.ranks.size
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
         privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)

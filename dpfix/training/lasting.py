@@ -29,13 +29,8 @@ def steps_within(private: Any, epsilon: float, delta: float) -> int:
     """
     optimizer, loader = private[1], inner_loader(private[-1])
     accountant = settled(private.privacy_engine)
-    before, step = (
-        list(accountant.history),
-        (
-            float(optimizer.noise_multiplier),
-            accounted_rate(loader, sampling_of(loader)),
-        ),
-    )
+    before = list(accountant.history)
+    step = float(optimizer.noise_multiplier), accounted_rate(loader, sampling_of(loader))
     trial = copy.copy(accountant)
 
     def within(steps: int) -> bool:

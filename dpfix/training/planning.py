@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpfix.errors import ArgumentError
-from dpfix.scan.arguments import check_budget, check_delta
+from dpfix.sampling.rate import BY_CHANCE, accounted_compositions
+from dpfix.scan.arguments import check_budget, check_choice, check_delta
 from dpfix.scan.options import SAMPLINGS
 from dpfix.scan.values import number, plain, shown
 from dpfix.training.epsilon import Accuracy, Entry, answer
@@ -150,10 +151,7 @@ def plan(
     """
     population = _whole("samples", samples, 1, None)
     (epsilon, passes), delta = check_budget(target_epsilon, epochs), check_delta(target_delta)
-    if sampling not in SAMPLINGS:
-        raise ArgumentError(
-            f"sampling={shown(sampling)} is not one of {', '.join(map(repr, SAMPLINGS))}.", path="sampling"
-        )
+    check_choice("sampling", sampling, SAMPLINGS)
     given = plain(batch_sizes)
     sizes = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else []
     if not sizes:
@@ -163,13 +161,12 @@ def plan(
         )  # fmt: skip
     rows = []
     for size in [_whole("batch_sizes", size, 1, population) for size in sizes]:
-        rate, steps = size / population, math.ceil(passes * math.ceil(population / size))
-        certain = sampling in {"shuffle", "fixed"}
-        releases = math.ceil(passes) if sampling == "shuffle" else steps
-        budget = Budget(epsilon, delta, 1.0 if certain else rate, releases)
+        rate, batches = size / population, math.ceil(population / size)
+        releases = accounted_compositions(batches, sampling, passes)
+        budget = Budget(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
         noise = noise_for(budget, new_accountant("prv"))
         entry = noise, budget.sample_rate, releases
-        rows.append(PlannedTraining(size, rate, steps, noise, _epsilon(entry, delta), entry))
+        rows.append(PlannedTraining(size, rate, math.ceil(passes * batches), noise, _epsilon(entry, delta), entry))
     return TrainingPlans(population, passes, epsilon, delta, sampling, tuple(rows))
 
 

@@ -13,6 +13,7 @@ from opacus.accountants.accountant import IAccountant
 from typing_extensions import override
 
 from dpfix.errors import ArgumentError
+from dpfix.scan.arguments import check_choice
 from dpfix.training.epsilon import LARGEST_NOISE, MOST_ENTRIES, Entry, coarser, renyi_epsilon
 
 ACCOUNTANTS = ("prv", "rdp", "gdp", "pld")
@@ -116,11 +117,5 @@ def new_accountant(name: Any) -> IAccountant:
     Raises:
         ArgumentError: there is none of that name.
     """
-    if name not in ACCOUNTANTS:
-        raise ArgumentError(
-            f"accountant={name!r} is not one of {', '.join(map(repr, ACCOUNTANTS))}.",
-            "It computes epsilon from the steps.",
-            "Leave it out: 'prv' is the default.",
-            path="accountant",
-        )
+    check_choice("accountant", name, ACCOUNTANTS, "Leave it out: 'prv' is the default.")
     return PLDAccountant() if name == "pld" else create_accountant(mechanism=name)

@@ -11,7 +11,7 @@ from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, PrivacyStatement
 from dpfix.sampling.inner_loader import inner_loader
-from dpfix.sampling.rate import accounted_rate, index_set, sampling_of
+from dpfix.sampling.rate import BY_CHANCE, accounted_rate, index_set, sampling_of
 from dpfix.scan.arguments import check_delta
 from dpfix.training.accounting import accounted_steps
 from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
@@ -111,7 +111,7 @@ class PrivateTraining(tuple[Any, ...]):
         cautions = []
         if delta >= 1 / samples:
             cautions.append(f"delta is not below 1 / samples = {1 / samples:.2g}; such a bound means little")
-        if sampling in {"shuffle", "fixed"}:
+        if sampling not in BY_CHANCE:
             cautions.append(
                 "batches were not Poisson samples: nothing is gained by chance, and epsilon is larger for it"
             )

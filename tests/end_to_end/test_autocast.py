@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import dpfix
-from tests.helpers import points, setting, sgd, train
+from tests.helpers import points, setting, train, untold
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, norm, relative_error
 
 HALF = 5e-2
@@ -47,16 +47,7 @@ def step(model: nn.Module, optimizer: Any, batch: Any, place: str, dtype: torch.
 def make(mode: str, batch_size: int, **changes: Any) -> tuple[nn.Module, dpfix.PrivateTraining, Any]:
     """A private training in which nothing is told, without noise; its model, and its samples."""
     model, x, y = cnn(), torch.randn(SAMPLES, 1, 6, 6), torch.arange(SAMPLES) % 3
-    given: dict[str, Any] = {
-        "optimizer": sgd(model),
-        "data_loader": DataLoader(TensorDataset(x, y), batch_size=batch_size),
-        "noise_multiplier": 0.0,
-        "max_grad_norm": 1.0,
-        "poisson_sampling": False,
-        "grad_sample_mode": mode,
-    }
-    training = dpfix.make_private_safe(module=model, **(given | changes))
-    return model, training, list(zip(x.split(1), y.split(1), strict=True))
+    return model, *untold(model, (x, y), batch_size, grad_sample_mode=mode, **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

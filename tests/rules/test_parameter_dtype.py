@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
-from tests.helpers import points, setting, sgd, train
+from tests.helpers import points, setting, sgd, train, untold
 from tests.reference import clip_norms, clipped_sum, gradients_one_by_one, norm, relative_error
 
 HALF = 5e-2
@@ -119,19 +119,7 @@ def half(model: nn.Module | None = None) -> nn.Module:
 def make(kind: Kind, mode: str, batch_size: int, **changes: Any) -> tuple[nn.Module, dpfix.PrivateTraining, list[Any]]:
     """A private training in which nothing is told, without noise; its model, and its samples."""
     model, x, y = half(kind.make()), kind.draw(SAMPLES), torch.arange(SAMPLES) % 3
-    given: dict[str, Any] = {
-        "optimizer": sgd(model),
-        "data_loader": DataLoader(TensorDataset(x, y), batch_size=batch_size),
-        "noise_multiplier": 0.0,
-        "max_grad_norm": 1.0,
-        "poisson_sampling": False,
-        "grad_sample_mode": mode,
-    }
-    return (
-        model,
-        dpfix.make_private_safe(module=model, **(given | changes)),
-        list(zip(x.split(1), y.split(1), strict=True)),
-    )
+    return model, *untold(model, (x, y), batch_size, grad_sample_mode=mode, **changes)
 
 
 @ways

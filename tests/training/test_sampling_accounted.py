@@ -157,15 +157,20 @@ def test_a_sampler_that_begins_to_repeat_is_refused_as_it_draws() -> None:
         list(training[2])
 
 
-@pytest.mark.parametrize("sampling", ["shuffle", "truncated"])
-def test_a_batch_memory_manager_splits_what_is_drawn(sampling: str) -> None:
-    training = dpfix.make_private_safe(**setting(noise_multiplier=NOISE, data_loader=loader(), sampling=sampling))
+def train_in_parts(training: dpfix.PrivateTraining, size: int) -> None:
+    """One pass whose batches a manager splits."""
     model, optimizer, data = training
-    with BatchMemoryManager(data_loader=data, max_physical_batch_size=3, optimizer=optimizer) as parts:
+    with BatchMemoryManager(data_loader=data, max_physical_batch_size=size, optimizer=optimizer) as parts:
         for x, y in parts:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "truncated"])
+def test_a_batch_memory_manager_splits_what_is_drawn(sampling: str) -> None:
+    training = dpfix.make_private_safe(**setting(noise_multiplier=NOISE, data_loader=loader(), sampling=sampling))
+    train_in_parts(training, 3)
     assert training.privacy_engine.accountant.history == [
         (NOISE, 1.0, 1) if sampling == "shuffle" else (NOISE, 1 / 3, 3)
     ]
@@ -202,12 +207,7 @@ def test_a_sample_that_is_twice_in_a_batch_of_parts_counts_twice() -> None:
     training = dpfix.make_private_safe(
         **setting(noise_multiplier=NOISE, data_loader=DataLoader(points(), batch_sampler=Twice()), sampling="fixed")
     )
-    model, optimizer, data = training
-    with BatchMemoryManager(data_loader=data, max_physical_batch_size=1, optimizer=optimizer) as parts:
-        for x, y in parts:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    train_in_parts(training, 1)
     assert training.privacy_engine.accountant.history == [(NOISE / 2, 1.0, 3)]
 
 

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from typing_extensions import override
@@ -21,7 +20,7 @@ MOST_AFTER = 10_000
 
 
 class AfterStep(FollowingMode):
-    """Stands in for the follower between a step and the next delivery; it ends by itself, and keeps no training alive.
+    """Stands in for the follower between a step and the next delivery, and ends by itself.
 
     Args:
         follower: knows what is of earlier batches.
@@ -29,7 +28,7 @@ class AfterStep(FollowingMode):
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
-        self._follower = ref(follower)
+        self._follower = follower
         self._left, self.thread = 0, 0
 
     @property
@@ -70,10 +69,8 @@ class AfterStep(FollowingMode):
         Returns:
             What it returns.
         """
-        follower = self._follower()
-        if follower is None:
-            self.end()
-        if follower is None or self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
+        follower = self._follower
+        if self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         self._left -= 1
         self.paused, frame = True, sys._getframe(2)

@@ -146,7 +146,5 @@ class Novelty:
         if not all(map(math.isfinite, ends)):
             return {(place, "missing")}
         if not tensor.is_floating_point() and ends[0] > 0:
-            ends[0] = (
-                1.0  # the smallest of many ids says nothing, but that it is none of padding and none that is ignored
-            )
+            ends[0] = 1.0  # the smallest of many ids says no more than that none is of padding or ignored
         return {(place, number, end > 0, math.frexp(end)[1] // 2) for number, end in enumerate(ends)}
