@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from opacus import PrivacyEngine
-from opacus.accountants.accountant import IAccountant
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.errors import ArgumentError, DPFixError
+from dpfix.errors import DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
@@ -50,7 +49,7 @@ from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
 from dpfix.training.own_objects import as_trained, out_of_earlier
-from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
+from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
@@ -352,22 +351,7 @@ def _engine(given: PrivacyEngine | None, secure_mode: Any, accountant: Any) -> P
     secure_mode = truth("secure_mode", secure_mode)
     if given is None:
         return SafePrivacyEngine(secure_mode=secure_mode, accountant="prv" if accountant is None else accountant)
-    counting = getattr(given, "accountant", None)
-    own = counting.mechanism() if isinstance(counting, IAccountant) else accountant  # another kind is refused later
-    if accountant is not None and accountant != own:
-        raise ArgumentError(
-            f"accountant={accountant!r} with a privacy_engine whose accountant is {own!r}:",
-            "one accountant counts the steps.",
-            "Leave out one of them.",
-            path="accountant",
-        )
-    if secure_mode and not getattr(given, "secure_mode", True):  # what is no engine is told in a moment
-        raise ArgumentError(
-            "secure_mode=True with a privacy_engine that was made without it:",
-            "its noise would not be cryptographic.",
-            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
-            path="secure_mode",
-        )
+    check_given_engine(given, secure_mode, accountant)
     return given
 
 

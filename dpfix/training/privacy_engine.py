@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opacus import PrivacyEngine
+from opacus.accountants.accountant import IAccountant
 from torch import nn
 from typing_extensions import override
 
@@ -123,6 +124,35 @@ class CheckpointingEngine(PrivacyEngine):
         loading = torch_load_kwargs or {}
         objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
         return checkpoint.load(self, path, objects, strict, loading)
+
+
+def check_given_engine(engine: Any, secure_mode: bool, accountant: Any) -> None:
+    """An engine that is passed to the call goes with what else is asked for.
+
+    Args:
+        engine: what was passed.
+        secure_mode: whether the call asks for it.
+        accountant: the name that the call asks for, or ``None``.
+
+    Raises:
+        ArgumentError: the engine is another one.
+    """
+    counting = getattr(engine, "accountant", None)
+    own = counting.mechanism() if isinstance(counting, IAccountant) else accountant  # another kind is refused later
+    if accountant is not None and accountant != own:
+        raise ArgumentError(
+            f"accountant={accountant!r} with a privacy_engine whose accountant is {own!r}:",
+            "one accountant counts the steps.",
+            "Leave out one of them.",
+            path="accountant",
+        )
+    if secure_mode and not getattr(engine, "secure_mode", True):  # what is no engine is told in a moment
+        raise ArgumentError(
+            "secure_mode=True with a privacy_engine that was made without it:",
+            "its noise would not be cryptographic.",
+            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
+            path="secure_mode",
+        )
 
 
 def secure_source(engine: Any) -> Given | Cryptographic | None:
