@@ -15,7 +15,7 @@ from dpfix.scan.arguments import check_budget, check_choice, check_delta
 from dpfix.scan.options import SAMPLINGS
 from dpfix.scan.values import number, plain, shown
 from dpfix.training.epsilon import Accuracy, Entry, answer
-from dpfix.training.noise_search import Budget, noise_for
+from dpfix.training.noise_search import Target, noise_for
 from dpfix.training.pld_accountant import new_accountant
 
 POINTS = 12
@@ -163,7 +163,7 @@ def plan(
     for size in [_whole("batch_sizes", size, 1, population) for size in sizes]:
         rate, batches = size / population, math.ceil(population / size)
         releases = accounted_compositions(batches, sampling, passes)
-        budget = Budget(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
+        budget = Target(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
         noise = noise_for(budget, new_accountant("prv"))
         entry = noise, budget.sample_rate, releases
         rows.append(PlannedTraining(size, rate, math.ceil(passes * batches), noise, _epsilon(entry, delta), entry))

@@ -12,6 +12,7 @@ from opacus.optimizers import DPOptimizer
 from dpfix.engines.base import zeros
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.plan import Plan
+from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackward, SomethingArrived, WholeDraws
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
@@ -84,6 +85,7 @@ class StepGuard:
             self.noise,
             ScratchPutBack(guarded),
             self.regions,
+            WithinBudget(guarded),
             self.ranks,
             self.others,
         )
