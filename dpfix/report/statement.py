@@ -146,8 +146,11 @@ SAMPLING = {
 """How batches were drawn, and what the accounting makes of it, for each way of sampling."""
 
 SELECTION = "hyper-parameters, architecture and stopping time that were chosen by looking at the same data"
-SELECTION_WITH_BUDGET = f"{SELECTION} otherwise than by trainings that are in the budget's file"
-"""What is left of it where trainings share a budget: everything in the file is in the epsilon that the budget states."""
+SELECTION_WITH_BUDGET = (
+    f"{SELECTION}: not covered by this epsilon, and by the budget's only as far as all that was looked at are trainings in "
+    "its file"
+)
+"""What is left of it where trainings share a budget."""
 NOT_COVERED = (
     SELECTION,
     "the validation set: metrics and checkpoints selected on it",

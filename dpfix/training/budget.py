@@ -72,6 +72,7 @@ class Budget:
         if accountant is not None:
             check_choice("accountant", accountant, ACCOUNTANTS, "Leave it out: 'prv' is the default.")
         self._file = BudgetFile(path)
+        self._file.tidy()
         content = self._file.read()
         if content is None:
             if epsilon is None or delta is None:
@@ -81,7 +82,9 @@ class Budget:
                     path="path",
                 )
             made = Content(given["epsilon"], given["delta"], accountant or "prv")
-            content = self._file.update(lambda now: made if now is None else now)  # somebody may have been faster
+            content = (
+                self._file.update(lambda now: made if now is None else None) or made
+            )  # another may have been faster
         for name, value in given.items():
             if value is not None and value != getattr(content, name):
                 raise BudgetError(

@@ -6,6 +6,7 @@ replaced, and a lock on it would go with the old one.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,6 +102,9 @@ class Content:
         return counted(entry for line in self.trainings.values() for entry in line.entries)
 
 
+Change = Callable[[Content | None], Content | None]
+
+
 def counted(entries: Iterable[Entry]) -> list[Entry]:
     """The same releases with one entry for each setting."""
     settings: Counter[tuple[float, float]] = Counter()
@@ -155,14 +160,14 @@ class BudgetFile:
             )
         return self._parsed(text)
 
-    def update(self, change: Callable[[Content | None], Content]) -> Content:
+    def update(self, change: Change) -> Content | None:
         """Change the file, while no other process does.
 
         Args:
-            change: makes the new content of the present one; what it raises leaves the file as it is.
+            change: makes the new content of the present one, or nothing; what it raises leaves the file as it is.
 
         Returns:
-            The new content, which is on the disk.
+            What the file holds now.
 
         Raises:
             BudgetError: the file cannot be read, locked or written; it is as it was.
@@ -186,9 +191,23 @@ class BudgetFile:
                 path="budget",
             ) from error
 
-    def _change(self, change: Callable[[Content | None], Content]) -> Content:
+    def tidy(self) -> None:
+        """Remove what processes that were killed while they wrote have left beside the file."""
+        pattern = f".{glob.escape(self.path.name[:40])}.*.part"
+        if any(self.path.parent.glob(pattern)):
+            with suppress(BudgetError):  # a folder that cannot be written to can be read
+                self.update(lambda now: self._without(pattern, now))
+
+    def _without(self, pattern: str, now: Content | None) -> Content | None:
+        for part in self.path.parent.glob(pattern):
+            part.unlink(missing_ok=True)
+        return None
+
+    def _change(self, change: Change) -> Content | None:
         before = self.read()
         after = change(before)
+        if after is None:
+            return before
         after = replace(after, writes=0 if before is None else before.writes + 1)
         with written_whole(self.path) as file:
             file.write(_text(after).encode())

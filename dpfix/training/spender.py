@@ -205,6 +205,7 @@ class Spender:
 
     def _write(self, change: Callable[[Content | None], Content]) -> Entry | None:
         content = self.budget._file.update(change)
+        assert content is not None
         self._writes = content.writes
         for s in self.budget.own():
             if s.over:

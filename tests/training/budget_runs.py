@@ -1,0 +1,120 @@
+"""Private trainings in processes of their own that share the file of a budget; run as a module by the tests.
+
+``kills PATH SECONDS...``: trainings one after another, each killed so many seconds after its first step. ``killed_at PATH
+MOMENT``: one that kills itself while it writes. ``together PATH``: one that goes on until it is refused. Every training tells
+of a release before a parameter moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dpfix
+from tests.helpers import setting, train
+
+
+class Telling(torch.optim.SGD):
+    """Tells of every step before it moves a parameter."""
+
+    to: int = -1
+
+    def step(self, closure: Any = None) -> Any:
+        os.write(self.to, b"x")
+        return super().step(closure)
+
+
+def training(path: str, to: int) -> dpfix.PrivateTraining:
+    from tests.cases import mlp
+
+    model = mlp()
+    optimizer = Telling(model.parameters(), lr=0.1)
+    optimizer.to = to
+    given = setting(model, optimizer=optimizer, noise_multiplier=4.0, budget=dpfix.Budget(path))
+    return dpfix.make_private_safe(**given)
+
+
+def child(act: Callable[[int], None]) -> tuple[int, int]:
+    """Start a process that acts; returns its number and the end of the pipe that it tells of its steps."""
+    end, to = os.pipe()
+    if pid := os.fork():
+        os.close(to)
+        return pid, end
+    try:
+        os.close(end)
+        act(to)
+    finally:
+        os._exit(0)
+
+
+def told(pid: int, end: int) -> int:
+    """How many steps a process has told of, when it is over."""
+    os.waitpid(pid, 0)
+    with os.fdopen(end, "rb") as pipe:
+        return len(pipe.read())
+
+
+def kills(path: str, moments: list[float]) -> list[int]:
+    counts = []
+    for seconds in moments:
+        pid, end = child(lambda to: train(training(path, to), 10**6) and None)
+        select.select([end], [], [], 60)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        counts.append(told(pid, end))
+        dpfix.Budget(path)  # can be read
+    return counts
+
+
+def killed_at(path: str, moment: str) -> list[int]:
+    """One training that is killed in the middle of its third writing: before or after the file takes the place of the old one."""
+    replace = Path.replace
+
+    def act(to: int) -> None:
+        begun, writes = training(path, to), 0
+
+        def dying(self: Path, target: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes == 3 and moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(self, target)
+            if writes == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self
+
+        Path.replace = dying  # type: ignore[method-assign]
+        train(begun, 10**6)
+
+    return [told(*child(act))]
+
+
+def together(path: str) -> list[int]:
+    end, to = os.pipe()
+    try:
+        train(training(path, to), 10**6)
+    except dpfix.BudgetError as error:
+        print(error, file=sys.stderr)
+    os.close(to)
+    with os.fdopen(end, "rb") as pipe:
+        return [len(pipe.read())]
+
+
+if __name__ == "__main__":
+    what, file, *rest = sys.argv[1:]
+    torch.manual_seed(0)
+    if what == "kills":
+        print(json.dumps(kills(file, [float(r) for r in rest])))
+    elif what == "killed_at":
+        print(json.dumps(killed_at(file, *rest)))
+    else:
+        print(json.dumps(together(file)))
