@@ -1,6 +1,6 @@
 """Private trainings in processes of their own that share the file of a budget; run as a module by the tests.
 
-``kills PATH SECONDS...``: trainings one after another, each killed so many seconds after its first step. ``killed_at PATH
+``kills PATH STEPS...``: trainings one after another, each killed after so many steps, and a part of one. ``killed_at PATH
 MOMENT``: one that kills itself while it writes. ``together PATH``: one that goes on until it is refused. Every training tells
 of a release before a parameter moves.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -65,12 +64,12 @@ def told(pid: int, end: int) -> int:
 
 def kills(path: str, moments: list[float]) -> list[int]:
     counts = []
-    for seconds in moments:
+    for moment in moments:
         pid, end = child(lambda to: train(training(path, to), 10**6) and None)
-        select.select([end], [], [], 60)
-        time.sleep(seconds)
+        seen = sum(len(os.read(end, 1)) for _ in range(int(moment)))
+        time.sleep(0.02 * (moment % 1))
         os.kill(pid, signal.SIGKILL)
-        counts.append(told(pid, end))
+        counts.append(seen + told(pid, end))
         dpfix.Budget(path)  # can be read
     return counts
 
