@@ -13,13 +13,9 @@ from typing import Any
 from dpfix.errors import ArgumentError, BudgetError
 from dpfix.scan.arguments import check_choice, check_delta
 from dpfix.scan.values import number, number_in, shown
-from dpfix.training.budget_file import BudgetFile, Content, counted
+from dpfix.training.budget_file import ACCOUNTANTS, BudgetFile, Content, counted
 from dpfix.training.epsilon import SMALLEST_NOISE, Accuracy, Entry, answer, renyi_epsilon
 from dpfix.training.pld_accountant import new_accountant
-
-ACCOUNTANTS = ("prv", "rdp", "pld")
-"""What may compose the releases; ``gdp`` is an approximation that may lie below the truth."""
-
 
 _HELP = "It is what all trainings on the data together may spend; 8.0, say."
 
@@ -64,13 +60,14 @@ class Budget:
     ) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ArgumentError(f"path={shown(path)} is no file name.", help="Pass 'data.budget.json'.", path="path")
+        if accountant is not None:
+            check_choice("accountant", accountant, ACCOUNTANTS, "Leave it out: 'prv' is the default.")
         given: dict[str, Any] = {
             "epsilon": None if epsilon is None else number_in("epsilon", epsilon, (0, math.inf), _HELP, open_at="low"),
             "delta": None if delta is None else check_delta(delta),
             "accountant": accountant,
         }
-        if accountant is not None:
-            check_choice("accountant", accountant, ACCOUNTANTS, "Leave it out: 'prv' is the default.")
+        new_accountant(accountant or "prv")  # says what is missing
         self._file = BudgetFile(path)
         self._file.tidy()
         content = self._file.read()
@@ -95,7 +92,7 @@ class Budget:
                 )
         if samples is not None:
             self._allow_parts(samples, content)
-        self._content = content
+        self._account = Account(self._file, content)
 
     def _allow_parts(self, samples: Any, content: Content) -> None:
         found = number(samples)
@@ -117,17 +114,17 @@ class Budget:
     @property
     def epsilon(self) -> float:
         """The budget."""
-        return self._content.epsilon
+        return self._account.epsilon
 
     @property
     def delta(self) -> float:
         """Its delta."""
-        return self._content.delta
+        return self._account.delta
 
     @property
     def accountant(self) -> str:
         """The name of what composes the releases."""
-        return self._content.accountant
+        return self._account.accountant
 
     def spent(self) -> float:
         """Epsilon of everything in the file, at :attr:`delta`.
@@ -137,7 +134,7 @@ class Budget:
         Returns:
             Epsilon, at least 0.
         """
-        return self.loss(self.read().history)
+        return self._account.loss(self._account.read().history)
 
     @property
     def remaining(self) -> float:
@@ -148,7 +145,7 @@ class Budget:
         return f"Budget({self.path!r}, epsilon={self.epsilon:g}, delta={self.delta:g})"
 
     def __str__(self) -> str:
-        content = self.read()
+        content = self._account.read()
         lines = [
             f"budget of {'no training yet' if content.samples is None else f'{content.samples} samples'}: epsilon "
             f"{self.epsilon:g} at delta {self.delta:g}, accountant {self.accountant}",
@@ -163,11 +160,23 @@ class Budget:
                 f"{place:4d} {line.begun:25s} {line.model[:20]:20s} {line.steps - ahead:8d} {ahead:8d} {noise:>13s} "
                 f"{max(rates, default=0.0):9.3g}"
             )
-        spent = self.loss(content.history)
+        spent = self._account.loss(content.history)
         lines.append(f"spent: epsilon {spent:.4g} of {self.epsilon:g}; {max(0.0, self.epsilon - spent):.4g} remain")
+        if content.samples is not None and self.delta >= 1 / content.samples:
+            lines.append(f"delta is not below 1 / samples = {1 / content.samples:.2g}; such a budget means little")
         return "\n".join(lines)
 
-    # ------------------------------------------------------------------ for trainings
+
+class Account:
+    """The file of a budget as trainings use it: what counts, and what fits.
+
+    Args:
+        file: of the budget.
+        limits: the budget, its delta and its accountant, which do not change.
+    """
+
+    def __init__(self, file: BudgetFile, limits: Content) -> None:
+        self.file, self.epsilon, self.delta, self.accountant = file, limits.epsilon, limits.delta, limits.accountant
 
     def read(self) -> Content:
         """The content of the file; of this process's own trainings, what they have really released.
@@ -178,14 +187,14 @@ class Budget:
         Raises:
             BudgetError: the file cannot be used.
         """
-        content = self._file.read()
+        content = self.file.read()
         if content is None:
-            raise BudgetError(*gone(self._file.path.name), path="budget")
+            raise BudgetError(*gone(self.file.path.name), path="budget")
         return content.with_lines({s.name: s.line() for s in self.own() if s.name in content.trainings})
 
     def own(self) -> list[Any]:
         """This process's trainings that have written into the file and may have something reserved."""
-        return [s for s in tuple(OPEN) if s.process == os.getpid() and s.budget.path == self.path]
+        return [s for s in tuple(OPEN) if s.process == os.getpid() and s.account.file.path == self.file.path]
 
     def loss(self, history: list[Entry]) -> float:
         """Epsilon of a history: the smaller one of two upper bounds."""
@@ -250,7 +259,7 @@ class Budget:
             else ""
         )
         return BudgetError(
-            f"the budget in {self._file.path.name} does not allow {what}: epsilon is {spent:.4g} of {self.epsilon:g} at delta "
+            f"the budget in {self.file.path.name} does not allow {what}: epsilon is {spent:.4g} of {self.epsilon:g} at delta "
             f"{self.delta:g} after {len(content.trainings)} training(s), and would be {then:.4g}.",
             f"What is released adds up over all trainings on the same data.{held}",
             f"Nothing was released, and the model is as it was. Stop here, or train with more noise (it was {setting[0]:.4g}), "

@@ -32,6 +32,8 @@ except ImportError:  # there are systems without it
 VERSION = 1
 """Of the format."""
 WHAT = "privacy budget of one data set, written by dpfix: what every training on it released (docs/budget.md)"
+ACCOUNTANTS = ("prv", "rdp", "pld")
+"""What may compose the releases; ``gdp`` is an approximation that may lie below the truth."""
 PATIENCE = 120.0
 """Seconds for which a process waits until the others have written."""
 MOST_ROWS = 500
@@ -289,8 +291,8 @@ def _text(content: Content) -> str:
 
 
 def _few(released: tuple[Entry, ...]) -> Iterable[Entry]:
-    hidden = any(not noise > 0 for noise, *_ in released)
-    return released if len(released) <= MOST_ROWS or hidden else counted(coarser(list(released)))
+    noiseless = any(not noise > 0 for noise, *_ in released)
+    return released if len(released) <= MOST_ROWS or noiseless else counted(coarser(list(released)))
 
 
 def _row(entry: Entry) -> dict[str, float]:
@@ -314,6 +316,8 @@ def _content(values: Mapping[str, Any]) -> Content:
         for name, line in values["trainings"].items()
     }
     samples = values["samples"]
+    if values["accountant"] not in ACCOUNTANTS:
+        raise ValueError(f"{values['accountant']!r} is no accountant")
     return Content(
         _number(values["epsilon"], math.inf),
         _number(values["delta"], 1.0),

@@ -25,7 +25,7 @@ from dpfix.report.statement import NOT_COVERED, SELECTION, SELECTION_WITH_BUDGET
 from dpfix.sampling.population import Population
 from dpfix.scan.request import Request
 from dpfix.scan.values import shown
-from dpfix.training.budget import OPEN, Budget, gone
+from dpfix.training.budget import OPEN, Account, Budget, gone
 from dpfix.training.budget_file import Content, Line, counted
 from dpfix.training.epsilon import Entry
 from dpfix.training.releases import Releases, book_of, history_of
@@ -40,7 +40,7 @@ class Spender:
     """One training, as it writes into the file of a budget.
 
     Args:
-        budget: of the data.
+        account: of the budget of the data.
         samples: number of records of the training's data set.
         model: class name of the model.
         earlier: other trainings whose releases the model holds; those that the file does not know are written too.
@@ -51,8 +51,8 @@ class Spender:
         over: whether it has ended.
     """
 
-    def __init__(self, budget: Budget, samples: int, model: str, earlier: Iterable[Releases] = ()) -> None:
-        self.budget, self._samples, self._model = budget, samples, model
+    def __init__(self, account: Account, samples: int, model: str, earlier: Iterable[Releases] = ()) -> None:
+        self.account, self._samples, self._model = account, samples, model
         self._earlier = list(earlier)
         self.name, self.process, self.over = "", os.getpid(), False
         self._begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -62,11 +62,12 @@ class Spender:
 
     def cited(self) -> str:
         """What a statement says about the budget."""
-        content, budget = self.budget.read(), self.budget
+        content, account = self.account.read(), self.account
         known = self.name in content.trainings
         return (
-            f"({budget.loss(content.history):.4g}, {budget.delta:.3g})-differential privacy for all {len(content.trainings)} "
-            f"training(s) in {budget.path}, of epsilon {budget.epsilon:g}; this one is {self.name if known else 'not in it yet'}"
+            f"({account.loss(content.history):.4g}, {account.delta:.3g})-differential privacy for all {len(content.trainings)} "
+            f"training(s) in {account.file.path}, of epsilon {account.epsilon:g}; this one is "
+            + (self.name if known else "not in it yet")
         )
 
     @staticmethod
@@ -84,9 +85,9 @@ class Spender:
             What writes for it; another one than this where a fork goes on with a training.
         """
         if self.name:
-            return Spender(self.budget, self._samples, self._model, self._earlier).begin(name)
-        if not any(s.process == os.getpid() for s in OPEN):
-            atexit.register(_at_exit)
+            return Spender(self.account, self._samples, self._model, self._earlier).begin(name)
+        atexit.unregister(_at_exit)
+        atexit.register(_at_exit)
         self.name, self.process = name, os.getpid()
         OPEN.append(self)
         return self
@@ -113,9 +114,9 @@ class Spender:
         Raises:
             BudgetError: it is not, or has none.
         """
-        content = self._checked(self.budget.read())
-        if not self.budget.room(content.history, setting, steps, steps):
-            raise self.budget.refusal(content, setting, steps, what)
+        content = self._checked(self.account.read())
+        if not self.account.room(content.history, setting, steps, steps):
+            raise self.account.refusal(content, setting, steps, what)
 
     def together(self, history: Iterable[Entry]) -> list[Entry]:
         """What an accountant holds and what the file holds; a training that both know counts once.
@@ -129,7 +130,7 @@ class Spender:
         settings = Counter({entry[:2]: entry[2] for entry in counted(history)})
         for entry in history_of(self._earlier):
             settings[entry[:2]] -= entry[2]  # the file has them, or is about to have them
-        file = self._checked(self.budget.read()).history
+        file = self._checked(self.account.read()).history
         return counted([*file, *((*setting, steps) for setting, steps in settings.items() if steps > 0)])
 
     def reserve(self, setting: tuple[float, float], least: int) -> None:
@@ -148,13 +149,13 @@ class Spender:
 
         def with_block(now: Content | None) -> Content:
             content = self._present(now).with_lines({self.name: self.line()})
-            room = self.budget.room(content.history, setting, least, most)
+            room = self.account.room(content.history, setting, least, most)
             if not room:  # perhaps with what others in this process do not need at once
-                others = [s for s in self.budget.own() if s is not self and s._ahead is not None]
+                others = [s for s in self.account.own() if s is not self and s._ahead is not None]
                 content = content.with_lines({s.name: s.line() for s in others})
-                room = self.budget.room(content.history, setting, least, most) if others else 0
+                room = self.account.room(content.history, setting, least, most) if others else 0
                 if not room:
-                    raise self.budget.refusal(content, setting, least, "this step")
+                    raise self.account.refusal(content, setting, least, "this step")
                 for other in others:
                     other._ahead = None
             return content.with_lines({self.name: self.line((*setting, room))})
@@ -175,8 +176,8 @@ class Spender:
             self._ahead = self._write(lambda now: self._present(now).with_lines({self.name: self.line(block)}))
         assert self._ahead is not None
         noise, rate, left = self._ahead
+        self._used[setting] += 1  # first: an interrupt in between counts one too many
         self._ahead = (noise, rate, left - 1)
-        self._used[setting] += 1
 
     def end(self) -> None:
         """The training is over: give back what is reserved and was not used; it stays spent where that cannot be written."""
@@ -188,7 +189,7 @@ class Spender:
     def _give_back(self) -> None:
         if self.process == os.getpid() and self in OPEN:
             self.over = True
-            if self._ahead is not None:
+            if self._writes >= 0:
                 self._ahead = self._write(self._present)
             else:
                 OPEN.remove(self)
@@ -204,10 +205,10 @@ class Spender:
         return self._ahead[2]
 
     def _write(self, change: Callable[[Content | None], Content]) -> Entry | None:
-        content = self.budget._file.update(change)
+        content = self.account.file.update(change)
         assert content is not None
         self._writes = content.writes
-        for s in self.budget.own():
+        for s in self.account.own():
             if s.over:
                 OPEN.remove(s)
         line = content.trainings.get(self.name)
@@ -216,9 +217,9 @@ class Spender:
     def _present(self, now: Content | None) -> Content:
         """The present content, checked, with the lines of this process's trainings that are over as they ended."""
         if now is None or now.writes < self._writes or (self._writes >= 0 and self.name not in now.trainings):
-            raise BudgetError(*gone(self.budget._file.path.name), path="budget")
+            raise BudgetError(*gone(self.account.file.path.name), path="budget")
         return self._checked(now).with_lines({
-            s.name: s.line() for s in self.budget.own() if s.over and (s is self or s.name in now.trainings)
+            s.name: s.line() for s in self.account.own() if s.over and (s is self or s.name in now.trainings)
         })
 
     def _checked(self, content: Content) -> Content:
@@ -227,7 +228,7 @@ class Spender:
         fits = self._samples <= content.samples if content.parts else self._samples == content.samples  # type: ignore[operator]
         if not fits or (content.unit and content.unit != UNIT):
             raise BudgetError(
-                f"{self.budget._file.path.name} is the budget of {content.samples} samples (unit: {content.unit or UNIT}), and "
+                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: {content.unit or UNIT}), and "
                 f"data_loader reads a data set of {self._samples} (unit: {UNIT}).",
                 "A budget speaks about one data set.",
                 "Name the file of this data set. Where both are parts of one data set, say once how many records that has: "
@@ -268,7 +269,7 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: I
     here = Population(request.data_loader)
     known = sorted((*book_of(engine).trainings.values(), *earlier), key=lambda r: r.steps)
     same = {r.name: r for r in known if r.data is None or here.overlaps(r.data)}  # the longest one of every name
-    return Spender(budget, here.samples, type(request.module).__name__, same.values())
+    return Spender(budget._account, here.samples, type(request.module).__name__, same.values())
 
 
 def _at_exit() -> None:
