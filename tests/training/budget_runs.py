@@ -1,7 +1,7 @@
 """Private trainings in processes of their own that share the file of a budget; run as a module by the tests.
 
 ``kills PATH STEPS...``: trainings one after another, each killed after so many steps, and a part of one. ``killed_at PATH
-MOMENT``: one that kills itself while it writes. ``together PATH``: one that goes on until it is refused. Every training tells
+MOMENT``: one that kills itself while it writes. ``together PATH NUMBER``: one of so many. Every training tells
 of a release before a parameter moves.
 """
 
@@ -97,10 +97,15 @@ def killed_at(path: str, moment: str) -> list[int]:
     return [told(*child(act))]
 
 
-def together(path: str) -> list[int]:
+def together(path: str, processes: int) -> list[int]:
+    """One of several trainings, which begin when all are ready and go on until they are refused."""
     end, to = os.pipe()
+    begun = training(path, to)
+    Path(f"{path}.ready.{os.getpid()}").touch()
+    while len(list(Path(path).parent.glob("*.ready.*"))) < processes:
+        time.sleep(0.01)
     try:
-        train(training(path, to), 10**6)
+        train(begun, 10**6)
     except dpfix.BudgetError as error:
         print(error, file=sys.stderr)
     os.close(to)
@@ -116,4 +121,4 @@ if __name__ == "__main__":
     elif what == "killed_at":
         print(json.dumps(killed_at(file, *rest)))
     else:
-        print(json.dumps(together(file)))
+        print(json.dumps(together(file, int(rest[0]))))
