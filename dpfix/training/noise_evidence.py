@@ -103,8 +103,9 @@ class Repeats:
 
     What is known of the noise has rounding errors, so that numbers are compared by cells of 1/1024 of a standard deviation.
     Two independent standard normal numbers share a cell with probability ``1.003 / (1024 * 2 sqrt(pi))`` at most, two
-    fingerprints of 8 numbers with probability 4e-29: among a billion fingerprints two are equal with probability 2e-11. A repeat is
-    missed where rounding moves a number over the border of a cell: one in 1000 for clipped sums of the size of the noise.
+    fingerprints of 8 numbers with probability 4e-29: among a billion fingerprints two are equal with probability 2e-11.
+    A repeat is missed where rounding moves a number over the border of a cell: one in 1000 for clipped sums of the size of
+    the noise.
 
     The first 8 numbers of the model and those of every parameter are kept for the last steps (:data:`KEPT` fingerprints of
     either kind).
