@@ -1,12 +1,13 @@
 """Private trainings in processes of their own that share the file of a budget; run as a module by the tests.
 
 ``kills PATH STEPS...``: trainings one after another, each killed after so many steps, and a part of one. ``killed_at PATH
-MOMENT``: one that kills itself while it writes. ``together PATH NUMBER``: one of so many. Every training tells
-of a release before a parameter moves.
+MOMENT``: one that kills itself while it writes. ``together PATH NUMBER``: so many at the same time.
+``alone PATH``: one that goes on until it is refused. Every training tells of a release before a parameter moves.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def child(act: Callable[[int], None]) -> tuple[int, int]:
     try:
         os.close(end)
         act(to)
+        atexit._run_exitfuncs()  # as a process that ends by itself
     finally:
         os._exit(0)
 
@@ -97,17 +99,31 @@ def killed_at(path: str, moment: str) -> list[int]:
     return [told(*child(act))]
 
 
-def together(path: str, processes: int) -> list[int]:
-    """One of several trainings, which begin when all are ready and go on until they are refused."""
-    end, to = os.pipe()
+def until_refused(path: str, to: int, ready: Callable[[], None] = lambda: None) -> None:
     begun = training(path, to)
-    Path(f"{path}.ready.{os.getpid()}").touch()
-    while len(list(Path(path).parent.glob("*.ready.*"))) < processes:
-        time.sleep(0.01)
+    ready()
     try:
         train(begun, 10**6)
     except dpfix.BudgetError as error:
         print(error, file=sys.stderr)
+
+
+def together(path: str, processes: int) -> list[int]:
+    """Several trainings, which begin when all are ready and go on until they are refused."""
+
+    def all_ready() -> None:
+        Path(f"{path}.ready.{os.getpid()}").touch()
+        while len(list(Path(path).parent.glob("*.ready.*"))) < processes:
+            time.sleep(0.01)
+
+    children = [child(lambda to: until_refused(path, to, all_ready)) for _ in range(processes)]
+    return [told(*one) for one in children]
+
+
+def alone(path: str) -> list[int]:
+    """One that goes on until it is refused, in this process, which ends by itself."""
+    end, to = os.pipe()
+    until_refused(path, to)
     os.close(to)
     with os.fdopen(end, "rb") as pipe:
         return [len(pipe.read())]
@@ -120,5 +136,7 @@ if __name__ == "__main__":
         print(json.dumps(kills(file, [float(r) for r in rest])))
     elif what == "killed_at":
         print(json.dumps(killed_at(file, *rest)))
+    elif what == "alone":
+        print(json.dumps(alone(file)))
     else:
-        print(json.dumps(together(file, int(rest[0]))))
+        print(json.dumps(together(file, int(*rest))))

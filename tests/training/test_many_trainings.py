@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import dpfix
+from dpfix.training.follow.agenda import Agenda
 from dpfix.training.guards.optimizers import WATCHED
 from tests.cases import mlp
 from tests.helpers import setting, sgd, train
@@ -125,12 +126,12 @@ class Noises:
                 self.seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
-def run_beside(act: Any) -> tuple[threading.Event, threading.Thread, list[BaseException]]:
+def run_beside(act: Any, wait: float = 0.02) -> tuple[threading.Event, threading.Thread, list[BaseException]]:
     over, failed = threading.Event(), list[BaseException]()
 
     def loop() -> None:
         try:
-            while not over.wait(0.02):
+            while not over.wait(wait):
                 act()
         except BaseException as error:  # shown by the test
             failed.append(error)
@@ -169,6 +170,21 @@ def test_two_trainings_in_two_threads() -> None:
     assert len(one.seen) >= 60 and len(two.seen) >= 60
     everything = torch.stack([*one.seen, *two.seen])
     assert len(torch.unique(everything[:, 0])) == len(everything)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "followed"])
+def test_a_model_that_draws_is_checked_while_another_thread_draws(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is repeated with the samples exchanged; numbers that another thread draws meanwhile are no samples'."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    monkeypatch.setattr(Agenda, "due", lambda agenda, seen: True)
+    options = {} if told else {"criterion": None}
+    with warnings.catch_warnings(action="ignore"):
+        over, thread, failed = run_beside(lambda: torch.rand(1), wait=0)
+        training = dpfix.make_private_safe(**setting(model, **options))
+        train(training, 40)
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive() and not failed
 
 
 def test_a_step_waits_for_a_call_of_another_thread() -> None:
