@@ -39,6 +39,8 @@ SHARE = 8
 class Spender:
     """One training, as it writes into the file of a budget.
 
+    It has no ``__dict__``, so that a call that is undone (:class:`dpfix.instrument.memento.Memento`) takes back nothing of it.
+
     Args:
         account: of the budget of the data.
         samples: number of records of the training's data set.
@@ -51,6 +53,20 @@ class Spender:
         over: whether it has ended.
     """
 
+    __slots__ = (
+        "_ahead",
+        "_begun",
+        "_earlier",
+        "_model",
+        "_samples",
+        "_used",
+        "_writes",
+        "account",
+        "name",
+        "over",
+        "process",
+    )
+
     def __init__(self, account: Account, samples: int, model: str, earlier: Iterable[Releases] = ()) -> None:
         self.account, self._samples, self._model = account, samples, model
         self._earlier = list(earlier)
@@ -62,7 +78,11 @@ class Spender:
 
     def cited(self) -> str:
         """What a statement says about the budget."""
-        content, account = self.account.read(), self.account
+        account = self.account
+        try:
+            content = account.read()
+        except BudgetError as error:
+            return f"not known: {error.findings[0].fact}"
         known = self.name in content.trainings
         return (
             f"({account.loss(content.history):.4g}, {account.delta:.3g})-differential privacy for all {len(content.trainings)} "
@@ -210,7 +230,8 @@ class Spender:
         self._writes = content.writes
         for s in self.account.own():
             if s.over:
-                OPEN.remove(s)
+                with suppress(ValueError):  # another thread may have been faster
+                    OPEN.remove(s)
         line = content.trainings.get(self.name)
         return None if line is None else line.ahead
 

@@ -2,7 +2,7 @@
 
 ``kills PATH STEPS...``: trainings one after another, each killed after so many steps, and a part of one. ``killed_at PATH
 MOMENT``: one that kills itself while it writes. ``together PATH NUMBER``: so many at the same time.
-``alone PATH``: one that goes on until it is refused. Every training tells of a release before a parameter moves.
+``alone PATH STEPS``: one of so many steps at most. Every training tells of a release before a parameter moves.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def killed_at(path: str, moment: str) -> list[int]:
     return [told(*child(act))]
 
 
-def until_refused(path: str, to: int, ready: Callable[[], None] = lambda: None) -> None:
+def until_refused(path: str, to: int, ready: Callable[[], None] = lambda: None, most: int = 10**6) -> None:
     begun = training(path, to)
     ready()
     try:
-        train(begun, 10**6)
+        train(begun, most)
     except dpfix.BudgetError as error:
         print(error, file=sys.stderr)
 
@@ -120,10 +120,10 @@ def together(path: str, processes: int) -> list[int]:
     return [told(*one) for one in children]
 
 
-def alone(path: str) -> list[int]:
-    """One that goes on until it is refused, in this process, which ends by itself."""
+def alone(path: str, most: int) -> list[int]:
+    """One of so many steps at most, in this process, which ends by itself."""
     end, to = os.pipe()
-    until_refused(path, to)
+    until_refused(path, to, most=most)
     os.close(to)
     with os.fdopen(end, "rb") as pipe:
         return [len(pipe.read())]
@@ -137,6 +137,6 @@ if __name__ == "__main__":
     elif what == "killed_at":
         print(json.dumps(killed_at(file, *rest)))
     elif what == "alone":
-        print(json.dumps(alone(file)))
+        print(json.dumps(alone(file, int(*rest))))
     else:
         print(json.dumps(together(file, int(*rest))))

@@ -25,6 +25,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, Subset
 
 import dpfix
+from dpfix.__main__ import main
 from dpfix.training import budget_file, spender
 from tests.cases import mlp
 from tests.helpers import points, setting, train
@@ -654,7 +655,7 @@ def test_an_interrupt_anywhere_leaves_at_least_what_was_released(tmp_path: Path,
 
     original.step = counting
     for at in range(1, count.count + 1, 3):
-        vars(training[1].guard.guarded.accounting.spender)["_ahead"] = None  # so that the step writes
+        training[1].guard.guarded.accounting.spender._ahead = None  # so that the step writes
         Lines(at, within=room).run(lambda: train(training, 1))
         assert steps_in(written(file)[0] if written(file) else {"released": [], "ahead": None}) >= moved
     train(training, 2)
@@ -680,3 +681,33 @@ def test_the_table_and_the_statement(file: Path) -> None:
     assert "by the budget's only as far as all that was looked at are trainings in its file" in text
     assert "budget" not in str(begin(None).statement(DELTA))
     assert second.statement(DELTA).budget and repr(budget).startswith("Budget(")
+
+
+def test_a_statement_says_that_the_file_is_gone(file: Path) -> None:
+    training = begin(budget_of(file))
+    train(training, 1)
+    file.unlink()
+    assert "budget of the data: not known: data.budget.json is gone" in str(training.statement(DELTA))
+
+
+def test_the_command_line_shows_the_table(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", str(file)]) == 2
+    assert str(budget_of(file)) in (main(["budget", str(file)]), capsys.readouterr().out)[1]
+
+
+def test_a_call_that_is_undone_takes_back_no_release(file: Path) -> None:
+    budget, model = budget_of(file), mlp()
+    training = begin(budget, model)
+    x, y = next(iter(training[2]))
+
+    def releasing(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        training[1].guard.guarded.accounting.complete()  # as the end of a pass in another thread does
+        raise ValueError("this step fails")
+
+    with pytest.raises(dpfix.TrainingStepError):
+        begin(budget, model, criterion=None, training_step=releasing)
+    training[1].zero_grad()
+    F.cross_entropy(training[0](x), y).backward()
+    training[1].step()
+    end(training)
+    assert steps_in(written(file)[0]) >= 1 and budget.spent() >= training.get_epsilon(DELTA) > 0
