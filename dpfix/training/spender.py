@@ -165,6 +165,7 @@ class Spender:
         """
         if self._left(setting) >= least:
             return
+        self._goes_on()
         most = max(least, AHEAD, sum(self._used.values()) // SHARE)
 
         def with_block(now: Content | None) -> Content:
@@ -192,6 +193,7 @@ class Spender:
             BudgetError: it is not in the file, and cannot be written.
         """
         if self._left(setting) < 1:
+            self._goes_on()
             block = (*setting, 1)
             self._ahead = self._write(lambda now: self._present(now).with_lines({self.name: self.line(block)}))
         assert self._ahead is not None
@@ -217,6 +219,12 @@ class Spender:
     def let_go(self) -> None:
         """Nobody has the training any more; its rest is given back when this process writes the next time, or ends."""
         self.over = True
+
+    def _goes_on(self) -> None:
+        """It writes again: a call that had ended it was undone, say."""
+        self.over = False
+        if self not in OPEN:
+            OPEN.append(self)
 
     def _left(self, setting: tuple[float, float]) -> int:
         """How many releases of a setting the block holds; more noise and smaller rates lose less."""
