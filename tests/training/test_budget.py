@@ -714,3 +714,11 @@ def test_a_call_that_is_undone_takes_back_no_release(file: Path) -> None:
     assert steps_in(written(file)[0]) == 1 + spender.AHEAD  # once in the call that was undone, which nothing takes back
     end(training)
     assert steps_in(written(file)[0]) == 2
+
+
+def test_a_training_that_is_decided_on_its_first_step_keeps_to_the_budget(file: Path) -> None:
+    training = begin(budget_of(file, 4.0), criterion=None)
+    error = until_refused(training)
+    assert "does not allow this step" in str(error)
+    end(training)
+    assert budget_of(file, 4.0).spent() <= 4.0 and steps_in(written(file)[0]) > 5
