@@ -39,6 +39,7 @@ from dpfix.scan.arguments import (
     check_wrapping,
 )
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
+from dpfix.scan.privacy_unit import by_person
 from dpfix.scan.request import Request
 from dpfix.scan.values import plain, plain_options, plain_performance, plain_privacy, truth
 from dpfix.training.all_or_nothing import all_or_nothing
@@ -78,6 +79,8 @@ def make_private_safe(
     secure_mode: bool = False,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
+    privacy_unit: Any = None,
+    items_per_unit: int | None = None,
     wrap_model: bool = True,
     rand_on_empty: bool = False,
     norm: str = "group",
@@ -119,6 +122,9 @@ def make_private_safe(
         grad_sample_mode: ``"auto"``, an engine's name, or ``"no_op"`` for a loop that fills ``grad_sample`` itself.
         augmentation: several views of every sample, averaged before clipping; the returned loader delivers them as rows
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
+        privacy_unit: who an item belongs to: a key or column (``"patient_id"``), a function of an item, or a list with a name for
+            every index. Persons are drawn, and what is clipped is the mean over a person's items.
+        items_per_unit: items of a person in a batch at most, drawn at random; all if not given.
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
         norm: what replaces BatchNorm: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"`` for a pretrained model.
@@ -156,7 +162,7 @@ def make_private_safe(
         with no_meta_default(), Surgery(request.scan) as surgery:
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
-            earlier = earlier_releases(request.module, request.optimizer, data_loader)
+            earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
             refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, _rate(request), 1)])
             spender = spender_for(budget, request, engine, earlier.releases)
             if spender is not None:
@@ -164,7 +170,7 @@ def make_private_safe(
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
-                Originals(request.module, request.optimizer, data_loader),
+                Originals(request.module, request.optimizer, request.data_loader, data_loader),
                 Decided(
                     Randomness.of(request.privacy.seed, secure_source(engine), request.ranks),
                     prepared.plan,
@@ -219,7 +225,7 @@ def make_private_safe_with_epsilon(
         optimizer: see :func:`make_private_safe`.
         data_loader: see :func:`make_private_safe`.
         target_epsilon: the budget after ``epochs`` epochs.
-        target_delta: its delta; smaller than 1 / number of samples.
+        target_delta: its delta; smaller than 1 / number of samples (of persons with ``privacy_unit``).
         epochs: number of passes over the returned loader.
         max_grad_norm: see :func:`make_private_safe`.
         privacy_engine: see :func:`make_private_safe`.
@@ -246,17 +252,15 @@ def make_private_safe_with_epsilon(
         tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
         accuracy = Accuracy.of(delta, **search)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
-        earlier = earlier_releases(request.module, request.optimizer, data_loader)
-        spender, history = (
-            spender_for(arguments.get("budget"), request, engine, earlier.releases),
-            earlier.history(engine),
-        )
-        history = history if spender is None else spender.together(history)
-        times = accounted_compositions(len(data_loader), request.privacy.sampling, passes)
+        earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
+        spender = spender_for(arguments.get("budget"), request, engine, earlier.releases)
+        history = earlier.history(engine) if spender is None else spender.together(earlier.history(engine))
+        times = accounted_compositions(len(request.data_loader), request.privacy.sampling, passes)
         target = Target(epsilon, delta, _rate(request), times, tuple(history))
         noise = noise_for(replace(target, tolerance=tolerance, accuracy=accuracy), engine.accountant)
         if spender is not None:
             spender.check((noise, _rate(request)), times, f"the {times} releases of target_epsilon={epsilon:g}")
+    arguments |= {"privacy_unit": request.privacy.privacy_unit}  # items are read once
     return inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,
@@ -282,6 +286,8 @@ def diagnose(
     sampling: str | None = None,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
+    privacy_unit: Any = None,
+    items_per_unit: int | None = None,
     norm: str = "group",
 ) -> Report:
     """The flow of :func:`make_private_safe`, dry: a report, and nothing is changed.
@@ -298,6 +304,8 @@ def diagnose(
         sampling: see :func:`make_private_safe`.
         grad_sample_mode: see :func:`make_private_safe`.
         augmentation: see :func:`make_private_safe`.
+        privacy_unit: see :func:`make_private_safe`.
+        items_per_unit: see :func:`make_private_safe`.
         norm: see :func:`make_private_safe`.
 
     Returns:
@@ -390,7 +398,7 @@ def _checked(
     check_augmentation(request.privacy)
     known = [name for name in _ARGUMENTS if name != "options"]
     check_names(further, option_names(request.privacy.clipping, "hooks"), [*known, *_SEARCH])
-    return request, plain_options(request.privacy.clipping, float(plain(noise_multiplier)), further)
+    return by_person(request), plain_options(request.privacy.clipping, float(plain(noise_multiplier)), further)
 
 
 _SEARCH = ("epsilon_tolerance", *ACCURACY)

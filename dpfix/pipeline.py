@@ -31,7 +31,7 @@ from dpfix.observe.real_call import Way, check_fixed, learn, together
 from dpfix.observe.record import StepRecord, several_rows
 from dpfix.observe.recorder import overwritten
 from dpfix.observe.run import frozen, observe
-from dpfix.observe.several_rows import check_rows, known_rows, row_counter
+from dpfix.observe.several_rows import check_rows, known_rows, row_counter, rows_averaged
 from dpfix.observe.steady import steady
 from dpfix.observe.training_step import Subject, TrainingStep, UnknownCallError, infer, unknown_loss
 from dpfix.observe.undecided import decided_later, may_decide_again, may_wait, undecided
@@ -47,7 +47,9 @@ from dpfix.rules.batch_norm import fixed_norms
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
+from dpfix.sampling.people import people_of
 from dpfix.sampling.rate import batch_size, index_set, of_sampling
+from dpfix.sampling.shown_people import people_shown
 from dpfix.scan.request import Request
 from dpfix.scan.settings import settings
 from dpfix.training.first_step import Decide, Decision
@@ -147,6 +149,7 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
     with rng_untouched():
         size = math.ceil(batch_size(request.data_loader))
         samples = probe.take(request.data_loader, min(probe.SAMPLES, size), request.privacy.augmentation)
+        findings += people_shown(request.data_loader, samples.items)
         batches = _batches(samples)
         samples = steady(samples)
     waits = may_wait(request)
@@ -265,7 +268,7 @@ def _audited(
     findings += kept_until_next_call(record)
     plan = _plan(request, samples, record, step)
 
-    ordinary = Trial(samples, record, reference(record, record.unused, plan.share))
+    ordinary = Trial(samples, record, reference(record, record.unused, plan.share(record.counts)))
     plan = replace(plan, weighted_by_rows=weighted_by_rows(ordinary, plan))
     if request.performance.no_grad_regions:
         regions = no_grad_search.find(subject, samples, record, plan.frozen_parameters)
@@ -343,7 +346,8 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         frozen_parameters=record.unused if record.together.used else (),
         fixed_norms=fixed_norms(request.scan),
         scratch=record.scratch,
-        views=request.views,
+        views=rows_averaged(request, samples, record.counts),
+        per_person=people_of(request.data_loader) is not None,
         row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
         own_engines=request.handed_over or (step.guessed and may_wait(request)),

@@ -50,11 +50,12 @@ class Plan:
         scratch: ``(module path, name)`` of attributes that are put back after every step.
         no_grad_regions: module calls that run without a graph.
         help_vmap: whether forward does what ``vmap`` does wrong or refuses without the workarounds for it.
-        views: views of every sample that are averaged (augmentation multiplicity).
+        views: rows of every sample that a sum would add up and that are averaged (augmentation multiplicity, items of a person).
         row_counter: how to tell the number of rows of a sample from what the dataset returns, where it is not the same
             for all samples.
         weighted_by_rows: whether a sample weighs as much in the loss as it has rows (a mean over all rows); if not, all
             samples weigh the same.
+        per_person: whether a sample is a person, the rows of whose items are averaged.
         own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
     """
 
@@ -74,7 +75,18 @@ class Plan:
     views: int = 1
     row_counter: RowCounter | None = None
     weighted_by_rows: bool = False
+    per_person: bool = False
     own_engines: bool = False
+
+    @property
+    def followed_by_row(self) -> bool:
+        """Whether on real steps every row is looked at as a sample: an item of a person, who may have any number of them."""
+        return self.per_person and self.row_counter is not None
+
+    @property
+    def followed_calls(self) -> tuple[CallLayout, ...]:
+        """How the calls of ``forward`` carry what is looked at as a sample on real steps."""
+        return tuple(call.by_row() for call in self.calls) if self.followed_by_row else self.calls
 
     def with_engine(self, engine: Any) -> Plan:
         """The same training with another engine.
@@ -102,10 +114,20 @@ class Plan:
             return torch.tensor(counts, dtype=torch.float64) / sum(counts)
         return 1.0 / samples
 
-    @property
-    def share(self) -> float:
-        """What a sample's own loss is multiplied with: views are averaged, which a sum over their rows does not do."""
-        return 1 / self.views if self.loss_reduction == "sum" else 1.0
+    def share(self, counts: tuple[int, ...] = ()) -> float | torch.Tensor:
+        """What a sample's own loss is multiplied with: views are averaged, which a sum over their rows does not do.
+
+        Args:
+            counts: rows of every sample, where these are not the same for all.
+
+        Returns:
+            One number for all samples, or shape ``[samples]``.
+        """
+        if self.loss_reduction != "sum":
+            return 1.0
+        if self.per_person and counts:
+            return 1 / torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+        return 1 / self.views
 
     def scale(self, samples: int, counts: tuple[int, ...] = ()) -> float | torch.Tensor:
         """What the gradient that arrives for a sample is multiplied with before it is clipped.
@@ -118,10 +140,10 @@ class Plan:
         Returns:
             One number for all samples, or shape ``[samples]``.
         """
-        weight = self.weight(samples, counts)
+        weight, share = self.weight(samples, counts), self.share(counts)
         if isinstance(weight, torch.Tensor):  # a sample without rows has no weight, and no gradient either
-            return torch.where(weight > 0, self.share / weight, 0.0)
-        return self.share / weight
+            return torch.where(weight > 0, share / weight, 0.0)
+        return share / weight
 
 
 def switched_on(module: nn.Module, path: str) -> tuple[str, str, str]:

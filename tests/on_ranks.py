@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
 import dpfix
 
 CLIP, RATE = 0.5, 0.5
+OWNERS = [i % 7 if i < 30 else 7 + i % 11 for i in range(60)]
+"""To whom each of the digits belongs in the trainings by persons."""
 
 
 def digits(samples: int = 60) -> TensorDataset:
@@ -138,6 +140,10 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     sampler = DistributedSampler(digits(), seed=1)
     loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
     found["distributed sampler"] = train(call(data_loader=loader), 3)
+    found["persons"] = train(call(batch_size=4, privacy_unit=OWNERS), 6)
+    found["one person"] = train(call(batch_size=1, privacy_unit=OWNERS), 12)
+    found["persons, distributed sampler"] = train(call(data_loader=loader, privacy_unit=OWNERS), 3)
+    found["persons, memory manager"] = train(call(batch_size=18, privacy_unit=OWNERS), 2, physical=2)
     return found
 
 
@@ -245,6 +251,9 @@ def refusals(rank: int, size: int) -> dict[str, Any]:
         "other indices": attempt(lambda: call(data_loader=picked(rank))),
         "another split": attempt(lambda: call(data_loader=split(rank))),
         "other people": attempt(lambda: call(data_loader=shuffled(rank))),
+        "other persons": attempt(lambda: call(privacy_unit=[OWNERS[rank], *OWNERS[1:]])),
+        "persons on one rank": attempt(lambda: call(privacy_unit=OWNERS if rank else None)),
+        "no persons on rank 1": attempt(lambda: call(privacy_unit=[None] * 60 if rank else OWNERS)),
         "own order": attempt(lambda: call(poisson_sampling=False)),
         "repeated samples": attempt(lambda: call(poisson_sampling=False, data_loader=repeating(rank, size))),
         "weights": attempt(lambda: call(module=other_weights(rank))),

@@ -101,7 +101,32 @@ def test_the_ranks_release_one_clipped_sum(trained: Seen, name: str) -> None:
             assert torch.allclose(moved, scale * total, rtol=1e-4, atol=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["auto", "few samples", "noise", "memory manager"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("persons", 4), ("one person", 1), ("persons, distributed sampler", 4 * RANKS), ("persons, memory manager", 18)],
+)
+def test_the_ranks_release_one_clipped_sum_over_persons(trained: Seen, name: str, size: int) -> None:
+    """All items of whoever is drawn are on one rank, averaged before they are clipped."""
+    for rank in trained:
+        for drawn in rank[name]["draws"]:
+            owners = {on_ranks.OWNERS[i] for i in drawn}
+            assert sorted(drawn) == [i for i, owner in enumerate(on_ranks.OWNERS) if owner in owners]
+    assert trained[0][name]["history"] == [(0.0, size / 18, len(trained[0][name]["draws"]))]
+    for drawn, before, after in steps(trained, name):
+        model = on_ranks.network(seed=0).double()
+        model.load_state_dict({k: v.double() for k, v in before.items()})
+        digits, by_person = on_ranks.digits(), []
+        for owner in {on_ranks.OWNERS[i] for i in drawn}:
+            mine = [digits[i] for i in drawn if on_ranks.OWNERS[i] == owner]
+            each = gradients_one_by_one(model, on_ranks.step, [(x[None].double(), y[None]) for x, y, _ in mine])
+            by_person.append({n: torch.stack([g[n] for g in each]).mean(0) for n in each[0]})
+        total = clipped_sum(by_person, on_ranks.CLIP) if by_person else wanted(before, [])
+        for key, value in total.items():
+            moved = before[key].double() - after[key].double()
+            assert torch.allclose(moved, on_ranks.RATE / size * value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["auto", "few samples", "noise", "memory manager", "persons", "one person"])
 def test_all_ranks_have_the_same_weights_plan_and_budget(trained: Seen, name: str) -> None:
     first, *others = (rank[name] for rank in trained)
     for other in others:
@@ -198,6 +223,9 @@ def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
         ("other indices", ("RankError",) * 2, "the list of indices to draw from differs on rank 1"),
         ("another split", ("RankError",) * 2, "the list of indices of Subset 1 differs on rank 1"),
         ("other people", ("RankError",) * 2, "sample 20 of the data, entry (0,) differs on rank 1"),
+        ("other persons", ("RankError",) * 2, "who the items belong to differs on rank 1"),
+        ("persons on one rank", ("RankError",) * 2, "the number of samples is 60 on rank 0 and 18 on rank 1"),
+        ("no persons on rank 1", ("RankError", "ArgumentError"), "60 of 60 items have no name"),
         ("epsilon", ("RankError", "ArgumentError"), "delta=2.0 must lie between 0 and 1"),
         ("own order", ("LoaderError",) * 2, "no DistributedSampler that shares its samples among 2 ranks"),
         ("repeated samples", ("LoaderError",) * 2, "drop_last=True"),

@@ -54,7 +54,7 @@ def run_in_double(subject: Subject, trial: Trial, plan: Plan, samples: int) -> I
         probe = trial.samples.changed(lambda i, path, leaf: _double(leaf), samples)
         with DoublePrecision() as precision:
             alone, together = alone_and_together(exact, probe, trial.record.together, trial.draw)
-        wanted = reference_of(alone, plan.frozen_parameters, plan.share)
+        wanted = reference_of(alone, plan.frozen_parameters, plan.share(trial.record.counts[:samples]))
     except (DPFixError, *USER_CODE_ERRORS):
         return None
     if (

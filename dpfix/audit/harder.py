@@ -100,7 +100,9 @@ class Harder:
             if changed is None or (None not in changed.unchanged and draw is DRAWS[0]):
                 return None
             record = observe(subject, changed, self.ordinary.record, draw)
-            trial = Trial(changed, record, reference(record, plan.frozen_parameters, plan.share), _SLACK, draw)
+            trial = Trial(
+                changed, record, reference(record, plan.frozen_parameters, plan.share(record.counts)), _SLACK, draw
+            )
         except (TrainingStepError, CoupledModelError, *USER_CODE_ERRORS):
             return None  # no legal sample for this model: an index out of range, a division by zero
         if float(trial.wanted.norms.max()) > _LARGER * float(trial.wanted.norms.median()):

@@ -92,12 +92,13 @@ class Trials:
     harder: tuple[Trial, ...]
 
 
-def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> Reference:
+def reference(record: StepRecord, unused: Sequence[str], share: float | torch.Tensor = 1.0) -> Reference:
     """The batch-of-one reference of a recorded step.
 
     Args:
         unused: parameters that are not trained.
-        share: what the gradient of a sample's loss is multiplied with: a sum over views is to be their mean.
+        share: what the gradient of a sample's loss is multiplied with, or a number for each: a sum over views is to be their
+            mean.
 
     Returns:
         The reference over the parameters that are trained.
@@ -109,7 +110,7 @@ def reference(record: StepRecord, unused: Sequence[str], share: float = 1.0) -> 
 
 
 def reference_of(
-    alone: Sequence[Run], unused: Sequence[str], share: float, *, together: Run | None = None
+    alone: Sequence[Run], unused: Sequence[str], share: float | torch.Tensor, *, together: Run | None = None
 ) -> Reference:
     """As :func:`reference`, from the step on every sample alone and, if it was run, on all of them together.
 
@@ -122,8 +123,10 @@ def reference_of(
     runs = alone if together is None else (together, *alone)
     low_precision, drew = any(run.low_precision for run in runs), any(run.drew for run in runs)
     gone = set(unused)
+    shares = share.tolist() if isinstance(share, torch.Tensor) else [share] * len(alone)
     gradients = tuple(
-        {n: g if share == 1 else g * share for n, g in run.gradients.items() if n not in gone} for run in alone
+        {n: g if of_it == 1 else g * of_it for n, g in run.gradients.items() if n not in gone}
+        for of_it, run in zip(shares, alone, strict=True)
     )
     norms = torch.tensor([norm_of(g) for g in gradients], dtype=torch.float64)
     if not bool(torch.isfinite(norms).all()):

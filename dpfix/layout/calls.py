@@ -11,7 +11,7 @@ from torch import nn
 
 from dpfix.errors import ForeignBatchError, PlanBrokenError
 from dpfix.instrument import pytree
-from dpfix.layout.sample_dim import Layout, having
+from dpfix.layout.sample_dim import Layout, by_row, having
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class CallLayout:
     def having(self, counts: tuple[int, ...]) -> CallLayout:
         """The layout of a call whose samples have other numbers of rows."""
         return replace(self, inputs=having(self.inputs, counts), output=having(self.output, counts))
+
+    def by_row(self) -> CallLayout:
+        """The layout of the same call if every row were a sample."""
+        return replace(self, inputs=by_row(self.inputs), output=by_row(self.output))
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """Number of samples in the first input of a call that has samples in a dimension, without a look at the others."""
@@ -159,7 +163,7 @@ def samples_in(layout: CallLayout, module: nn.Module, args: tuple[Any, ...], kwa
         raise PlanBrokenError(
             f"the rows of the inputs of {type(module).__name__} are not those of the batch that the data_loader delivered last, "
             "whose samples have different numbers of rows.",
-            help="Train on the batches of the returned data_loader as they are, without a BatchMemoryManager, or give every "
+            help="Train on the batches of the returned data_loader as they are, or give every "
             "sample the same number of rows.",
         )
     if len(counts) != 1:

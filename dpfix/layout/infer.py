@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -181,11 +181,19 @@ def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) 
     rows = Rows.of(layout, len(parts))
     for sample, part in enumerate(parts):
         taken = rows.take(whole, sample)
-        if taken.shape != part.shape:
-            return False
-        if not torch.allclose(_real(taken), _real(part), rtol=1e-3, atol=1e-5, equal_nan=True):
+        if taken.shape[layout.dim] != part.shape[layout.dim] or not any(
+            torch.allclose(_real(a), _real(b), rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in _in_common(taken, part)
+        ):
             return False
     return True
+
+
+def _in_common(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors where both have places: a batch may be padded to its longest sample, at the end or at the beginning."""
+    sizes = [min(x, y) for x, y in zip(a.shape, b.shape, strict=True)]
+    yield a[tuple(slice(n) for n in sizes)], b[tuple(slice(n) for n in sizes)]
+    if a.shape != b.shape:
+        yield tuple(t[tuple(slice(m - n, m) for m, n in zip(t.shape, sizes, strict=True))] for t in (a, b))  # type: ignore[misc]
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

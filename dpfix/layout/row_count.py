@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,32 @@ import numpy as np
 import torch
 
 from dpfix.instrument import pytree
+
+
+class UnitItems(list[Any]):
+    """The items of one person, which are one sample: what a dataset returns for each of several indices.
+
+    Attributes:
+        rows: how many rows they become; an item that is a list of rows already becomes so many.
+    """
+
+    @property
+    def rows(self) -> int:
+        """See the class."""
+        return sum(len(item) if is_rows(item) else 1 for item in self)
+
+    def one_row(self) -> UnitItems:
+        """The same with a single row: of whatever is made of it, one row is made of every row."""
+        return UnitItems([self[0][:1] if is_rows(self[0]) else self[0]])
+
+
+def is_rows(item: Any) -> bool:
+    """Whether what a dataset returns for an index is a list of rows already, as MONAI's random crops return them.
+
+    Returns:
+        True for a list of mappings; a list ``[image, label]`` is a single row.
+    """
+    return isinstance(item, list) and bool(item) and all(isinstance(row, Mapping) for row in item)
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,9 @@ def find_row_counters(items: Sequence[Any], counts: tuple[int, ...]) -> list[Row
     Returns:
         All places with these numbers; lists and first dimensions come first.
     """
-    places = [RowCounter(path, dim) for path, part in _parts(items[0]) for dim in range(len(_sizes(part)))]
+    told = isinstance(items[0], UnitItems)  # by the loader itself; what else is as long is so by chance
+    parts = [((), items[0])] if told else _parts(items[0])
+    places = [RowCounter(path, dim) for path, part in parts for dim in range(len(_sizes(part)))]
     found = [c for c in places if tuple(c.count(item) for item in items) == counts]
     return sorted(found, key=lambda c: c.dim)
 
@@ -66,6 +94,8 @@ def _parts(tree: Any, path: pytree.Path = ()) -> Iterator[tuple[pytree.Path, Any
 def _sizes(part: Any) -> tuple[int, ...]:
     if isinstance(part, (torch.Tensor, np.ndarray)):
         return tuple(part.shape)
+    if isinstance(part, UnitItems):
+        return (part.rows,)
     return (len(part),) if isinstance(part, (list, tuple)) else ()
 
 

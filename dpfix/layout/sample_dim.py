@@ -57,6 +57,11 @@ Layout = tuple[tuple[pytree.Path, SampleDim | None], ...]
 """For every tensor leaf its path, and how it carries the samples (``None``: it does not)."""
 
 
+def by_row(layout: Layout) -> Layout:
+    """The layout of tensors if every row of a sample, where samples have different numbers of them, were a sample."""
+    return tuple((path, dim and replace(dim, counts=())) for path, dim in layout)
+
+
 def having(layout: Layout, counts: tuple[int, ...]) -> Layout:
     """The layout of tensors in a batch whose samples have other numbers of rows."""
     return tuple((path, dim and dim.having(counts)) for path, dim in layout)

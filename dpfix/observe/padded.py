@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dpfix.instrument import pytree
+from dpfix.layout.row_count import UnitItems
 from dpfix.observe.probe import Probe
 
 
@@ -21,7 +22,7 @@ def as_in_batch(probe: Probe) -> tuple[Any, ...]:
     """
     whole = pytree.leaves(probe.batch)
     singles = [dict(pytree.leaves(single)) for single in probe.singles]
-    places: dict[pytree.Path, tuple[int, int]] = {}
+    places: dict[pytree.Path, tuple[int, list[int]]] = {}
     padded = False
     for path, leaf in whole:
         if not isinstance(leaf, torch.Tensor):
@@ -32,20 +33,25 @@ def as_in_batch(probe: Probe) -> tuple[Any, ...]:
             return ()
         if all(shape == leaf.shape for shape in shapes):
             continue
+        several = any(isinstance(item, UnitItems) for item in probe.items)  # which may be different numbers of rows
         dims = [
-            d for d, n in enumerate(leaf.shape) if n == sum(s[d] for s in shapes) and len({s[d] for s in shapes}) == 1
+            d
+            for d, n in enumerate(leaf.shape)
+            if n == sum(s[d] for s in shapes) and (several or len({s[d] for s in shapes}) == 1)
         ]
         if len(dims) != 1 or leaf.shape[dims[0]] == 0:
             return ()
-        places[path] = dims[0], leaf.shape[dims[0]] // len(singles)
+        places[path] = dims[0], [s[dims[0]] for s in shapes]
         padded |= any(s[d] != n for s in shapes for d, n in enumerate(leaf.shape) if d != dims[0])
     if not padded:
         return ()
 
     def cut(sample: int) -> Any:
         def row(path: pytree.Path, leaf: Any) -> Any:
-            dim, rows = places.get(path, (-1, 0))
-            return leaf.narrow(dim, sample * rows, rows).clone() if rows else leaf
+            if path not in places:
+                return leaf
+            dim, rows = places[path]
+            return leaf.narrow(dim, sum(rows[:sample]), rows[sample]).clone()
 
         return pytree.map_leaves(row, probe.batch)
 

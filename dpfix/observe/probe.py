@@ -21,6 +21,7 @@ from dpfix.layout.row_count import RowCounter
 from dpfix.observe.held import LOOKED_AT, Held, look
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder, Placeholder, user_collate
+from dpfix.sampling.people import people_of
 from dpfix.sampling.rate import index_set
 
 SAMPLES = 4
@@ -122,7 +123,10 @@ def take(
     indices = index_set(loader)
     # In a fixed random order: the first samples of a dataset sorted by class would all have the same label.
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SEED)).tolist()
-    chosen = [indices[order[i % len(indices)]] for i in range(max(2, min(samples, len(indices))))]
+    wanted, people = max(2, min(samples, len(indices))), people_of(loader)
+    chosen = (
+        [indices[order[i % len(indices)]] for i in range(wanted)] if people is None else people.for_probe(order, wanted)
+    )
     collate = CollateOrPlaceholder(user_collate(loader), Placeholder(None), augmentation and augmentation.for_probe())
     try:
         items = collate.prepared([loader.dataset[i] for i in chosen])

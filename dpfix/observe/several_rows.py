@@ -10,6 +10,7 @@ from dpfix.observe.probe import Probe
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import TrainingStep
 from dpfix.sampling.collate import KnownRows
+from dpfix.sampling.people import people_of
 from dpfix.scan.request import Request
 
 
@@ -19,6 +20,15 @@ def row_counter(request: Request, samples: Probe, counts: tuple[int, ...], step:
         return None
     counter = next(iter(find_row_counters(samples.items, counts)), None)
     rows = f"the probe's samples enter {type(request.module).__name__} as {', '.join(map(str, counts))} rows"
+    if counter is None and people_of(request.data_loader) is not None:
+        has = [RowCounter(()).count(item) for item in samples.items]
+        raise LoaderError(
+            f"data_loader: the probe's persons have {', '.join(map(str, has))} items, and enter "
+            f"{type(request.module).__name__} as {', '.join(map(str, counts))} rows.",
+            "Which rows are whose can be told only if every item becomes one row, in their order.",
+            "Leave no item out in the collate_fn, nor in training_step.",
+            path="data_loader",
+        )
     if counter is None:
         raise LoaderError(
             f"data_loader: {rows},",
@@ -28,7 +38,9 @@ def row_counter(request: Request, samples: Probe, counts: tuple[int, ...], step:
             "the same number of rows.",
             path="data_loader",
         )
-    if not step.loss_known:
+    if (
+        not step.loss_known and people_of(request.data_loader) is None
+    ):  # the loop knows no persons: all rows weigh the same
         raise TrainingStepError(
             f"training_step: {rows}, and neither criterion= nor training_step= was given.",
             "Whether the loss gives every row the same weight, or every sample, decides what is clipped.",
@@ -43,6 +55,13 @@ def row_counter(request: Request, samples: Probe, counts: tuple[int, ...], step:
             path="data_loader",
         )
     return counter
+
+
+def rows_averaged(request: Request, samples: Probe, counts: tuple[int, ...]) -> int:
+    """How many rows of every sample are averaged, where that is the same number for all: views, or items of a person."""
+    if people_of(request.data_loader) is None or counts:
+        return request.views
+    return max(1, RowCounter(()).count(samples.items[0]))
 
 
 def known_rows(samples: Probe, record: StepRecord) -> KnownRows | None:

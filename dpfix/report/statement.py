@@ -51,7 +51,7 @@ class PrivacyStatement:
         adjacency: which pairs of datasets are compared.
         sampling_used: how batches were drawn.
         sampling_assumed: what the accountant assumes.
-        samples: number of samples that can be drawn.
+        samples: number of samples that can be drawn; of persons where they are the unit.
         sampling_rate: probability with which a sample enters a release that is accounted; 1 where no chance is counted on.
         steps: releases that were accounted: optimizer steps, or passes where a pass is one.
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
@@ -60,6 +60,7 @@ class PrivacyStatement:
         secure_rng: whether noise came from a cryptographic generator.
         not_covered: what the guarantee does not speak about.
         cautions: what weakens the claim as it stands.
+        counted: what they are called: samples, or persons.
         schedule: all steps, entry by entry; several where a setting has changed, or an earlier training had others.
         budget: what all trainings on the same data have spent together, where they share a budget.
     """
@@ -81,6 +82,7 @@ class PrivacyStatement:
     cautions: tuple[str, ...] = ()
     schedule: tuple[Stretch, ...] = ()
     budget: str = ""
+    counted: str = "samples"
 
     def __str__(self) -> str:
         rows = [
@@ -89,7 +91,7 @@ class PrivacyStatement:
             ("adjacency", self.adjacency),
             ("sampling used", self.sampling_used),
             ("sampling assumed", self.sampling_assumed),
-            ("samples", str(self.samples)),
+            (self.counted, str(self.samples)),
             ("sampling rate", f"{self.sampling_rate:.6g}"),
             ("steps", str(self.steps)),
             ("noise multiplier", f"{self.noise_multiplier:g} (times the clip norm)"),
@@ -121,10 +123,10 @@ class PrivacyStatement:
 
 
 ADJACENCY = (
-    "add or remove one sample: its gradient is there or is zero, while the number of samples, the sampling rate and the expected "
+    "add or remove one {unit}: its gradient is there or is zero, while the number of {unit}s, the sampling rate and the expected "
     "batch size, which divides the sum, are the same public numbers for both data sets (zero-out adjacency)"
 )
-"""Which pairs of data sets are compared.
+"""Which pairs of data sets are compared, of a unit that is a sample or a person.
 
 Rate and divisor follow from the number of samples N. They are the same for neighbours, so that neighbours are data sets of N
 indices of which one may be empty: definition 1.1 of Kairouz et al. 2021, https://arxiv.org/abs/2103.00039, and

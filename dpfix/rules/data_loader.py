@@ -26,6 +26,7 @@ from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.people import people_of
 from dpfix.sampling.poisson import unrecorded
 from dpfix.sampling.records import repeated
 from dpfix.scan.scan import Scan
@@ -118,7 +119,7 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
         problems = _order_on_ranks(loader, ranks)
         if scan.privacy.poisson_sampling:
             problems = _sampler(loader, ranks, ordered=scan.privacy.sampling == "shuffle")
-        yield from islice(chain(problems, _one_record_several_times(loader)), 1)
+        yield from islice(chain(problems, _one_record_several_times(loader), _items_in_place_of_persons(scan)), 1)
 
 
 def _nothing_to_deliver(loader: DataLoader[Any]) -> _Problem | None:
@@ -217,8 +218,18 @@ def _one_record_several_times(loader: DataLoader[Any]) -> Iterator[_Problem]:
         f"a batch can hold the copies together: that record then moves the released sum by {found.times} clip norms, and the "
         "accountant counts one.",
         "keep every index once (dict.fromkeys(indices)) and weight the loss per sample instead; for copies with other "
-        "transforms pass augmentation=dpfix.AugmentationMultiplicity(transform).",
+        "transforms pass augmentation=dpfix.AugmentationMultiplicity(transform). With privacy_unit= all that a person has "
+        "counts as one, copies too.",
     )
+
+
+def _items_in_place_of_persons(scan: Scan) -> Iterator[_Problem]:
+    if scan.privacy.privacy_unit is not None and people_of(scan.data_loader) is None:
+        yield (
+            "data_loader draws items, and privacy_unit= asks for persons.",
+            "who has several items would be clipped once for each of them.",
+            "use a DataLoader with batch_size over a data set with a length, and no sampler of its own.",
+        )
 
 
 def _where(loader: DataLoader[Any]) -> str:

@@ -8,12 +8,13 @@ for clipping, for sampling and for accounting, so they cost time and no privacy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from dpfix.errors import ArgumentError
+from dpfix.layout.row_count import UnitItems, is_rows
 
 
 class AugmentationMultiplicity:
@@ -57,16 +58,18 @@ class AugmentationMultiplicity:
         """The views of one sample.
 
         Args:
-            item: what the dataset returns for an index.
+            item: what the dataset returns for an index, or the items of a person.
 
         Returns:
             Rows to be collated; ``k`` of them, or as many as the transform makes.
         """
         self._seed_worker()
-        rows = item if is_rows(item) else [item]
+        items = item if isinstance(item, UnitItems) else [item]
+        rows = [row for one in items for row in (one if is_rows(one) else [one])]
         made = [list(rows)] if self.identity else []
         made += [[out for row in rows for out in self._view(copy.deepcopy(row))] for _ in range(self.k - len(made))]
-        return [row for view in made for row in view]
+        views = (row for view in made for row in view)
+        return UnitItems(views) if isinstance(item, UnitItems) else list(views)
 
     def for_probe(self) -> AugmentationMultiplicity:
         """The same for a trial, which must not advance the random state that MONAI's transforms have of their own.
@@ -96,12 +99,3 @@ class AugmentationMultiplicity:
         if worker is not None and set_state is not None and self._seeded != worker.seed:
             self._seeded = worker.seed
             set_state(seed=worker.seed % 2**32)
-
-
-def is_rows(item: Any) -> bool:
-    """Whether what a dataset returns for an index is a list of rows already, as MONAI's random crops return them.
-
-    Returns:
-        True for a list of mappings; a list ``[image, label]`` is a single row.
-    """
-    return isinstance(item, list) and bool(item) and all(isinstance(row, Mapping) for row in item)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from dpfix.distributed import digest
 from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
+from dpfix.sampling.people import People
 from dpfix.sampling.rate import index_set
 
 READS = 6
@@ -27,6 +28,11 @@ def data_fingerprint(loader: DataLoader[Any]) -> dict[str, str | bytes]:
     indices = index_set(loader)
     found: dict[str, str | bytes] = {"the list of indices to draw from": digest(torch.as_tensor(indices))}
     dataset: Any = loader.dataset
+    if isinstance(dataset, People):
+        found["who the items belong to"] = digest(torch.as_tensor(dataset.indices)) + digest(
+            torch.as_tensor(dataset.sizes)
+        )
+        dataset = dataset.dataset
     while isinstance(dataset, Subset):
         found[f"the list of indices of Subset {len(found)}"] = digest(torch.as_tensor(list(dataset.indices)))
         dataset = dataset.dataset

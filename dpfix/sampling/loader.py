@@ -119,7 +119,7 @@ class PrivateDataLoader(DPDataLoader):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         collate = self.collate_fn
-        counting = isinstance(collate, CollateOrPlaceholder) and collate.row_counter is not None and self.most is None
+        counting = isinstance(collate, CollateOrPlaceholder) and collate.row_counter is not None
         begun = self.ledger.expect(self.most)
         try:
             if counting:

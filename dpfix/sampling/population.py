@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument.rng import rng_untouched
 from dpfix.sampling.fingerprint import READS, constants
+from dpfix.sampling.people import items_behind, people_of
 from dpfix.sampling.rate import index_set
 from dpfix.sampling.records import looks_up_as
 
@@ -26,7 +27,11 @@ class Population:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._parts = [_Part(*part) for part in _parts(loader.dataset, np.asarray(index_set(loader)))]
+        people, indices = people_of(loader), np.asarray(index_set(loader))
+        whose = indices
+        if people is not None:
+            indices, whose = people.indices_and_persons(indices)
+        self._parts = [_Part(*part) for part in _parts(items_behind(loader.dataset), indices, whose)]
 
     @property
     def samples(self) -> int:
@@ -45,15 +50,26 @@ class Population:
         """
         return any(mine.shares(its) for mine in self._parts for its in other._parts)
 
+    def splits_a_unit_of(self, other: Population) -> bool:
+        """Whether what is one unit of another population (a person) is several of this one.
+
+        Returns:
+            ``True`` if what was accounted for these says too little about that one; ``False`` where no record is in both.
+        """
+        return any(mine.splits(its) for mine in self._parts for its in other._parts)
+
 
 class _Part:
     """A data set that is no wrapper of torch's, and the indices of it that are drawn."""
 
-    def __init__(self, dataset: Any, indices: np.ndarray) -> None:
+    def __init__(self, dataset: Any, indices: np.ndarray, whose: np.ndarray) -> None:
         self.dataset = _weak(dataset)
         self.kind = type(dataset).__qualname__, len(dataset) if isinstance(dataset, Sized) else None
         drawn = np.unique(indices)
         self._drawn = None if len(drawn) == self.kind[1] else drawn  # all of a large data set need no list
+        units = np.unique(whose)
+        first = np.unique(indices, return_index=True)[1]
+        self._whose = whose[first] if len(units) < len(whose) else None  # nobody has several items
 
     @property
     def indices(self) -> np.ndarray:
@@ -61,6 +77,15 @@ class _Part:
 
     def shares(self, other: _Part) -> bool:
         return bool(np.isin(self.indices, other.indices).any()) and self._same(other)
+
+    def splits(self, other: _Part) -> bool:
+        """Whether two items of one unit of the other part belong to two units here."""
+        if other._whose is None or not self.shares(other):
+            return False
+        _, here, there = np.intersect1d(self.indices, other.indices, assume_unique=True, return_indices=True)
+        mine = here if self._whose is None else self._whose[here]
+        pairs = np.unique(np.stack([other._whose[there], mine], 1), axis=0)
+        return len(pairs) > len(np.unique(other._whose[there]))
 
     def _same(self, other: _Part) -> bool:
         mine, its = self.dataset(), other.dataset()
@@ -76,23 +101,24 @@ def _weak(dataset: Any) -> Callable[[], Any]:
         return lambda: None
 
 
-def _parts(dataset: Any, indices: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """The data sets below torch's wrappers, each with those of its indices that these indices stand for."""
+def _parts(dataset: Any, indices: np.ndarray, whose: np.ndarray) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """The data sets below torch's wrappers, each with those of its indices that these indices stand for, and whose they are."""
     if hasattr(dataset, "__len__"):
         indices = np.where(indices < 0, indices + len(dataset), indices)
     if looks_up_as(dataset, Subset) and _whole(dataset.indices):
-        yield from _parts(dataset.dataset, np.asarray(dataset.indices)[indices])
+        yield from _parts(dataset.dataset, np.asarray(dataset.indices)[indices], whose)
     elif looks_up_as(dataset, ConcatDataset):
         ends = np.asarray(dataset.cumulative_sizes)
         of = np.searchsorted(ends, indices, side="right")
         for number, part in enumerate(dataset.datasets):
-            yield from _parts(part, indices[of == number] - (ends[number - 1] if number else 0))
+            its = of == number
+            yield from _parts(part, indices[its] - (ends[number - 1] if number else 0), whose[its])
     elif looks_up_as(dataset, StackDataset):
         parts: Any = dataset.datasets
         for part in parts.values() if isinstance(parts, dict) else parts:
-            yield from _parts(part, indices)
+            yield from _parts(part, indices, whose)
     else:
-        yield dataset, indices
+        yield dataset, indices, whose
 
 
 def _whole(indices: Any) -> bool:

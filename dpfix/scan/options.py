@@ -31,6 +31,8 @@ class PrivacyOptions:
         sampling: how batches are drawn: one of ``SAMPLINGS``; ``None`` until it follows from ``poisson_sampling``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         augmentation: makes several views of every sample, if that is asked for.
+        privacy_unit: who an item belongs to, as it was given; a :class:`~dpfix.sampling.people.People` once it is known.
+        items_per_unit: items of a person in a batch at most, or ``None``.
         norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"``; the
             released model is another one for each.
         noise_generator: the script's source of the noise, or ``None``.
@@ -45,6 +47,8 @@ class PrivacyOptions:
     sampling: Any
     loss_reduction: str
     augmentation: AugmentationMultiplicity | None = field(repr=False)  # it shows an address, which no two ranks share
+    privacy_unit: Any = field(repr=False)  # names of persons; ranks compare them by the data's fingerprint
+    items_per_unit: Any
     norm: str
     noise_generator: Any = field(repr=False)
     seed: int | None = field(repr=False)  # who knows it can compute the noise

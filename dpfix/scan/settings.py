@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dpfix.sampling.people import People, people_of
 from dpfix.sampling.rate import batch_size, index_set, largest_batch, sample_rate
 from dpfix.scan.request import Request
 
@@ -17,7 +18,7 @@ def settings(request: Request, noise_multiplier: float | None, *, secure: bool) 
     Returns:
         What they are, by name.
     """
-    loader, privacy = request.data_loader, request.privacy
+    loader, privacy, people = request.data_loader, request.privacy, people_of(request.data_loader)
     several = {} if request.views == 1 else {"views per sample": str(request.views)}
     if request.ranks.size > 1:
         several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
@@ -25,12 +26,21 @@ def settings(request: Request, noise_multiplier: float | None, *, secure: bool) 
         "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
         "clip norm": str(privacy.max_grad_norm),
         "clipping": privacy.clipping,
-        "samples": str(len(index_set(loader))),
+        **({"samples": str(len(index_set(loader)))} if people is None else _persons(people)),
         "sampling": _sampling(request),
-        "expected batch size": f"{batch_size(loader):g}",
+        "expected batch size": f"{batch_size(loader):g}" + ("" if people is None else " persons"),
         "loss reduction": privacy.loss_reduction,
         **several,
         "randomness": _randomness(request, secure),
+    }
+
+
+def _persons(people: People) -> dict[str, str]:
+    """Who is drawn, in words."""
+    most = "all" if people.most is None else f"at most {people.most}, drawn at random"
+    return {
+        "persons": f"{len(people)} ({people.describe()}), by {people.words}",
+        "items of a person in a batch": f"{most}; their gradients are averaged before clipping",
     }
 
 

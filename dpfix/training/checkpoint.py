@@ -199,6 +199,7 @@ _SAME = {
     "fixed_norms": "the BatchNorm layers that are in eval()",
     "loss_reduction": "the loss reduction",
     "views": "the number of views per sample",
+    "per_person": "whether a sample is a person",
     "weighted_by_rows": "whether a sample weighs as much as it has rows",
 }
 """Parts of a plan in which another one is another training, in words."""

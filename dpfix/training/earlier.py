@@ -10,6 +10,7 @@ from opacus import PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dpfix.errors import ArgumentError
 from dpfix.instrument.source import warn_user
 from dpfix.report.finding import Finding
 from dpfix.sampling.population import Population
@@ -29,11 +30,13 @@ class Earlier:
         held: by the model's parameters.
         loaded: as the state says that was loaded into the optimizer.
         others: further steps of that state.
+        here: the records that the call draws from.
     """
 
     held: list[Releases]
     loaded: list[Releases]
     others: Settings
+    here: Population
 
     @property
     def releases(self) -> list[Releases]:
@@ -47,8 +50,15 @@ class Earlier:
             Noise multiplier, sampling rate and number of steps of every entry.
 
         Raises:
-            ArgumentError: the accountant cannot add up steps of several settings.
+            ArgumentError: the accountant cannot add up steps of several settings, or steps that were counted for other units.
         """
+        counted = [r for r in book_of(engine).trainings.values() if r.data is not None and r.steps]
+        for r in [*self.held, *counted]:
+            if r.data is not None and r.data.splits_a_unit_of(self.here):
+                refuse_other_units(r.steps, "were accounted for each item of a person alone", "accounts for persons")
+        for r in counted:
+            if r.data is not None and self.here.splits_a_unit_of(r.data):
+                refuse_other_units(r.steps, "were accounted for persons", "accounts for each item alone")
         return book_of(engine).united(engine.accountant, self.releases, self.others)
 
     def carry_on(self, engine: PrivacyEngine, optimizer: Any, given: bool) -> tuple[Finding, ...]:
@@ -101,7 +111,26 @@ def earlier_releases(module: nn.Module, optimizer: Any, loader: DataLoader[Any])
     held = [r for r in lineage_of(module) if r.data is None or here.overlaps(r.data)]
     entry = entry_of({"param_groups": optimizer.param_groups})
     loaded, others = ([], Settings()) if entry is None else read_state(entry)
-    return Earlier(held, [replace(r, data=here) for r in loaded], others)
+    return Earlier(held, [replace(r, data=here) for r in loaded], others, here)
+
+
+def refuse_other_units(steps: int, before: str, now: str) -> None:
+    """Steps that were counted for other units than the call's cannot be added up with it.
+
+    Args:
+        steps: how many they are.
+        before: how they were counted, in words.
+        now: what the call does, in words.
+
+    Raises:
+        ArgumentError: always.
+    """
+    raise ArgumentError(
+        f"privacy_unit: {steps} steps on the same data {before}, and this call {now}.",
+        "One epsilon cannot speak of both: what a person's items lose one by one is less than what she loses.",
+        "Name the same persons in every call, or begin anew with a model that is not trained yet and a new privacy_engine.",
+        path="privacy_unit",
+    )
 
 
 # ------------------------------------------------------------------ the state of an optimizer

@@ -29,6 +29,7 @@ from dpfix.sampling.collate import CollateOrPlaceholder, KnownRows, Placeholder,
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.loader import PrivateDataLoader, split_by_draws
 from dpfix.sampling.own_loader import Deliveries
+from dpfix.sampling.people import items_behind
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
@@ -96,12 +97,14 @@ class Originals:
     Attributes:
         module: the repaired model.
         optimizer: the user's optimizer.
-        data_loader: the user's loader.
+        data_loader: the user's loader, or one of persons in its place.
+        given_loader: the loader that the script has.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     data_loader: DataLoader[Any]
+    given_loader: DataLoader[Any]
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def hand_off(
         calls = RealCalls(module, prepared, private_optimizer, decided.decide, told=decided.told)
         vars(prepared)["real_calls"] = vars(private_optimizer)["real_calls"] = calls
         calls.put_in()
-    replace_loader(module, originals.data_loader, loader)
+    replace_loader(module, originals.given_loader, loader)
     return prepared, private_optimizer, loader
 
 
@@ -239,7 +242,7 @@ def _shell(module: nn.Module, ranks: Ranks) -> nn.Module:
 def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
     """One accountant speaks about one dataset; Opacus prints both datasets, dpfix says what it means."""
     known = privacy_engine.dataset
-    if known is not None and known is not loader.dataset:
+    if known is not None and items_behind(known) is not items_behind(loader.dataset):
         warn_user(
             f"privacy_engine already accounts for another dataset ({type(known).__name__}, {len(known)} samples); data_loader "
             f"reads {type(loader.dataset).__name__}. Its epsilon adds up the steps on both, which is right only if they are "

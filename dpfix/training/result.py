@@ -9,8 +9,9 @@ from opacus import PrivacyEngine
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.report.report import Report
-from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, UNIT, PrivacyStatement
+from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, PrivacyStatement
 from dpfix.sampling.inner_loader import inner_loader
+from dpfix.sampling.people import unit_in_words, unit_of
 from dpfix.sampling.rate import BY_CHANCE, accounted_rate, index_set, sampling_of
 from dpfix.scan.arguments import check_delta
 from dpfix.training.accounting import accounted_steps
@@ -74,7 +75,7 @@ class PrivateTraining(tuple[Any, ...]):
         steps, with a warning.
 
         Args:
-            delta: probability in (0, 1) that the bound does not hold; smaller than 1 / number of samples.
+            delta: probability in (0, 1) that the bound does not hold; smaller than 1 / number of samples, or of persons.
             alphas: orders of Renyi accounting; Opacus's if not given.
             eps_error: by how much the PRV accountant may overstate epsilon; 0.01 if not given.
             delta_error: what it may use up of delta; a thousandth if not given.
@@ -87,10 +88,11 @@ class PrivateTraining(tuple[Any, ...]):
         """
         delta = check_delta(delta)
         accuracy = Accuracy.of(delta, alphas=alphas, eps_error=eps_error, delta_error=delta_error)
-        samples = len(index_set(inner_loader(self[-1])))
+        loader = inner_loader(self[-1])
+        samples, unit = len(index_set(loader)), unit_of(loader)
         if delta >= 1 / samples:
             warn_user(
-                f"delta={delta:g} is not smaller than 1 / number of samples = {1 / samples:.2g}: publishing one random sample "
+                f"delta={delta:g} is not smaller than 1 / number of {unit}s = {1 / samples:.2g}: publishing one random {unit} "
                 "would satisfy such a bound. Use a smaller delta."
             )
         return spent(settled(self.privacy_engine), delta, accuracy).epsilon
@@ -107,10 +109,10 @@ class PrivateTraining(tuple[Any, ...]):
         delta = check_delta(delta)
         optimizer, loader = self[1], inner_loader(self[-1])
         sampling = sampling_of(loader)
-        samples = len(index_set(loader))
+        samples, unit = len(index_set(loader)), unit_of(loader)
         cautions = []
         if delta >= 1 / samples:
-            cautions.append(f"delta is not below 1 / samples = {1 / samples:.2g}; such a bound means little")
+            cautions.append(f"delta is not below 1 / {unit}s = {1 / samples:.2g}; such a bound means little")
         if sampling not in BY_CHANCE:
             cautions.append(
                 "batches were not Poisson samples: nothing is gained by chance, and epsilon is larger for it"
@@ -132,8 +134,8 @@ class PrivateTraining(tuple[Any, ...]):
         return PrivacyStatement(
             epsilon=loss.epsilon,
             delta=delta,
-            unit=UNIT,
-            adjacency=ADJACENCY,
+            unit=unit_in_words(loader),
+            adjacency=ADJACENCY.format(unit=unit),
             sampling_used=SAMPLING[sampling][0],
             sampling_assumed=SAMPLING[sampling][1],
             samples=samples,
@@ -147,4 +149,5 @@ class PrivateTraining(tuple[Any, ...]):
             cautions=tuple(cautions),
             schedule=tuple(book_of(engine).stretches()),
             budget="" if spender is None else spender.cited(),
+            counted=f"{unit}s",
         )

@@ -21,7 +21,8 @@ from opacus import PrivacyEngine
 
 from dpfix.errors import ArgumentError, BudgetError
 from dpfix.instrument.source import warn_user
-from dpfix.report.statement import NOT_COVERED, SELECTION, SELECTION_WITH_BUDGET, UNIT
+from dpfix.report.statement import NOT_COVERED, SELECTION, SELECTION_WITH_BUDGET
+from dpfix.sampling.people import unit_in_words
 from dpfix.sampling.population import Population
 from dpfix.scan.request import Request
 from dpfix.scan.values import shown
@@ -44,6 +45,7 @@ class Spender:
     Args:
         account: of the budget of the data.
         samples: number of records of the training's data set.
+        unit: whose privacy the training is about, in words.
         model: class name of the model.
         earlier: other trainings whose releases the model holds; those that the file does not know are written too.
 
@@ -59,6 +61,7 @@ class Spender:
         "_earlier",
         "_model",
         "_samples",
+        "_unit",
         "_used",
         "_writes",
         "account",
@@ -67,8 +70,8 @@ class Spender:
         "process",
     )
 
-    def __init__(self, account: Account, samples: int, model: str, earlier: Iterable[Releases] = ()) -> None:
-        self.account, self._samples, self._model = account, samples, model
+    def __init__(self, account: Account, samples: int, unit: str, model: str, earlier: Iterable[Releases] = ()) -> None:
+        self.account, self._samples, self._unit, self._model = account, samples, unit, model
         self._earlier = list(earlier)
         self.name, self.process, self.over = "", os.getpid(), False
         self._begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -105,7 +108,7 @@ class Spender:
             What writes for it; another one than this where a fork goes on with a training.
         """
         if self.name:
-            return Spender(self.account, self._samples, self._model, self._earlier).begin(name)
+            return Spender(self.account, self._samples, self._unit, self._model, self._earlier).begin(name)
         atexit.unregister(_at_exit)
         atexit.register(_at_exit)
         self.name, self.process = name, os.getpid()
@@ -253,12 +256,12 @@ class Spender:
 
     def _checked(self, content: Content) -> Content:
         if content.samples is None:
-            content = replace(content, samples=self._samples, unit=UNIT)
+            content = replace(content, samples=self._samples, unit=self._unit)
         fits = self._samples <= content.samples if content.parts else self._samples == content.samples  # type: ignore[operator]
-        if not fits or (content.unit and content.unit != UNIT):
+        if not fits or (content.unit and content.unit != self._unit):
             raise BudgetError(
-                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: {content.unit or UNIT}), and "
-                f"data_loader reads a data set of {self._samples} (unit: {UNIT}).",
+                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: {content.unit or self._unit}), and "
+                f"data_loader reads a data set of {self._samples} (unit: {self._unit}).",
                 "A budget speaks about one data set.",
                 "Name the file of this data set. Where both are parts of one data set, say once how many records that has: "
                 "dpfix.Budget(path, samples=...).",
@@ -269,7 +272,7 @@ class Spender:
             known = content.trainings.get(r.name)
             if r.steps and r.name != self.name and (known is None or known.steps < r.steps):
                 unknown[r.name] = Line("(trained before)", "", tuple(counted(history_of([r]))))
-        return replace(content, unit=content.unit or UNIT).with_lines(unknown)
+        return replace(content, unit=content.unit or self._unit).with_lines(unknown)
 
 
 def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: Iterable[Releases]) -> Spender | None:
@@ -298,7 +301,8 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: I
     here = Population(request.data_loader)
     known = sorted((*book_of(engine).trainings.values(), *earlier), key=lambda r: r.steps)
     same = {r.name: r for r in known if r.data is None or here.overlaps(r.data)}  # the longest one of every name
-    return Spender(budget._account, here.samples, type(request.module).__name__, same.values())
+    unit = unit_in_words(request.data_loader)
+    return Spender(budget._account, here.samples, unit, type(request.module).__name__, same.values())
 
 
 def _at_exit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -358,3 +359,42 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monke
         with warnings.catch_warnings():
             exec(compile("\n" * line + block[1], "docs/huggingface.md", "exec"), namespace)
     assert "privacy statement" in capsys.readouterr().out
+
+
+OWNERS = [i % 5 if i < 12 else 5 + i % 3 for i in range(24)]
+
+
+def test_persons_are_drawn_and_averaged(tmp_path: Path) -> None:
+    """Named by a key that the model does not take."""
+    torch.manual_seed(0)
+    model, data = bert(), [{**sample, "user": owner} for sample, owner in zip(two_classes(), OWNERS, strict=True)]
+    plain, drawn = copy.deepcopy(model), list[list[Sample]]()
+
+    def collate(items: list[Sample]) -> dict[str, Tensor]:
+        drawn.append(items)
+        return padded(items)
+
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd",
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
+    private = huggingface.make_private(
+        trainer, noise_multiplier=0.0, max_grad_norm=CLIP, cache=False, privacy_unit="user", seed=1
+    )
+    drawn.clear()
+    trainer.train()
+    items, by_person = max(drawn, key=len), []
+    of = [next(o for s, o in zip(data, OWNERS, strict=True) if s["input_ids"] == i["input_ids"]) for i in items]
+    assert sorted(of) == sorted(o for o in OWNERS if o in of) and len(set(of)) > 1
+    for owner in set(of):
+        each = gradients_one_by_one(
+            plain.train(), own_loss, [padded([i]) for i, o in zip(items, of, strict=True) if o == owner]
+        )
+        by_person.append({n: torch.stack([g[n] for g in each]).mean(0) for n in each[0]})
+    wanted = clipped_sum(by_person, CLIP)
+    moved = [(p - q).detach() for p, q in zip(plain.parameters(), model.parameters(), strict=True)]
+    error = sum(float((m - w.float() / 3).square().sum()) for m, w in zip(moved, wanted.values(), strict=True))
+    assert error**0.5 < 1e-3 * sum(float((w / 3).square().sum()) for w in wanted.values()) ** 0.5
+    assert private.plan.engine == "bookkeeping"
+    assert private.statement(1e-3).counted == "persons" and private.report.settings["persons"].startswith("8 (24 items")

@@ -299,3 +299,11 @@ def test_fabric(call_first: bool, precision: Any) -> None:
         optimizer.step()
     statement = private.statement(DELTA)
     assert statement.steps == 4 and statement.sampling_used == "Poisson"
+
+
+def test_the_callback_draws_persons(tmp_path: Path) -> None:
+    owners = [i % 5 if i < 12 else 5 + i % 3 for i in range(24)]
+    callback, _ = fit(tmp_path, Classifier(), private={"privacy_unit": owners, "items_per_unit": 2})
+    statement = callback.statement()
+    assert (statement.counted, statement.samples, statement.delta) == ("persons", 8, 0.1 / 8)
+    assert statement.sampling_rate == 6 / 8 and statement.steps == 4

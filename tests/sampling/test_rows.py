@@ -172,17 +172,33 @@ def test_a_foreign_batch_of_varying_rows_is_refused() -> None:
     model = convolutional().double()
     data = Crops((2, 8, 8), COUNTS)
     own = DataLoader(data, batch_size=SAMPLES, collate_fn=list_data_collate)
-    private, optimizer, loader = dpfix.make_private_safe(
+    private, _, _ = dpfix.make_private_safe(
         module=model, optimizer=sgd(model), data_loader=own, noise_multiplier=1.0, max_grad_norm=1.0,
         training_step=on_crops,
     )  # fmt: skip
     with pytest.raises(dpfix.PlanBrokenError, match="Train on the batches of the returned data_loader"):
         on_crops(private, next(iter(own)))
-    with (
-        BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as small,
-        pytest.raises(dpfix.PlanBrokenError, match="without a BatchMemoryManager"),
-    ):
-        on_crops(private, next(iter(small)))
+
+
+@pytest.mark.parametrize("physical", [1, 2, 4])
+@pytest.mark.parametrize("engine", OWN)
+def test_a_memory_manager_splits_samples_with_different_numbers_of_rows(engine: str, physical: int) -> None:
+    torch.manual_seed(0)
+    model = convolutional().double()
+    plain, data = copy.deepcopy(model), Crops((2, 8, 8), COUNTS)
+    private, optimizer, loader = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model), noise_multiplier=0.0, max_grad_norm=0.3, training_step=on_crops,
+        data_loader=DataLoader(data, batch_size=SAMPLES, collate_fn=list_data_collate), grad_sample_mode=engine, cache=False,
+    )  # fmt: skip
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer) as small:
+        for batch in small:
+            optimizer.zero_grad()
+            on_crops(private, batch).backward()
+            optimizer.step()
+    rows = [list_data_collate([[row]]) for item in data.items for row in item]
+    wanted = clipped_sum(averaged(plain, rows, COUNTS, on_crops), 0.3)
+    moved = {n: (p - dict(model.named_parameters())[n]).detach() * SAMPLES for n, p in plain.named_parameters()}
+    assert relative_error(moved, wanted) < 1e-9
 
 
 @pytest.mark.parametrize("extra", [2, 1, -1, -2])

@@ -199,14 +199,16 @@ class LayerForward(ReplacedForward):
         return apply(self.rule, self.module, x, where, weight=weight, bias=bias)
 
     def _placed(self, x: torch.Tensor, layout: SampleDim | None, samples: int) -> tuple[torch.Tensor, Rows]:
-        # An input that is the same for all samples (positions) is given to each of them.
+        # An input that is the same for all samples (positions) is given to each row of them.
         if layout is not None:
             return x, rows.rows_of(x, layout, samples)
         batch = x.shape[0] == 1 if x.dim() > max(1, self.rule.features or 0) else False
         if not batch and self.rule.features is None:
             raise NotImplementedError(f"`{self.path}` is called with a batch that does not depend on the samples")
         whole = x if batch else x.unsqueeze(0)
-        return whole.expand(samples, *whole.shape[1:]), Rows(samples)
+        plan, counts = self.handle.plan, self.handle.counts() if self.handle.plan.per_person else ()
+        number = sum(counts) or samples * plan.views
+        return whole.expand(number, *whole.shape[1:]), Rows(samples, counts=counts)
 
 
 def sources(module: nn.Module) -> tuple[nn.Parameter, ...]:

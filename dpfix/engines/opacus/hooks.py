@@ -293,7 +293,7 @@ class HooksHandle(Handle):
             )
         rows = Rows(samples, 0, layout.interleaved).split(gradients)
         # With a mean, every gradient was multiplied with the number of rows, instead of the number of samples.
-        return rows.mean(1) if self.plan.loss_reduction == "mean" else rows.sum(1) * self.plan.share
+        return rows.mean(1) if self.plan.loss_reduction == "mean" else rows.sum(1) * self.plan.share()
 
 
 def _as_lists(gathered: dict[nn.Parameter, list[torch.Tensor]], iterations: int) -> list[int]:

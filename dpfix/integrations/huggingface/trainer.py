@@ -15,6 +15,7 @@ from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LossError, MisuseError, TrainingStepError
 from dpfix.integrations.huggingface.losses import MeansInside, SampleBySample, loss_of
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.sampling.unit_names import column
 from dpfix.training.result import PrivateTraining
 
 Way = MeansInside | SampleBySample
@@ -115,6 +116,12 @@ class TrainerInPrivate:
         self.private = _with(private, _finding(trainer, way)) if way.changed else private
         return self.private
 
+    def _names(self) -> dict[str, Any]:
+        """Names under a column of the training data: a Trainer takes columns that the model does not know out of its loader."""
+        unit = self._arguments.get("privacy_unit")
+        names = column(self._trainer.train_dataset, unit) if isinstance(unit, str) else None
+        return {} if names is None else {"privacy_unit": names}
+
     def _first_right_way(self, optimizer: Any, loader: Any) -> tuple[PrivateTraining, Way]:
         refused: list[LossError | TrainingStepError] = []
         for way in (MeansInside(), SampleBySample()):
@@ -126,7 +133,7 @@ class TrainerInPrivate:
                     data_loader=loader,
                     training_step=_Step(self._trainer, self._loss, way),
                     wrap_model=False,
-                    **self._arguments,
+                    **(self._arguments | self._names()),
                 )
             except (LossError, TrainingStepError) as error:
                 take_off()

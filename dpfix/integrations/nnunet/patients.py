@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from dpfix.errors import LoaderError
 from dpfix.instrument import pytree
+from dpfix.sampling.people import People
+from dpfix.sampling.unit_names import names_of
 
 
 def stock_loader(augmenter: Any) -> Any:
@@ -54,17 +56,17 @@ class PatientPatches(Dataset[dict[str, Any]]):
         loader.batch_size = patches
         if patches == 1:  # else the last patch of every patient is one with foreground, as in nnU-Net's batches
             loader.get_do_oversample = loader._probabilistic_oversampling
-        self.cases: dict[str, list[str]] = {}
-        for case in loader.indices:
-            self.cases.setdefault(patient_of(case), []).append(case)
-        self.patients = list(self.cases)
+        cases = list(loader.indices)
+        names = names_of(cases, range(len(cases)), [patient_of(case) for case in cases])
+        self.people = People(cases, range(len(cases)), names)
+        self.patients = self.people.names
 
     def __len__(self) -> int:
         return len(self.patients)
 
     @override
     def __getitem__(self, index: int) -> dict[str, Any]:
-        cases = self.cases[self.patients[index]]
+        cases = self.people[index]
         drawn = [cases[np.random.randint(len(cases))] for _ in range(self.patches)] if len(cases) > 1 else cases
         one = copy.copy(self.loader)
         one.get_indices = lambda: (drawn * self.patches)[: self.patches]

@@ -16,10 +16,12 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, outside_states
 from dpfix.instrument.own_generators import drawing, generators_of, states_of
 from dpfix.instrument.rng import generator_states, rng_untouched
+from dpfix.layout.row_count import UnitItems
 from dpfix.layout.rows import Rows, says_an_order
 from dpfix.training.follow import messages
 from dpfix.training.follow.agenda import SHARE, Agenda
 from dpfix.training.follow.delivery import BatchLayout, leaves_of, part_at
+from dpfix.training.follow.row_order import moved
 
 Collate = Callable[[list[Any]], Any]
 
@@ -82,6 +84,10 @@ class Collation:
         if items is None or not self._layout.known:
             return
         generators = generators_of(collate)
+        if any(isinstance(item, UnitItems) for item in items):
+            self._look_at_order(collate, items, generators, draws[0])
+        if self._layout.by_row:
+            items = [item.one_row() for item in items]
         for number, draw in enumerate(draws):
             keep, other, third = (items[(number + k) % len(items)] for k in range(3))
             place = self._agenda.draw.randrange(SIZE)
@@ -98,10 +104,27 @@ class Collation:
                 continue
             self._conclude(found, collate)
 
+    def _look_at_order(self, collate: Collate, items: Sequence[Any], generators: Any, draw: Draw) -> None:
+        """Items of a person have to stay together: the engine takes the rows at their places for hers."""
+        try:
+            whole, *ones = (
+                _make(collate, batch, generators, draw) for batch in (list(items), *([item] for item in items))
+            )
+            repeats = whole.drawn or _repeats(collate, list(items), generators, draw, whole)
+        except USER_CODE_ERRORS:
+            return
+        found: list[tuple[bool, bool]] = []
+        for path, dim in self._layout.tensors.items():
+            leaf, *parts = (part_at(made.batch, path) for made in (whole, *ones))
+            if all(isinstance(part, (torch.Tensor, np.ndarray)) for part in (leaf, *parts)):
+                tensors = [_tensor(part) for part in parts]
+                found.append(moved(_tensor(leaf), tensors, dim.dim, lambda a, b: _leaf_gap(a, b) is None))
+        if repeats and any(elsewhere and (none_kept or not whole.drawn) for elsewhere, none_kept in found):
+            raise messages.moved_by_collation(_users(collate))
+
     def _conclude(self, found: _Mixed | _Whole, collate: Collate) -> None:
         if isinstance(found, _Mixed):
-            users = getattr(getattr(collate, "__self__", collate), "collate", collate)
-            raise messages.coupled_collation(found.gap, found.path, users)
+            raise messages.coupled_collation(found.gap, found.path, _users(collate))
         self._layout.of_all.update(found.paths)
 
     def _compare(self, one: _Made, other: _Made) -> _Mixed | _Whole | None:
@@ -165,6 +188,14 @@ class _Mixed:
 @dataclass(frozen=True)
 class _Whole:
     paths: list[pytree.Path]
+
+
+def _users(collate: Collate) -> Any:
+    """The script's own function inside of those that call it."""
+    collate = getattr(collate, "__self__", collate)
+    while hasattr(collate, "collate"):
+        collate = collate.collate
+    return collate
 
 
 def _copied(items: Sequence[Any]) -> list[Any] | None:

@@ -13,6 +13,7 @@ import torch
 
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
+from dpfix.layout.row_count import UnitItems
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe.probe import Probe
@@ -30,11 +31,13 @@ class BatchLayout:
         tensors: how every tensor or array does, by its path; one that is not here carries none, or cannot be told.
         lists: paths of lists with one entry per sample.
         of_all: paths of numbers and tensors that are no rows and were seen to depend on which samples there are; it grows.
+        by_row: whether a sample is one row here: persons have different numbers of items.
     """
 
     tensors: Mapping[pytree.Path, SampleDim] = field(default_factory=dict)
     lists: frozenset[pytree.Path] = frozenset()
     of_all: set[pytree.Path] = field(default_factory=set)
+    by_row: bool = False
 
     @property
     def known(self) -> bool:
@@ -54,14 +57,17 @@ class BatchLayout:
         Returns:
             The layout; empty if the collate function takes no copies.
         """
+        item, by_row = probe.items[0], len({item.rows for item in probe.items if isinstance(item, UnitItems)}) > 1
+        if by_row:
+            item = item.one_row()
         try:
-            more, fewer = (probe.collate([copy.deepcopy(probe.items[0]) for _ in range(n)]) for n in _COPIES)
+            more, fewer = (probe.collate([copy.deepcopy(item) for _ in range(n)]) for n in _COPIES)
         except USER_CODE_ERRORS:
             return cls()
         tensors: dict[pytree.Path, SampleDim] = {}
         lists: set[pytree.Path] = set()
         _compare(more, fewer, (), tensors, lists)
-        return cls(tensors, frozenset(lists))
+        return cls(tensors, frozenset(lists), by_row=by_row)
 
     def samples(self, batch: Any) -> int | None:
         """Number of samples in a batch of the loader; ``None`` if it cannot be told."""

@@ -40,7 +40,7 @@ class Coupling:
     """A sample feels the others.
 
     Attributes:
-        where: ``"input"`` (what the model is called with), ``"model"`` or ``"loss"``.
+        where: ``"input"`` (what the model is called with), ``"model"``, ``"loss"``, or ``"order"`` (rows have moved).
         gap: by how much its part changes, relatively.
         number: the call of the model, for ``"input"`` and ``"model"``.
         path: the argument, for ``"input"``.
@@ -103,12 +103,13 @@ def _alternating(samples: int, keep: int, other: int) -> tuple[int, ...]:
     return tuple(keep if j in mine else other for j in range(samples))
 
 
-def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
+def coupled(way: Way, step: RealStep, draw: Random, *, in_order: bool = False) -> Coupling | None:
     """Look for a sample whose part in the inputs or in the loss changes with the others.
 
     Args:
         way: repeats the step.
         draw: chooses samples and exchanges.
+        in_order: whether a sample must be where the loader has put it.
 
     Returns:
         The coupling, or ``None``.
@@ -129,6 +130,8 @@ def coupled(way: Way, step: RealStep, draw: Random) -> Coupling | None:
             continue
         compared += exchange.extreme is None
         sorted_ |= other.placement is not None
+        if in_order and other.placement is not None:
+            return Coupling("order", math.inf)
         found = difference(base, other, step, exchange.keep)
         if found is not None:
             return found

@@ -47,6 +47,36 @@ def coupled_collation(gap: float, path: pytree.Path, collate: Any) -> CoupledMod
     )
 
 
+def moved_by_collation(collate: Any) -> CoupledModelError:
+    """The collate function puts the items of persons into another order."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF049",
+            f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)}) puts the items of a "
+            "batch into an order of its own.",
+            "the rows of a person are those at the places of her items; in another order they would be clipped as another's, "
+            "who could then move the released sum by more than the clip norm.",
+            "leave the order as it is: sort or shuffle in the model, or pack with enforce_sorted=False. "
+            f"{NOTHING_RELEASED}",
+            path="data_loader",
+        )
+    )
+
+
+def moved_by_loop(name: str) -> CoupledModelError:
+    """The loop puts the items of persons into another order."""
+    return CoupledModelError(
+        Finding.refusal(
+            "DPF041",
+            f"the loop puts the rows of a batch into another order before it calls {name}.",
+            "the rows of a person are those at the places of her items; in another order they would be clipped as another's, "
+            "who could then move the released sum by more than the clip norm.",
+            f"call the model with the rows in the order in which the data_loader delivers them. {NOTHING_RELEASED}",
+            path="training_step",
+        )
+    )
+
+
 def coupled_model(gap: float, module: str) -> CoupledModelError:
     """The model mixes samples on this batch."""
     return CoupledModelError(

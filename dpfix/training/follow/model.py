@@ -35,11 +35,26 @@ class PlainModel:
     Args:
         copied: the copy, with the parameters of the step.
         step: the step.
+
+    Attributes:
+        counts: rows of every person, where each row is a sample of the step and they are clipped as one; else empty.
     """
 
     def __init__(self, copied: nn.Module, step: RealStep) -> None:
         self.module, self.step = copied, step
+        self.counts: tuple[int, ...] = ()
         self._state = state_of(copied)
+
+    @property
+    def clipped_as_one(self) -> int:
+        """How many are clipped, each as one; -1 if the rows are not those of the persons."""
+        counts = self.counts or (1,) * self.step.samples
+        return len(counts) if sum(counts) == self.step.samples else -1
+
+    def weights(self, of_each: Sequence[float]) -> list[float]:
+        """A weight for every sample of the step, from one for each that is clipped."""
+        counts = self.counts or (1,) * self.step.samples
+        return [weight for weight, rows in zip(of_each, counts, strict=True) for _ in range(rows)]
 
     # -------------------------------------------------------------- no output feels another sample
 
@@ -314,17 +329,18 @@ def wrong_sum(
         for output, out in zip(call.outputs, outs, strict=True)
     ):
         return ""
-    scale = plan.scale(step.samples)
+    scale = plan.scale(len(norms), model.counts)
+    scales = scale.tolist() if isinstance(scale, torch.Tensor) else [scale] * len(norms)
     values = [float(v) for v in norms]
     if not all(map(math.isfinite, values)):
         return ""  # there are checks of their own for that
-    for i in chosen:
-        alone = model.gradient(graph, [float(scale) * (j == i) for j in range(step.samples)])
+    for i in {i % len(values) for i in chosen}:
+        alone = model.gradient(graph, model.weights([s * (j == i) for j, s in enumerate(scales)]))
         norm = norm_of({n: alone[n] for n in clipped})
         if not abs(values[i] - norm) <= _NORM * max(norm, _NORM * max(values, default=0.0), 1e-12):
             return f"the norm of one sample's gradient is {values[i] / max(norm, 1e-30):.3g} times what it is without an engine"
-    factors = [float(scale) * min(1.0, clip_norm / (v + 1e-6)) for v in values]
-    wanted = model.gradient(graph, factors)
+    factors = [s * min(1.0, clip_norm / (v + 1e-6)) for s, v in zip(scales, values, strict=True)]
+    wanted = model.gradient(graph, model.weights(factors))
     error, name = _error(clipped, wanted, clip_norm)
     if error > _SUM:
         return f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"

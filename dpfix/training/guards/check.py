@@ -68,6 +68,11 @@ class Guarded:
         """The model's class, for messages."""
         return type(self.module).__name__
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether the batch is that of an empty draw, which stands in with one person of any number of rows."""
+        return self.ledger is not None and self.plan.followed_by_row and self.ledger.pending() == 0
+
     def forget_sum(self) -> None:
         """Drop the clipped sum; a draw of which a part is lost in this way cannot be released."""
         progress = self.progress

@@ -97,7 +97,7 @@ class RealSteps(Check):
         self._optimizer: DPOptimizer | None = None
         self._failed: DPFixError | None = None
         if self.needed:
-            self._follower = Follower(guarded.module, guarded.plan.calls, following.batches, self._backward)
+            self._follower = Follower(guarded.module, guarded.plan.followed_calls, following.batches, self._backward)
             self._listen()
 
     def _listen(self) -> None:
@@ -142,7 +142,9 @@ class RealSteps(Check):
             return
         norms = sample_norms(guarded.parameters.values()) if norms is None else norms
         model, chosen = pending
-        if norms is None or len(norms) != model.step.samples:
+        if guarded.ledger is not None and guarded.plan.followed_by_row:
+            model.counts = guarded.ledger.counts
+        if norms is None or len(norms) != model.clipped_as_one:
             return
         clipped = {n: p.summed_grad.detach() for n, p in guarded.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
         with self.agenda.check():
@@ -176,7 +178,7 @@ class RealSteps(Check):
             return
         self._follower.remove()
         self._follower = earlier._follower
-        self._follower.follow(self._guarded.plan.calls, self._backward)
+        self._follower.follow(self._guarded.plan.followed_calls, self._backward)
         self._listen()
         self.outside.take_over(earlier.outside)
         self._numbers, self._warned = earlier._numbers, earlier._warned
@@ -206,14 +208,14 @@ class RealSteps(Check):
         models = [c for c in follower.calls if isinstance(c, ModelCall) and c.outputs]
         if self.outside.look(loss, follower.calls):
             self._look_outside(loss, models)
-        if max((c.samples for c in models), default=0) < 2:
+        if max((c.samples for c in models), default=0) < 2 or self._guarded.stands_in:
             self._looked = bool(models)
             return  # a sample alone, or the stand-in of an empty draw
         self._looked = True
         plan, module = self._guarded.plan, self._guarded.module
         if any(module.get_submodule(path).training for path in plan.fixed_norms):
             return  # a check of its own says so in the step
-        if plan.row_counter is not None:
+        if plan.row_counter is not None and not plan.followed_by_row:
             return  # samples with different numbers of rows: the loss had to be told
         if any(c.samples != d.samples for c in models for d in c.deliveries):
             if self._guarded.ledger is not None:
@@ -263,7 +265,7 @@ class RealSteps(Check):
         model = PlainModel(plain_copy(guarded.module), real)
         way, replay = self._way(real, model)
         model.step = real = real.completed(way.repeat(None))
-        found = coupled(way, real, draw)
+        found = coupled(way, real, draw, in_order=guarded.plan.followed_by_row)
         if found is not None:
             raise self._refusal(found, real, replay)
         if replay is not None:
@@ -312,6 +314,8 @@ class RealSteps(Check):
         return self._follower.kept.get(id(t), t)
 
     def _refusal(self, found: Coupling, real: RealStep, replay: Replay | None) -> DPFixError:
+        if found.where == "order":
+            return messages.moved_by_loop(self._guarded.name)
         if found.where == "loss":
             return messages.coupled_loss(found.gap, real.place)
         call = real.calls[found.number]
