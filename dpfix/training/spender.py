@@ -260,8 +260,8 @@ class Spender:
         fits = self._samples <= content.samples if content.parts else self._samples == content.samples  # type: ignore[operator]
         if not fits or (content.unit and content.unit != self._unit):
             raise BudgetError(
-                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: {content.unit or self._unit}), and "
-                f"data_loader reads a data set of {self._samples} (unit: {self._unit}).",
+                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: "
+                f"{content.unit or self._unit}), and data_loader reads a data set of {self._samples} (unit: {self._unit}).",
                 "A budget speaks about one data set.",
                 "Name the file of this data set. Where both are parts of one data set, say once how many records that has: "
                 "dpfix.Budget(path, samples=...).",
