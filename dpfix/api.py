@@ -38,6 +38,7 @@ from dpfix.scan.arguments import (
     check_values,
     check_wrapping,
 )
+from dpfix.scan.clipping import by_parameter, for_opacus, opacus_clipping
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.privacy_unit import by_person
 from dpfix.scan.request import Request
@@ -64,7 +65,7 @@ def make_private_safe(
     optimizer: Optimizer,
     data_loader: DataLoader[Any],
     noise_multiplier: float,
-    max_grad_norm: float | list[float],
+    max_grad_norm: float | list[float] | dict[str, float],
     criterion: Callable[..., Any] | None = None,
     training_step: StepFunction | None = None,
     privacy_engine: PrivacyEngine | None = None,
@@ -74,6 +75,7 @@ def make_private_safe(
     sampling: str | None = None,
     accountant: str | None = None,
     clipping: str = "flat",
+    stability_constant: float | None = None,
     noise_generator: torch.Generator | None = None,
     seed: int | None = None,
     secure_mode: bool = False,
@@ -102,7 +104,7 @@ def make_private_safe(
         optimizer: an optimizer over its trainable parameters; the same object steps inside the returned one.
         data_loader: a map-style loader; its sampler is replaced by Poisson sampling over the same index set.
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm; 0 for tests.
-        max_grad_norm: clip norm C of a sample's gradient; a list (one per parameter) for per-layer clipping.
+        max_grad_norm: clip norm C of a sample's gradient; a list with ``"per_layer"``, by pattern of names with ``"per_group"``.
         criterion: the loop's loss function, if ``training_step`` is not given.
         training_step: ``(model, batch) -> loss`` exactly as the loop computes it; if not given, inferred from a batch or, where
             that does not tell it, from the first real step.
@@ -113,7 +115,8 @@ def make_private_safe(
         sampling: ``"poisson"`` if not given; ``"truncated"``: with a largest batch; ``"shuffle"``: the loader's own order, every
             sample once a pass, accounted as one release; ``"fixed"``: the loader left alone, every step accounted in full.
         accountant: ``"prv"`` if not given, ``"rdp"``, ``"gdp"`` or, with ``dpfix[accounting]``, ``"pld"``; of a new engine.
-        clipping: ``"flat"``, ``"per_layer"`` or ``"adaptive"``.
+        clipping: ``"flat"``, ``"per_layer"``, ``"per_group"``, ``"automatic"`` or ``"adaptive"``.
+        stability_constant: of automatic clipping; 0.01 if not given.
         noise_generator: source of the noise, for experiments that are to be repeated; see ``seed``.
         seed: makes noise and draws reproducible. Without it they come from generators of the training's own, which the
             operating system seeds. Noise that can be computed again protects nobody from whoever knows the seed.
@@ -187,8 +190,7 @@ def make_private_safe(
                 wrap_model=wrap_model,
                 for_opacus={
                     "noise_multiplier": noise_multiplier,
-                    "max_grad_norm": request.clip_norms(prepared.plan.frozen_parameters),
-                    "clipping": clipping,
+                    **for_opacus(request, prepared.plan.frozen_parameters),
                     "noise_generator": noise_generator,
                     **options,
                 },
@@ -214,7 +216,7 @@ def make_private_safe_with_epsilon(
     target_epsilon: float,
     target_delta: float,
     epochs: int,
-    max_grad_norm: float | list[float],
+    max_grad_norm: float | list[float] | dict[str, float],
     privacy_engine: PrivacyEngine | None = None,
     **arguments: Any,
 ) -> PrivateTraining:
@@ -397,8 +399,10 @@ def _checked(
     check_values(request.privacy, request.performance, request.module, noise_multiplier)
     check_augmentation(request.privacy)
     known = [name for name in _ARGUMENTS if name != "options"]
-    check_names(further, option_names(request.privacy.clipping, "hooks"), [*known, *_SEARCH])
-    return by_person(request), plain_options(request.privacy.clipping, float(plain(noise_multiplier)), further)
+    check_names(further, option_names(opacus_clipping(request.privacy.clipping), "hooks"), [*known, *_SEARCH])
+    return by_person(by_parameter(request)), plain_options(
+        request.privacy.clipping, float(plain(noise_multiplier)), further
+    )
 
 
 _SEARCH = ("epsilon_tolerance", *ACCURACY)

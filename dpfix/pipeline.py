@@ -50,6 +50,7 @@ from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.people import people_of
 from dpfix.sampling.rate import batch_size, index_set, of_sampling
 from dpfix.sampling.shown_people import people_shown
+from dpfix.scan.clipping import scheme_of
 from dpfix.scan.request import Request
 from dpfix.scan.settings import settings
 from dpfix.training.first_step import Decide, Decision
@@ -93,7 +94,7 @@ class Prepared:
             self.plan.engine,
             self.evidence,
             self.proofs,
-            settings(request, noise_multiplier, secure=secure),
+            settings(request, noise_multiplier, self.plan.clipping, secure=secure),
             versions(),
         )
 
@@ -351,6 +352,7 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
         own_engines=request.handed_over or (step.guessed and may_wait(request)),
+        clipping=scheme_of(request, record.unused if record.together.used else ()),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpfix.instrument.call_sites import CallSite
+from dpfix.instrument.clipping import FLAT, Scheme
 from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.layout.row_count import RowCounter
 
@@ -57,6 +58,7 @@ class Plan:
             samples weigh the same.
         per_person: whether a sample is a person, the rows of whose items are averaged.
         own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
+        clipping: how the gradient of a sample is clipped.
     """
 
     engine: str = ""
@@ -77,6 +79,7 @@ class Plan:
     weighted_by_rows: bool = False
     per_person: bool = False
     own_engines: bool = False
+    clipping: Scheme = FLAT
 
     @property
     def followed_by_row(self) -> bool:

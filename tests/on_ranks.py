@@ -67,6 +67,21 @@ def call(batch_size: int = 6, **changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+CLIPPING: dict[str, dict[str, Any]] = {
+    "automatic": {"clipping": "automatic", "grad_sample_mode": "bookkeeping"},
+    "automatic, gradients kept": {"clipping": "automatic", "grad_sample_mode": "hooks"},
+    "groups": {
+        "clipping": "per_group",
+        "max_grad_norm": {"module.0.*": 0.1, "*": 0.5},
+        "grad_sample_mode": "bookkeeping",
+    },
+    "groups, gradients kept": {
+        "clipping": "per_group",
+        "max_grad_norm": {"module.0.*": 0.1, "*": 0.5},
+        "grad_sample_mode": "vmap",
+    },
+}
+"""Ways to clip that work on several processes."""
 ADAPTIVE = {
     "target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 10.0, "min_clipbound": 0.01,
     "unclipped_num_std": 0.3,
@@ -137,6 +152,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["memory manager"] = train(call(batch_size=20), 3, physical=4)
     found["sum"] = train(call(loss_reduction="sum", training_step=summed, grad_sample_mode="auto"), 3)
     found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
+    found |= {name: train(call(**options), 3) for name, options in CLIPPING.items()}
     sampler = DistributedSampler(digits(), seed=1)
     loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
     found["distributed sampler"] = train(call(data_loader=loader), 3)

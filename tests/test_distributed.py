@@ -25,7 +25,7 @@ from dpfix.sampling.poisson import Drawing, PoissonSampler
 from dpfix.sampling.randomness import Randomness, Stream
 from tests import on_ranks
 from tests.helpers import points, setting
-from tests.reference import clipped_sum, gradients_one_by_one
+from tests.reference import clipped_sum, gradients_one_by_one, norm
 
 RANKS = 2
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def steps(seen: Seen, name: str) -> list[tuple[list[int], dict[str, Tensor], dic
     return list(zip(draws, states[:-1], states[1:], strict=True))
 
 
-def wanted(before: dict[str, Tensor], drawn: list[int]) -> dict[str, Tensor]:
+def wanted(before: dict[str, Tensor], drawn: list[int], name: str = "") -> dict[str, Tensor]:
     """The clipped sum over the drawn digits, from batches of one."""
     model = on_ranks.network(seed=0).double()
     model.load_state_dict({k: v.double() for k, v in before.items()})
@@ -84,19 +84,26 @@ def wanted(before: dict[str, Tensor], drawn: list[int]) -> dict[str, Tensor]:
     singles = [(x[None].double(), y[None]) for x, y, _ in (digits[i] for i in drawn)]
     if not singles:
         return {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    return clipped_sum(gradients_one_by_one(model, on_ranks.step, singles), on_ranks.CLIP)
+    samples = gradients_one_by_one(model, on_ranks.step, singles)
+    if name.startswith("automatic"):
+        return {n: sum(on_ranks.CLIP / (norm(g) + 0.01) * g[n] for g in samples) for n in samples[0]}
+    if name.startswith("groups"):
+        groups = [{n for n in samples[0] if n.startswith("0.") is first} for first in (True, False)]
+        parts = [[{n: g[n] for n in names} for g in samples] for names in groups]
+        return clipped_sum(parts[0], 0.1) | clipped_sum(parts[1], 0.5)
+    return clipped_sum(samples, on_ranks.CLIP)
 
 
 SAME_AS_ONE_PROCESS = {"few samples": 2, "memory manager": 20, "sum": 1, "distributed sampler": 4 * RANKS}
 """Training -> what its clipped sum is divided by."""
 
 
-@pytest.mark.parametrize("name", ["auto", "vmap", "microbatch", "hooks", *SAME_AS_ONE_PROCESS])
+@pytest.mark.parametrize("name", ["auto", "vmap", "microbatch", "hooks", *SAME_AS_ONE_PROCESS, *on_ranks.CLIPPING])
 def test_the_ranks_release_one_clipped_sum(trained: Seen, name: str) -> None:
     """The step of all ranks together is that of one process, empty parts of a batch included."""
     scale = on_ranks.RATE / SAME_AS_ONE_PROCESS.get(name, 6)
     for drawn, before, after in steps(trained, name):
-        for key, total in wanted(before, drawn).items():
+        for key, total in wanted(before, drawn, name).items():
             moved = before[key].double() - after[key].double()
             assert torch.allclose(moved, scale * total, rtol=1e-4, atol=1e-6), key
 

@@ -51,7 +51,7 @@ def check_engine(
         return EngineEvidence(engine.name, passed=False, reason=f"{type(error).__name__}: {text}")
     worst, where = 0.0, ""
     for found, clip_norm in zip(sums, clip_norms, strict=True):
-        error, name = relative_error(found, wanted.clipped_sum(clip_norm))
+        error, name = relative_error(found, wanted.clipped_sum(clip_norm, plan.clipping))
         if not error <= worst:
             worst, where = error, name
     if not worst <= trial.slack * wanted.tolerance and not (
@@ -76,7 +76,7 @@ def _equal_in_double(engine: Engine, subject: Subject, trial: Trial, plan: Plan,
         sums = released_sums(engine, exact.subject, samples, plan, clip_norms, drew=wanted.drew)
     except (DPFixError, *USER_CODE_ERRORS):
         return False  # a model or a loss with single precision written into it
-    errors = [relative_error(s, wanted.clipped_sum(c))[0] for s, c in zip(sums, clip_norms, strict=True)]
+    errors = [relative_error(s, wanted.clipped_sum(c, plan.clipping))[0] for s, c in zip(sums, clip_norms, strict=True)]
     return max(errors) <= wanted.tolerance
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from dpfix.errors import CoupledModelError
+from dpfix.instrument.clipping import FLAT, Scheme
 from dpfix.instrument.fixed_randomness import DRAWS, Draw
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.observe.probe import Probe
@@ -46,10 +47,29 @@ class Reference:
         middle = middle or largest
         return 0.05 * middle, middle, 2 * largest
 
-    def clipped_sum(self, clip_norm: float) -> Gradients:
-        """``sum_i min(1, C / |g_i|) g_i`` for the clip norm C, in single precision at least, by parameter name."""
-        factors = [min(1.0, clip_norm / (float(norm) + _EPS)) for norm in self.norms]
-        return weighted_sum(self.gradients, factors)
+    def clipped_sum(self, clip_norm: float, scheme: Scheme = FLAT) -> Gradients:
+        """``sum_i min(1, C / |g_i|) g_i`` for the clip norm C, in single precision at least, by parameter name.
+
+        Args:
+            scheme: the way to clip, where it is another.
+
+        Returns:
+            The sum.
+        """
+        if not scheme.groups:
+            return weighted_sum(self.gradients, [factor(scheme, clip_norm, float(norm)) for norm in self.norms])
+        total: Gradients = {}
+        for (_, names), share in zip(scheme.groups, scheme.shares, strict=True):
+            parts = [{n: g[n] for n in names} for g in self.gradients]
+            total |= weighted_sum(parts, [factor(scheme, share * clip_norm, norm_of(part)) for part in parts])
+        return {n: total[n] for n in self.gradients[0]}
+
+
+def factor(scheme: Scheme, clip_norm: float, norm: float) -> float:
+    """What the gradient of a group of parameters is multiplied with, by the definition; engines have their own way to it."""
+    if scheme.stability:
+        return clip_norm / (norm + scheme.stability)
+    return min(1.0, clip_norm / (norm + _EPS))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,11 @@ def _clipped_by_optimizer(
 ) -> list[Gradients]:
     """Let Opacus's optimizer clip what the engine left, once per clip norm."""
     samples: dict[str, Any] = {n: p.grad_sample for n, p in parameters.items()}  # type: ignore[attr-defined]
-    out = []
+    scheme, out = plan.clipping, []
+    if not scheme.plain:  # what the private optimizer does then
+        names, gradients = list(samples), [g.detach() for g in samples.values()]
+        sums = [scheme.clipped_sums(names, gradients, clip_norm) for clip_norm in clip_norms]
+        return [dict(zip(names, of_one, strict=True)) for of_one in sums]
     for clip_norm in clip_norms:
         optimizer = DPOptimizer(
             torch.optim.SGD(parameters.values(), lr=0.0),

@@ -71,16 +71,16 @@ class Handle(ABC):
     def clip_and_accumulate(
         self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
     ) -> torch.Tensor | None:
-        """Add ``sum_i min(1, C / (|g_i| + 1e-6)) g_i`` to ``summed_grad``, in place where there is one already.
+        """Add the sum of the gradients, clipped as the plan says, to ``summed_grad``, in place where there is one already.
 
         A sample whose gradient is not finite contributes exactly nothing.
 
         Args:
+            max_grad_norm: the clip norm C, by which a sample moves the sum at most.
             keep: whether what has arrived is needed again before :meth:`finish`.
 
         Returns:
-            Norms of the samples' gradients, shape ``[samples]``, on the CPU: for the check that they are finite; ``None`` if
-            unknown.
+            Norms of the samples' gradients, shape ``[samples, groups]``, on the CPU; ``None`` if unknown.
 
         Raises:
             NotImplementedError: the engine does not clip (:attr:`clips`).
@@ -187,19 +187,6 @@ class Engine(ABC):
         Returns:
             The handle.
         """
-
-
-def sample_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:
-    """Norms of the per-sample gradients that an engine has left on the parameters.
-
-    Returns:
-        Shape ``[samples]``; ``None`` if there are none, or several iterations of them.
-    """
-    found = [getattr(p, "grad_sample", None) for p in parameters]
-    left = [g for g in found if isinstance(g, torch.Tensor)]
-    if not left or len(left) < len(found):
-        return None
-    return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)
 
 
 def drop_sample_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -8,6 +8,7 @@ from dpfix.plan import Plan
 from dpfix.repair.lazy import is_lazy
 from dpfix.report.finding import Finding
 from dpfix.rules.batch_norm import fixed_norms
+from dpfix.scan.clipping import scheme_of
 from dpfix.scan.request import Request
 
 
@@ -22,7 +23,7 @@ def may_decide_again(request: Request) -> bool:
     return (
         request.ranks.size == 1
         and (mode == "auto" or (BY_NAME[mode].audited and not BY_NAME[mode].attached_by_opacus))
-        and not isinstance(privacy.max_grad_norm, (list, tuple))  # one per parameter that is trained
+        and not isinstance(privacy.max_grad_norm, dict)  # by parameters that are trained
         and privacy.augmentation is None
         and not is_lazy(request.module)
     )
@@ -37,6 +38,7 @@ def undecided(request: Request) -> Plan:
         batch_first=request.performance.batch_first,
         fixed_norms=fixed_norms(request.scan),
         own_engines=True,
+        clipping=scheme_of(request),
     )
 
 

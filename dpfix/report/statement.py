@@ -55,12 +55,13 @@ class PrivacyStatement:
         sampling_rate: probability with which a sample enters a release that is accounted; 1 where no chance is counted on.
         steps: releases that were accounted: optimizer steps, or passes where a pass is one.
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
-        max_grad_norm: the clip norm.
+        max_grad_norm: the clip norm C: how far a sample moves the sum that the noise is added to.
         accountant: name of the accounting that gave ``epsilon``; ``rdp`` where the engine's own could not answer.
         secure_rng: whether noise came from a cryptographic generator.
         not_covered: what the guarantee does not speak about.
         cautions: what weakens the claim as it stands.
         counted: what they are called: samples, or persons.
+        clipping: how the gradient of a sample is made no longer than C.
         schedule: all steps, entry by entry; several where a setting has changed, or an earlier training had others.
         budget: what all trainings on the same data have spent together, where they share a budget.
     """
@@ -81,6 +82,7 @@ class PrivacyStatement:
     not_covered: tuple[str, ...]
     cautions: tuple[str, ...] = ()
     schedule: tuple[Stretch, ...] = ()
+    clipping: str = "flat"
     budget: str = ""
     counted: str = "samples"
 
@@ -96,6 +98,7 @@ class PrivacyStatement:
             ("steps", str(self.steps)),
             ("noise multiplier", f"{self.noise_multiplier:g} (times the clip norm)"),
             ("clip norm", str(self.max_grad_norm)),
+            ("clipping", self.clipping),
             ("accountant", self.accountant),
             *([("budget of the data", self.budget)] if self.budget else []),
             (

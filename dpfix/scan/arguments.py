@@ -18,6 +18,7 @@ from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.scan.clipping import CLIPPING, check_clip_norm
 from dpfix.scan.options import NORMS, SAMPLINGS, PerformanceOptions, PrivacyOptions
 from dpfix.scan.values import number, shown
 
@@ -31,9 +32,6 @@ _HELP = {
     "dpfix.JoinedOptimizer(first, second).",
 }
 """What to pass instead of another object, where that needs more words."""
-
-CLIPPING = ("flat", "per_layer", "adaptive")
-"""Legal values of ``clipping``."""
 
 
 def check_objects(module: Any, optimizer: Any, data_loader: Any, privacy_engine: Any = None) -> None:
@@ -111,7 +109,7 @@ def check_values(
             "Typical values are 0.5 to 2.",
             path="noise_multiplier",
         )
-    _check_clip_norm(privacy, module)
+    check_clip_norm(privacy, module)
     if (share := number(privacy.checks)) is None or not 0 <= share <= 1:
         raise ArgumentError(
             f"checks={shown(privacy.checks)} is not a number from 0 to 1:",
@@ -149,27 +147,6 @@ def check_choice(name: str, value: Any, legal: tuple[str, ...], instead: str = "
     )
 
 
-def _check_clip_norm(privacy: PrivacyOptions, module: nn.Module) -> None:
-    value = privacy.max_grad_norm
-    values = [number(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-    if not values or not all(v is not None and v > 0 for v in values):
-        raise ArgumentError(
-            f"max_grad_norm={shown(value)} must be a positive finite number (or a list of them for clipping='per_layer'):",
-            "the largest Euclidean norm a sample's gradient keeps.",
-            path="max_grad_norm",
-        )
-    trainable = sum(p.requires_grad for p in module.parameters())
-    per_layer = privacy.clipping == "per_layer"
-    if per_layer != isinstance(value, (list, tuple)) or (per_layer and len(values) != trainable):
-        raise ArgumentError(
-            f"max_grad_norm has {len(values)} value(s) for clipping='{privacy.clipping}' and {trainable} trainable "
-            "parameters.",
-            help="Pass one number for flat or adaptive clipping, and one number per trainable parameter, in the order of "
-            "module.parameters(), for clipping='per_layer'.",
-            path="max_grad_norm",
-        )
-
-
 def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> None:
     """What cannot be done on several processes yet.
 
@@ -178,11 +155,11 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
     """
     if ranks.size == 1:
         return
-    if privacy.clipping != "flat":
+    if privacy.clipping in {"per_layer", "adaptive"}:
         raise ArgumentError(
             f"clipping={privacy.clipping!r} with {ranks.size} ranks:",
-            "dpfix adds up the ranks for flat clipping only.",
-            "Pass clipping='flat'.",
+            "Opacus's optimizers for it work on one process.",
+            "Pass clipping='flat', 'automatic' or 'per_group'.",
             path="clipping",
         )
     if privacy.sampling in {"shuffle", "truncated"}:

@@ -25,8 +25,9 @@ class PrivacyOptions:
     """What decides what is released, and with which guarantee.
 
     Attributes:
-        clipping: Opacus's clipping scheme.
-        max_grad_norm: the clip norm, or one per parameter for per-layer clipping.
+        clipping: how the gradient of a sample is clipped: one of ``CLIPPING``.
+        max_grad_norm: the clip norm, or one per parameter for per-layer clipping, by pattern for named groups.
+        stability_constant: of automatic clipping, or ``None``.
         poisson_sampling: whether a loader of dpfix's takes the place of the script's; ``sampling`` decides where it is given.
         sampling: how batches are drawn: one of ``SAMPLINGS``; ``None`` until it follows from ``poisson_sampling``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
@@ -43,6 +44,7 @@ class PrivacyOptions:
 
     clipping: str
     max_grad_norm: Any
+    stability_constant: Any
     poisson_sampling: bool
     sampling: Any
     loss_reduction: str

@@ -57,11 +57,3 @@ class Request:
     def views(self) -> int:
         """Views of every sample."""
         return 1 if self.privacy.augmentation is None else self.privacy.augmentation.k
-
-    def clip_norms(self, frozen: tuple[str, ...]) -> Any:
-        """The clip norm, or one for each of the parameters that are still trained when some are frozen."""
-        value = self.privacy.max_grad_norm
-        if not isinstance(value, (list, tuple)):
-            return value
-        names = [n for n, p in self.module.named_parameters() if p.requires_grad or n in frozen]
-        return [v for n, v in zip(names, value, strict=True) if n not in frozen]

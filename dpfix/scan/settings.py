@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from dpfix.instrument.clipping import Scheme, together
 from dpfix.sampling.people import People, people_of
 from dpfix.sampling.rate import batch_size, index_set, largest_batch, sample_rate
 from dpfix.scan.request import Request
 
 
-def settings(request: Request, noise_multiplier: float | None, *, secure: bool) -> dict[str, str]:
+def settings(request: Request, noise_multiplier: float | None, clipping: Scheme, *, secure: bool) -> dict[str, str]:
     """The privacy settings in force.
 
     Args:
         request: the call.
         noise_multiplier: ``None`` in a diagnosis.
+        clipping: how gradients are clipped.
         secure: whether the noise is cryptographic.
 
     Returns:
@@ -24,8 +29,8 @@ def settings(request: Request, noise_multiplier: float | None, *, secure: bool) 
         several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
     return {
         "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
-        "clip norm": str(privacy.max_grad_norm),
-        "clipping": privacy.clipping,
+        "clip norm": _clip_norm(privacy.max_grad_norm),
+        "clipping": clipping.words(),
         **({"samples": str(len(index_set(loader)))} if people is None else _persons(people)),
         "sampling": _sampling(request),
         "expected batch size": f"{batch_size(loader):g}" + ("" if people is None else " persons"),
@@ -42,6 +47,13 @@ def _persons(people: People) -> dict[str, str]:
         "persons": f"{len(people)} ({people.describe()}), by {people.words}",
         "items of a person in a batch": f"{most}; their gradients are averaged before clipping",
     }
+
+
+def _clip_norm(value: Any) -> str:
+    """The clip norm, or all of them and what they bound together."""
+    if isinstance(value, Mapping):
+        return f"{dict(value)}, together {together(list(value.values())):.6g}"
+    return str(value)
 
 
 def _sampling(request: Request) -> str:

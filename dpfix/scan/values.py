@@ -109,6 +109,8 @@ def shown(value: Any) -> str:
 def plain_privacy(privacy: PrivacyOptions) -> PrivacyOptions:
     """The options with plain values; what is no number is left for the checks to name, and a boolean has to be one."""
     norms, seed = privacy.max_grad_norm, plain(privacy.seed)
+    if isinstance(norms, Mapping):
+        norms = {name: _number_or_as_given(norm) for name, norm in norms.items()}
     if isinstance(norms, (torch.Tensor, np.ndarray)):
         norms = norms.tolist() if number(norms) is None else norms
     if isinstance(norms, (list, tuple)):
@@ -126,7 +128,8 @@ def plain_privacy(privacy: PrivacyOptions) -> PrivacyOptions:
         privacy,
         poisson_sampling=sampling != "fixed",
         sampling=sampling,
-        max_grad_norm=norms if isinstance(norms, list) else _number_or_as_given(norms),
+        max_grad_norm=norms if isinstance(norms, (list, dict)) else _number_or_as_given(norms),
+        stability_constant=_number_or_as_given(privacy.stability_constant),
         checks=_number_or_as_given(privacy.checks),
         strict=truth("strict", privacy.strict),
         seed=int(seed) if isinstance(seed, Integral) and not isinstance(seed, bool) else seed,

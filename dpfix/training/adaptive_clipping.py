@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
+from dpfix.instrument.clipping import FLAT
+from dpfix.training.clipping import clipping_class
+
 LARGEST_STEP = 700.0
 """Of the logarithm of the clip norm: what ``exp`` can still take."""
 
@@ -48,7 +51,7 @@ def adaptive_class(cls: type[Any]) -> type[Any]:
         A subclass for a private optimizer, which has a ``guard``.
     """
 
-    class Adaptive(cls):
+    class Adaptive(clipping_class(cls)):
         def zero_grad(self, set_to_none: bool = True) -> None:
             counted = self.sample_size, self.unclipped_num
             super().zero_grad(set_to_none)
@@ -59,6 +62,12 @@ def adaptive_class(cls: type[Any]) -> type[Any]:
             if not self.guard.guarded.progress.partial:  # model.zero_grad() leaves those of the step before
                 self.sample_size, self.unclipped_num = 0, torch.zeros((), device=self.params[0].device)
             return super().pre_step(closure)
+
+        def count(self, norms: torch.Tensor | None) -> None:
+            if norms is not None:  # what Opacus counts of those that are not left out
+                found = norms[torch.isfinite(norms).all(1), 0]
+                self.sample_size += len(found)
+                self.unclipped_num += len(found) - (FLAT.factors(found, self.max_grad_norm) < 1).sum()
 
         def update_max_grad_norm(self) -> None:
             surplus = (float(self.unclipped_num) - self.sample_size / 2) / self.expected_batch_size

@@ -24,6 +24,7 @@ from dpfix.sampling.position import Rest
 from dpfix.training import checkpoint_file
 from dpfix.training.checkpoint_check import Objects, check, plain_state
 from dpfix.training.checkpoint_file import ENTRY, damaged
+from dpfix.training.clipping import way_to_clip
 from dpfix.training.earlier import without_entry
 from dpfix.training.lineage import remember
 from dpfix.training.put_back import put_back_on_error
@@ -60,6 +61,7 @@ def save(
         "plan": _plan(optimizer),
         "privacy": _privacy(optimizer),
         "adaptive": _adaptive(optimizer),
+        "clipping": way_to_clip(optimizer),
         "releases": book_of(engine).state(),
     }
     checkpoint_file.write(content, path, options)
@@ -133,6 +135,7 @@ def _restore_added(added: Mapping[str, Any], objects: Objects, undo: list[Callab
     optimizer = objects.optimizer
     _restore_regions(added.get("plan"), optimizer)
     _restore_privacy(optimizer, added["privacy"])
+    _compare_clipping(optimizer, added.get("clipping"))
     _restore_adaptive(optimizer, added.get("adaptive", {}))
     _restore_generators(added["generators"], objects)
     _restore_position(added, optimizer, undo)
@@ -269,6 +272,12 @@ def _restore_privacy(optimizer: Any, saved: Mapping[str, list[Any]]) -> None:
                     f"{name}={value} is taken from the checkpoint, where a scheduler had set it; the call said {here}."
                 )
             setattr(optimizer, name, value)
+
+
+def _compare_clipping(optimizer: Any, saved: Any) -> None:
+    here = way_to_clip(optimizer)
+    if saved is not None and here is not None and saved != here:
+        _warn(f"clipping was {saved} when it was saved, and is {here} from here on, as this call says.")
 
 
 _ADAPTIVE_OPTIONS = (

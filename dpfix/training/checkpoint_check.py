@@ -206,6 +206,8 @@ def _added(added: Mapping[str, Any], verified: bool) -> None:
         _ensure(verified or not stopped, f"{name} is {now!r} where the call said {called!r}")
     for name, value in added.get("adaptive", {}).items():
         _finite(value, name)
+    clipping = added.get("clipping")
+    _ensure(clipping is None or isinstance(clipping, str), f"the way to clip is {clipping!r}")
     plan = added.get("plan", {})
     _ensure(not plan or isinstance(plan["engine"], str), f"the engine is {plan and plan['engine']!r}")
     streams(added.get("randomness", {}))

@@ -37,6 +37,7 @@ from dpfix.sampling.rate import accounted_rate, batch_size
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting, answer_of
 from dpfix.training.cleared_by_model import ZeroGrad
+from dpfix.training.clipping import settle
 from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
 from dpfix.training.guards.real_steps import Following
@@ -179,6 +180,7 @@ def hand_off(
         batch_first=plan.batch_first or own,
         **for_opacus,
     )
+    settle(private_optimizer)
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)

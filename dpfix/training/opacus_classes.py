@@ -25,6 +25,7 @@ from dpfix.sampling.randomness import OwnNoise, Randomness
 from dpfix.training import in_training
 from dpfix.training.adaptive_clipping import adaptive_class
 from dpfix.training.cleared_by_model import ZeroGrad
+from dpfix.training.clipping import clipping_class
 from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
@@ -37,12 +38,11 @@ from dpfix.weights.copies import plain_copy
 @functools.cache
 def private_optimizer_class(cls: type[Any]) -> type[Any]:
     """The subclass of an optimizer of Opacus's in which every step passes the guard."""
-    base = adaptive_class(cls) if issubclass(cls, AdaClipDPOptimizer) else cls
+    base = adaptive_class(cls) if issubclass(cls, AdaClipDPOptimizer) else clipping_class(cls)
 
     class PrivateOptimizer(base):
         guard: StepGuard
         randomness: Randomness
-        flat = cls.clip_and_accumulate is DPOptimizer.clip_and_accumulate  # one clip norm for all parameters
         _step_supports_amp_scaling = True  # a GradScaler then announces itself instead of scaling silently
 
         def zero_grad(self, set_to_none: bool = True) -> None:  # torch's default: zeros would only take memory

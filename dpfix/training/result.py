@@ -148,6 +148,7 @@ class PrivateTraining(tuple[Any, ...]):
             not_covered=NOT_COVERED if spender is None else spender.not_covered(),
             cautions=tuple(cautions),
             schedule=tuple(book_of(engine).stretches()),
+            clipping=self.plan.clipping.words(),
             budget="" if spender is None else spender.cited(),
             counted=f"{unit}s",
         )

@@ -146,7 +146,7 @@ class StepGuard:
             return False
         for check in self._before_step:
             check(optimizer)
-        self.engine_clips = guarded.handle.clips and optimizer.flat  # type: ignore[attr-defined]
+        self.engine_clips = guarded.handle.clips and optimizer.by_scheme  # type: ignore[attr-defined]
         self._norms = None
         counts = (guarded.handle.announce if self.engine_clips else guarded.handle.collect)(self._trained)
         drawn = self.draws.turn_to_present(counts)
@@ -178,6 +178,7 @@ class StepGuard:
             p.grad = None  # of the step before; the noise is about to make a new one
         clip_and_accumulate = self.guarded.handle.clip_and_accumulate
         self._norms = clip_and_accumulate(self._trained, optimizer.max_grad_norm, keep=False)  # type: ignore[arg-type]
+        optimizer.count(self._norms)  # type: ignore[attr-defined]
 
     def _add_nothing(self) -> None:
         for p in self._trained:

@@ -24,6 +24,8 @@ ADAPTIVE: dict[str, Any] = {
 SCHEMES: dict[str, dict[str, Any]] = {
     "flat": {"max_grad_norm": 0.5},
     "per_layer": {"clipping": "per_layer", "max_grad_norm": [0.3, 0.4]},
+    "per_group": {"clipping": "per_group", "max_grad_norm": {"0.*": 0.3, "*": 0.4}},
+    "automatic": {"clipping": "automatic", "max_grad_norm": 0.5},
     "adaptive": ADAPTIVE | {"max_grad_norm": 0.5},
 }
 COUNTED: dict[str, Any] = ADAPTIVE | {

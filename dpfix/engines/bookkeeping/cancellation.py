@@ -10,23 +10,24 @@ is uncertain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Contribution, Measured
+from dpfix.instrument.clipping import FLAT, Scheme
 
-EPS = 1e-6
-"""Opacus adds it to every norm; see ``DPOptimizer.clip_and_accumulate``."""
 TOLERANCE = 1e-3
 """Relative error of a squared norm, and of a sample's part of the sum in clip norms."""
 
 Parts = dict[nn.Parameter, Contribution]
 
 
-def certain(parts: Parts, max_grad_norm: float, scale: float | torch.Tensor) -> tuple[Parts, torch.Tensor]:
+def certain(
+    parts: Parts, max_grad_norm: float, scale: float | torch.Tensor, scheme: Scheme = FLAT
+) -> tuple[Parts, torch.Tensor]:
     """Contributions and squared norms without those that rounding has made worthless.
 
     An ordinary step pays a few numbers per sample, and one look at all of them.
@@ -35,6 +36,7 @@ def certain(parts: Parts, max_grad_norm: float, scale: float | torch.Tensor) -> 
         parts: contributions by parameter.
         max_grad_norm: the clip norm.
         scale: what gradients are multiplied with before they are clipped: one number, or one per sample.
+        scheme: how they are clipped.
 
     Returns:
         The contributions to sum up, and the squared norms over all parameters, shape ``[samples]``.
@@ -47,7 +49,12 @@ def certain(parts: Parts, max_grad_norm: float, scale: float | torch.Tensor) -> 
     summed = sorted((p for p, m in measured.items() if m.terms is not None), key=lambda p: not measured[p].gram)
     if not summed:
         return parts, total
-    again, unsure = _doubts([measured[p] for p in summed], total, max_grad_norm, scale)
+    again, unsure = _doubts(
+        [measured[p] for p in summed],
+        total,
+        lambda norms: scheme.factors(norms * scale, max_grad_norm) * scale,
+        max_grad_norm,
+    )
     if not bool(again.any()):
         return parts, total
     found = dict(parts)
@@ -64,13 +71,18 @@ def _total(squared: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _doubts(
-    measured: Sequence[Measured], total: torch.Tensor, max_grad_norm: float, scale: float | torch.Tensor
+    measured: Sequence[Measured],
+    total: torch.Tensor,
+    factors_of: Callable[[torch.Tensor], torch.Tensor],
+    max_grad_norm: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What has to be computed again.
 
     Args:
         measured: those with products of terms come first.
         total: squared norms over all parameters.
+        factors_of: what gradients of some norms are multiplied with.
+        max_grad_norm: the clip norm.
 
     Returns:
         Whether a sample of a contribution has to be computed again, and whether because of the sum, both of shape
@@ -82,7 +94,7 @@ def _doubts(
     error = blur[:products] * terms[:products]  # of its squared norm
     lost = error.sum(0)
     least = (total - lost).clamp_(min=0)
-    factors = (max_grad_norm / (least.sqrt() * scale + EPS)).clamp_(max=1) * scale
+    factors = factors_of(least.sqrt())
     # Written so that what is not a number, or too large for one, is in doubt.
     unsure = (blur * factors <= TOLERANCE * max_grad_norm).logical_not_()
     again = unsure.clone()

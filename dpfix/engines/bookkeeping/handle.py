@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import Handle, no_counts, per_sample, zeros
-from dpfix.engines.bookkeeping.cancellation import EPS, certain
+from dpfix.engines.bookkeeping.cancellation import Parts, certain
 from dpfix.engines.bookkeeping.iteration import LayerIteration, RootCall
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
@@ -185,29 +185,51 @@ class BookkeepingHandle(Handle):
     def clip_and_accumulate(
         self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
     ) -> torch.Tensor | None:
-        every = []
+        every, groups = [], self._groups(parameters)
         for samples, found in self._iterations.arrived():
             whole = {p: add_up(found[p]) for p in parameters if p in found}
             if not keep:
                 found.clear()  # what is not needed any more is given up piece by piece
-            scale = self.plan.scale(samples, self.counts())
-            whole, squared = certain(whole, max_grad_norm, scale)
-            scale = scale.to(squared) if isinstance(scale, torch.Tensor) else scale
-            norm = squared.sqrt() * scale
-            every.append(norm.cpu())
-            factors = (max_grad_norm / (norm + EPS)).clamp(max=1.0) * scale
-            left_out = None if bool(torch.isfinite(every[-1]).all()) else ~torch.isfinite(norm)
+            norms, factors = self._measured(whole, groups, max_grad_norm, samples)
+            every.append(norms)
+            left_out = None if bool(torch.isfinite(norms).all()) else ~torch.isfinite(norms).all(1)
             if left_out is not None:
-                factors = factors.masked_fill(left_out, 0)
-            for p in parameters:
-                part = whole.pop(p, None)
-                if part is not None:
-                    if left_out is not None:
-                        part = part.without(left_out)
-                    _accumulate(p, part.weighted_sum(factors.to(p.device)).to(p.dtype))
-                elif getattr(p, "summed_grad", None) is None:
-                    p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
+                factors = [times.masked_fill(left_out.to(times.device), 0) for times in factors]
+            for group, times in zip(groups, factors, strict=True):
+                for p in group:
+                    part = whole.pop(p, None)
+                    if part is not None:
+                        if left_out is not None:
+                            part = part.without(left_out.to(p.device))
+                        _accumulate(p, part.weighted_sum(times.to(p.device)).to(p.dtype))
+                    elif getattr(p, "summed_grad", None) is None:
+                        p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
         return torch.cat(every) if every else None
+
+    def _measured(
+        self, whole: Parts, groups: list[list[nn.Parameter]], max_grad_norm: float, samples: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Norms, shape ``[samples, groups]``, on the CPU, and every group's factors; what rounding spoils is replaced."""
+        scheme, scale, norms, factors = self.plan.clipping, self.plan.scale(samples, self.counts()), [], []
+        for group, clip_norm in zip(groups, scheme.clip_norms(max_grad_norm), strict=True):
+            own = {p: whole[p] for p in group if p in whole}
+            if own:
+                own, squared = certain(own, clip_norm, scale, scheme)
+                whole |= own
+            else:
+                squared = torch.zeros(samples, device=group[0].device)
+            times = scale.to(squared) if isinstance(scale, torch.Tensor) else scale
+            norms.append(squared.sqrt() * times)
+            factors.append(scheme.factors(norms[-1], clip_norm) * times)
+        return torch.stack([n.to(norms[0]) for n in norms], 1).cpu(), factors
+
+    def _groups(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The parameters that are clipped together, group by group."""
+        scheme = self.plan.clipping
+        if not scheme.groups:
+            return [parameters]
+        names = {p: name for name, p in self.model.named_parameters()}
+        return [[parameters[i] for i in of] for of in scheme.members([names[p] for p in parameters])]
 
 
 def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:

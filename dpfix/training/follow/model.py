@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from random import Random
+from random import Random, SystemRandom
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpfix.audit.reference import factor
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
+from dpfix.instrument.clipping import Scheme
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.instrument.module_state import state_of, traceless
@@ -312,10 +314,10 @@ def wrong_sum(
 
     Args:
         model: the plain model on the step.
-        plan: for the scale of a sample's gradient.
+        plan: for the scale of a sample's gradient, and how it is clipped.
         clipped: the clipped sum by parameter name.
-        norms: norms of the samples' gradients as the engine has them, shape ``[samples]``.
-        clip_norm: the clip norm C.
+        norms: norms of the samples' gradients as the engine has them, shape ``[samples, groups]``.
+        clip_norm: the clip norm C of all parameters together.
         chosen: samples whose norms are compared with the plain model's.
 
     Returns:
@@ -329,21 +331,27 @@ def wrong_sum(
         for output, out in zip(call.outputs, outs, strict=True)
     ):
         return ""
-    scale = plan.scale(len(norms), model.counts)
-    scales = scale.tolist() if isinstance(scale, torch.Tensor) else [scale] * len(norms)
-    values = [float(v) for v in norms]
-    if not all(map(math.isfinite, values)):
+    scale, scheme = plan.scale(len(norms), model.counts), plan.clipping
+    scales = scale.tolist() if isinstance(scale, torch.Tensor) else [float(scale)] * len(norms)
+    values = norms.tolist()
+    if not all(math.isfinite(v) for of_one in values for v in of_one):
         return ""  # there are checks of their own for that
+    groups = [[list(clipped)[i] for i in of] for of in scheme.members(list(clipped))]
     for i in {i % len(values) for i in chosen}:
         alone = model.gradient(graph, model.weights([s * (j == i) for j, s in enumerate(scales)]))
-        norm = norm_of({n: alone[n] for n in clipped})
-        if not abs(values[i] - norm) <= _NORM * max(norm, _NORM * max(values, default=0.0), 1e-12):
-            return f"the norm of one sample's gradient is {values[i] / max(norm, 1e-30):.3g} times what it is without an engine"
-    factors = [s * min(1.0, clip_norm / (v + 1e-6)) for s, v in zip(scales, values, strict=True)]
-    wanted = model.gradient(graph, model.weights(factors))
-    error, name = _error(clipped, wanted, clip_norm)
-    if error > _SUM:
-        return f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
+        for names, value, most in zip(groups, values[i], norms.amax(0).tolist(), strict=True):
+            norm = norm_of({n: alone[n] for n in names})
+            if not abs(value - norm) <= _NORM * max(norm, _NORM * most, 1e-12):
+                return f"the norm of one sample's gradient is {value / max(norm, 1e-30):.3g} times what it is without an engine"
+    for g in SystemRandom().sample(range(len(groups)), min(_GROUPS, len(groups))):
+        bound = scheme.shares[g] * clip_norm
+        factors = [s * factor(scheme, bound, of_one[g]) for s, of_one in zip(scales, values, strict=True)]
+        wanted = model.gradient(graph, model.weights(factors))
+        error, name = _error({n: clipped[n] for n in groups[g]}, wanted, bound)
+        if error > _SUM:
+            return (
+                f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
+            )
     return ""
 
 
@@ -355,6 +363,8 @@ def _has_no_rows(call: ModelCall, gradients: Sequence[torch.Tensor | None]) -> b
 
 _NORM = 1e-2
 _SUM = 2e-2
+_GROUPS = 4
+"""So many groups of parameters, others in every step, are compared: each takes a backward pass of its own."""
 
 
 def _error(found: Gradients, wanted: Gradients, clip_norm: float) -> tuple[float, str]:
@@ -365,3 +375,12 @@ def _error(found: Gradients, wanted: Gradients, clip_norm: float) -> tuple[float
         if not gap <= worst:
             worst, where = gap, name
     return worst, where
+
+
+def norms_left_on(parameters: Mapping[str, Any], scheme: Scheme) -> torch.Tensor | None:
+    """Norms of the per-sample gradients that an engine has left on the parameters, shape ``[samples, groups]``."""
+    found = [getattr(p, "grad_sample", None) for p in parameters.values()]
+    left = [g.detach() for g in found if isinstance(g, torch.Tensor)]
+    if not left or len(left) < len(found):
+        return None
+    return scheme.norms(list(parameters), left)

@@ -108,7 +108,7 @@ class FiniteSum(Check):
             by_opacus: its own clipping.
 
         Returns:
-            One number per sample, not finite for those that were left out; ``None`` if none was.
+            Shape ``[samples, 1]``, not finite for those that were left out; ``None`` if none was.
         """
         parameters: list[Any] = optimizer.params
         earlier = [p.summed_grad for p in parameters]
@@ -131,7 +131,7 @@ class FiniteSum(Check):
         for p, before in zip(parameters, earlier, strict=True):
             if before is not None:
                 p.summed_grad = before.add_(p.summed_grad)
-        return None if left_out is None else torch.zeros(len(left_out)).masked_fill_(left_out, math.nan)
+        return None if left_out is None else torch.zeros(len(left_out), 1).masked_fill_(left_out[:, None], math.nan)
 
     @override
     def take_over(self, earlier: FiniteSum) -> None:
@@ -141,7 +141,7 @@ class FiniteSum(Check):
     def summed(self, norms: torch.Tensor | None) -> None:
         if norms is None:  # Opacus has clipped, and the sum was read then; or nothing was drawn
             return
-        values = norms.tolist()
+        values = norms.sum(1).tolist()
         if math.isfinite(sum(values)):
             return  # a sum of finitely many finite gradients: no need to read it again
         left_out = sum(not math.isfinite(value) for value in values)

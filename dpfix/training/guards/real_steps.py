@@ -11,7 +11,6 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
-from dpfix.engines.base import sample_norms
 from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
 from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.function_modes import switch_off
@@ -33,7 +32,7 @@ from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.gradient_reads import GradientReads
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction, replacements
-from dpfix.training.follow.model import PlainModel, wrong_sum
+from dpfix.training.follow.model import PlainModel, norms_left_on, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
 from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with
 from dpfix.training.follow.replay import Replay, path_to
@@ -138,9 +137,9 @@ class RealSteps(Check):
         self._say_what_was_not_followed()
         pending, self._pending = self._pending, None
         optimizer, guarded = self._optimizer, self._guarded
-        if pending is None or optimizer is None or guarded.progress.partial or not optimizer.flat:  # type: ignore[attr-defined]
+        if pending is None or optimizer is None or guarded.progress.partial or not optimizer.by_scheme:  # type: ignore[attr-defined]
             return
-        norms = sample_norms(guarded.parameters.values()) if norms is None else norms
+        norms = norms_left_on(guarded.parameters, guarded.plan.clipping) if norms is None else norms
         model, chosen = pending
         if guarded.ledger is not None and guarded.plan.followed_by_row:
             model.counts = guarded.ledger.counts

@@ -22,6 +22,8 @@ BAD = 5
 SAMPLES = 12
 NAN, INF = float("nan"), float("inf")
 WITH, WITHOUT = [0, 1, 2, 3, BAD], [0, 1, 2, 3]
+CLIP_NORMS: dict[str, Any] = {"per_layer": [0.1] * 6, "per_group": {"*.weight": 0.1, "*": 0.3}}
+"""Of a model with six parameters; 0.3 for others."""
 
 Data = tuple[Tensor, Tensor]
 
@@ -135,7 +137,7 @@ def test_a_bad_record_moves_the_release_by_nothing(model: str, value: float, eng
 @pytest.mark.parametrize("engine", [*ENGINES, "ew"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_whatever_the_clipping(scheme: str, engine: str) -> None:
-    options: dict[str, Any] = SCHEMES[scheme] | {"max_grad_norm": [0.1] * 6 if scheme == "per_layer" else 0.3}
+    options: dict[str, Any] = SCHEMES[scheme] | {"max_grad_norm": CLIP_NORMS.get(scheme, 0.3)}
     if scheme == "adaptive":
         options |= COUNTED
     found = []
@@ -168,7 +170,7 @@ def test_in_a_batch_that_is_split(physical: int, engine: str) -> None:
 @every_engine
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_draw_of_the_bad_record_alone_is_noise_alone(scheme: str, engine: str) -> None:
-    options: dict[str, Any] = SCHEMES[scheme] | {"max_grad_norm": [0.1] * 6 if scheme == "per_layer" else 0.3}
+    options: dict[str, Any] = SCHEMES[scheme] | {"max_grad_norm": CLIP_NORMS.get(scheme, 0.3)}
     module, training = start(engine, draws=[[BAD]], **dict[str, Any](options, noise_multiplier=1.0))
     assert bool(torch.isfinite(moved(module, training)).all())
     assert float(moved(module, training).norm()) > 0

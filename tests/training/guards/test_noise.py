@@ -25,6 +25,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "per-sample gradients": {"grad_sample_mode": "vmap"},
     "Opacus's hooks": {"grad_sample_mode": "hooks"},
     "per layer": {"clipping": "per_layer", "max_grad_norm": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]},
+    "per group": {"clipping": "per_group", "max_grad_norm": {"0.*": 0.1, "*": 0.3}},
+    "automatic": {"clipping": "automatic"},
     "adaptive": {
         "clipping": "adaptive", "target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 1.0,
         "min_clipbound": 1e-3, "unclipped_num_std": 2.0,
