@@ -25,7 +25,7 @@ from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.randomness import Randomness
-from dpfix.sampling.rate import accounted_compositions, accounted_rate
+from dpfix.sampling.rate import accounted_compositions
 from dpfix.scan.arguments import (
     check_augmentation,
     check_budget,
@@ -52,7 +52,7 @@ from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Target, noise_for, tolerance_of
 from dpfix.training.own_objects import as_trained, out_of_earlier
-from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, secure_source
+from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, opacus_make_private, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 from dpfix.training.spender import spender_for
@@ -166,12 +166,12 @@ def make_private_safe(
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
-            refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, _rate(request), 1)])
+            refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, request.rate, 1)])
             spender = spender_for(budget, request, engine, earlier.releases)
             if spender is not None:
-                spender.check((noise_multiplier, _rate(request)), 1, "a step of this training")
+                spender.check((noise_multiplier, request.rate), 1, "a step of this training")
             made = hand_off(
-                _opacus_make_private(engine),
+                opacus_make_private(engine),
                 engine,
                 Originals(request.module, request.optimizer, request.data_loader, data_loader),
                 Decided(
@@ -258,10 +258,10 @@ def make_private_safe_with_epsilon(
         spender = spender_for(arguments.get("budget"), request, engine, earlier.releases)
         history = earlier.history(engine) if spender is None else spender.together(earlier.history(engine))
         times = accounted_compositions(len(request.data_loader), request.privacy.sampling, passes)
-        target = Target(epsilon, delta, _rate(request), times, tuple(history))
+        target = Target(epsilon, delta, request.rate, times, tuple(history))
         noise = noise_for(replace(target, tolerance=tolerance, accuracy=accuracy), engine.accountant)
         if spender is not None:
-            spender.check((noise, _rate(request)), times, f"the {times} releases of target_epsilon={epsilon:g}")
+            spender.check((noise, request.rate), times, f"the {times} releases of target_epsilon={epsilon:g}")
     arguments |= {"privacy_unit": request.privacy.privacy_unit}  # items are read once
     return inspect.unwrap(make_private_safe)(
         module=module,
@@ -367,11 +367,6 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
 
 
-def _rate(request: Request) -> float:
-    """The rate with which a release of the call is accounted."""
-    return accounted_rate(request.data_loader, request.privacy.sampling)
-
-
 def _engine(given: PrivacyEngine | None, secure_mode: Any, accountant: Any) -> PrivacyEngine:
     """The engine of the call."""
     secure_mode = truth("secure_mode", secure_mode)
@@ -379,12 +374,6 @@ def _engine(given: PrivacyEngine | None, secure_mode: Any, accountant: Any) -> P
         return SafePrivacyEngine(secure_mode=secure_mode, accountant="prv" if accountant is None else accountant)
     check_given_engine(given, secure_mode, accountant)
     return given
-
-
-def _opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
-    if isinstance(engine, SafePrivacyEngine):
-        return super(SafePrivacyEngine, engine).make_private
-    return engine.make_private
 
 
 def _checked(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from dpfix.distributed import ALONE, Ranks
 from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.plan import Plan
+from dpfix.sampling.rate import accounted_rate
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan
 
@@ -52,6 +53,11 @@ class Request:
     def scan(self) -> Scan:
         """The objects as the rules see them."""
         return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance, self.mixing)
+
+    @property
+    def rate(self) -> float:
+        """The rate with which a release is accounted."""
+        return accounted_rate(self.data_loader, self.privacy.sampling)
 
     @property
     def views(self) -> int:

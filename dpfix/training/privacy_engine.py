@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from opacus import PrivacyEngine
@@ -153,6 +154,15 @@ def check_given_engine(engine: Any, secure_mode: bool, accountant: Any) -> None:
             "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
             path="secure_mode",
         )
+
+
+def opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
+    """Opacus's own ``make_private`` of an engine, which that of :class:`dpfix.SafePrivacyEngine` lies over."""
+    return (
+        super(CheckpointingEngine, engine).make_private
+        if isinstance(engine, CheckpointingEngine)
+        else engine.make_private
+    )
 
 
 def secure_source(engine: Any) -> Given | Cryptographic | None:
