@@ -51,6 +51,9 @@ class CheckpointingEngine(PrivacyEngine):
     def get_epsilon(self, delta: float, **accuracy: Any) -> float:
         return answer_of(self, delta, **accuracy)
 
+    def _opacus_make_private(self, **arguments: Any) -> Any:
+        return super().make_private(**arguments)
+
     @override
     def _prepare_data_loader(self, data_loader: Any, **options: Any) -> Any:
         if self.secure_mode and self.secure_rng is None:
@@ -158,11 +161,7 @@ def check_given_engine(engine: Any, secure_mode: bool, accountant: Any) -> None:
 
 def opacus_make_private(engine: PrivacyEngine) -> Callable[..., Any]:
     """Opacus's own ``make_private`` of an engine, which that of :class:`dpfix.SafePrivacyEngine` lies over."""
-    return (
-        super(CheckpointingEngine, engine).make_private
-        if isinstance(engine, CheckpointingEngine)
-        else engine.make_private
-    )
+    return getattr(engine, "_opacus_make_private", engine.make_private)
 
 
 def secure_source(engine: Any) -> Given | Cryptographic | None:
