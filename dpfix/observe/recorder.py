@@ -94,7 +94,7 @@ class StepLog:
         functional: parameters used while their own module was not being called, with the first line.
         elsewhere: the modules that were being called then, by parameter.
         needs_workarounds: whether forward does what ``vmap`` does wrong or refuses: it writes into a tensor without a
-            graph, or looks up a padding token.
+            graph, looks up a padding token, or attends with a mask that gradient passes through.
         activations: calls of activations.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised; ``None`` if none did.
@@ -188,7 +188,7 @@ class _Watch(TorchFunctionMode):
             self._written_into(args[0], args[1:], kwargs)
         elif func is F.embedding:
             self._looked_up(*args, **kwargs)
-        elif func is torch.embedding:
+        elif func is torch.embedding or (func is F.scaled_dot_product_attention and _learns_mask(*args, **kwargs)):
             self.log.needs_workarounds = True
         output = self._run(name, lambda: func(*args, **kwargs))
         if pytree.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
@@ -255,6 +255,10 @@ class _Watch(TorchFunctionMode):
 
     def _module(self) -> str:
         return self.log.stack[-1] if self.log.stack else ""
+
+
+def _learns_mask(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> bool:
+    return isinstance(attn_mask, torch.Tensor) and attn_mask.requires_grad
 
 
 @contextmanager

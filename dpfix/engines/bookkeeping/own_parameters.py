@@ -218,6 +218,15 @@ def _embedding(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: An
     return meeting.applied(_EMBEDDING, SimpleNamespace(padding_idx=padding), ids, place["input"], weight)
 
 
+def _attention(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
+    (query, key, _, mask), _ = _bound(("query", "key", "value", "attn_mask"), args, kwargs)
+    if any(meeting.uses.named(t) for t in arguments(args, kwargs) if t is not mask):
+        raise NotImplementedError("queries, keys or values are made of parameters alone")
+    shape = torch.broadcast_shapes((*query.shape[:-1], key.shape[-2]), mask.shape)
+    given = {id(mask): meeting.spread(mask, shape)}
+    return func(*replaced(given, args), **replaced(given, kwargs))
+
+
 def _group_norm(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
     return _norm(meeting, _GROUP_NORM, "num_groups", args, kwargs)
 
@@ -246,6 +255,7 @@ MEETINGS: Mapping[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
+    "scaled_dot_product_attention": _attention,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
 }
