@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing_extensions import override
 from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
+from dpfix.instrument.module_state import tensors_held
 from dpfix.instrument.parameter_uses import ParameterUses, arguments, made
 from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
@@ -139,8 +141,16 @@ class StepLog:
         return len(self.order) - 1
 
 
+_FROM_EARLIER: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+"""What steps have made of constants alone, by id, for as long as somebody else (a cache of the model's code) holds it."""
+
+
 class _Uses(ParameterUses):
-    """Writes down the calls of functions on parameters, and on what is made of parameters and constants alone."""
+    """Writes down the calls of functions on parameters, and on what is made of parameters and constants alone.
+
+    Args:
+        constants: the tensors that the model holds before the step.
+    """
 
     def __init__(self, log: StepLog, names: dict[int, str], constants: Iterable[torch.Tensor]) -> None:
         super().__init__(names)
@@ -149,7 +159,7 @@ class _Uses(ParameterUses):
 
     @override
     def used(self, use: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        constant = all(self.named(t) or id(t) in self._constants for t in arguments(args, kwargs))
+        constant = all(self.named(t) or self._constant(t) for t in arguments(args, kwargs))
         use = made(use) if constant else use
         output = func(*args, **kwargs)
         if pytree.gradient_tensors(output):
@@ -163,9 +173,12 @@ class _Uses(ParameterUses):
     @override
     def unused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         output = func(*args, **kwargs)
-        if isinstance(output, torch.Tensor) and all(id(t) in self._constants for t in arguments(args, kwargs)):
-            self._constants[id(output)] = output
+        if isinstance(output, torch.Tensor) and all(map(self._constant, arguments(args, kwargs))):
+            self._constants[id(output)] = _FROM_EARLIER[id(output)] = output
         return output
+
+    def _constant(self, t: torch.Tensor) -> bool:
+        return id(t) in self._constants or id(t) in _FROM_EARLIER
 
 
 class _Watch(TorchFunctionMode):
@@ -275,7 +288,7 @@ def recorder(module: nn.Module, log: StepLog) -> Iterator[None]:
             stack.enter_context(watch)
         if log.layers:
             names = {id(p): owners[id(p)][0] for p in module.parameters() if p.requires_grad}
-            stack.enter_context(_Uses(log, names, module.buffers()))
+            stack.enter_context(_Uses(log, names, tensors_held(module)))
         yield
 
 

@@ -30,7 +30,8 @@ class Arrivals:
     """Notices gradient that reaches the output of a module whose parameters are frozen in private training.
 
     A copy of the outputs of these modules is all that it costs. A parameter of a module that is not called by itself (in a
-    ``ParameterDict``) is not watched.
+    ``ParameterDict``) is not watched; nor is one beside others that are trained (the mask token of an embedding that adds
+    a class token): gradient reaches the output of that module in any case.
 
     Args:
         module: the model.
@@ -51,7 +52,7 @@ class Arrivals:
         self._handles = [
             module.get_submodule(path).register_forward_hook(_Hook(self, names))
             for path, names in owners.items()
-            if path
+            if path and not any(p.requires_grad for p in module.get_submodule(path).parameters())
         ]
 
     def detach(self) -> None:

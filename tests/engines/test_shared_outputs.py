@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -46,6 +47,22 @@ class Table(nn.Module):
     def forward(self) -> Tensor:
         index: Any = self.index
         return self.table[index.view(-1)].view(T, T, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+
+
+@cache
+def cached() -> Tensor:
+    return distances().flatten()
+
+
+class Cached(nn.Module):
+    """The same with an index that a cache of the code keeps between steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2 * T - 1, HEADS))
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.table, self.table])[cached()].view(T, T, -1).permute(2, 0, 1)[None]
 
 
 class Computed(nn.Module):
@@ -95,7 +112,7 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("windows", [1, 3])
-@pytest.mark.parametrize("bias", [Buckets, Table, Computed])
+@pytest.mark.parametrize("bias", [Buckets, Table, Cached, Computed])
 def test_a_bias_for_all_samples_is_exact_on_the_whole_batch(bias: type[nn.Module], windows: int, eager: bool) -> None:
     shape = (T, D) if windows == 1 else (windows * T, D)
     model = nn.Sequential(nn.Linear(D, D), Encoder(bias, eager, windows), nn.Linear(D, 3))
@@ -137,3 +154,28 @@ def test_every_engine_learns_the_mask_of_attention(engine: str) -> None:
     error, training = one_step(model, torch.randn(8, T, D), torch.arange(8) % 3, grad_sample_mode=engine)
     assert training.plan.engine == engine
     assert error < 1e-4
+
+
+class Prompted(nn.Module):
+    """Vectors in front of each sample, looked up by numbers that the model holds in a dictionary, and repeated."""
+
+    def __init__(self, encoded: bool) -> None:
+        super().__init__()
+        self.numbers = {"default": torch.arange(3)}
+        self.prompt = nn.Embedding(3, D)
+        self.encoder = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) if encoded else nn.Identity()
+        self.block, self.out = Block(), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = self.numbers["default"].unsqueeze(0).expand(1, -1)[0]
+        prompt = self.encoder(self.prompt(numbers)).repeat(len(x), 1, 1)
+        return self.out(self.block(torch.cat([prompt, x], 1), x.new_zeros(1, 1)).mean(1))
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_prompt_that_is_repeated_is_exact_on_the_whole_batch(encoded: bool) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(8, T, D), torch.arange(8) % 3
+    error, training = one_step(Prompted(encoded), *data, grad_sample_mode="bookkeeping")
+    assert error < 1e-4
+    assert training.plan.engine == "bookkeeping"

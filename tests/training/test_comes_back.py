@@ -118,3 +118,29 @@ def test_what_comes_back_gets_noise() -> None:
             assert (head is None) == (number == 0)
             if head is not None:
                 assert 0.3 < float(head.std()) * EXPECTED / (100.0 * CLIP) < 3
+
+
+class Tokens(nn.Module):
+    """A class token that is used beside a mask token that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls, self.mask = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.cls
+
+
+@pytest.mark.parametrize("owner", ["used beside it", "layers inside"])
+def test_gradient_that_comes_for_others_brings_no_parameter_back(owner: str) -> None:
+    first = Tokens() if owner == "used beside it" else nn.Sequential(nn.Linear(6, 6))
+    if owner == "layers inside":
+        first.mask = nn.Parameter(torch.zeros(6))  # type: ignore[assignment]
+    model = nn.Sequential(first, nn.Linear(6, 3))
+    training = private(model)
+    _, optimizer, loader = training
+    for batch in loader:
+        optimizer.zero_grad()
+        plain(model, batch).backward()
+        optimizer.step()
+    assert training.plan.frozen_parameters == ("0.mask",)

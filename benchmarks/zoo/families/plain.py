@@ -1,4 +1,4 @@
-"""Kinds of models whose packages are not needed: written in plain torch as diffusers, segmentation-models and graph packages do."""
+"""Kinds of models without their packages: as diffusers, segmentation-models and graph packages have them, in plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from benchmarks.zoo.losses_plain import classify, dice_free
+from benchmarks.zoo.families.losses import by_pixel, classify
 from benchmarks.zoo.network import Network
 from benchmarks.zoo.samples import masked, noised
 
@@ -155,8 +155,11 @@ def denoise(model: nn.Module, batch: Any) -> Tensor:
 
 
 def unit(channels: int, out: int, size: int = 3, **options: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, out, size, padding=options.get("dilation", 1) * (size // 2), bias=False, **options),
-                         nn.BatchNorm2d(out), nn.ReLU(inplace=True))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(channels, out, size, padding=options.get("dilation", 1) * (size // 2), bias=False, **options),
+        nn.BatchNorm2d(out),
+        nn.ReLU(inplace=True),
+    )
 
 
 class Encoder(nn.Module):
@@ -455,11 +458,11 @@ NETWORKS: tuple[Network, ...] = (
     Network("UNet with conditions", DIFFUSION, DiffusionUNet, captioned, denoise),
     Network("UNet with conditions, checkpoints", DIFFUSION, lambda: DiffusionUNet(checkpoint=True), captioned, denoise),
     Network("DiT", DIFFUSION, DiT, captioned, denoise),
-    Network("Unet, scSE", SEGMENTATION, UnetDecoder, masked(3, 32, 32, classes=3), dice_free),
-    Network("FPN", SEGMENTATION, FPN, masked(3, 32, 32, classes=3), dice_free),
-    Network("DeepLabV3+", SEGMENTATION, ASPP, masked(3, 32, 32, classes=3), dice_free),
-    Network("PSPNet", SEGMENTATION, PSP, masked(3, 32, 32, classes=3), dice_free),
-    Network("Linknet", SEGMENTATION, Linknet, masked(3, 32, 32, classes=3), dice_free),
+    Network("Unet, scSE", SEGMENTATION, UnetDecoder, masked(3, 32, 32, classes=3), by_pixel),
+    Network("FPN", SEGMENTATION, FPN, masked(3, 32, 32, classes=3), by_pixel),
+    Network("DeepLabV3+", SEGMENTATION, ASPP, masked(3, 32, 32, classes=3), by_pixel),
+    Network("PSPNet", SEGMENTATION, PSP, masked(3, 32, 32, classes=3), by_pixel),
+    Network("Linknet", SEGMENTATION, Linknet, masked(3, 32, 32, classes=3), by_pixel),
     Network("GIN, padded graphs", GRAPHS, DenseGCN, padded_graph, classify_graph),
     Network("GAT, padded graphs", GRAPHS, DenseGAT, padded_graph, classify_graph),
     Network("gated messages, lists of edges", GRAPHS, MessagePassing, listed_graph, classify_graph),

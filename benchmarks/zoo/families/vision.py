@@ -8,7 +8,7 @@ import timm
 import torchvision
 from torch import nn
 
-from benchmarks.zoo.losses_plain import classify, dice_free
+from benchmarks.zoo.families.losses import by_pixel, classify
 from benchmarks.zoo.network import Network
 from benchmarks.zoo.samples import image, masked
 
@@ -34,49 +34,37 @@ def _segmenting(name: str) -> Network:
     def build() -> nn.Module:
         return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
 
-    return Network(name, TORCHVISION, build, masked(3, 32, 32, classes=3), dice_free)
+    return Network(name, TORCHVISION, build, masked(3, 32, 32, classes=3), by_pixel)
 
+
+_STAGES: dict[str, Any] = {"embed_dim": 24, "depths": (1, 1, 2, 1)}
 
 NETWORKS: tuple[Network, ...] = (
     _timm("resnet18"),
     _timm("resnetv2_50"),
     _timm("resnetv2_50d_gn"),
-    _timm("resnetv2_50x1_bit"),
-    _timm("seresnet18" if False else "skresnet18"),
+    _timm("skresnet18"),
     _timm("densenet121"),
     _timm("efficientnet_b0"),
     _timm("mobilenetv3_small_100"),
     _timm("regnety_002"),
     _timm("ghostnet_100"),
     _timm("repvgg_a0"),
-    _timm("vgg11_bn"),
-    _timm("dla34"),
-    _timm("res2net50_14w_8s"),
     _timm("hrnet_w18_small"),
-    _timm("nf_resnet26"),
-    _timm("dm_nfnet_f0") if False else _timm("nf_regnet_b0"),
+    _timm("nf_regnet_b0"),
     _timm("convnext_atto"),
     _timm("convnextv2_atto"),
-    _timm("convmixer_768_32", depth=2),
     _timm("vit_tiny_patch16_224", sized=True, depth=3),
     _timm("deit_tiny_distilled_patch16_224", sized=True, depth=3),
-    _timm("swin_tiny_patch4_window7_224", sized=True, embed_dim=24, depths=(1, 1, 2, 1), window_size=2),
-    _timm(
-        "swinv2_tiny_window8_256",
-        64,
-        sized=True,
-        embed_dim=24,
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 2, 4, 8),
-        window_size=4,
-    ),
+    _timm("swin_tiny_patch4_window7_224", sized=True, window_size=2, **_STAGES),
+    _timm("swinv2_tiny_window8_256", 64, sized=True, num_heads=(1, 2, 4, 8), window_size=4, **_STAGES),
     _timm("beit_base_patch16_224", sized=True, embed_dim=48, depth=2, num_heads=4),
     _timm("eva02_tiny_patch14_224", 28, sized=True, depth=2),
     _timm("cait_xxs24_224", sized=True, depth=2),
     _timm("xcit_nano_12_p16_224", sized=True, depth=2),
-    _timm("mixer_s32_224", 64, sized=True, num_blocks=2),
-    _timm("resmlp_12_224", sized=True, num_blocks=2),
-    _timm("gmlp_s16_224", sized=True, num_blocks=2),
+    _timm("mixer_s32_224", 64, sized=True),
+    _timm("resmlp_12_224", sized=True),
+    _timm("gmlp_s16_224", sized=True),
     _timm("poolformer_s12"),
     _timm("pvt_v2_b0"),
     _timm("levit_128s", 64, sized=True),
@@ -85,21 +73,12 @@ NETWORKS: tuple[Network, ...] = (
     _timm("maxvit_pico_rw_256", 64, sized=True),
     _timm("edgenext_xx_small"),
     _timm("mobilevit_xxs", 64),
-    _timm("fastvit_t8", 64),
     _timm("sequencer2d_s", 64, sized=True, layers=(1, 1, 1, 1)),
-    _timm("visformer_tiny", 64, sized=True),
-    _timm("davit_tiny", 32, embed_dims=(24, 48, 96, 192), depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)),
-    _timm("volo_d1_224", 64, sized=True, layers=(1, 1, 1, 1)),
-    _timm("hiera_tiny_224", 224, embed_dim=12) if False else _timm("tnt_s_legacy_patch16_224", sized=True, depth=2),
-    _torchvision("alexnet", 64),
-    _torchvision("densenet121"),
-    _torchvision("googlenet", 32, aux_logits=False, init_weights=False),
+    _timm("davit_tiny", embed_dims=(24, 48, 96, 192), depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)),
+    _timm("tnt_s_legacy_patch16_224", sized=True, depth=2),
+    _torchvision("googlenet", aux_logits=False, init_weights=False),
     _torchvision("mobilenet_v2"),
-    _torchvision("mnasnet0_5"),
     _torchvision("shufflenet_v2_x0_5"),
     _torchvision("squeezenet1_1"),
-    _torchvision("resnext50_32x4d"),
-    _torchvision("swin_t", 32),
-    _segmenting("deeplabv3_mobilenet_v3_large"),
     _segmenting("lraspp_mobilenet_v3_large"),
 )

@@ -209,7 +209,7 @@ def on_the_batch(
     known = {path: {names[id(p)]: p for p in own.values()} for path, own in expanded.items()}
     found = {path: own for path, own in known.items() if can_divert(own, plan.layers)}
     for layer in plan.layers:  # what is made of a parameter and given back would be used where nobody sees it
-        if any(dim is None for _, dim in layer.output):
+        if layer.path and any(dim is None for _, dim in layer.output):  # the model itself returns its loss that way
             found.pop(layer.path, None)
     mapped = {layer.path for layer in plan.layers if not _on_the_batch(modules, layer, inside, known)}
     elsewhere = {name for name, _ in plan.elsewhere}

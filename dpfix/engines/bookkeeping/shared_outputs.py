@@ -2,8 +2,9 @@
 
 Such an output is made of parameters and constants. Where the model only adds it to what depends on the samples, it is
 given to each of them at once. Where the model turns it into another shape first (``[pairs, heads]`` into
-``[1, heads, queries, keys]``), there is no dimension for the samples in it: then the module around that uses it diverts the
-functions on these parameters, and they are given to the samples where they meet them.
+``[1, heads, queries, keys]``, or a prompt that is repeated for every sample), there is no dimension for the samples in it:
+then the module around that uses it diverts the functions on these parameters, and they are given to the samples where they
+meet them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dpfix.layout.calls import LayerLayout
 
 _RESHAPING = frozenset({
     "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "permute", "transpose", "movedim", "swapaxes", "t", "T",
-    "mT", "unsqueeze", "squeeze", "__getitem__", "index_select", "gather", "take", "select", "chunk", "split", "unbind",
+    "mT", "unsqueeze", "squeeze", "__getitem__", "index_select", "gather", "take", "select", "chunk", "split", "unbind", "repeat",
+    "tile",
 })  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def classify(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(sum(out) / len(out) if isinstance(out, tuple) else out, batch[1])
 
 
-def dice_free(model: nn.Module, batch: Any) -> Tensor:
+def by_pixel(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy of every pixel, of a network that returns a dictionary or a tensor."""
     out = model(batch[0])
     return F.cross_entropy(out["out"] if isinstance(out, dict) else out, batch[1][:, 0])
