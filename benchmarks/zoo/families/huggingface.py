@@ -360,7 +360,7 @@ def _vision() -> list[Network]:
             "CLIPModel",
             both(tokens(WORDS, LENGTH), image(3, 32, 32)),
             contrast,
-            refusal="DPF013",
+            refusal="DPF014",
         ),
     ]
 
@@ -403,15 +403,17 @@ def _audio() -> list[Network]:
         "decoder_start_token_id": 1,
     }
 
-    def row(name: str, kind: str, **options: Any) -> Network:
-        return _row(
-            name, AUDIO, sound, classify_sound, f"{kind}Config", f"{kind}ForSequenceClassification", wave, **options
-        )
+    def row(name: str, kind: str, **settings: Any) -> Network:
+        head = f"{kind}ForSequenceClassification"
+        return _row(name, AUDIO, sound, classify_sound, f"{kind}Config", head, wave | settings)
 
     return [
         row("Wav2Vec2", "Wav2Vec2"),
         row("HuBERT", "Hubert"),
         row("WavLM", "WavLM"),
+        row("Wav2Vec2, no SpecAugment", "Wav2Vec2", apply_spec_augment=False),
+        row("HuBERT, no SpecAugment", "Hubert", apply_spec_augment=False),
+        row("WavLM, no SpecAugment", "WavLM", apply_spec_augment=False),
         _row("Whisper", AUDIO, speech, transcribe, "WhisperConfig", "WhisperForConditionalGeneration", whisper),
     ]
 

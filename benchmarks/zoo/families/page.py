@@ -14,7 +14,7 @@ from benchmarks.zoo.measure import EXACT, REFUSED, SKIPPED, Row, short
 from benchmarks.zoo.table import ROOT, environment, found, keep, verdict
 
 KINDS = ("huggingface", "adapters", "vision", "plain")
-PACKAGES = ("torch", "opacus", "transformers", "peft", "timm", "torchvision", "dpfix")
+PACKAGES = ("torch", "opacus", "transformers", "peft", "timm", "torchvision")
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _row(told: dict[str, Any]) -> Row:
 PAGE = """\
 # Public families of models
 
-Written by `make zoo` (`python -m benchmarks.zoo.families --write`) with torch {torch}, opacus {opacus}, transformers \
+Measured by `make zoo` (`python -m benchmarks.zoo.families`) with torch {torch}, opacus {opacus}, transformers \
 {transformers}, peft {peft}, timm {timm} and torchvision {torchvision}, on one CPU thread.
 
 Architectures of transformers and PEFT with random weights and tiny settings, families of timm and torchvision on small images,
@@ -92,8 +92,9 @@ loss it is made for. [The networks of MONAI](zoo.md) have a page of their own, w
 - **dpfix found**: [codes](rules/index.md) of the findings; in brackets those that need no repair. With a star, the repair
   changes the function that the model computes.
 - **step**: time of a private step over that of a non-private one, on the same batches of eight samples on average. The
-  networks are small, so this is mostly what a call of a layer costs. dpfix times the engines that are right and takes the
-  fastest; `microbatch` is taken only where no other engine is right.
+  networks are small, so this is mostly what a call of a layer costs, and other work beside it shows: single numbers are no
+  measure of speed ([Speed and memory](speed.md) is). dpfix times the engines that are right and takes the fastest;
+  `microbatch` is taken only where no other engine is right.
 
 {summary}
 
@@ -102,4 +103,8 @@ loss it is made for. [The networks of MONAI](zoo.md) have a page of their own, w
 ## On `microbatch`, or refused
 
 {by_sample}
+
+SpecAugment, which Wav2Vec2, HuBERT and WavLM have switched on, draws its masks from NumPy's generator for the whole batch. Its
+samples do not mix; that they do is what the comparison of a batch with single samples makes of these draws. With
+`apply_spec_augment=False` all three train. Graphs train padded to one size, or with a list of edges for each.
 """
