@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.noise_cost --write docs/noise.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.simsiam_digits --write docs/detach.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.augmentation_digits --write docs/augmentation.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.norms_digits --write docs/norms.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.engine_speed --write
 
 frameworks: $(VENV)/.installed-dev  ## measure small scripts on Lightning, MONAI, ignite and others (a few minutes)

@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from benchmarks import engine_speed as speed
 from benchmarks.common import tables
-from benchmarks.common.digits import digits
+from benchmarks.common.digits import accuracy, digits, epoch
 from benchmarks.common.process import cpu_seconds, in_a_fresh_process, quiet
 
 TRAINED, BATCH, EPSILON, DELTA, CLIP = 1300, 256, 3.0, 1e-4, 0.1
@@ -83,14 +82,13 @@ def train(seed: int, epochs: int, views: int, lr: float) -> Outcome:
     )  # fmt: skip
     private, optimizer, loader = training
     for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(private(x), y).backward()
-            optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = float((model(test).argmax(1) == wanted).float().mean())
-    return Outcome(accuracy, training.get_epsilon(DELTA), optimizer.noise_multiplier, time.perf_counter() - start)
+        epoch(private, optimizer, loader)
+    return Outcome(
+        accuracy(model, test, wanted),
+        training.get_epsilon(DELTA),
+        optimizer.noise_multiplier,
+        time.perf_counter() - start,
+    )
 
 
 def accuracy_table(outcomes: dict[int, list[Outcome]]) -> list[str]:

@@ -46,6 +46,7 @@ from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.training.planning import PlannedTraining, TrainingPlans, plan
 from dpfix.training.result import PrivateTraining
 from dpfix.weights import (
     Difference,
@@ -96,6 +97,7 @@ __all__ = [
     "PerSampleLoss",
     "Plan",
     "PlanBrokenError",
+    "PlannedTraining",
     "PrivacyStatement",
     "PrivateTraining",
     "RankError",
@@ -106,6 +108,7 @@ __all__ = [
     "Severity",
     "ShapeMismatchError",
     "StateWrittenError",
+    "TrainingPlans",
     "TrainingStepError",
     "UnknownArgumentError",
     "UnusedKeysError",
@@ -117,6 +120,7 @@ __all__ = [
     "make_private_safe_with_epsilon",
     "per_sample_gradients",
     "plain_state_dict",
+    "plan",
     "save_plain",
     "verify_equivalence",
     "verify_legacy",

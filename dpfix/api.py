@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.errors import ArgumentError, DPFixError
+from dpfix.errors import DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
@@ -26,7 +25,7 @@ from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.randomness import Randomness
-from dpfix.sampling.rate import sample_rate
+from dpfix.sampling.rate import accounted_compositions, accounted_rate
 from dpfix.scan.arguments import (
     check_augmentation,
     check_budget,
@@ -50,7 +49,7 @@ from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
 from dpfix.training.own_objects import as_trained, out_of_earlier
-from dpfix.training.privacy_engine import CheckpointingEngine, secure_source
+from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
 
@@ -69,6 +68,8 @@ def make_private_safe(
     batch_first: bool = True,
     loss_reduction: str = "mean",
     poisson_sampling: bool = True,
+    sampling: str | None = None,
+    accountant: str | None = None,
     clipping: str = "flat",
     noise_generator: torch.Generator | None = None,
     seed: int | None = None,
@@ -102,7 +103,10 @@ def make_private_safe(
         privacy_engine: an Opacus engine whose accountant is to be used; a new one if not given.
         batch_first: whether the samples are in dimension 0 (for Opacus's engines).
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
-        poisson_sampling: draw Poisson batches, as the accountant assumes; ``False`` leaves the loader alone.
+        poisson_sampling: ``False`` is ``sampling="fixed"``.
+        sampling: ``"poisson"`` if not given; ``"truncated"``: with a largest batch; ``"shuffle"``: the loader's own order, every
+            sample once a pass, accounted as one release; ``"fixed"``: the loader left alone, every step accounted in full.
+        accountant: ``"prv"`` if not given, ``"rdp"``, ``"gdp"`` or, with ``dpfix[accounting]``, ``"pld"``; of a new engine.
         clipping: ``"flat"``, ``"per_layer"`` or ``"adaptive"``.
         noise_generator: source of the noise, for experiments that are to be repeated; see ``seed``.
         seed: makes noise and draws reproducible. Without it they come from generators of the training's own, which the
@@ -114,7 +118,7 @@ def make_private_safe(
             next to each other. If not given, that of the earlier call from which ``data_loader`` comes.
         wrap_model: return Opacus's wrapper; ``False`` works on the model itself and keeps its state-dict keys.
         rand_on_empty: accepted for compatibility; an empty draw never reaches the model.
-        norm: what replaces BatchNorm: ``"group"``, ``"instance"`` or ``"layer"``.
+        norm: what replaces BatchNorm: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"`` for a pretrained model.
         no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
         cache: remember in the user's cache directory which engine was fastest for this model; it is audited all the same.
         checks: share of the training time that checks of random real steps may take. The first steps, and steps on which
@@ -130,24 +134,9 @@ def make_private_safe(
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
         RankError: another of the processes that make this call together cannot, or makes another call.
     """
-    privacy = PrivacyOptions(
-        clipping=clipping,
-        max_grad_norm=max_grad_norm,
-        poisson_sampling=poisson_sampling,
-        loss_reduction=loss_reduction,
-        augmentation=augmentation,
-        norm=norm,
-        noise_generator=noise_generator,
-        seed=seed,
-        checks=checks,
-        strict=strict,
-    )
-    performance = PerformanceOptions(
-        grad_sample_mode=grad_sample_mode, batch_first=batch_first, no_grad_regions=no_grad_regions, cache=cache
-    )
-    given = Request(module, optimizer, data_loader, criterion, training_step, privacy, performance)
+    given = Request(module, optimizer, data_loader, criterion, training_step, *options_of(locals()))
     request = out_of_earlier(given)
-    engine, carried = _engine(privacy_engine, secure_mode), list[Finding]()
+    engine, carried = _engine(privacy_engine, secure_mode, accountant), list[Finding]()
 
     def report_of(prepared: Prepared) -> Report:
         report = prepared.report(request, noise_multiplier, secure=engine.secure_mode)
@@ -164,9 +153,7 @@ def make_private_safe(
             prepared = prepare(request, surgery)
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, data_loader)
-            refuse_mixture(
-                engine.accountant, [*earlier.history(engine), (noise_multiplier, sample_rate(data_loader), 1)]
-            )
+            refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, _rate(request), 1)])
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
@@ -177,7 +164,7 @@ def make_private_safe(
                     prepared.placeholder,
                     prepared.known_rows,
                     request.privacy.augmentation,
-                    request.privacy.poisson_sampling,
+                    request.privacy.sampling,
                     request.ranks,
                     Following(prepared.step, prepared.batches, request.privacy.checks, request.privacy.strict),
                     deciding(request, prepared, report_of),
@@ -241,7 +228,7 @@ def make_private_safe_with_epsilon(
     loss = arguments.get("criterion"), arguments.get("training_step")
     options = options_of({"max_grad_norm": max_grad_norm, **arguments})
     request = out_of_earlier(Request(module, optimizer, data_loader, *loss, *options))
-    engine = _engine(privacy_engine, arguments.get("secure_mode", False))
+    engine = _engine(privacy_engine, arguments.get("secure_mode", False), arguments.get("accountant"))
     with request.ranks.all_or_none():
         delta, (epsilon, passes) = check_delta(target_delta), check_budget(target_epsilon, epochs)
         further = {name: value for name, value in arguments.items() if name not in _ARGUMENTS}
@@ -251,7 +238,8 @@ def make_private_safe_with_epsilon(
         accuracy = Accuracy.of(delta, **search)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         earlier = tuple(earlier_releases(request.module, request.optimizer, data_loader).history(engine))
-        budget = Budget(epsilon, delta, sample_rate(data_loader), math.ceil(passes * len(data_loader)), earlier)
+        times = accounted_compositions(len(data_loader), request.privacy.sampling, passes)
+        budget = Budget(epsilon, delta, _rate(request), times, earlier)
         noise = noise_for(replace(budget, tolerance=tolerance, accuracy=accuracy), engine.accountant)
     return inspect.unwrap(make_private_safe)(
         module=module,
@@ -275,6 +263,7 @@ def diagnose(
     batch_first: bool = True,
     loss_reduction: str = "mean",
     poisson_sampling: bool = True,
+    sampling: str | None = None,
     grad_sample_mode: str = "auto",
     augmentation: AugmentationMultiplicity | None = None,
     norm: str = "group",
@@ -290,6 +279,7 @@ def diagnose(
         batch_first: see :func:`make_private_safe`.
         loss_reduction: see :func:`make_private_safe`.
         poisson_sampling: see :func:`make_private_safe`.
+        sampling: see :func:`make_private_safe`.
         grad_sample_mode: see :func:`make_private_safe`.
         augmentation: see :func:`make_private_safe`.
         norm: see :func:`make_private_safe`.
@@ -297,15 +287,7 @@ def diagnose(
     Returns:
         The report; what would be refused is among its findings.
     """
-    options = options_of({
-        "max_grad_norm": 1.0,
-        "batch_first": batch_first,
-        "loss_reduction": loss_reduction,
-        "poisson_sampling": poisson_sampling,
-        "grad_sample_mode": grad_sample_mode,
-        "augmentation": augmentation,
-        "norm": norm,
-    })
+    options = options_of({"max_grad_norm": 1.0, **locals()})
     check_objects(module, optimizer, data_loader)
     request = as_trained(Request(module, optimizer, data_loader, criterion, training_step, *options))
     request, _ = _checked(request, 0.0, {})
@@ -359,18 +341,17 @@ def options_of(asked: Mapping[str, Any]) -> tuple[PrivacyOptions, PerformanceOpt
     return PrivacyOptions(**privacy), PerformanceOptions(**performance)
 
 
-def _engine(given: PrivacyEngine | None, secure_mode: Any) -> PrivacyEngine:
+def _rate(request: Request) -> float:
+    """The rate with which a release of the call is accounted."""
+    return accounted_rate(request.data_loader, request.privacy.sampling)
+
+
+def _engine(given: PrivacyEngine | None, secure_mode: Any, accountant: Any) -> PrivacyEngine:
     """The engine of the call."""
     secure_mode = truth("secure_mode", secure_mode)
     if given is None:
-        return SafePrivacyEngine(secure_mode=secure_mode)
-    if secure_mode and not getattr(given, "secure_mode", True):  # what is no engine is told in a moment
-        raise ArgumentError(
-            "secure_mode=True with a privacy_engine that was made without it:",
-            "its noise would not be cryptographic.",
-            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
-            path="secure_mode",
-        )
+        return SafePrivacyEngine(secure_mode=secure_mode, accountant="prv" if accountant is None else accountant)
+    check_given_engine(given, secure_mode, accountant)
     return given
 
 

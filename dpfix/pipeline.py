@@ -47,7 +47,7 @@ from dpfix.rules.batch_norm import fixed_norms
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
-from dpfix.sampling.rate import batch_size, index_set, replaced_sampler
+from dpfix.sampling.rate import batch_size, index_set, of_sampling
 from dpfix.scan.request import Request
 from dpfix.scan.settings import settings
 from dpfix.training.first_step import Decide, Decision
@@ -307,7 +307,7 @@ def _advice(request: Request, subject: Subject, record: StepRecord) -> list[Find
         *constant_writes(record),
         *overwritten(record.in_place),
         *several_rows(name, record),
-        *(replaced_sampler(request.data_loader) if request.privacy.poisson_sampling else ()),
+        *of_sampling(request.data_loader, request.privacy.sampling),
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +17,14 @@ torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 def pytest_collection_finish() -> None:
     """What imports and collecting have made stays until the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def looked_through_once() -> Iterator[None]:
+    """What the tests of a file leave behind, in imports and in torch's caches, stays, too."""
+    yield
     gc.collect()
     gc.freeze()
 
@@ -31,6 +41,8 @@ def seeded() -> None:
 def reproducible_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has the same noise and draws, whatever ran before it; the operating system is stood in for by a count."""
     monkeypatch.setattr("dpfix.sampling.randomness.system_entropy", itertools.count().__next__)
+    # with the same noise in every test a model can have the very weights that another test's training has released
+    monkeypatch.setattr("dpfix.training.lineage._NOTED", OrderedDict())
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,21 @@ def setting(model: nn.Module | None = None, **changes: Any) -> Setting:
     return given
 
 
+def untold(
+    model: nn.Module, samples: tuple[Tensor, Tensor], batch_size: int, **changes: Any
+) -> tuple[dpfix.PrivateTraining, list[Any]]:
+    """A private training in which nothing is told, without noise and sampling, and the batches of one of its samples."""
+    arguments: Setting = {
+        "optimizer": sgd(model),
+        "data_loader": DataLoader(TensorDataset(*samples), batch_size=batch_size),
+        "noise_multiplier": 0.0,
+        "max_grad_norm": 1.0,
+        "poisson_sampling": False,
+    }
+    training = dpfix.make_private_safe(module=model, **(arguments | changes))
+    return training, list(zip(*(t.split(1) for t in samples), strict=True))
+
+
 def private(case: Case, dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[nn.Module, dpfix.PrivateTraining]:
     """The model of a case, and its private training without noise and sampling, lr 1."""
     model = case.build(dtype)

@@ -25,10 +25,13 @@ class Lines:
         at: the number of the line at which the interrupt comes; 0 for none.
         error: what comes there.
         within: the file whose lines count; all of dpfix without.
+        function: the function in it whose lines count; all without.
     """
 
-    def __init__(self, at: int = 0, error: type[BaseException] = KeyboardInterrupt, within: str = "") -> None:
-        self.at, self.error, self.within = at, error, within
+    def __init__(
+        self, at: int = 0, error: type[BaseException] = KeyboardInterrupt, within: str = "", function: str = ""
+    ) -> None:
+        self.at, self.error, self.within, self.function = at, error, within, function
         self.count, self.place = 0, ""
         self.last: dict[tuple[str, int], int] = {}
 
@@ -46,7 +49,8 @@ class Lines:
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
         name = frame.f_code.co_filename
-        return self._line if name.startswith(ROOT) and name.endswith(self.within) else None
+        counts = name.startswith(ROOT) and name.endswith(self.within) and self.function in ("", frame.f_code.co_name)
+        return self._line if counts else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
@@ -88,7 +92,7 @@ def fingerprint(given: Mapping[str, Any]) -> dict[str, Any]:
     seen["generators"] = (python, numpy[1].tolist(), numpy[2:], tuple(cpu.tolist()))
     seen["modes"] = (
         torch.is_grad_enabled(), torch.overrides._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
-        torch.get_default_dtype(),
+        torch.get_default_dtype(), torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
     )  # fmt: skip
     return seen
 

@@ -130,6 +130,19 @@ def test_an_interrupt_while_the_precision_is_switched_in_the_first_step() -> Non
         assert torch.overrides._get_current_function_mode_stack() == modes and not torch._C._len_torch_dispatch_stack()
 
 
+def test_an_interrupt_while_no_function_is_looked_at() -> None:
+    """One in the last line of a block leaves it entered: Python does not call its exit."""
+    given = arguments("layers")
+    before = fingerprint(given)
+    places = set()
+    for at in range(1, 12):
+        lines = Lines(at, within="recorder.py", function="_detached")
+        assert lines.run(partial(call, given))
+        places.add(lines.place)
+        assert not differences(before, fingerprint(given)), lines.place
+    assert len(places) > 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "bookkeeping", "hooks"])
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,8 @@
     python -m benchmarks.frameworks [NAME ...] [--write docs/frameworks.md]
 
 The scripts stand in ``benchmarks/frameworks/scripts``. A comment that begins with ``# dpfix:`` or ``# opacus:`` is a line that
-the respective variant has and the plain script has not. Every variant runs in a process of its own, with one thread.
+the respective variant has and the plain script has not; a variant without any is not measured. Every variant runs in a process
+of its own, with one thread.
 """
 
 from __future__ import annotations
@@ -97,10 +98,12 @@ def needed(script: str) -> list[str]:
 def line(script: str) -> str:
     """A line of the table."""
     text = (FOLDER / f"{script}.py").read_text()
-    found = {name: measure(script, name) for name in VARIANTS}
+    found = {name: measure(script, name) for name in VARIANTS if name == "plain" or f"# {name}: " in text}
     plain = found["plain"].get("seconds")
 
     def cell(name: str) -> str:
+        if name not in found:
+            return "-"
         if "failed" in found[name]:
             return "stops: " + found[name]["failed"]
         seconds = found[name]["seconds"]

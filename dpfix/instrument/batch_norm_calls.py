@@ -25,6 +25,8 @@ from dpfix.errors import ModelError
 from dpfix.instrument.source import calling_line
 
 _MAX_GROUPS = 32
+_FOLDED = 16
+"""Least number of channels in a group that stands for tracked statistics; in smaller ones a sample's own differ too much."""
 _LAST = ("training", "momentum", "eps")
 _FORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", *_LAST),
@@ -57,13 +59,15 @@ def groups_of(norm: str, channels: int, spatial: bool) -> int:
     """How many groups take the place of a batch normalisation.
 
     Args:
-        norm: ``"group"``, ``"instance"`` or ``"layer"``.
+        norm: see :class:`~dpfix.scan.options.PrivacyOptions`.
         spatial: whether there are at least two spatial dimensions; without, a channel may be a single number.
 
     Returns:
         The number; as many as there are channels for an instance normalisation.
     """
-    return {"layer": 1, "instance": channels}.get(norm) or group_count(channels, 2 if spatial else 8)
+    return {"layer": 1, "instance": channels}.get(norm) or group_count(
+        channels, _FOLDED if norm == "folded" else 2 if spatial else 8
+    )
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def per_sample_class(original: type[nn.Module], norm: str, sites: frozenset[Site
 
     Args:
         original: its class.
-        norm: ``"group"``, ``"instance"`` or ``"layer"``.
+        norm: see :class:`~dpfix.scan.options.PrivacyOptions`.
         sites: lines where a run has shown that a call mixes samples.
 
     Returns:

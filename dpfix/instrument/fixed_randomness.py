@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpfix.instrument.own_draws import can_be_drawn, drawn, draws
 from dpfix.instrument.rng import GeneratorStates
 
 _FEW = 16
@@ -84,6 +86,7 @@ class FixedRandomness(TorchDispatchMode):
         self.decides = False
         self._draw = draw
         self._number = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def __enter__(self) -> FixedRandomness:
         self._draw.seed_outside()
@@ -96,23 +99,28 @@ class FixedRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+        if draws(func) and _draws(func, args, kwargs):
             self.random_ops.setdefault(func.__name__, set()).update(self.stack)
             self._number += 1
             seed = self._draw.torch + (self._number if self._draw.apart else 0)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                drawn = _fixed(func, args, kwargs, seed)
-            self.decides |= _may_decide(func, drawn)
-            return drawn
+            values = _fixed(func, args, kwargs, partial(self._seeded, seed))
+            self.decides |= _may_decide(func, values)
+            return values
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.dtype in (torch.bfloat16, torch.float16):
             self.low_precision = True
         return out
 
+    def _seeded(self, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator that begins anew; the global one is any thread's."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(seed)
 
-def _may_decide(func: Any, drawn: Any) -> bool:
-    few = isinstance(drawn, torch.Tensor) and drawn.numel() <= _FEW and drawn.shape[1:].numel() == 1
+
+def _may_decide(func: Any, values: Any) -> bool:
+    few = isinstance(values, torch.Tensor) and values.numel() <= _FEW and values.shape[1:].numel() == 1
     return few and "bernoulli" not in func.__name__  # a mask that is one number keeps everything, in every draw
 
 
@@ -128,62 +136,71 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     return "dropout" not in func.__name__ or float(given.get("p") or 0) > 0
 
 
-def _fixed(func: Any, args: Any, kwargs: Any, seed: int) -> Any:
+Seeded = Callable[..., torch.Generator]
+"""Gives a generator on a device that begins anew."""
+
+
+def _fixed(func: Any, args: Any, kwargs: Any, seeded: Seeded) -> Any:
     name = func.__name__.split(".")[0]
     given = _given(func, args, kwargs)
     if name == "native_dropout":
         keep = 1 - given["p"]
-        mask = _spread(given["input"], lambda row: _keep(row, keep))
+        mask = _spread(given["input"], seeded, lambda row, g: _keep(row, keep, g))
         return given["input"] * mask / max(1e-12, keep), mask.bool()
     if name == "multinomial":
-        return _multinomial(func, given, seed)
-    out = func(*args, **kwargs)
+        return _multinomial(func, given, seeded)
+    out = _once(func, args, kwargs, seeded)
     fill = _FILL.get(name)
     if isinstance(out, torch.Tensor) and fill is not None:
-        torch.manual_seed(seed)  # the draw above took as many numbers as there are rows
-        out.copy_(_spread(out, lambda row: fill(row, given)))
+        out.copy_(_spread(out, seeded, lambda row, g: fill(row, given, g)))
     return out
 
 
-def _multinomial(func: Any, given: dict[str, Any], seed: int) -> torch.Tensor:
+def _once(func: Any, args: Any, kwargs: Any, seeded: Seeded) -> Any:
+    if can_be_drawn(func, args, kwargs):
+        return drawn(func, args, kwargs, seeded())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded().initial_seed())
+        return func(*args, **kwargs)
+
+
+def _multinomial(func: Any, given: dict[str, Any], seeded: Seeded) -> torch.Tensor:
     """Every row is drawn from its own weights with the same numbers, as if it were alone."""
-    weights, others = given["self"], {k: v for k, v in given.items() if k != "self"}
-    drawn = []
-    for row in weights.reshape(-1, weights.shape[-1]):
-        torch.manual_seed(seed)
-        drawn.append(func(row, **others))
-    return torch.stack(drawn).view(*weights.shape[:-1], -1)
+    weights, others = given["self"], {k: v for k, v in given.items() if k not in {"self", "generator"}}
+    rows = weights.reshape(-1, weights.shape[-1])
+    found = [func(row, **others, generator=seeded(weights.device)) for row in rows]
+    return torch.stack(found).view(*weights.shape[:-1], -1)
 
 
-def _spread(like: torch.Tensor, fill: Any) -> torch.Tensor:
+def _spread(like: torch.Tensor, seeded: Seeded, fill: Any) -> torch.Tensor:
     """A tensor like another, equal along every dimension but the last; constant if it has only one."""
     dtype = torch.float32 if like.dtype is torch.float64 else like.dtype
     row = torch.empty(like.shape[-1] if like.dim() > 1 else 1, dtype=dtype, device=like.device)
-    fill(row)
+    fill(row, seeded(like.device))
     row = row.to(like.dtype)
     return row.expand(like.shape) if like.dim() else row.reshape(())
 
 
-def _keep(row: torch.Tensor, probability: float) -> torch.Tensor:
+def _keep(row: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
     """A mask; one that would be constant keeps everything, since nothing could be compared behind it."""
-    return row.bernoulli_(probability) if row.numel() > 1 else row.fill_(1)
+    return row.bernoulli_(probability, generator=generator) if row.numel() > 1 else row.fill_(1)
 
 
-def _bernoulli(row: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+def _bernoulli(row: torch.Tensor, given: dict[str, Any], g: torch.Generator) -> torch.Tensor:
     p = given.get("p", 0.5)
-    return _keep(row, p if isinstance(p, float) else 0.5)
+    return _keep(row, p if isinstance(p, float) else 0.5, g)
 
 
 _FILL: Mapping[str, Any] = {
-    "randn": lambda row, given: row.normal_(),
-    "randn_like": lambda row, given: row.normal_(),
-    "normal_": lambda row, given: row.normal_(given.get("mean", 0.0), given.get("std", 1.0)),
-    "rand": lambda row, given: row.uniform_(),
-    "rand_like": lambda row, given: row.uniform_(),
-    "uniform_": lambda row, given: row.uniform_(given.get("from", 0.0), given.get("to", 1.0)),
-    "exponential_": lambda row, given: row.exponential_(given.get("lambd", 1.0)),
-    "randint": lambda row, given: row.random_(given.get("low", 0), given["high"]),
-    "randint_like": lambda row, given: row.random_(given.get("low", 0), given["high"]),
+    "randn": lambda row, given, g: row.normal_(generator=g),
+    "randn_like": lambda row, given, g: row.normal_(generator=g),
+    "normal_": lambda row, given, g: row.normal_(given.get("mean", 0.0), given.get("std", 1.0), generator=g),
+    "rand": lambda row, given, g: row.uniform_(generator=g),
+    "rand_like": lambda row, given, g: row.uniform_(generator=g),
+    "uniform_": lambda row, given, g: row.uniform_(given.get("from", 0.0), given.get("to", 1.0), generator=g),
+    "exponential_": lambda row, given, g: row.exponential_(given.get("lambd", 1.0), generator=g),
+    "randint": lambda row, given, g: row.random_(given.get("low", 0), given["high"], generator=g),
+    "randint_like": lambda row, given, g: row.random_(given.get("low", 0), given["high"], generator=g),
     "bernoulli_": _bernoulli,
     "bernoulli": _bernoulli,  # what dropout becomes under vmap
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from weakref import ref
 
 import torch
 from torch import nn
@@ -19,13 +21,14 @@ class GradWatch:
         self.parameters = parameters
         self.arrived: list[str] = []
         self._seen: dict[str, tuple[int, int]] = {}
+        this: ref[GradWatch] = ref(self)  # nothing collects a cycle through a hook of a tensor that a graph holds
         self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._note(name, p))
-            for name, p in parameters.items()
+            p.register_post_accumulate_grad_hook(partial(_note, this, name)) for name, p in parameters.items()
         ]
         self.reset()
 
-    def _note(self, name: str, p: torch.Tensor) -> None:
+    def note(self, name: str, p: torch.Tensor) -> None:
+        """Autograd has written into the gradient of a parameter."""
         self.arrived.append(name)
         if p.grad is not None:
             self._seen[name] = _mark(p.grad)
@@ -48,6 +51,12 @@ class GradWatch:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _note(watch: ref[GradWatch], name: str, p: torch.Tensor) -> None:
+    this = watch()
+    if this is not None:
+        this.note(name, p)
 
 
 def _mark(grad: torch.Tensor) -> tuple[int, int]:

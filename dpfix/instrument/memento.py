@@ -108,13 +108,16 @@ class Memento:
 
 
 class Modes:
-    """Whether gradients are on, the default precision, and the modes that torch runs functions and operations under.
+    """Whether gradients are on, the default precision, and what torch runs functions and operations under: modes, or none.
+
+    Python does not leave a ``with`` block that is interrupted in its last line, so that a state of torch's can stay behind.
 
     As a context manager it puts them back where an exception comes out of the block.
     """
 
     def __init__(self) -> None:
         self._gradients, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        self._looked_at = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
         self._functions = _get_current_function_mode_stack()
         self._operations = dispatch._get_current_dispatch_mode_stack()
 
@@ -129,6 +132,7 @@ class Modes:
         """Make them again what they were."""
         torch.set_grad_enabled(self._gradients)
         torch.set_default_dtype(self._dtype)
+        torch._C._set_torch_function_state(self._looked_at)  # type: ignore[attr-defined]
         for now, before, pop, push in (
             (_get_current_function_mode_stack, self._functions, _pop_mode, _push_mode),
             (dispatch._get_current_dispatch_mode_stack, self._operations, dispatch._pop_mode, dispatch._push_mode),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from dpfix.errors import ModelError, OptimizerError
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.rng import rng_untouched
 from dpfix.report.finding import Finding, Fixability
-from dpfix.rules.rule import Rule, run_rules
+from dpfix.rules.rule import Precision, Rule, run_rules
 from dpfix.scan.scan import Scan
 from dpfix.weights import origins
 
@@ -59,6 +60,11 @@ class Surgery:
             if isinstance(result, nn.Module):
                 self.replace(module, result)
                 origins.remember_replaced(module, result, result._get_name(), exact)
+            elif isinstance(result, Precision):
+                origins.remember_attributes(module, {"__class__": type(module)}, finding.fix, exact, taken_back=True)
+                self.set_attributes(module, {"__class__": result.cls})
+                for parameter in result.parameters:
+                    self.convert(parameter, result.dtype)
             else:
                 before = {name: getattr(module, name) for name in result}
                 self.set_attributes(module, result)
@@ -120,6 +126,17 @@ class Surgery:
         """Set plain attributes of a module of the model, by name."""
         for name, value in values.items():
             setattr(module, name, value)
+
+    def convert(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Give a parameter of the model another type, with its gradient and what the optimizer holds of it."""
+        origins.remember_dtype(parameter)
+        grad, before = parameter.grad, parameter.dtype
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad = None if grad is None else grad.to(dtype)
+        held = self.scan.optimizer.state.get(parameter, {})
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor) and value.dtype is before:
+                held[name] = value.to(dtype)
 
     def freeze(self, parameter: nn.Parameter) -> None:
         """Stop training a parameter of the model that no gradient reaches."""

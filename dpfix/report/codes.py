@@ -24,6 +24,7 @@ CODES: Mapping[str, str] = {
     "DPF025": "forward keeps something of a batch in an attribute until its next call; it is put back after every step",
     "DPF026": "no gradient comes back to a module call (a `detach` behind it); it runs without a graph",
     "DPF030": "an activation is applied to the probabilities that another one has made",
+    "DPF031": "the loader draws by itself; every step is accounted as if every sample were in it",
     "DPF033": "the model was trained privately before on the same data; its epsilon goes on",
     "DPF034": "the loss, or the model, takes what the loop has kept of an earlier batch",
     "DPF035": "what is about to be released does not hold the noise that the accountant counts",

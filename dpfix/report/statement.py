@@ -52,8 +52,8 @@ class PrivacyStatement:
         sampling_used: how batches were drawn.
         sampling_assumed: what the accountant assumes.
         samples: number of samples that can be drawn.
-        sampling_rate: probability with which a sample enters a batch.
-        steps: optimizer steps that were accounted.
+        sampling_rate: probability with which a sample enters a release that is accounted; 1 where no chance is counted on.
+        steps: releases that were accounted: optimizer steps, or passes where a pass is one.
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
         max_grad_norm: the clip norm.
         accountant: name of the accounting that gave ``epsilon``; ``rdp`` where the engine's own could not answer.
@@ -116,6 +116,28 @@ class PrivacyStatement:
         """
         return json.dumps(asdict(self), indent=2)
 
+
+ADJACENCY = (
+    "add or remove one sample: its gradient is there or is zero, while the number of samples, the sampling rate and the expected "
+    "batch size, which divides the sum, are the same public numbers for both data sets (zero-out adjacency)"
+)
+"""Which pairs of data sets are compared.
+
+Rate and divisor follow from the number of samples N. They are the same for neighbours, so that neighbours are data sets of N
+indices of which one may be empty: definition 1.1 of Kairouz et al. 2021, https://arxiv.org/abs/2103.00039, and
+``REPLACE_SPECIAL`` of ``dp-accounting``. Epsilon is that of adding or removing a sample under a given rate.
+"""
+
+SAMPLING = {
+    "poisson": ("Poisson", "Poisson"),
+    "truncated": ("Poisson, cut to a largest batch", "Poisson; a cut is rarer than 1e-30 per draw"),
+    "shuffle": (
+        "the loader's own order, every sample once a pass",
+        "none by chance: a sample is in one release of every pass",
+    ),
+    "fixed": ("the loader's own order", "none by chance: a sample may be in every release"),
+}
+"""How batches were drawn, and what the accounting makes of it, for each way of sampling."""
 
 NOT_COVERED = (
     "hyper-parameters, architecture and stopping time that were chosen by looking at the same data",

@@ -14,10 +14,11 @@ from dpfix.instrument.source import line_of_code
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.scan.scan import Scan
+from dpfix.weights.folded import can_fold, fold, shares_weights
 
 _KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _WHY = "sample i's output depends on sample j, so clipping per sample bounds nothing."
-_CHOICE = "norm='instance' or 'layer' chooses another replacement"
+_CHOICE = "norm='instance' or 'layer' chooses another replacement, norm='folded' one that keeps pretrained statistics"
 
 
 class BatchNorm(Rule):
@@ -36,7 +37,11 @@ class BatchNorm(Rule):
     ``BatchNormAct2d(64)``.
 
     Use instead: group normalisation (Wu and He 2018, https://arxiv.org/abs/1803.08494), instance or layer normalisation;
-    ``norm=`` of the call chooses. A BatchNorm in ``eval()`` with running statistics is a fixed affine map and stays.
+    ``norm=`` of the call chooses. For a pretrained model ``norm="folded"`` carries the running statistics over: groups of at
+    least sixteen channels, whose mean and standard deviation follow from the statistics on average, so that weight and bias
+    can make up for them without reading any data. What the statistics were made of is released with them: they must come
+    from pretraining, and not from a pass over the private data. A BatchNorm in ``eval()`` with running statistics is a
+    fixed affine map and stays.
 
     A plain BatchNorm is replaced. A subclass with a ``forward`` of its own (an activation, dropout inside), any other
     module, and the root stay what they are: class, parameters, and all else that ``forward`` does; only ``batch_norm`` in
@@ -77,8 +82,7 @@ class BatchNorm(Rule):
                 Fixability.CHANGES_MODEL,
                 f"{place} mixes the samples of a batch{own}.",
                 _WHY,
-                fix=f"{new}{own and ' in place of batch_norm, the rest of the layer as it is'}; weight, bias, eps, dtype and "
-                f"requires_grad kept, running statistics {'not used' if own else 'dropped'}",
+                fix=f"{new}{own and ' in place of batch_norm, the rest of the layer as it is'}; {_kept(module, scan, own)}",
                 help=f"{_CHOICE}; or keep the statistics fixed: module.eval() and requires_grad_(False) on this layer.",
                 path=path,
             )
@@ -99,6 +103,8 @@ class BatchNorm(Rule):
     @override
     def fix(self, module: nn.Module, scan: Scan) -> nn.Module | Mapping[str, Any]:
         path = scan.aliases[module][0]
+        if isinstance(module, _BatchNorm) and _folds(module, scan):
+            fold(module, _groups(module, scan.privacy.norm))
         if _replaceable(module, path):
             return _replacement(module, scan.privacy.norm)
         sites = scan.mixing[path].sites if path in scan.mixing else frozenset()
@@ -133,6 +139,28 @@ def is_batch_coupled(module: nn.Module) -> bool:
 def _replaceable(module: nn.Module, path: str) -> TypeGuard[_BatchNorm]:
     """Whether another layer can take the place of a whole module: all that it does is known, and so is its owner."""
     return bool(path) and isinstance(module, _BatchNorm) and type(module).forward in _KNOWN_FORWARDS
+
+
+def _folds(module: _BatchNorm, scan: Scan) -> bool:
+    """Whether the statistics of a layer go into weight and bias."""
+    if scan.privacy.norm != "folded" or not can_fold(module):
+        return False
+    return not shares_weights(module, [m for _, m in scan.modules(_BatchNorm) if isinstance(m, _BatchNorm)])
+
+
+def _kept(module: nn.Module, scan: Scan, own: str) -> str:
+    """What becomes of parameters and statistics of a layer."""
+    assert isinstance(module, _BatchNorm)
+    if _folds(module, scan):
+        return (
+            "eps, dtype and requires_grad kept, running statistics folded into weight and bias. No data was read; the statistics "
+            "are released with the weights, so that they must not come from the private data"
+        )
+    not_folded = (
+        "" if scan.privacy.norm != "folded" else ", not folded: weight, bias and statistics of its own are needed"
+    )
+    dropped = "not used" if own else "dropped"
+    return f"weight, bias, eps, dtype and requires_grad kept, running statistics {dropped}{not_folded}"
 
 
 def _line(module: nn.Module) -> str:

@@ -26,10 +26,11 @@ from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.poisson import unrecorded
 from dpfix.sampling.records import repeated
 from dpfix.scan.scan import Scan
 
-_POISSON_HELP = "use batch_size with a map-style dataset, or poisson_sampling=False if you account yourself."
+_POISSON_HELP = "use batch_size with a map-style dataset, or sampling='fixed', which accounts every step in full."
 _Problem = tuple[str, str, str]
 """Fact, why and help."""
 
@@ -114,7 +115,9 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
         yield nothing
     else:
         ranks = Ranks.of(scan.module)
-        problems = _sampler(loader, ranks) if scan.privacy.poisson_sampling else _order_on_ranks(loader, ranks)
+        problems = _order_on_ranks(loader, ranks)
+        if scan.privacy.poisson_sampling:
+            problems = _sampler(loader, ranks, ordered=scan.privacy.sampling == "shuffle")
         yield from islice(chain(problems, _one_record_several_times(loader)), 1)
 
 
@@ -136,8 +139,16 @@ def _nothing_to_deliver(loader: DataLoader[Any]) -> _Problem | None:
     )
 
 
-def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
-    batches = loader.batch_sampler
+def _sampler(loader: DataLoader[Any], ranks: Ranks, *, ordered: bool) -> Iterator[_Problem]:
+    batches = unrecorded(loader.batch_sampler)
+    if ordered and (hasattr(batches, "sample_rate") or _repeats(batches)):
+        yield (
+            f"data_loader may deliver a sample several times in a pass ({type(getattr(batches, 'sampler', batches)).__name__}), "
+            "with sampling='shuffle'.",
+            "a pass is accounted as one release, which is right only if every sample is in one of its batches.",
+            "use shuffle=True without replacement, or sampling='poisson'.",
+        )
+        return
     if hasattr(batches, "sample_rate"):  # already a Poisson sampler of Opacus or dpfix
         return
     if type(batches) is not BatchSampler:
@@ -169,6 +180,11 @@ def _sampler(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:
             "dpfix cannot tell which samples it draws from, nor how often.",
             "use shuffle=True, or a SubsetRandomSampler over the indices. " + _POISSON_HELP,
         )
+
+
+def _repeats(batches: Any) -> bool:
+    sampler = getattr(batches, "sampler", None)
+    return isinstance(sampler, RandomSampler) and (sampler.replacement or len(sampler) > len(sampler.data_source))
 
 
 def _order_on_ranks(loader: DataLoader[Any], ranks: Ranks) -> Iterator[_Problem]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from dpfix.errors import DPFixError, ModelError
@@ -17,6 +18,23 @@ from dpfix.scan.scan import Scan
 
 Cases = tuple[Callable[[], dict[str, Any]], ...]
 """Factories of keyword arguments for the call."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A repair that gives parameters another type, and their model a class that computes as before.
+
+    Export takes it back.
+
+    Attributes:
+        cls: the class that the model gets.
+        parameters: stay the same objects.
+        dtype: the type that they get, with their gradients and what the optimizer holds of them.
+    """
+
+    cls: type[nn.Module]
+    parameters: tuple[nn.Parameter, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class Rule(ABC):
             What was found, made by :meth:`finding` or :meth:`refusal`.
         """
 
-    def fix(self, module: nn.Module, scan: Scan) -> nn.Module | Mapping[str, Any]:
+    def fix(self, module: nn.Module, scan: Scan) -> nn.Module | Mapping[str, Any] | Precision:
         """The repair of one finding; :mod:`dpfix.repair.surgery` carries it out.
 
         Args:
@@ -66,7 +84,7 @@ class Rule(ABC):
             scan: the objects of the call.
 
         Returns:
-            A replacement for the module, or values of attributes to set on it.
+            A replacement for the module, values of attributes to set on it, or another precision.
         """
         raise NotImplementedError(f"{type(self).__name__} declares a repair and has none")
 

@@ -34,6 +34,7 @@ class Pass:
         resumable: whether a checkpoint can say where the training is in it.
         over: whether nothing of it will be delivered any more.
         latest: number of the last draw that was released.
+        accounted: the noise multiplier with which the accountant has counted it, where it counts passes.
         passed_over: draws at its beginning whose batches somebody else's loader does not make.
         unreleased: draws that were delivered and not released, in order.
     """
@@ -41,6 +42,7 @@ class Pass:
     def __init__(self, ledger: DrawLedger, *, delivers: bool, most: int | None = None) -> None:
         self.delivers, self.most = delivers, most
         self.seed, self.over, self.latest = 0, False, 0
+        self.accounted: float | None = None
         self.workers: torch.Tensor | None = None
         self.reads_again = self.resumable = False
         self.passed_over = 0

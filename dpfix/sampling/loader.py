@@ -16,7 +16,7 @@ from typing_extensions import override
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
 from dpfix.sampling.own_loader import deliveries_of
-from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches
+from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches, unrecorded
 from dpfix.sampling.rate import batch_size, index_set, sample_rate
 
 
@@ -36,6 +36,7 @@ class PrivateDataLoader(DPDataLoader):
     Attributes:
         nominal: batch size and ``drop_last`` of the user's loader. Scripts count steps with them; draws differ in size.
         most: samples in a physical batch at most, in the loader of a ``BatchMemoryManager``.
+        sampling: how batches are drawn; see :data:`dpfix.scan.options.SAMPLINGS`.
     """
 
     collate_fn: Any
@@ -52,7 +53,10 @@ class PrivateDataLoader(DPDataLoader):
         self.nominal = _nominal(loader)
         self.distributed = drawing.ranks.size > 1
         self.ledger = drawing.ledger
-        sampler = PoissonSampler(index_set(loader), drawing, sample_rate=self.sample_rate, steps=len(loader))
+        self.sampling = drawing.sampling
+        sampler: Any = unrecorded(loader.batch_sampler)
+        if self.sampling != "shuffle":
+            sampler = PoissonSampler(index_set(loader), drawing, sample_rate=self.sample_rate, steps=len(loader))
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
         DataLoader.__init__(
             self,
@@ -74,7 +78,7 @@ class PrivateDataLoader(DPDataLoader):
         """The sampler; one put in by someone else is recorded too."""
         sampler = self.__dict__.get("batch_sampler")
         if sampler is not None and not isinstance(sampler, PoissonSampler):
-            sampler = RecordedBatches(sampler, self.ledger)
+            sampler = RecordedBatches(sampler, self.ledger, once=self.sampling == "shuffle")
         return sampler if self.most is None else PhysicalBatches(sampler, self.most)
 
     @batch_sampler.setter

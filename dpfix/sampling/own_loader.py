@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 _KEY = "dpfix_deliveries"
 
@@ -23,11 +24,14 @@ class Deliveries:
 
     Attributes:
         at_delivery: called with every batch that the loop gets.
+        most_times: how often a batch that was asked for had one index, at most.
+        in_parts: whether the batches are handed out in parts, by a ``BatchMemoryManager``.
     """
 
     def __init__(self, loader: DataLoader[Any], look: Callable[..., Any]) -> None:
         self.at_delivery: Callable[[Any], None] = lambda batch: None
         self._loader, self._look = ref(loader), look
+        self.most_times, self.in_parts = 1, False
         before: Deliveries | None = vars(loader).get(_KEY)
         if before is not None:
             before.end()
@@ -40,6 +44,9 @@ class Deliveries:
         if type(other) is DataLoader:
             parts = Deliveries(other, self._look)
             parts.at_delivery = self.at_delivery
+            self.in_parts = True
+            whole: Any = other.batch_sampler  # makes the parts, of what its own sampler draws
+            whole.sampler = Counted(whole.sampler, self)
         return other
 
     def end(self) -> None:
@@ -50,9 +57,34 @@ class Deliveries:
             del vars(loader)[_KEY]
             loader.__class__ = self._class
 
+    def counted(self, indices: Any) -> None:
+        """A batch of these indices was asked for."""
+        if isinstance(indices, (list, tuple)) and len(set(indices)) < len(indices):
+            self.most_times = max(self.most_times, *Counter(indices).values())
+
     def collating(self, collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         """The collate function, looked at."""
         return functools.partial(self._look, collate)
+
+
+class Counted(Sampler[Any]):
+    """A batch sampler whose batches are looked at before they are read."""
+
+    def __init__(self, batches: Any, deliveries: Deliveries) -> None:
+        self._batches, self._deliveries = batches, deliveries
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices in self._batches:
+            self._deliveries.counted(indices)
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_batches":
+            raise AttributeError(name)
+        return getattr(self._batches, name)
 
 
 def deliveries_of(loader: Any) -> Deliveries | None:
@@ -63,6 +95,11 @@ def deliveries_of(loader: Any) -> Deliveries | None:
 @functools.cache
 def _telling_class(cls: type[Any]) -> type[Any]:
     class Telling(cls):
+        @property
+        def _index_sampler(self) -> Any:
+            batches, deliveries = super()._index_sampler, vars(self).get(_KEY)
+            return batches if deliveries is None else Counted(batches, deliveries)
+
         def __iter__(self) -> Iterator[Any]:
             deliveries, collate = vars(self)[_KEY], self.collate_fn
             if collate is not None:

@@ -13,10 +13,11 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.distributed import ALONE, Ranks, new_seed
+from dpfix.errors import LoaderError
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
-from dpfix.sampling.rate import part_sizes
+from dpfix.sampling.rate import largest_batch, part_sizes
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Drawing:
         ledger: where draws are recorded.
         source: random numbers that nobody else draws from; on several ranks, the same ones on all of them.
         ranks: the processes that share every batch.
+        sampling: how; see :data:`dpfix.scan.options.SAMPLINGS`.
     """
 
     ledger: DrawLedger
     source: Stream | Given | Cryptographic
     ranks: Ranks = ALONE
+    sampling: str = "poisson"
 
 
 class PoissonSampler(UniformWithReplacementSampler):
@@ -46,6 +49,9 @@ class PoissonSampler(UniformWithReplacementSampler):
         drawing: random numbers, ledger and ranks.
         sample_rate: probability of every index.
         steps: number of batches in one pass.
+
+    Attributes:
+        largest: size that a draw is cut to, by chance; ``None`` where it is not.
     """
 
     def __init__(self, indices: list[int], drawing: Drawing, *, sample_rate: float, steps: int) -> None:
@@ -55,6 +61,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.ledger.position.batches = steps
         self.ranks = drawing.ranks
         self.source = drawing.source
+        self.largest = largest_batch(sample_rate, len(indices)) if drawing.sampling == "truncated" else None
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
@@ -69,6 +76,8 @@ class PoissonSampler(UniformWithReplacementSampler):
         for number in range(1, self.steps + 1):
             # float32 draws have 24 bits: at a rate of 1e-6 they would be off by several percent
             chosen = source.uniform(self.num_samples) < self.sample_rate
+            if self.largest is not None and int(chosen.sum()) > self.largest:
+                chosen = self._cut(chosen, source, self.largest)
             drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             if number > done:
                 begun.drew(len(drawn))
@@ -80,17 +89,38 @@ class PoissonSampler(UniformWithReplacementSampler):
         if not begun.delivers:
             begun.end()
 
+    @staticmethod
+    def _cut(chosen: torch.Tensor, source: Any, largest: int) -> torch.Tensor:
+        """As many of the chosen ones as fit, each set of them with the same probability."""
+        keys = torch.where(chosen, source.uniform(len(chosen)), 2.0)
+        return torch.zeros_like(chosen).scatter_(0, keys.argsort()[:largest], True)
+
 
 class RecordedBatches:
-    """Any other batch sampler put into a private loader, an iterable of index lists, with its draws recorded."""
+    """Any other batch sampler put into a private loader, an iterable of index lists, with its draws recorded.
 
-    def __init__(self, batches: Any, ledger: DrawLedger) -> None:
+    Args:
+        batches: the sampler.
+        ledger: where draws are recorded.
+        once: whether a pass must not have an index twice.
+    """
+
+    def __init__(self, batches: Any, ledger: DrawLedger, *, once: bool = False) -> None:
         self.batches = batches
         self.ledger = ledger
+        self.once = once
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
 
     def __iter__(self) -> Iterator[list[int]]:
         begun = self.ledger.start()
+        seen: set[int] = set()
         for indices in self.batches:
+            if self.once:
+                _check_new(indices, seen)
             begun.drew(len(indices))
             yield indices
         if not begun.delivers:
@@ -98,6 +128,28 @@ class RecordedBatches:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def unrecorded(batches: Any) -> Any:
+    """A batch sampler without the records that an earlier call has put around it."""
+    return batches.batches if isinstance(batches, RecordedBatches) else batches
+
+
+def _check_new(indices: list[int], seen: set[int]) -> None:
+    """No index comes twice in a pass that is accounted once.
+
+    Raises:
+        LoaderError: one does.
+    """
+    before = len(seen)
+    seen.update(indices)
+    if len(seen) < before + len(indices):
+        raise LoaderError(
+            "data_loader has a sample twice in one pass with sampling='shuffle'.",
+            "A pass is accounted as one release, which is right only if every sample is in one of its batches.",
+            "Use shuffle=True without replacement, or sampling='poisson'.",
+            path="data_loader",
+        )
 
 
 class PhysicalBatches:

@@ -18,7 +18,7 @@ from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
-from dpfix.scan.options import NORMS, PerformanceOptions, PrivacyOptions
+from dpfix.scan.options import NORMS, SAMPLINGS, PerformanceOptions, PrivacyOptions
 from dpfix.scan.values import number, shown
 
 MODES = ("auto", *BY_NAME)
@@ -98,11 +98,12 @@ def check_values(
     Raises:
         ArgumentError: one is not; the message lists the legal values and the nearest.
     """
-    _check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
+    check_choice("loss_reduction", privacy.loss_reduction, ("mean", "sum"))
     mode = performance.grad_sample_mode
-    _check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
-    _check_choice("norm", privacy.norm, NORMS)
-    _check_choice("clipping", privacy.clipping, CLIPPING)
+    check_choice("grad_sample_mode", mode, MODES, _GHOST if isinstance(mode, str) and mode.startswith("ghost") else "")
+    check_choice("norm", privacy.norm, NORMS)
+    check_choice("sampling", privacy.sampling, SAMPLINGS)
+    check_choice("clipping", privacy.clipping, CLIPPING)
     if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
             f"noise_multiplier={shown(noise_multiplier)} must be a finite number >= 0:",
@@ -126,7 +127,18 @@ _GHOST = (
 )
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...], instead: str = "") -> None:
+def check_choice(name: str, value: Any, legal: tuple[str, ...], instead: str = "") -> None:
+    """An option has one of its values.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        legal: its values.
+        instead: a way out; the most similar value if there is none.
+
+    Raises:
+        ArgumentError: it has not.
+    """
     if isinstance(value, str) and value in legal:
         return
     near = difflib.get_close_matches(value, legal, n=1) if isinstance(value, str) and len(value) < 80 else []
@@ -172,6 +184,13 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
             "dpfix adds up the ranks for flat clipping only.",
             "Pass clipping='flat'.",
             path="clipping",
+        )
+    if privacy.sampling in {"shuffle", "truncated"}:
+        raise ArgumentError(
+            f"sampling={privacy.sampling!r} with {ranks.size} ranks:",
+            "the ranks share Poisson draws only.",
+            "Leave out sampling, or train on one process.",
+            path="sampling",
         )
     if secure_mode:
         raise ArgumentError(
@@ -309,7 +328,7 @@ def check_augmentation(privacy: PrivacyOptions) -> None:
     if not privacy.poisson_sampling:
         raise ArgumentError(
             "augmentation needs poisson_sampling=True:",
-            "the views are made by the private loader, and poisson_sampling=False leaves the loader alone.",
+            "the views are made by the private loader, and poisson_sampling=False, as sampling='fixed', leaves the loader alone.",
             "For batches of your own, collate the views of a sample next to each other.",
             path="augmentation",
         )

@@ -13,7 +13,10 @@ from dpfix.sampling.augmentation import AugmentationMultiplicity
 OPACUS_MODES = ("hooks", "functorch", "ew")
 """Modes of ``grad_sample_mode`` in which Opacus computes per-sample gradients."""
 
-NORMS = ("group", "instance", "layer")
+SAMPLINGS = ("poisson", "truncated", "shuffle", "fixed")
+"""Legal values of ``sampling``."""
+
+NORMS = ("group", "instance", "layer", "folded")
 """Legal values of ``norm``."""
 
 
@@ -24,11 +27,12 @@ class PrivacyOptions:
     Attributes:
         clipping: Opacus's clipping scheme.
         max_grad_norm: the clip norm, or one per parameter for per-layer clipping.
-        poisson_sampling: whether the loader is to draw Poisson batches.
+        poisson_sampling: whether a loader of dpfix's takes the place of the script's; ``sampling`` decides where it is given.
+        sampling: how batches are drawn: one of ``SAMPLINGS``; ``None`` until it follows from ``poisson_sampling``.
         loss_reduction: ``"mean"`` or ``"sum"`` over the samples.
         augmentation: makes several views of every sample, if that is asked for.
-        norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"`` or ``"layer"``; the released model is
-            another one for each.
+        norm: what replaces BatchNorm, which mixes samples: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"``; the
+            released model is another one for each.
         noise_generator: the script's source of the noise, or ``None``.
         seed: makes noise and draws reproducible, or ``None``.
         checks: share of the training time that checks of random real steps may take.
@@ -38,6 +42,7 @@ class PrivacyOptions:
     clipping: str
     max_grad_norm: Any
     poisson_sampling: bool
+    sampling: Any
     loss_reduction: str
     augmentation: AugmentationMultiplicity | None = field(repr=False)  # it shows an address, which no two ranks share
     norm: str

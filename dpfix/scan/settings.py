@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpfix.sampling.rate import batch_size, index_set, sample_rate
+from dpfix.sampling.rate import batch_size, index_set, largest_batch, sample_rate
 from dpfix.scan.request import Request
 
 
@@ -18,7 +18,6 @@ def settings(request: Request, noise_multiplier: float | None, *, secure: bool) 
         What they are, by name.
     """
     loader, privacy = request.data_loader, request.privacy
-    poisson = f"Poisson, rate {sample_rate(loader):.6g}"
     several = {} if request.views == 1 else {"views per sample": str(request.views)}
     if request.ranks.size > 1:
         several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
@@ -27,12 +26,22 @@ def settings(request: Request, noise_multiplier: float | None, *, secure: bool) 
         "clip norm": str(privacy.max_grad_norm),
         "clipping": privacy.clipping,
         "samples": str(len(index_set(loader))),
-        "sampling": poisson if privacy.poisson_sampling else "the loader's own",
+        "sampling": _sampling(request),
         "expected batch size": f"{batch_size(loader):g}",
         "loss reduction": privacy.loss_reduction,
         **several,
         "randomness": _randomness(request, secure),
     }
+
+
+def _sampling(request: Request) -> str:
+    """How batches are drawn, in words."""
+    loader, rate = request.data_loader, sample_rate(request.data_loader)
+    return {
+        "poisson": f"Poisson, rate {rate:.6g}",
+        "truncated": f"Poisson, rate {rate:.6g}, at most {largest_batch(rate, len(index_set(loader)))} samples",
+        "shuffle": "the loader's own order, every sample once a pass; a pass is accounted as one release",
+    }.get(request.privacy.sampling, "the loader's own; every step is accounted in full")
 
 
 def _randomness(request: Request, secure: bool) -> str:

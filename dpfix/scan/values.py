@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dpfix.errors import USER_CODE_ERRORS, ArgumentError
+from dpfix.sampling.rate import BY_CHANCE
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
 
@@ -112,9 +113,19 @@ def plain_privacy(privacy: PrivacyOptions) -> PrivacyOptions:
         norms = norms.tolist() if number(norms) is None else norms
     if isinstance(norms, (list, tuple)):
         norms = [_number_or_as_given(norm) for norm in norms]
+    poisson = truth("poisson_sampling", privacy.poisson_sampling)
+    sampling = privacy.sampling if privacy.sampling is not None else "poisson" if poisson else "fixed"
+    if not poisson and isinstance(sampling, str) and sampling in BY_CHANCE:
+        raise ArgumentError(
+            f"sampling={sampling!r} with poisson_sampling=False:",
+            "the one draws every sample by chance, the other says that nothing is.",
+            "Leave out poisson_sampling.",
+            path="sampling",
+        )
     return replace(
         privacy,
-        poisson_sampling=truth("poisson_sampling", privacy.poisson_sampling),
+        poisson_sampling=sampling != "fixed",
+        sampling=sampling,
         max_grad_norm=norms if isinstance(norms, list) else _number_or_as_given(norms),
         checks=_number_or_as_given(privacy.checks),
         strict=truth("strict", privacy.strict),

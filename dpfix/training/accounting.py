@@ -1,5 +1,9 @@
 """The accountant counts every draw once, whatever the loop does with it and the script attaches, loads or empties.
 
+What is counted is what the way of sampling allows to prove: a Poisson draw with its rate; with ``sampling="shuffle"`` a pass
+as one release of rate 1, since a sample is in one of its batches; with ``"fixed"`` every step as a release of rate 1, with less
+noise where a sample may be in it several times. So everybody who reads the history, Opacus too, reads what holds.
+
 A draw that is stepped on is counted at its step. One that was delivered and not stepped on is counted when its pass is over,
 when the next one begins, when epsilon is asked for and when the training ends, whichever comes first: what the loop does may
 depend on its samples. A step that comes later is not counted again unless it is made with less noise.
@@ -20,7 +24,8 @@ from dpfix.errors import MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
 from dpfix.sampling.draw import Draw
-from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.ledger import DrawLedger, Pass
+from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.population import Population
 from dpfix.scan.arguments import check_delta, check_names
 from dpfix.training.earlier import ENTRY, entry_of, steps_shown, with_entry, without_entry
@@ -40,12 +45,15 @@ class Accounting:
         optimizer: the private optimizer.
         engine: Opacus's privacy engine; its accountant at the time of a step counts it.
         data: the records that are drawn from.
-        rate: probability with which a sample enters a draw.
-        ledger: what was drawn; ``None`` without Poisson sampling.
+        rate: with which a release is counted; see :func:`~dpfix.sampling.rate.accounted_rate`.
+        ledger: what was drawn; ``None`` with the script's own loader.
+        sampling: how batches are drawn.
 
     Attributes:
         at_release: looks at what is about to be released, before it is counted.
         loads: how many states the optimizer has loaded.
+        own_loader: what the script's own loader hands out.
+        parts: physical batches of the release that is being made that came before the last one.
     """
 
     def __init__(
@@ -55,9 +63,12 @@ class Accounting:
         data: Population,
         rate: float = 1.0,
         ledger: DrawLedger | None = None,
+        sampling: str = "poisson",
     ) -> None:
         self.engine, self._data, self._rate = engine, data, rate
-        self._optimizer, self._ledger = optimizer, ledger
+        self._optimizer, self._ledger, self._by_pass = optimizer, ledger, sampling == "shuffle"
+        self.own_loader: Deliveries | None = None
+        self.parts = 0
         self._parameters = list(optimizer.params)
         self._counted, self._unexplained = False, 0
         self._draw: Draw | None = None
@@ -100,19 +111,37 @@ class Accounting:
                 self.take(optimizer.param_groups[0].pop(ENTRY))
             if self._unexplained:
                 self._tell_unexplained()
-            before = None if self._draw is None else self._draw.accounted
+            counted = self._counted_as(self._draw)
+            before = None if counted is None else counted.accounted
             noise = float(optimizer.noise_multiplier)
             if before is None or noise < before:
-                self._release(optimizer, self._rate * optimizer.accumulated_iterations)
-            else:
+                self._release(optimizer, noise / self._times(optimizer))
+            elif not self._by_pass:
                 self._without_step -= 1
-            if self._draw is not None:
+            if self._draw is not None and counted is not None:
                 self._draw.accounted = noise
+                counted.accounted = noise if before is None else min(noise, before)
+            self.parts = 0
 
-    def _release(self, optimizer: DPOptimizer, rate: float) -> None:
+    def _counted_as(self, draw: Draw | None) -> Draw | Pass | None:
+        """What a release is counted once for."""
+        return draw if draw is None or not self._by_pass else draw.of
+
+    def _times(self, optimizer: DPOptimizer) -> int:
+        """How often a sample may be in the release that is being made, each time with the whole clip norm."""
+        if self._ledger is not None or self.own_loader is None:
+            return 1  # one backward pass on one draw, as the guards of every step see to
+        return self.own_loader.most_times * (optimizer.accumulated_iterations + self.parts)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether physical batches are parts of the batches of the script's own loader, which a ``BatchMemoryManager`` makes."""
+        return self.own_loader is not None and self.own_loader.in_parts
+
+    def _release(self, optimizer: DPOptimizer, noise: float) -> None:
         if self._own.process != os.getpid():
             self._begin()
-        step = Stretch(1, float(optimizer.noise_multiplier), rate, _clip_norm(optimizer))
+        step = Stretch(1, noise, self._rate, _clip_norm(optimizer))
         accountant: Any = self.engine.accountant
         try:
             book_of(self.engine).release(accountant, self._own, step)
@@ -141,9 +170,13 @@ class Accounting:
         with self._lock:
             noise = float(self._optimizer.noise_multiplier)
             for draw in self._ledger.unaccounted():
-                self._release(self._optimizer, self._rate)
+                counted = self._counted_as(draw)
+                if counted is None or counted.accounted is None:
+                    self._release(self._optimizer, noise)
+                    self._without_step += not self._by_pass
                 draw.accounted = noise
-                self._without_step += 1
+                if isinstance(counted, Pass) and counted.accounted is None:
+                    counted.accounted = noise
 
     def at_end_of_pass(self) -> None:
         """As :meth:`complete`; what the accountant cannot count now is told when it is asked for."""

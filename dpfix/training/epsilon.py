@@ -218,7 +218,7 @@ def renyi_epsilon(history: list[Entry], delta: float, alphas: tuple[float, ...] 
     orders = ORDERS if alphas is None else np.array(alphas)
     steps: Counter[tuple[float, float]] = Counter()
     history = [(min(noise, LARGEST_NOISE), rate, times) for noise, rate, times in history]
-    for noise, rate, times in history if len(history) <= MOST_ENTRIES else _coarser(history):
+    for noise, rate, times in history if len(history) <= MOST_ENTRIES else coarser(history):
         steps[float(noise), float(rate)] += times
     divergence = sum(times * _divergence(*setting, alphas) for setting, times in steps.items())
     epsilons = divergence - (np.log(delta) + np.log(orders)) / (orders - 1) + np.log((orders - 1) / orders)
@@ -233,7 +233,7 @@ def _divergence(noise: float, rate: float, alphas: tuple[float, ...] | None) -> 
     )
 
 
-def _coarser(history: list[Entry]) -> Iterator[Entry]:
+def coarser(history: list[Entry]) -> Iterator[Entry]:
     """The history with noise rounded down and rates rounded up, to powers of 1.01: few different entries, no less loss."""
     grid = math.log(1.01)
     for noise, rate, steps in history:

@@ -32,7 +32,7 @@ from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
-from dpfix.sampling.rate import batch_size, sample_rate
+from dpfix.sampling.rate import accounted_rate, batch_size
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting, answer_of
 from dpfix.training.cleared_by_model import ZeroGrad
@@ -113,7 +113,7 @@ class Decided:
         placeholder: what an empty draw delivers.
         known_rows: what the loader has to see in every sample, if it has several rows.
         augmentation: makes several views of every sample.
-        poisson_sampling: whether the loader draws Poisson batches.
+        sampling: how batches are drawn; see :data:`dpfix.scan.options.SAMPLINGS`.
         ranks: the processes that train together.
         following: what is known about the real steps.
         decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
@@ -125,7 +125,7 @@ class Decided:
     placeholder: Placeholder
     known_rows: KnownRows | None
     augmentation: AugmentationMultiplicity | None
-    poisson_sampling: bool
+    sampling: str
     ranks: Ranks
     following: Following
     decide: Decide | None = None
@@ -155,7 +155,7 @@ def hand_off(
         ``(model, optimizer, data_loader)``.
     """
     module, plan, ranks = originals.module, decided.plan, decided.ranks
-    ledger = DrawLedger() if decided.poisson_sampling else None
+    ledger = DrawLedger() if decided.sampling != "fixed" else None
     loader = originals.data_loader if ledger is None else _private_loader(originals, decided, ledger, privacy_engine)
     own_loader = Deliveries(loader, decided.following.collation) if ledger is None else None
     _check_dataset(privacy_engine, originals.data_loader)
@@ -177,7 +177,8 @@ def hand_off(
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
     handle = put_to_work(module, plan, prepared, ledger)
-    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, ranks, ledger)
+    accounting = _account(privacy_engine, private_optimizer, originals.data_loader, decided, ledger)
+    accounting.own_loader = own_loader
     guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks, own_loader=own_loader)
     guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
@@ -219,7 +220,7 @@ def _private_loader(
         look=decided.following.collation,
     )
     ledger.position.reproducible = decided.randomness.seed is not None
-    drawing = Drawing(ledger, decided.randomness.draws, decided.ranks)
+    drawing = Drawing(ledger, decided.randomness.draws, decided.ranks, decided.sampling)
     return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
 
 
@@ -243,11 +244,13 @@ def _check_dataset(privacy_engine: Any, loader: DataLoader[Any]) -> None:
 
 
 def _account(
-    privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], ranks: Ranks, ledger: DrawLedger | None
+    privacy_engine: Any, optimizer: DPOptimizer, loader: DataLoader[Any], decided: Decided, ledger: DrawLedger | None
 ) -> Accounting:
     """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
-    expected = batch_size(loader) / ranks.size  # Opacus's distributed optimizer divides by the number of ranks itself
+    # Opacus's distributed optimizer divides by the number of ranks itself.
+    expected = batch_size(loader) / decided.ranks.size
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
         privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)
-    return Accounting(optimizer, privacy_engine, Population(loader), sample_rate(loader), ledger)
+    rate = accounted_rate(loader, decided.sampling)
+    return Accounting(optimizer, privacy_engine, Population(loader), rate, ledger, decided.sampling)

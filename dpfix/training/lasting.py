@@ -7,7 +7,7 @@ from typing import Any
 
 from dpfix.errors import ArgumentError
 from dpfix.sampling.inner_loader import inner_loader
-from dpfix.sampling.rate import sample_rate
+from dpfix.sampling.rate import accounted_rate, sampling_of
 from dpfix.scan.values import number_in
 from dpfix.training.epsilon import Accuracy, answer
 from dpfix.training.releases import settled
@@ -29,7 +29,8 @@ def steps_within(private: Any, epsilon: float, delta: float) -> int:
     """
     optimizer, loader = private[1], inner_loader(private[-1])
     accountant = settled(private.privacy_engine)
-    before, step = list(accountant.history), (float(optimizer.noise_multiplier), sample_rate(loader))
+    before = list(accountant.history)
+    step = float(optimizer.noise_multiplier), accounted_rate(loader, sampling_of(loader))
     trial = copy.copy(accountant)
 
     def within(steps: int) -> bool:

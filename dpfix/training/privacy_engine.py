@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opacus import PrivacyEngine
-from opacus.accountants import create_accountant
+from opacus.accountants.accountant import IAccountant
 from torch import nn
 from typing_extensions import override
 
@@ -14,6 +14,7 @@ from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import Given
 from dpfix.training import checkpoint
 from dpfix.training.accounting import answer_of
+from dpfix.training.pld_accountant import new_accountant
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -22,11 +23,11 @@ class CheckpointingEngine(PrivacyEngine):
     Its epsilon is that of :meth:`dpfix.PrivateTraining.get_epsilon`. Its secure mode needs no further package.
 
     Args:
-        accountant: name of Opacus's accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``.
+        accountant: ``"prv"``, ``"rdp"`` or ``"gdp"``, which are Opacus's, or ``"pld"``, with ``dpfix[accounting]``.
         secure_mode: draw noise and batches with the operating system's cryptographic generator.
 
     Raises:
-        ArgumentError: ``secure_mode`` is neither true nor false.
+        ArgumentError: ``secure_mode`` is neither true nor false, or there is no accountant of that name.
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
@@ -37,10 +38,12 @@ class CheckpointingEngine(PrivacyEngine):
                 "Pass secure_mode=True or leave it out.",
                 path="secure_mode",
             )
+        counting = new_accountant(accountant)
         if not secure_mode:
-            super().__init__(accountant=accountant)
+            super().__init__()
+            self.accountant = counting
             return
-        self.accountant = create_accountant(mechanism=accountant)  # Opacus's __init__ would ask for torchcsprng
+        self.accountant = counting  # Opacus's __init__ would ask for torchcsprng
         self.secure_mode, self.secure_rng, self.dataset = True, None, None
 
     @override
@@ -121,6 +124,35 @@ class CheckpointingEngine(PrivacyEngine):
         loading = torch_load_kwargs or {}
         objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
         return checkpoint.load(self, path, objects, strict, loading)
+
+
+def check_given_engine(engine: Any, secure_mode: bool, accountant: Any) -> None:
+    """An engine that is passed to the call goes with what else is asked for.
+
+    Args:
+        engine: what was passed.
+        secure_mode: whether the call asks for it.
+        accountant: the name that the call asks for, or ``None``.
+
+    Raises:
+        ArgumentError: the engine is another one.
+    """
+    counting = getattr(engine, "accountant", None)
+    own = counting.mechanism() if isinstance(counting, IAccountant) else accountant  # another kind is refused later
+    if accountant is not None and accountant != own:
+        raise ArgumentError(
+            f"accountant={accountant!r} with a privacy_engine whose accountant is {own!r}:",
+            "one accountant counts the steps.",
+            "Leave out one of them.",
+            path="accountant",
+        )
+    if secure_mode and not getattr(engine, "secure_mode", True):  # what is no engine is told in a moment
+        raise ArgumentError(
+            "secure_mode=True with a privacy_engine that was made without it:",
+            "its noise would not be cryptographic.",
+            "Pass privacy_engine=dpfix.SafePrivacyEngine(secure_mode=True), or leave privacy_engine out.",
+            path="secure_mode",
+        )
 
 
 def secure_source(engine: Any) -> Given | Cryptographic | None:

@@ -9,10 +9,9 @@ from opacus import PrivacyEngine
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.report.report import Report
-from dpfix.report.statement import NOT_COVERED, PrivacyStatement
+from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, PrivacyStatement
 from dpfix.sampling.inner_loader import inner_loader
-from dpfix.sampling.loader import PrivateDataLoader
-from dpfix.sampling.rate import index_set, sample_rate
+from dpfix.sampling.rate import BY_CHANCE, accounted_rate, index_set, sampling_of
 from dpfix.scan.arguments import check_delta
 from dpfix.training.accounting import accounted_steps
 from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
@@ -107,13 +106,15 @@ class PrivateTraining(tuple[Any, ...]):
         """
         delta = check_delta(delta)
         optimizer, loader = self[1], inner_loader(self[-1])
-        poisson = isinstance(loader, PrivateDataLoader)
+        sampling = sampling_of(loader)
         samples = len(index_set(loader))
         cautions = []
         if delta >= 1 / samples:
             cautions.append(f"delta is not below 1 / samples = {1 / samples:.2g}; such a bound means little")
-        if not poisson:
-            cautions.append("batches were not Poisson samples, as the accountant assumes")
+        if sampling not in BY_CHANCE:
+            cautions.append(
+                "batches were not Poisson samples: nothing is gained by chance, and epsilon is larger for it"
+            )
         engine = self.privacy_engine
         given = optimizer.randomness.seed is not None or optimizer.generator is not None
         if given and not engine.secure_mode:
@@ -132,11 +133,11 @@ class PrivateTraining(tuple[Any, ...]):
             epsilon=loss.epsilon,
             delta=delta,
             unit="one item of the dataset",
-            adjacency="add or remove one sample",
-            sampling_used="Poisson" if poisson else "the loader's own order",
-            sampling_assumed="Poisson",
+            adjacency=ADJACENCY,
+            sampling_used=SAMPLING[sampling][0],
+            sampling_assumed=SAMPLING[sampling][1],
             samples=samples,
-            sampling_rate=sample_rate(loader),
+            sampling_rate=accounted_rate(loader, sampling),
             steps=steps,
             noise_multiplier=float(optimizer.noise_multiplier),
             max_grad_norm=optimizer.max_grad_norm,

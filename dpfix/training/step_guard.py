@@ -214,6 +214,7 @@ class StepGuard:
             progress.released += 1
         else:
             progress.partial += sum(self._counts)
+            self.guarded.accounting.parts += not self.guarded.accounting.in_parts
         self.guarded.handle.finish()
         for check in self._after_step:
             check(released)

@@ -14,7 +14,7 @@ from dpfix.instrument.source import warn_user
 from dpfix.weights import files
 from dpfix.weights.copies import plain_copy, unwrap
 from dpfix.weights.opacus_layers import original_state
-from dpfix.weights.origins import Origin, origins_in, was_trainable
+from dpfix.weights.origins import Origin, dtype_before, origins_in, was_trainable
 
 
 def export_plain(model: nn.Module) -> nn.Module:
@@ -32,10 +32,13 @@ def export_plain(model: nn.Module) -> nn.Module:
     """
     module = unwrap(model)
     copied = plain_copy(module)
+    for name, p in module.named_parameters():
+        exported = copied.get_parameter(name)
+        exported.data = exported.data.to(dtype_before(p))
     restored: dict[nn.Module, nn.Module] = {}
     for path, origin in origins_in(module):
         part = copied.get_submodule(path)
-        if not origin.exact:
+        if origin.stays:
             continue
         if origin.shell is None:
             for name, value in origin.attributes.items():
@@ -90,7 +93,7 @@ def changed_layers(model: nn.Module) -> dict[str, str]:
     Returns:
         Module path and change, for example ``{"body.1": "BatchNorm2d -> GroupNorm(4, 8)"}``.
     """
-    return {path: origin.change for path, origin in origins_in(unwrap(model)) if not origin.exact}
+    return {path: origin.change for path, origin in origins_in(unwrap(model)) if origin.stays}
 
 
 def _original(part: nn.Module, origin: Origin) -> nn.Module:

@@ -23,30 +23,41 @@ class Origin:
         exact: whether the repaired layer computes the same.
         shell: the original layer on the meta device, without values; ``None`` if only attributes were set.
         attributes: the attributes that were set, with their original values.
+        stays: whether the layer stays so in an export, because the original one computes something else.
     """
 
     change: str
     exact: bool
     shell: nn.Module | None
     attributes: Mapping[str, Any]
+    stays: bool
 
 
 _ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 _FROZEN: Any = WeakIdKeyDictionary()
-REMEMBERED = (_ORIGINS, _FROZEN)
+_DTYPES: Any = WeakIdKeyDictionary()
+REMEMBERED = (_ORIGINS, _FROZEN, _DTYPES)
 """Everything that is remembered, for whoever undoes changes of models."""
 
 
 def remember_replaced(old: nn.Module, new: nn.Module, change: str, exact: bool) -> None:
     """Remember which layer a new one replaces; ``change`` and ``exact`` as in :class:`Origin`."""
-    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {change}", exact, _shell(old), {})
+    _ORIGINS[new] = Origin(f"{type(old).__name__} -> {change}", exact, _shell(old), {}, not exact)
 
 
-def remember_attributes(module: nn.Module, before: Mapping[str, Any], change: str, exact: bool) -> None:
-    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`."""
-    earlier = _ORIGINS.get(module)
+def remember_attributes(
+    module: nn.Module, before: Mapping[str, Any], change: str, exact: bool, *, taken_back: bool = False
+) -> None:
+    """Remember the values that attributes of a layer have before they are set; see :func:`remember_replaced`.
+
+    Args:
+        taken_back: whether an export gives them back although the layer computes something else with them.
+    """
+    earlier, stays = _ORIGINS.get(module), not (exact or taken_back)
     kept = dict(before) if earlier is None else dict(before) | dict(earlier.attributes)
-    _ORIGINS[module] = Origin(f"{type(module).__name__}: {change}", exact, None, kept)
+    _ORIGINS[module] = Origin(
+        f"{type(module).__name__}: {change}", exact, None, kept, stays or (earlier is not None and earlier.stays)
+    )
 
 
 def remember_frozen(parameter: nn.Parameter) -> None:
@@ -57,6 +68,16 @@ def remember_frozen(parameter: nn.Parameter) -> None:
 def was_trainable(parameter: nn.Parameter) -> bool:
     """Whether a parameter was trainable before private training froze it."""
     return parameter in _FROZEN
+
+
+def remember_dtype(parameter: nn.Parameter) -> None:
+    """Remember the type that a parameter has before it gets another one."""
+    _DTYPES.setdefault(parameter, parameter.dtype)
+
+
+def dtype_before(parameter: nn.Parameter) -> torch.dtype:
+    """The type that a parameter had before private training gave it another one."""
+    return _DTYPES.get(parameter, parameter.dtype)
 
 
 def origins_in(model: nn.Module) -> Iterator[tuple[str, Origin]]:

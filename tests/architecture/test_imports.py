@@ -22,7 +22,16 @@ LEVEL = {room: level for level, room in enumerate(STAGES)}
 
 OPACUS_PARTS = ("opacus.grad_sample", "opacus.optimizers")
 MAY_USE_OPACUS_PARTS = {"engines", "training", "audit"}
-OPTIONAL = {"monai", "transformers", "lightning", "pytorch_lightning", "nnunetv2", "rich", "matplotlib"}
+OPTIONAL = {
+    "monai",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "nnunetv2",
+    "rich",
+    "matplotlib",
+    "dp_accounting",
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))

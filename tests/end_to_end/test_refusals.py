@@ -223,7 +223,7 @@ REFUSALS = (
     Refusal("unknown", dpfix.UnknownArgumentError, "`max_grad_norm`", changed(max_grad_norms=2.0)),
     Refusal("ghost-mode", dpfix.ArgumentError, "clips from norms as ghost clipping", changed(grad_sample_mode="ghost")),
     Refusal("evaluation-mode", dpfix.ModelError, "DPF004", lambda: setting(host().eval())),
-    Refusal("half", dpfix.ModelError, "DPF009.*bfloat16", lambda: setting(host(nn.Linear(16, 16).bfloat16()))),
+    Refusal("half", dpfix.ModelError, "DPF009.*float16", lambda: setting(host(nn.Linear(16, 16).half()))),
     Refusal("complex", dpfix.ModelError, "DPF009.*`filter`", spectral),
     Refusal("max-norm", dpfix.ModelError, "`4.words`", lambda: setting(host(WordMean(max_norm=1.0)))),
     Refusal("sparse", dpfix.ModelError, "sparse=True", lambda: setting(host(WordMean(sparse=True)))),

@@ -117,3 +117,57 @@ def test_groups_never_hold_one_element(smallest: int) -> None:
         groups = group_count(channels, smallest)
         assert channels % groups == 0 and 1 <= groups <= 32
         assert groups == 1 or channels // groups >= smallest
+
+
+def pretrained(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A layer with statistics and weights as after training."""
+    draw = torch.Generator().manual_seed(0)
+    for name, low, high in (("running_mean", -1, 1), ("running_var", 0.5, 4), ("weight", 0.5, 2), ("bias", -1, 1)):
+        getattr(layer, name).data.uniform_(low, high, generator=draw)
+    return layer
+
+
+@pytest.mark.parametrize("norm", ["folded", "group"])
+def test_folded_statistics_keep_the_function(norm: str) -> None:
+    """On inputs as the statistics say: many channels and positions, so that a sample's groups are as they are on average."""
+    layer = pretrained(nn.BatchNorm2d(64))
+    x = layer.running_mean.view(-1, 1, 1) + layer.running_var.sqrt().view(-1, 1, 1) * torch.randn(4, 64, 32, 32)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
+    )
+    before, weight, own = layer.eval()(x).detach(), layer.weight, layer.weight.detach().clone()
+    layer.train()
+    training = dpfix.make_private_safe(**setting(model, data_loader=images(), norm=norm))
+    assert model[1].weight is weight
+    error = float((model[1](x).detach() - before).std() / before.std())
+    (finding,) = training.report.repairs
+    if norm == "folded":
+        assert error < 0.05 and model[1].num_groups == 4
+        assert "folded into weight and bias" in finding.fix and "must not come from the private data" in finding.fix
+    else:
+        assert error > 0.2 and torch.equal(weight, own)
+
+
+def test_fold_is_undone_when_the_call_is_refused() -> None:
+    layer = pretrained(nn.BatchNorm2d(8))
+    net = Net(layer)
+    values = [p.detach().clone() for p in layer.parameters()]
+    with pytest.raises(dpfix.DPFixError):
+        dpfix.make_private_safe(
+            **setting(net, data_loader=images(), norm="folded", criterion=lambda y, t: (y - y.mean(0)).square().sum())
+        )
+    assert net.norm is layer
+    assert all(torch.equal(p, v) for p, v in zip(layer.parameters(), values, strict=True))
+
+
+def test_nothing_is_folded_where_it_cannot_be() -> None:
+    """Two layers with one weight, and one without: said, and the weight is as it was."""
+    first, second = pretrained(nn.BatchNorm2d(8)), nn.BatchNorm2d(8)
+    second.weight = first.weight
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), first, second, nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(288, 3)
+    )
+    before = first.weight.detach().clone()
+    training = dpfix.make_private_safe(**setting(net, data_loader=images(), norm="folded"))
+    assert torch.equal(first.weight, before)
+    assert ["not folded" in f.fix for f in training.report.repairs] == [True] * 3

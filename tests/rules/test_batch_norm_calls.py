@@ -267,3 +267,15 @@ def test_a_refusal_leaves_class_and_state_dict_as_they_were() -> None:
         )
     assert type(net.norm) is Functional
     assert net.state_dict().keys() == keys
+
+
+def test_statistics_of_a_subclass_are_folded() -> None:
+    layer = Activated(64)
+    layer.running_mean.uniform_(-1, 1)
+    layer.running_var.uniform_(0.5, 4)
+    x = layer.running_mean.view(-1, 1, 1) + layer.running_var.sqrt().view(-1, 1, 1) * torch.randn(4, 64, 32, 32)
+    before = layer.eval()(x).detach()
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), layer.train(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+    data = TensorDataset(torch.randn(12, 3, 6, 6), torch.arange(12) % 3)
+    dpfix.make_private_safe(**setting(model, data_loader=DataLoader(data, batch_size=4), norm="folded"))
+    assert float((model[1](x).detach() - before).std() / before.std()) < 0.05

@@ -21,6 +21,7 @@ from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules import RULES, Rule
 from dpfix.rules.rule import run_rules
 from dpfix.scan.scan import Scan
+from dpfix.weights.origins import dtype_before
 from tests.helpers import generators_unchanged
 from tests.rules.examples import Example, example
 
@@ -87,7 +88,7 @@ def test_repair_keeps_every_parameter(rule: Rule, factory: Callable[[], Any]) ->
     after = dict(given.module.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[n] is p for n, p in before.items())
-    assert flags == {n: (p.requires_grad, p.dtype) for n, p in after.items()}
+    assert flags == {n: (p.requires_grad, dtype_before(p)) for n, p in after.items()}
     assert held == [[id(p) for p in group["params"]] for group in given.optimizer.param_groups]
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.engines import ENGINES
+from dpfix.instrument.function_modes import Laid
 from dpfix.training.follow.after_step import AfterStep
 from dpfix.training.follow.follower import Follower as LossTrace
 from tests.helpers import sgd
@@ -134,10 +135,11 @@ def test_coupled_loss_is_refused_in_the_first_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_coupled_loss_is_refused_with_every_engine(engine: str) -> None:
+@pytest.mark.parametrize("name", ["class weights", "in place"])
+def test_coupled_loss_is_refused_with_every_engine(engine: str, name: str) -> None:
     _, training = start(grad_sample_mode=engine)
     with pytest.raises(dpfix.CoupledLossError, match="DPF014"):
-        step(training, COUPLED["class weights"])
+        step(training, COUPLED[name])
     training[1].zero_grad()
 
 
@@ -212,7 +214,7 @@ def test_looking_at_what_follows_a_step_ends_by_itself(monkeypatch: pytest.Monke
     monkeypatch.setattr("dpfix.training.follow.after_step.MOST_AFTER", 200)
     _, training = start()
     x, _ = step(training, nn.CrossEntropyLoss())
-    (looking,) = _get_current_function_mode_stack()
+    (looking,) = on()
     assert isinstance(looking, AfterStep)
     assert not looking.over
     for _ in range(200):
@@ -234,7 +236,7 @@ def test_nothing_of_the_proof_is_left_after_a_step_and_after_training() -> None:
     for _ in range(4):
         step(training, nn.CrossEntropyLoss())
         assert traces_on() == 0
-        assert all(isinstance(mode, AfterStep) for mode in _get_current_function_mode_stack())
+        assert all(isinstance(mode, AfterStep) for mode in on())
     training[0].to_standard_module()
     assert not _get_current_function_mode_stack()
     assert not model._forward_hooks and not model._forward_pre_hooks
@@ -329,12 +331,17 @@ def test_gradients_taken_by_another_function_are_named() -> None:
 
 
 def traces_on() -> int:
-    return sum(isinstance(mode, LossTrace) for mode in _get_current_function_mode_stack())
+    return sum(isinstance(mode, LossTrace) for mode in on())
 
 
 def others() -> list[Any]:
     """What lies on the functions but the one that looks at what follows a step."""
-    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, AfterStep)]
+    return [mode for mode in on() if not isinstance(mode, AfterStep)]
+
+
+def on() -> list[Any]:
+    """The function modes that are on."""
+    return [mode.mode() if isinstance(mode, Laid) else mode for mode in _get_current_function_mode_stack()]
 
 
 def test_trainings_that_are_left_in_the_middle_of_a_step_leave_nothing_on() -> None:
@@ -386,7 +393,7 @@ def test_a_mode_that_the_script_takes_off_is_taken_off(mode: Callable[[], Any], 
     with mode():
         x, y = next((x, y) for x, y in loader if len(x) > 1)
         out = private(x)
-    (follower,) = _get_current_function_mode_stack()
+    (follower,) = on()
     assert isinstance(follower, LossTrace)
     F.cross_entropy(out, y).backward()
     optimizer.step()
@@ -419,7 +426,7 @@ def test_a_loop_without_backward_is_not_followed_for_ever(monkeypatch: pytest.Mo
     out = training[0](x)
     for _ in range(60):
         out = out + 1
-    (trace,) = _get_current_function_mode_stack()
+    (trace,) = on()
     assert isinstance(trace, LossTrace)
     assert not trace.calls
     assert "backward() was not called" in trace.broken

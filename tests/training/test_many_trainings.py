@@ -7,18 +7,21 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import dpfix
+from dpfix.training.follow.agenda import Agenda
 from dpfix.training.guards.optimizers import WATCHED
 from tests.cases import mlp
 from tests.helpers import setting, sgd, train
-from tests.training.steps import every_engine, start
+from tests.training.steps import every_engine, first_batch, loss_of, start
 
 
 def other_step() -> float:
@@ -48,6 +51,39 @@ def test_trainings_are_freed(engine: str) -> None:
     assert len(WATCHED) <= watched and len(_global_optimizer_pre_hooks) <= max(hooks, 1)
 
 
+def forward_alone(training: Any) -> None:
+    loss_of(training, first_batch(training))
+
+
+def no_step(training: Any) -> None:
+    loss_of(training, first_batch(training)).backward()
+
+
+def refused_step(training: Any) -> None:
+    x, y = first_batch(training)
+    output = training[0](x)
+    with pytest.raises(dpfix.CoupledLossError):
+        (F.cross_entropy(output, y) * (1 + output.mean())).backward()
+        training[1].step()
+
+
+@pytest.mark.parametrize("last", [forward_alone, no_step, refused_step])
+@every_engine
+def test_trainings_that_ended_in_the_middle_of_a_step_are_freed_by_the_next_one(
+    engine: str, last: Callable[[Any], None]
+) -> None:
+    model, training = start(engine)
+    train(training, 1)
+    last(training)
+    parts = (model, *model.parameters(), training[0], training[1], training[1].guard)
+    references = [weakref.ref(part) for part in parts]
+    del model, training, parts
+    kept = start(engine)
+    gc.collect()
+    assert [r() for r in references] == [None] * len(references)
+    train(kept[1], 1)
+
+
 def test_another_optimizer_does_not_get_slower_with_the_number_of_trainings() -> None:
     before = other_step()
     kept = [start("bookkeeping") for _ in range(20)]
@@ -66,7 +102,7 @@ def test_a_parameter_with_the_id_of_one_that_is_gone_is_no_longer_watched() -> N
         p.grad = torch.zeros_like(p)
     training[1].original_optimizer.step()
     other = nn.Parameter(torch.zeros(2))
-    WATCHED[id(other)] = weakref.ref(check)
+    WATCHED[id(other)] = (weakref.ref(check),)
     check._trained[id(other)] = weakref.ref(next(model.parameters()))
     torch.optim.SGD([other], lr=0.1).step()
     del WATCHED[id(other)]
@@ -90,12 +126,12 @@ class Noises:
                 self.seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
-def run_beside(act: Any) -> tuple[threading.Event, threading.Thread, list[BaseException]]:
+def run_beside(act: Any, wait: float = 0.02) -> tuple[threading.Event, threading.Thread, list[BaseException]]:
     over, failed = threading.Event(), list[BaseException]()
 
     def loop() -> None:
         try:
-            while not over.wait(0.02):
+            while not over.wait(wait):
                 act()
         except BaseException as error:  # shown by the test
             failed.append(error)
@@ -134,6 +170,21 @@ def test_two_trainings_in_two_threads() -> None:
     assert len(one.seen) >= 60 and len(two.seen) >= 60
     everything = torch.stack([*one.seen, *two.seen])
     assert len(torch.unique(everything[:, 0])) == len(everything)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "followed"])
+def test_a_model_that_draws_is_checked_while_another_thread_draws(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is repeated with the samples exchanged; numbers that another thread draws meanwhile are no samples'."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    monkeypatch.setattr(Agenda, "due", lambda agenda, seen: True)
+    options = {} if told else {"criterion": None}
+    with warnings.catch_warnings(action="ignore"):
+        over, thread, failed = run_beside(lambda: torch.rand(1), wait=0)
+        training = dpfix.make_private_safe(**setting(model, **options))
+        train(training, 40)
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive() and not failed
 
 
 def test_a_step_waits_for_a_call_of_another_thread() -> None:

@@ -21,6 +21,7 @@ from dpfix.engines.base import per_sample
 from dpfix.engines.functional.parameter_swap import Aliases, Slot, attributes_kept, swapped
 from dpfix.engines.functional.workarounds import Workarounds
 from dpfix.instrument import pytree
+from dpfix.instrument.precision import InBFloat16
 from dpfix.layout.calls import CallLayout, LayerLayout
 from dpfix.layout.rows import Rows, rows_of
 
@@ -104,7 +105,9 @@ class MappedCall:
         return _joined(structure[0], list(tensors), dict(layout.output), samples, weight)
 
     def _around(self) -> AbstractContextManager[Any]:
-        return Workarounds() if self.workarounds else nullcontext()
+        autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        autocast |= isinstance(getattr(self.function, "__self__", None), InBFloat16)
+        return Workarounds() if self.workarounds or autocast else nullcontext()
 
 
 def _joined(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ def mapped(tensor: torch.Tensor, *, copied: bool = False) -> torch.Tensor:
     return _functorch._add_batch_dim(every.clone() if copied else every, 0, interpreter.level())
 
 
+_CAST = frozenset({
+    F.linear,
+    F.bilinear,
+    F.prelu,
+    F.scaled_dot_product_attention,
+    *(getattr(where, name) for where in (F, torch) for name in ("conv1d", "conv2d", "conv3d", "prelu")),
+    *(getattr(where, f"conv_transpose{n}d") for where in (F, torch) for n in (1, 2, 3)),
+})
+"""Functions whose arguments autocast brings to one type, and under ``vmap`` leaves as they are."""
+
+
 class Workarounds(TorchFunctionMode):
     """Makes ``vmap`` do what it refuses or gets wrong; to be entered inside it, around the forward of a module.
 
@@ -49,6 +61,7 @@ class Workarounds(TorchFunctionMode):
       pass.
     * Attention whose mask gradient passes through is computed with the formula; ``vmap`` hides that from the choice
       between the ways to compute it, and takes one that has no gradient for the mask.
+    * Autocast casts the arguments of convolutions and attention; under ``vmap`` it does not see them.
     """
 
     def __init__(self) -> None:
@@ -57,6 +70,8 @@ class Workarounds(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _CAST and (dtype := _autocast_type(args)):
+            args, kwargs = pytree.map_leaves(partial(_cast, dtype), (args, kwargs))
         if func is F.embedding:
             return _embedding(*args, **kwargs)
         if func is torch.embedding:
@@ -95,6 +110,16 @@ def _is_new(out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     yield from pytree.tensors((args, kwargs))
+
+
+def _autocast_type(args: tuple[Any, ...]) -> torch.dtype | None:
+    kind = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "")
+    return torch.get_autocast_dtype(kind) if kind and torch.is_autocast_enabled(kind) else None
+
+
+def _cast(dtype: torch.dtype, _: pytree.Path, leaf: Any) -> Any:
+    single = isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return leaf.to(dtype) if single else leaf
 
 
 def _torch_embedding(weight: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1, *args: Any) -> torch.Tensor:

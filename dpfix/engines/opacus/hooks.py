@@ -264,7 +264,8 @@ class HooksHandle(Handle):
                 )
             found = getattr(p, "grad_sample", None)
             parts = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
-            gathered[p] = [self._by_sample(part) for part in parts]
+            # Under autocast they are in half precision, in which Opacus would take norms and clip: above C by rounding.
+            gathered[p] = [self._by_sample(part.to(p.dtype)) for part in parts]
         several = len(iterations) > 1
         if several:
             return _as_lists(gathered, len(iterations))

@@ -6,9 +6,9 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
+from typing_extensions import override
 
 from dpfix.instrument.function_modes import FollowingMode, switch_off, switch_on
 
@@ -20,7 +20,7 @@ MOST_AFTER = 10_000
 
 
 class AfterStep(FollowingMode):
-    """Stands in for the follower between a step and the next delivery; it ends by itself, and keeps no training alive.
+    """Stands in for the follower between a step and the next delivery, and ends by itself.
 
     Args:
         follower: knows what is of earlier batches.
@@ -28,8 +28,8 @@ class AfterStep(FollowingMode):
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
-        self._follower = ref(follower)
-        self._left, self._thread = 0, 0
+        self._follower = follower
+        self._left, self.thread = 0, 0
 
     @property
     def going_on(self) -> bool:
@@ -38,7 +38,7 @@ class AfterStep(FollowingMode):
 
     def begin(self) -> None:
         """A step was made."""
-        self._left, self._thread = MOST_AFTER, threading.get_ident()
+        self._left, self.thread = MOST_AFTER, threading.get_ident()
         self.resume()
 
     def resume(self) -> None:
@@ -53,8 +53,12 @@ class AfterStep(FollowingMode):
 
     def end(self) -> None:
         """The next batch is here, or the training is over."""
-        self._left = 0
+        self.clear()
         switch_off(self)
+
+    @override
+    def clear(self) -> None:
+        self._left = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.note(func, args, kwargs or {})
@@ -65,10 +69,8 @@ class AfterStep(FollowingMode):
         Returns:
             What it returns.
         """
-        follower = self._follower()
-        if follower is None:
-            self.end()
-        if follower is None or self.paused or threading.get_ident() != self._thread or torch.compiler.is_compiling():
+        follower = self._follower
+        if self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         self._left -= 1
         self.paused, frame = True, sys._getframe(2)

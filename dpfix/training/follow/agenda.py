@@ -97,7 +97,9 @@ class Agenda:
 
 
 MOST_VALUES = 256
-"""Different labels of one entry of the batch that are told apart; with more of them only the extremes are."""
+"""Different labels of one entry of the batch that are told apart; with more of them only how large the extremes are is."""
+MOST_LABELS = 32
+"""Different numbers among several per sample, most of which come once, that may be labels; more are ids of words."""
 
 
 class Novelty:
@@ -113,8 +115,7 @@ class Novelty:
             delivery: a delivered batch.
 
         Returns:
-            What entry it is, and a label, an extreme, how large floating values are (-999 marks missing ones), or that values
-            are missing.
+            What entry it is, and a label, how large values are (-999 marks missing ones), or that values are missing.
         """
         found: set[Any] = set()
         for path, leaf in pytree.leaves(delivery.batch):
@@ -136,11 +137,14 @@ class Novelty:
     def _tensor(self, place: Any, tensor: torch.Tensor) -> set[Any]:
         if not tensor.numel() or tensor.is_complex():
             return set()
-        if tensor.is_floating_point():
-            ends = [float(end) for end in tensor.aminmax()]
-            if not all(map(math.isfinite, ends)):
-                return {(place, "missing")}
-            return {(place, number, end > 0, math.frexp(end)[1] // 2) for number, end in enumerate(ends)}
-        if tensor.numel() > 16 * MOST_VALUES or len(self._values[place]) > MOST_VALUES:
-            return {value for end in tensor.aminmax() for value in self._label((place, "extreme"), float(end))}
-        return {pair for value in tensor.unique().tolist() for pair in self._label(place, float(value))}
+        few = tensor.numel() <= 16 * MOST_VALUES and len(self._values[place]) <= MOST_VALUES
+        if few and not tensor.is_floating_point():
+            values = tensor.unique()
+            if tensor.dim() < 2 or len(values) <= max(MOST_LABELS, tensor.numel() // 8):
+                return {pair for value in values.tolist() for pair in self._label(place, float(value))}
+        ends = [float(end) for end in tensor.aminmax()]
+        if not all(map(math.isfinite, ends)):
+            return {(place, "missing")}
+        if not tensor.is_floating_point() and ends[0] > 0:
+            ends[0] = 1.0  # the smallest of many ids says no more than that none is of padding or ignored
+        return {(place, number, end > 0, math.frexp(end)[1] // 2) for number, end in enumerate(ends)}

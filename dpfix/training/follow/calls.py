@@ -9,11 +9,14 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpfix.instrument import pytree
+from dpfix.instrument.precision import InBFloat16, device_of
 from dpfix.instrument.source import is_users_file
 from dpfix.layout.calls import CallLayout
 from dpfix.layout.sample_dim import SampleDim
+from dpfix.weights.copies import unwrap
 
 Place = tuple[CodeType, int]
 """A place in the script: a code object and the offset of an instruction in it."""
@@ -288,8 +291,10 @@ def in_autocast(regions: tuple[tuple[str, torch.dtype], ...]) -> Iterator[None]:
         yield
 
 
-def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
-    """Devices and types of the autocast regions that are entered now."""
+def autocast_regions(module: nn.Module | None = None) -> tuple[tuple[str, torch.dtype], ...]:
+    """Devices and types of the autocast regions that are entered now, or that the model enters when it is called."""
+    if module is not None and isinstance(unwrap(module), InBFloat16):
+        return ((device_of(module), torch.bfloat16),)
     return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
 
 

@@ -45,6 +45,7 @@ class Collation:
 
     def __init__(self, layout: BatchLayout, share: float = SHARE) -> None:
         self._layout, self._agenda = layout, Agenda(share)
+        self._looked = 0
 
     def __call__(self, collate: Collate, items: list[Any]) -> Any:
         """The batch of some items.
@@ -62,11 +63,18 @@ class Collation:
         if len(items) < 2 or not self._layout.known or not self._agenda.due(set()):
             return collate(items)
         with self._agenda.check():
-            self.look(collate, _copied(self._agenda.draw.sample(items, min(3, len(items)))))
+            draw = DRAWS[1 + self._looked % (len(DRAWS) - 1)]
+            self._looked += 1
+            self.look(collate, _copied(self._agenda.draw.sample(items, min(3, len(items)))), [draw])
         return collate(items)
 
-    def look(self, collate: Collate, items: Sequence[Any] | None) -> None:
+    def look(self, collate: Collate, items: Sequence[Any] | None, draws: Sequence[Draw] = DRAWS[1:]) -> None:
         """Compare batches of two or three items; whatever the collate function cannot take is left out.
+
+        Args:
+            collate: the collate function, called twice for each draw.
+            items: they may be changed.
+            draws: what random numbers are like.
 
         Raises:
             CoupledModelError: one sample's part depends on the others.
@@ -74,7 +82,7 @@ class Collation:
         if items is None or not self._layout.known:
             return
         generators = generators_of(collate)
-        for number, draw in enumerate(DRAWS[1:]):
+        for number, draw in enumerate(draws):
             keep, other, third = (items[(number + k) % len(items)] for k in range(3))
             place = self._agenda.draw.randrange(SIZE)
             batches = [_around(place, keep, others) for others in (other, third)]

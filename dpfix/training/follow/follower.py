@@ -94,7 +94,7 @@ class Follower(FollowingMode):
         self.unknown_form = False
         self._marks: list[tuple[Delivery, int]] = []
         self.earlier, self._after_step = Kept(), AfterStep(self)
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._state: Any = None
         self._was_on = self._resting = False
         self.clear()
@@ -172,7 +172,7 @@ class Follower(FollowingMode):
 
     def resume(self) -> None:
         """What follows is written down, in the thread that calls the model."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self.thread:
             self._after_step.end()
             switch_on(self)
             self.paused = False
@@ -234,7 +234,7 @@ class Follower(FollowingMode):
         self._state = torch.get_rng_state(), torch.cuda.get_rng_state() if self._on_cuda else None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         if output is None:  # it failed
             if self._was_on:
                 self.resume()
@@ -251,7 +251,7 @@ class Follower(FollowingMode):
             with suppress(MisuseError):  # an evaluation on anything else; in training, the engine says so
                 samples = samples_in(layout, module, args, kwargs)
         call = ModelCall(args, kwargs, output, layout, samples, self._state)
-        call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions()
+        call.deliveries, call.autocast = self.deliveries_in(args, kwargs), autocast_regions(module)
         self._take(output)
         if grad:
             if len(self.deliveries) > 1 and len(call.deliveries) == 1:
@@ -275,7 +275,7 @@ class Follower(FollowingMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or threading.get_ident() != self._thread or torch.compiler.is_compiling():
+        if self.paused or threading.get_ident() != self.thread or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func is torch.Tensor.backward:
             self.paused = True
@@ -285,8 +285,8 @@ class Follower(FollowingMode):
             finally:
                 self.paused = self.over
         if self._after_backward and reads_gradient(func):
-            self.on_gradient(args[0], sys._getframe(1))
-        return self._note(func, args, kwargs, sys._getframe(1))
+            self.on_gradient(args[0], sys._getframe(2))  # that of the mode which lies for it is between
+        return self._note(func, args, kwargs, sys._getframe(2))
 
     def at_backward(self, loss: torch.Tensor, args: Any, kwargs: Any) -> None:
         """``loss.backward(...)`` is about to be called."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from random import Random
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import FixedRandomness
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.instrument.module_state import state_of, traceless
+from dpfix.instrument.own_draws import draws_from
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.plan import Plan
@@ -113,17 +114,23 @@ class PlainModel:
 
     def run(self, call: ModelCall, around: AbstractContextManager[Any]) -> None:
         """Run the model once more on a call, inside a context; what it cannot do is not seen."""
-        with traceless(self.module, self._state), torch.no_grad(), rng_untouched(), around, suppress(*USER_CODE_ERRORS):
-            put_back(call.state)
+        with (
+            traceless(self.module, self._state),
+            torch.no_grad(),
+            rng_untouched(),
+            around,
+            suppress(*USER_CODE_ERRORS),
+            drawing_as_in(call),
+        ):
             self.module(*call.args, **call.kwargs)
 
     def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], torch.Tensor]:
         args, kwargs = arguments
         with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
-            put_back(call.state)
-            with in_autocast(call.autocast):
+            with drawing_as_in(call) as state, in_autocast(call.autocast):
                 out = self.module(*args, **kwargs)
-            return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], torch.get_rng_state()
+                after = state()
+            return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], after
 
     # -------------------------------------------------------------- a loss that the model computes is a mean of its samples'
 
@@ -191,8 +198,7 @@ class PlainModel:
         if any(call.autocast for call in self.step.calls):
             return None
         for call in self.step.calls:
-            with rng_untouched(), torch.enable_grad():
-                put_back(call.state)
+            with rng_untouched(), torch.enable_grad(), drawing_as_in(call):
                 args, kwargs = pytree.map_leaves(_detached, (call.args, call.kwargs))
                 out = self.module(*args, **kwargs)
             leaves = dict(pytree.leaves(out))
@@ -267,12 +273,18 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def put_back(states: Any) -> None:
-    """Torch's generators go on from where they were before a call."""
-    cpu, cuda = states
-    torch.set_rng_state(cpu)
+@contextmanager
+def drawing_as_in(call: ModelCall) -> Iterator[Callable[[], torch.Tensor]]:
+    """What runs inside draws from torch's generators what a call of the model has drawn.
+
+    Yields:
+        A function that tells the state of the generator on the CPU.
+    """
+    cpu, cuda = call.state
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)
+    with draws_from(cpu) as state:
+        yield state
 
 
 # ------------------------------------------------------------------ what is released

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
+from dpfix.instrument.own_draws import draws_from
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import SampleDim
@@ -199,7 +200,7 @@ class _Run:
             for device, dtype in call.autocast:
                 around.enter_context(torch.autocast(device, dtype))
             if call.state is not None:
-                torch.set_rng_state(call.state)
+                around.enter_context(draws_from(call.state))
             result = call.function(*args, **kwargs)
         if call.tells:
             self._tell(call, result)

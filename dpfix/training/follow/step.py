@@ -92,13 +92,15 @@ class RealStep:
             NotFollowedError: the calls do not hold the same samples in a known layout.
         """
         inner = inner_nodes([output.edge.node for call in calls for output in call.outputs])
-        asked = [o for call in calls for o in call.outputs if o.edge.node not in inner]
+        asked = [o for call in calls for o in call.outputs if o.edge.node not in inner and not _overwritten(o)]
         with paused():
-            edges = [output.edge for output in asked]
-            found = torch.autograd.grad(_scalar(loss, outer), edges, retain_graph=True, allow_unused=True)
+            edges = [output.edge for output in asked]  # through what was written into, autograd may find no way
+            found = (
+                torch.autograd.grad(_scalar(loss, outer), edges, retain_graph=True, allow_unused=True) if asked else ()
+            )
         got = dict(zip(map(id, asked), found, strict=True))
         gradients = {call: [got.get(id(output)) for output in call.outputs] for call in calls}
-        unknown = {id(o) for call in calls for o in call.outputs if id(o) not in got or _overwritten(o)}
+        unknown = {id(o) for call in calls for o in call.outputs if id(o) not in got}
         used = [
             c for c in calls if any(g is not None for g in gradients[c]) or any(id(o) in unknown for o in c.outputs)
         ]

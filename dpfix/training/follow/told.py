@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from dpfix.errors import USER_CODE_ERRORS, TrainingStepError
 from dpfix.instrument import pytree
+from dpfix.instrument.own_draws import draws_from
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
 from dpfix.observe.training_step import TrainingStep
@@ -104,8 +105,7 @@ class ToldStep(Way):
         own = vars(self._module).get("forward")
         self._module.forward = forward  # type: ignore[method-assign]
         try:
-            with rng_untouched(), torch.enable_grad():
-                torch.manual_seed(_SEED)
+            with rng_untouched(), torch.enable_grad(), draws_from(_seeded()):
                 loss = self._step.loss(self._module, batch)
                 flat = [leaf for mine in leaves for leaf in mine]
                 found = torch.autograd.grad(loss, flat, allow_unused=True)
@@ -120,3 +120,8 @@ class ToldStep(Way):
         grads = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(flat, found, strict=True)])
         gradients = [[next(grads) for _ in mine] for mine in leaves]
         return Repeated(arguments, gradients, places[-1] if places else None)
+
+
+def _seeded() -> torch.Tensor:
+    torch.manual_seed(_SEED)  # on the accelerator
+    return torch.Generator().manual_seed(_SEED).get_state()

@@ -48,7 +48,7 @@ class ThroughTheEngine(Check):
 
 
 class UneditedGradients(Check):
-    """``p.grad`` is what autograd made of it; warns otherwise.
+    """``p.grad`` is what autograd made of it; warns once otherwise.
 
     Catches: ``clip_grad_norm_`` and edits by hand, which the release ignores. Costs: a look at every ``p.grad``, twice.
 
@@ -58,6 +58,7 @@ class UneditedGradients(Check):
 
     def __init__(self, watch: GradWatch) -> None:
         self._watch = watch
+        self._told = False
 
     @override
     def cleared(self) -> None:
@@ -65,7 +66,8 @@ class UneditedGradients(Check):
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        if edited := self._watch.edited():
+        if not self._told and (edited := self._watch.edited()):
+            self._told = True
             warn_user(
                 f"p.grad of `{edited[0]}` was changed between backward() and step() ({len(edited)} parameter(s)), for "
                 "example by clip_grad_norm_. The private optimizer releases the clipped sum of per-sample gradients "

@@ -116,7 +116,7 @@ class NoOtherOptimizer(Check):
         self.outside = outside
         self._trained = {id(p): ref(p) for p in guarded.parameters.values()}  # a WeakSet would compare tensors with ==
         this: ref[NoOtherOptimizer] = ref(self)
-        WATCHED.update(dict.fromkeys(self._trained, this))
+        _watch_too(this, self._trained)
         outside.at_learning = partial(_watch_too, this)
         self._forget = partial(_forget, this)
         finalize(self, self._forget).atexit = False
@@ -150,17 +150,27 @@ class NoOtherOptimizer(Check):
         self._forget()
 
 
-WATCHED: dict[int, ref[NoOtherOptimizer]] = {}
-"""The trainings that are alive, by the id of each of their parameters, and of those that learn from their loss."""
+WATCHED: dict[int, tuple[ref[NoOtherOptimizer], ...]] = {}
+"""The trainings that are alive, by the id of each of their parameters, and of those that learn from their loss.
+
+Several can have one id: a parameter learns from two losses, or is gone, and another one has its id.
+"""
 
 
 def _watch_too(training: ref[NoOtherOptimizer], ids: Iterable[int]) -> None:
-    WATCHED.update(dict.fromkeys((key for key in ids if key not in WATCHED), training))
+    for key in ids:
+        watching = WATCHED.get(key, ())
+        if training not in watching:
+            WATCHED[key] = (*watching, training)
 
 
 def _forget(training: ref[NoOtherOptimizer]) -> None:
-    for key in [key for key, watching in WATCHED.items() if watching is training]:
-        del WATCHED[key]
+    for key in [key for key, watching in WATCHED.items() if training in watching]:
+        others = tuple(other for other in WATCHED[key] if other is not training)
+        if others:
+            WATCHED[key] = others
+        else:
+            del WATCHED[key]
 
 
 @functools.cache
@@ -173,21 +183,21 @@ def _refuse_other(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not WATCHED:
         return
     for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        found = WATCHED.get(id(p))
-        training = None if found is None else found()
-        if training is None:
-            continue
-        if training.outside.learns(p):
-            raise learns_outside(tuple(p.shape), type(optimizer).__name__)
-        if not training.owns(p):
-            training.outside.tell(p, type(optimizer).__name__)
-            continue
-        if training.allowed:
-            return
-        raise MisuseError(
-            f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "
-            "returned, over parameters that are in private training.",
-            "It would apply gradients without clipping and noise.",
-            "Use the returned optimizer, or call to_standard_module() on the model first to end private training.",
-            path="optimizer",
-        )
+        for watching in WATCHED.get(id(p), ()):
+            training = watching()
+            if training is None:
+                continue
+            if training.outside.learns(p):
+                raise learns_outside(tuple(p.shape), type(optimizer).__name__)
+            if not training.owns(p):
+                training.outside.tell(p, type(optimizer).__name__)
+                continue
+            if training.allowed:
+                return
+            raise MisuseError(
+                f"optimizer: {type(optimizer).__name__}.step() was called past the private optimizer that make_private_safe "
+                "returned, over parameters that are in private training.",
+                "It would apply gradients without clipping and noise.",
+                "Use the returned optimizer, or call to_standard_module() on the model first to end private training.",
+                path="optimizer",
+            )

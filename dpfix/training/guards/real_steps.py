@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -85,8 +85,7 @@ class RealSteps(Check):
         engine = engine_of(guarded.plan)
         self.needed = engine.audited or engine is UNDECIDED  # the step that decides is followed from its delivery on
         self.agenda = Agenda(0.75 * following.share)
-        self._novelty, self._numbers = Novelty(), NumberWatch()
-        self._strangers = Strangers()
+        self._novelty, self._numbers, self._strangers = Novelty(), NumberWatch(), Strangers()
         self._settings, self._model_numbers = Settings(), Settings(numbers_of_model(guarded.module, ()))
         self.outside = Outside(tuple(guarded.module.parameters()))
         self._warned, self._unfollowed = False, ""
@@ -104,6 +103,7 @@ class RealSteps(Check):
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
         self._follower.on_gradient = self._gradient_reads.look
+        self._follower.on_abandoned = partial(setattr, self, "_pending", None)
         if self._guarded.own_loader is not None:
             self._guarded.own_loader.at_delivery = self._follower.deliver
 

@@ -19,6 +19,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import outside_states
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.probe import Probe
+from dpfix.training.follow.agenda import FIRST
 from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 from tests.training.follow.scripts import Items
@@ -361,3 +362,17 @@ def test_looking_finds_nothing_and_leaves_no_trace(collate: Any, items: Any) -> 
 
 def states() -> Any:
     return outside_states(), torch.get_rng_state().tolist()
+
+
+def test_a_batch_that_is_looked_at_costs_two_calls() -> None:
+    calls: list[int] = []
+
+    def counted(items: list[Any]) -> Any:
+        calls.append(len(items))
+        return columns(items)
+
+    collation = Collation(BatchLayout.of(Probe(None, (), columns, (vectors()[0],))), share=1.0)
+    for start in range(FIRST):
+        collation(counted, vectors()[start : start + 5])
+        assert calls == [4, 4, 5], "two batches to compare, then the one that is delivered"
+        calls.clear()

@@ -53,6 +53,19 @@ def test_a_loop_that_logs_gradient_norms_before_the_step_is_told_why_there_are_n
         sum(p.grad.norm() for p in model.parameters())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("mode", ["auto", "bookkeeping", "hooks", "microbatch"])
+def test_a_plain_loop_that_clips_is_warned_once(mode: str) -> None:
+    private, optimizer, loader = start(mode)[1]
+    with pytest.warns(dpfix.DPFixWarning, match="clip_grad_norm_") as told:
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(private(x), y).backward()
+                torch.nn.utils.clip_grad_norm_(private.parameters(), 1.0)
+                optimizer.step()
+    assert len([w for w in told if "clip_grad_norm_" in str(w.message)]) == 1
+
+
 def test_clip_grad_norm_warns_once() -> None:
     model, training = _first_backward()
     with pytest.warns(

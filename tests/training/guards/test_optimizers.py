@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpfix
+from dpfix.training.guards.optimizers import WATCHED
 from tests.cases import mlp
 from tests.training.steps import every_engine, first_batch, loss_of, refused, start, values
 
@@ -130,3 +132,15 @@ def test_a_number_of_an_earlier_step_of_the_generator_teaches_it_nothing() -> No
         loss.backward()
         pair.optimizer.step()
         loss.item()
+
+
+def test_a_head_with_the_id_of_one_that_another_training_knew_is_refused_all_the_same() -> None:
+    _, earlier = start()
+    _, training = start()
+    head = nn.Linear(3, 3)
+    for p in head.parameters():
+        WATCHED[id(p)] = (weakref.ref(earlier[1].guard.others),)
+    x, y = first_batch(training)
+    F.cross_entropy(head(training[0](x)), y).backward()
+    with pytest.raises(dpfix.MisuseError, match=r"a parameter of shape \(3, 3\) that is not in the private model"):
+        torch.optim.SGD(head.parameters(), lr=0.1).step()

@@ -1,0 +1,67 @@
+"""Plans for a budget: the noise that a training would get, the ratio that decides, and numbers that cannot be used."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+import dpfix
+from tests.helpers import points, setting
+
+GIVEN: dict[str, Any] = {
+    "samples": 24, "epochs": 4, "batch_sizes": [4, 8, 24], "target_epsilon": 3.0, "target_delta": 1e-3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "truncated", "shuffle", "fixed"])
+def test_a_plan_is_what_the_call_does(sampling: str) -> None:
+    (row,) = dpfix.plan(**GIVEN | {"batch_sizes": [8], "sampling": sampling}).rows
+    given = setting(data_loader=DataLoader(points(), batch_size=8), sampling=sampling)
+    given.pop("noise_multiplier")
+    training = dpfix.make_private_safe_with_epsilon(**given, target_epsilon=3.0, target_delta=1e-3, epochs=4)
+    assert row.noise_multiplier == training[1].noise_multiplier
+    assert row.steps == 12 and row.sampling_rate == 1 / 3
+    assert 2.9 < row.epsilon <= 3.0
+
+
+def test_larger_batches_have_less_noise_for_each_sample() -> None:
+    plans = dpfix.plan(**GIVEN)
+    ratios = [row.noise_to_batch for row in plans.rows]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] == plans.rows[0].noise_multiplier / 4
+    table = str(plans).splitlines()
+    assert len(table) == 5 and "noise/batch" in table[1] and table[2].split()[0] == "4"
+
+
+def test_a_large_delta_is_named() -> None:
+    assert "1 / samples = 0.042" in str(dpfix.plan(**GIVEN | {"target_delta": 0.1}))
+
+
+def test_the_picture_is_written(tmp_path: Path) -> None:
+    dpfix.plan(**GIVEN).picture(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"samples": 0}, "samples: 0 is not a whole number from 1"),
+        ({"samples": math.nan}, "samples: nan"),
+        ({"batch_sizes": [8, 25]}, "batch_sizes: 25 is not a whole number from 1 to samples=24"),
+        ({"batch_sizes": [2.5]}, "batch_sizes: 2.5"),
+        ({"batch_sizes": []}, "names no batch size"),
+        ({"batch_sizes": 8}, "names no batch size"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"target_epsilon": None}, "target_epsilon=None"),
+        ({"target_delta": 1.5}, "delta=1.5"),
+        ({"sampling": "all"}, "'all' is not one of"),
+        ({"target_epsilon": 1e-9}, "target_epsilon=1e-09 at target_delta=0.001 cannot be reached in 24 steps"),
+    ],
+)
+def test_numbers_that_cannot_be_used(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(dpfix.DPFixError, match=text):
+        dpfix.plan(**GIVEN | wrong)
