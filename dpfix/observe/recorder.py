@@ -19,7 +19,7 @@ from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
 from dpfix.instrument.module_state import tensors_held
-from dpfix.instrument.parameter_uses import ParameterUses, arguments, made
+from dpfix.instrument.parameter_uses import ParameterUses, arguments, made, result
 from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
 from dpfix.report.finding import Finding
@@ -162,12 +162,13 @@ class _Uses(ParameterUses):
         constant = all(self.named(t) or self._constant(t) for t in arguments(args, kwargs))
         use = made(use) if constant else use
         output = func(*args, **kwargs)
-        if pytree.gradient_tensors(output):
+        found = result(func, args, output)
+        if pytree.gradient_tensors(found):
             kept = _shape_only if constant else _detached
-            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, output)))
+            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, found)))
             self.log.calls.setdefault(use, []).append(call)
             if constant:
-                self.name(output, use)
+                self.name(found, use)
         return output
 
     @override
