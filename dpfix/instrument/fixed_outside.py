@@ -67,7 +67,9 @@ class FixedOutside:
         kind: Any = random.Random if module == "random" else np.random.RandomState
 
         def drawn(*args: Any, **kwargs: Any) -> Any:
-            own_numbers = name not in (*_ORDERS, *_VECTORS, "choice", "choices") and any(map(_several, (*args, *kwargs.values())))
+            own_numbers = name not in (*_ORDERS, *_VECTORS, "choice", "choices") and any(
+                map(_several, (*args, *kwargs.values()))
+            )
             if threading.get_ident() != self._thread:
                 return function(*args, **kwargs)
             self.drawn += 1

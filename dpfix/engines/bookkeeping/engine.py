@@ -217,7 +217,9 @@ def on_the_batch(
         below = {p for p in {*known, *mapped} if p != path and (not path or p.startswith(f"{path}."))}
         inner = {p for p in below & {*known} if p not in found}  # which are mapped, with all that is in them
         # What only a mapped module can call stays inside one; so does a parameter that one inside uses.
-        if any(not any(m == p or m.startswith(f"{p}.") for p in inner) for m in below & mapped) or (below - {*found} and elsewhere & {*found[path]}):
+        if any(not any(m == p or m.startswith(f"{p}.") for p in inner) for m in below & mapped) or (
+            below - {*found} and elsewhere & {*found[path]}
+        ):
             del found[path]
     outside = [p for p in known if p not in found]
     return {p: own for p, own in found.items() if not any(not o or p.startswith(f"{o}.") for o in outside)}
