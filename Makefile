@@ -78,13 +78,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	@echo '*' > $(VENV)/.gitignore
 
-# An environment of its own: packages that nothing else here needs.
+# An environment of its own. torch comes first, and then what asks for a torch of its own, without its dependencies: these
+# are dpfix's, transformers' (which asks for none) and the few that are named.
 $(ZOO)/.installed-zoo: requirements-zoo.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH (or pass PYTHON=...)"; exit 1; }
 	$(PYTHON) -m venv $(ZOO)
 	@echo '*' > $(ZOO)/.gitignore
 	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-zoo.txt -e '.[monai]'
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-zoo.txt
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 pillow psutil -e .
 	@touch $@
 
 # torch comes first and alone: with this version plain pip takes the build that fits the machine.

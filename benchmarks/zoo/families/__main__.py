@@ -29,7 +29,7 @@ def main() -> int:
         rows = run(f"benchmarks.zoo.families.{kind}", arguments.only, 1, arguments.timeout, opacus=False)
         print("\n".join(lines(rows)), summary(rows), "\n".join(by_sample(rows)), sep="\n\n", flush=True)
         failed |= not all(row.expected for row in rows)
-        if arguments.write and not arguments.only:
+        if arguments.write and rows:
             write(kind, rows)
     return int(failed)
 
