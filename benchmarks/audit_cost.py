@@ -278,7 +278,8 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
 def checking(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tuple[float, float]:
     """Wall time of checks in the first steps, and in later ones, as a share of all time of these steps.
 
-    Later steps are chosen too rarely to wait for them: their share is the probability times the time of a check.
+    Later steps are chosen too rarely to wait for them: their share is the probability times the time of a check. The
+    probability is that after some steps more, since the first ones take longer than those that follow.
     """
     model, optimizer, loader = training
     vars(loader)["batch_sampler"] = _Drawn(setup.batch_size)
@@ -305,7 +306,9 @@ def checking(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> tupl
         return time.perf_counter() - start
 
     total = seconds(FIRST)
-    first, chance = spent[0] / total, agenda.chance
+    first = spent[0] / total
+    seconds(rounds)
+    chance = agenda.chance
     agenda.due = lambda seen: True
     step = (seconds(rounds) - spent[0]) / rounds
     expected = 2 * chance * spent[0] / rounds  # the step after a chosen one is checked, too

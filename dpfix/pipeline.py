@@ -273,14 +273,15 @@ def _audited(
         findings += [no_grad_search.finding(region, len(samples)) for region in regions]
     isolated = check_ordinary(subject, ordinary, plan, request.criterion)
     proofs, harder = isolated.lines, Harder(subject, ordinary, plan, request.criterion)
-    trials, empty = Trials(ordinary, harder.provoked(isolated.inputs)), harder.emptied()
+    trials = Trials(ordinary, harder.provoked(isolated.inputs))
+    placeholder = _placeholder(harder.emptied() or ordinary, plan)
     proofs += harder.drawn_otherwise()
     plan, evidence = _choose(request, subject, trials, plan)
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
     return Prepared(
         plan,
-        _placeholder(empty or ordinary, plan),
+        placeholder,
         known_rows(samples, record),
         step,
         BatchLayout(),

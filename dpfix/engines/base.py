@@ -189,6 +189,19 @@ class Engine(ABC):
         """
 
 
+def sample_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:
+    """Norms of the per-sample gradients that an engine has left on the parameters.
+
+    Returns:
+        Shape ``[samples]``; ``None`` if there are none, or several iterations of them.
+    """
+    found = [getattr(p, "grad_sample", None) for p in parameters]
+    left = [g for g in found if isinstance(g, torch.Tensor)]
+    if not left or len(left) < len(found):
+        return None
+    return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)
+
+
 def drop_sample_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Take off what engines and Opacus leave on parameters: per-sample gradients, clipped sums, counters of calls."""
     for p in parameters:

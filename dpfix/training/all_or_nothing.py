@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from dpfix.audit.persistent_state import modules_outside
+from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
@@ -44,5 +45,7 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             except BaseException:
                 before.put_back()
                 raise
+            finally:
+                give_back()
 
     return whole

@@ -22,7 +22,8 @@ PRINT = 8
 """Numbers in a fingerprint."""
 
 CELLS = 2.0**10
-"""Cells in a standard deviation: two fingerprints are equal if all their numbers lie in the same cells."""
+"""Cells in a standard deviation, that around zero twice as wide: two fingerprints are equal if all their numbers lie in the
+same cells."""
 
 KEPT = 200_000
 """Fingerprints of the model, and as many of single parameters, that are kept, about 200 bytes each."""
@@ -58,13 +59,13 @@ class SizeEvidence:
 
     def __init__(self, parts: int, false_alarm: float = FALSE_ALARM) -> None:
         ratios = np.array(RATIOS)
-        weights = np.full((parts + 1, 1), 0.5 / parts)
-        weights[-1] = 0.5
-        self._weights = np.log(weights / len(ratios) * false_alarm).repeat(len(ratios), 1)
-        self._bets = np.full(self._weights.shape, -np.inf)  # logarithms, weighted; 0 is an alarm
+        shares = np.full((parts + 1, 1), 0.5 / parts)
+        shares[-1] = 0.5
+        self._limits = -np.log(shares / len(ratios) * false_alarm)
+        self._least = float(self._limits.min())
+        self._bets = np.full((parts + 1, len(ratios)), -np.inf)  # logarithms
         self._yields = np.stack([-np.log(ratios), (1 - ratios**-2) / 2])
-        self._seen = np.zeros((parts + 1, 2))
-        self._stake = np.empty_like(self._bets)
+        self._seen = np.zeros((parts + 1, 2, 1))
         self.steps = 0
 
     def add(self, numbers: NDArray[np.float64], squares: NDArray[np.float64]) -> tuple[int, float] | None:
@@ -80,14 +81,16 @@ class SizeEvidence:
         """
         self.steps += 1
         seen, bets = self._seen, self._bets
-        seen[:-1, 0], seen[:-1, 1] = numbers, squares
+        seen[:-1, 0, 0], seen[:-1, 1, 0] = numbers, squares
         np.add.reduce(seen[:-1], 0, out=seen[-1])
-        np.subtract(self._weights, math.log(self.steps * (self.steps + 1.0)), out=self._stake)
-        np.logaddexp(bets, self._stake, out=bets)
-        bets += seen @ self._yields
-        if bets.max() < 0:  # false for a NaN, too
+        np.logaddexp(bets, -math.log(self.steps * (self.steps + 1.0)), out=bets)
+        bets += (seen * self._yields).sum(1)
+        if bets.max() < self._least:  # false for a NaN, too
             return None
-        part, ratio = divmod(int(np.argmax(bets)), len(RATIOS))
+        over = bets - self._limits
+        if over.max() < 0:
+            return None
+        part, ratio = divmod(int(np.argmax(over)), len(RATIOS))
         return part, RATIOS[ratio]
 
 
@@ -99,9 +102,10 @@ class Repeats:
     """Noise that was there before, in an earlier step or in another parameter.
 
     What is known of the noise has rounding errors, so that numbers are compared by cells of 1/1024 of a standard deviation.
-    Two independent standard normal numbers share a cell with probability ``1 / (1024 * 2 sqrt(pi))`` at most, two fingerprints
-    of 8 numbers with probability 4e-29: among a billion fingerprints two are equal with probability 2e-11. A repeat is
-    missed where rounding moves a number over the border of a cell: one in 1000 for clipped sums of the size of the noise.
+    Two independent standard normal numbers share a cell with probability ``1.003 / (1024 * 2 sqrt(pi))`` at most, two
+    fingerprints of 8 numbers with probability 4e-29: among a billion fingerprints two are equal with probability 2e-11.
+    A repeat is missed where rounding moves a number over the border of a cell: one in 1000 for clipped sums of the size of
+    the noise.
 
     The first 8 numbers of the model and those of every parameter are kept for the last steps (:data:`KEPT` fingerprints of
     either kind).
@@ -136,7 +140,7 @@ class Repeats:
         """
         if self._places is None:
             return None
-        cells = np.floor(noise[self._places] * CELLS).astype(np.int32).tobytes()
+        cells = (noise[self._places] * CELLS).astype(np.int32).tobytes()
         prints = [cells[at : at + _BYTES] for at in range(0, len(cells), _BYTES)]
         usable = None if known is None else [bool(row.all()) for row in known[self._places]]
         if usable is None or usable[0]:

@@ -105,15 +105,16 @@ class ProvenNoise(Check):
         if optimizer.loss_reduction == "mean":
             scale = float(optimizer.expected_batch_size) * optimizer.accumulated_iterations  # type: ignore[arg-type]
         self._numbers.copy(gradients, after=True)
-        sums, added = self._numbers.values(after=False), self._numbers.values(after=True)
-        added *= scale
-        added -= sums
+        values = self._numbers.values()  # the clipped sum, and what the optimizer has made of it
         if self._guarded.ranks.rank:
-            self._check_none(added, sums)
+            self._check_none(values[1] * scale - values[0], values[0])
         elif std >= SIZES[0] * max(1.0, scale) and std <= SIZES[1] * min(1.0, scale):
-            added /= std
-            largest = LARGEST_SUM * std
-            self._check(added, None if sums @ sums <= largest**2 else np.abs(sums) <= largest)
+            sums, largest = values[0], LARGEST_SUM * std
+            noise = values[1]
+            noise *= scale
+            noise -= sums
+            noise /= std
+            self._check(noise, None if max(sums.max(), -sums.min()) <= largest else np.abs(sums) <= largest)
 
     def _check_none(self, added: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
         """Noise is that of rank 0 alone."""
@@ -213,7 +214,7 @@ class Numbers:
         self._run, self._sizes = run, np.where(whole, 2 * run, sizes)
         self._whole = [n if w else 0 for n, w in zip(sizes.tolist(), whole.tolist(), strict=True)]
         kinds = [(kind, len(names)) for kind, names in together.items()]
-        self._copies = [Copy(kinds, self.counts, run) for _ in ("before", "after")]
+        self._memory = Memory(kinds, self.counts, run)
         self._random = np.random.default_rng()  # from the operating system; the script's generators stay as they are
         self._coming: Iterator[list[int]] = iter(())
         self._strides: list[tuple[int, int]] = []
@@ -246,17 +247,18 @@ class Numbers:
             t.view(whole) if whole else t.as_strided(shape, strides)
             for t, whole, strides in zip(tensors, self._whole, self._strides, strict=True)
         ]
-        for of, out in self._copies[after].groups:
+        for of, out in self._memory.groups[after]:
             torch.cat(views[of], out=out)
 
-    def values(self, *, after: bool) -> NDArray[np.float64]:
-        """The numbers of a copy, in double precision, those of one parameter after those of another."""
-        found = [buffer.cpu().numpy().astype(np.float64) for buffer in self._copies[after].buffers]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+    def values(self) -> NDArray[np.float64]:
+        """Both copies in double precision, the numbers of one parameter after those of another; shape ``[2, numbers]``."""
+        arrays = [buffer.cpu().numpy() if on is None else on for buffer, on in self._memory.buffers]
+        found = [array.astype(np.float64) for array in arrays]
+        return found[0] if len(found) == 1 else np.concatenate(found, 1)
 
 
-class Copy:
-    """Memory for some numbers of every parameter.
+class Memory:
+    """Memory for two copies of some numbers of every parameter.
 
     Args:
         kinds: device, dtype and whether they are read as a whole, of parameters that are read together, and their number.
@@ -264,22 +266,24 @@ class Copy:
         run: length of a run.
 
     Attributes:
-        buffers: one for every device and dtype.
-        groups: which parameters are read together, and what of a buffer gets their numbers.
+        buffers: one for every device and dtype, with a row for either copy, and the same memory as an array on the CPU.
+        groups: for either copy, which parameters are read together, and what of a buffer gets their numbers.
     """
 
     def __init__(
         self, kinds: Sequence[tuple[tuple[torch.device, torch.dtype, bool], int]], counts: NDArray[np.int64], run: int
     ) -> None:
-        self.buffers: list[torch.Tensor] = []
-        self.groups: list[tuple[slice, torch.Tensor]] = []
+        self.buffers: list[tuple[torch.Tensor, NDArray[Any] | None]] = []
+        self.groups: tuple[list[tuple[slice, torch.Tensor]], ...] = ([], [])
         first = 0
         for (device, dtype), together in itertools.groupby(kinds, key=lambda kind: kind[0][:2]):
             parts = []
             for (_, _, whole), number in together:
                 of = slice(first, first := first + number)
                 parts.append((of, whole, int(counts[of].sum())))
-            buffer = torch.empty(sum(size for *_, size in parts), dtype=dtype, device=device)
-            self.buffers.append(buffer)
-            for (of, whole, _), out in zip(parts, buffer.split([size for *_, size in parts]), strict=True):
-                self.groups.append((of, out if whole else out.view(-1, run)))
+            sizes = [size for *_, size in parts]
+            buffer = torch.empty(2, sum(sizes), dtype=dtype, device=device)
+            self.buffers.append((buffer, buffer.numpy() if device.type == "cpu" else None))
+            for groups, row in zip(self.groups, buffer, strict=True):
+                for (of, whole, _), out in zip(parts, row.split(sizes), strict=True):
+                    groups.append((of, out if whole else out.view(-1, run)))

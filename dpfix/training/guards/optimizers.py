@@ -84,8 +84,11 @@ class NoGradScaler(Check):
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        told = ("grad_scale", "found_inf")  # the former is None where the script has called unscale_()
-        if any(getattr(optimizer, name, None) is not None for name in told):
+        told, given = (
+            ("grad_scale", "found_inf"),
+            vars(optimizer),
+        )  # the former is None where the script has called unscale_()
+        if any(given.get(name) is not None for name in told):
             raise MisuseError(
                 "optimizer.step() was called by a torch.amp.GradScaler.",
                 "Its loss scale would multiply the gradients before they are clipped, and skipping steps on overflow depends "

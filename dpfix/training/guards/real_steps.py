@@ -11,7 +11,9 @@ from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.engines import UNDECIDED, engine_of
+from dpfix.engines.base import sample_norms
 from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBrokenError
+from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.function_modes import switch_off
 from dpfix.instrument.source import calling_line, describe_module, warn_user
 from dpfix.observe.training_step import TrainingStep
@@ -128,9 +130,8 @@ class RealSteps(Check):
         self._look_at_settings(optimizer)
         models = [c for c in self._follower.calls if isinstance(c, ModelCall) and c.outputs]
         if models and not self._looked and max(c.samples for c in models) > 1:
-            self._not_followed(
-                self._follower.broken or "backward() was not called on a tensor, but on several or by autograd.grad"
-            )
+            otherwise = "backward() was not called on a tensor, but on several or by autograd.grad"
+            self._not_followed(self._follower.broken or otherwise)
 
     @override
     def summed(self, norms: torch.Tensor | None) -> None:
@@ -139,7 +140,7 @@ class RealSteps(Check):
         optimizer, guarded = self._optimizer, self._guarded
         if pending is None or optimizer is None or guarded.progress.partial or not optimizer.flat:  # type: ignore[attr-defined]
             return
-        norms = _norms(guarded.parameters.values()) if norms is None else norms
+        norms = sample_norms(guarded.parameters.values()) if norms is None else norms
         model, chosen = pending
         if norms is None or len(norms) != model.step.samples:
             return
@@ -159,6 +160,8 @@ class RealSteps(Check):
     @override
     def after_step(self, released: bool) -> None:
         self._follower.settle(remember=self._checked)
+        if self._checked:
+            give_back()
         self._looked = self._checked = False
         self._pending, self._unfollowed = None, ""
 
@@ -331,10 +334,10 @@ class RealSteps(Check):
     def _look_at_settings(self, optimizer: DPOptimizer) -> None:
         """Settings of the optimizer do not follow the batches; those that never change cost a comparison."""
         values = settings_of(optimizer)
-        if self._settings.changed(values):
-            found = self._settings.follow(values, numbers_read(self._follower.calls))
-            if found is not None:
-                raise messages.setting_follows(found[1])
+        if self._settings.changed(values) and (
+            found := self._settings.follow(values, numbers_read(self._follower.calls))
+        ):
+            raise messages.setting_follows(found[1])
 
     def _look_beside(self, real: RealStep, model: PlainModel) -> None:
         """Nothing of the batch reaches the model but by its arguments."""
@@ -389,12 +392,3 @@ class RealSteps(Check):
 
 def _named(where: Any, what: Any) -> str:
     return f"`{where}.{what}`".replace("`.", "`") if isinstance(where, str) else f"in {messages.argument_name(what)}"
-
-
-def _norms(parameters: Any) -> torch.Tensor | None:
-    """Norms of the per-sample gradients that an engine has left on the parameters."""
-    found = [getattr(p, "grad_sample", None) for p in parameters]
-    left = [g for g in found if isinstance(g, torch.Tensor)]
-    if not left or len(left) < len(found):
-        return None
-    return torch.stack([g.detach().reshape(len(g), -1).norm(dim=1) for g in left]).norm(dim=0)

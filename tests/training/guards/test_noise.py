@@ -320,7 +320,7 @@ def test_parameters_of_several_precisions() -> None:
     numbers.move()
     assert numbers.names == ["a", "c", "b"]
     numbers.copy([tensors[name] for name in numbers.names], after=True)
-    assert numbers.values(after=True).tolist() == [0, 1, 2, 20, 21, 10, 11, 12, 13, 14]
+    assert numbers.values()[1].tolist() == [0, 1, 2, 20, 21, 10, 11, 12, 13, 14]
     assert [numbers.names[numbers.part_of(i)] for i in (0, 2, 3, 4, 5, 9)] == ["a", "a", "c", "c", "b", "b"]
 
 
@@ -331,7 +331,7 @@ def test_all_places_of_a_large_parameter_are_looked_at() -> None:
     for _ in range(200):
         numbers.move()
         numbers.copy([weight], after=False)
-        found = numbers.values(after=False)
+        found = numbers.values()[0]
         assert len(np.unique(found)) == len(found) == 4096
         seen[found.astype(int)] += 1
     assert seen.min() > 0 and seen[0] == 200
