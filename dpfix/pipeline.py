@@ -333,6 +333,7 @@ def _repair(request: Request, surgery: Surgery) -> list[Finding]:
 
 
 def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
+    unused = record.unused if record.together.used else ()
     return Plan(
         calls=record.calls,
         layers=record.layers,
@@ -340,13 +341,15 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         loss_reduction=request.privacy.loss_reduction,
         loss_known=step.loss_known,
         batch_first=request.performance.batch_first,
-        frozen_parameters=record.unused if record.together.used else (),
+        frozen_parameters=unused,
         fixed_norms=fixed_norms(request.scan),
         scratch=record.scratch,
         views=request.views,
         row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
-        own_engines=request.handed_over or (step.guessed and may_wait(request)),
+        own_engines=request.handed_over
+        or (step.guessed and may_wait(request))
+        or bool(unused and may_decide_again(request)),  # they are trained once gradient reaches them
     )
 
 

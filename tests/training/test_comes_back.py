@@ -258,6 +258,14 @@ def test_a_step_is_refused_where_nothing_can_be_decided_anew(changes: dict[str, 
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_no_engine_of_opacus_is_chosen_where_a_parameter_may_come_back() -> None:
+    tried = private(Tasks(), training_step=lambda m, batch: by_argument(m, batch, "a")).report.evidence
+    told = {e.engine: e.reason for e in tried if not e.passed}
+    assert all("could not give way" in told[name] for name in ("hooks", "functorch"))
+    tried = private(nn.Sequential(nn.Linear(6, 3)), training_step=plain).report.evidence
+    assert {"hooks", "functorch"} <= {e.engine for e in tried if e.passed}
+
+
 def test_gradient_that_is_thrown_away_is_none() -> None:
     training = private(model := Tasks(), training_step=lambda m, batch: by_argument(m, batch, "a"))
     _, optimizer, loader = training
