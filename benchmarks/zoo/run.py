@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,8 +39,20 @@ def _measure_and_send(name: str, module: str, opacus: bool, pipe: Any) -> None:
     pipe.send(measure(next(n for n in networks if n.name == name), opacus))
 
 
-def run(module: str, only: str, jobs: int, timeout: float, *, opacus: bool = True) -> list[Row]:
-    """All rows of a module's networks, in the order of the table; progress goes to stderr."""
+def run(
+    module: str,
+    only: str,
+    jobs: int,
+    timeout: float,
+    *,
+    opacus: bool = True,
+    done: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """All rows of a module's networks, in the order of the table; progress goes to stderr.
+
+    Args:
+        done: told each row as soon as it is there.
+    """
 
     def one(network: Network) -> Row:
         if network.heavy and only.lower() != network.name.lower():
@@ -55,5 +67,6 @@ def run(module: str, only: str, jobs: int, timeout: float, *, opacus: bool = Tru
         rows = []
         for row in pool.map(one, chosen):
             print(f"{row.name}: {verdict(row)} ({row.seconds:.0f} s)", file=sys.stderr, flush=True)
+            done(row)
             rows.append(row)
     return rows

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from benchmarks.zoo.families.page import KINDS, by_sample, lines, summary, write
+from benchmarks.zoo.measure import Row
 from benchmarks.zoo.run import run
 
 
@@ -26,11 +28,12 @@ def main() -> int:
     arguments = parser.parse_args()
     failed = False
     for kind in [arguments.of] if arguments.of else KINDS:
-        rows = run(f"benchmarks.zoo.families.{kind}", arguments.only, 1, arguments.timeout, opacus=False)
+        done: Callable[[Row], None] = (
+            (lambda row, kind=kind: write(kind, [row])) if arguments.write else lambda row: None
+        )
+        rows = run(f"benchmarks.zoo.families.{kind}", arguments.only, 1, arguments.timeout, opacus=False, done=done)
         print("\n".join(lines(rows)), summary(rows), "\n".join(by_sample(rows)), sep="\n\n", flush=True)
         failed |= not all(row.expected for row in rows)
-        if arguments.write and rows:
-            write(kind, rows)
     return int(failed)
 
 
