@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+OWN_THREADS = "dpfix"
+"""What the names of threads begin with that draw from no generator of torch's own."""
+
 
 def draws(func: Any) -> bool:
     """Whether an operation draws from torch's generators."""
@@ -57,13 +60,19 @@ def draws_from(state: torch.Tensor) -> Iterator[Callable[[], torch.Tensor]]:
         A function that tells the present state.
     """
     torch.set_rng_state(state)
-    if threading.active_count() == 1:
+    if not _other_threads():
         yield torch.get_rng_state
         return
     generator = torch.Generator()
     generator.set_state(state)
     with _OwnDraws(generator):
         yield generator.get_state
+
+
+def _other_threads() -> bool:
+    """Whether there are threads that may draw."""
+    me = threading.current_thread()
+    return any(thread is not me and not thread.name.startswith(OWN_THREADS) for thread in threading.enumerate())
 
 
 class _OwnDraws(TorchDispatchMode):

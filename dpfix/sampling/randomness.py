@@ -46,26 +46,27 @@ class Stream:
     def _begin(self, entropy: tuple[int, ...] | None) -> None:
         self._entropy = (system_entropy(),) if entropy is None else entropy
         self._process = os.getpid()
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generators: dict[tuple[torch.device, int], torch.Generator] = {}
 
     def __reduce__(self) -> Any:
         return type(self), ()
 
-    def generator(self, device: torch.device = CPU) -> torch.Generator:
+    def generator(self, device: torch.device = CPU, lane: int = 0) -> torch.Generator:
         """The generator on a device. Nobody keeps it: after a fork it is another one.
 
         Args:
             device: with its index.
+            lane: which of several, where threads draw at the same time.
 
         Returns:
             The same one at every call.
         """
         if os.getpid() != self._process:
             self._begin(None)
-        found = self._generators.get(device)
+        found = self._generators.get((device, lane))
         if found is None:
-            place = (*device.type.encode(), device.index or 0)
-            found = self._generators.setdefault(device, seeded(device, (*self._entropy, *place)))
+            place = (*device.type.encode(), device.index or 0, lane)
+            found = self._generators.setdefault((device, lane), seeded(device, (*self._entropy, *place)))
         return found
 
     def anew(self) -> Stream:
@@ -77,8 +78,8 @@ class Stream:
         return torch.rand(number, generator=self.generator(), dtype=torch.float64)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Where the stream is, by device."""
-        return {str(device): generator.get_state() for device, generator in self._generators.items()}
+        """Where the stream is, by device and lane."""
+        return {f"{device}/{lane}": generator.get_state() for (device, lane), generator in self._generators.items()}
 
     def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from where another stream was, on the devices that are here too.
@@ -87,9 +88,15 @@ class Stream:
             state: of the other stream.
         """
         for name, position in state.items():
-            device = torch.device(name)
+            device, lane = device_and_lane(name)
             if device == CPU or device.index in range(torch.get_device_module(device).device_count()):
-                self.generator(device).set_state(position)
+                self.generator(device, lane).set_state(position)
+
+
+def device_and_lane(name: str) -> tuple[torch.device, int]:
+    """What a name in :meth:`Stream.state` says."""
+    device, _, lane = name.partition("/")
+    return torch.device(device), int(lane)
 
 
 class Given:

@@ -19,6 +19,7 @@ from torch import nn
 
 from dpfix.errors import CheckpointError
 from dpfix.instrument.rng import GeneratorStates
+from dpfix.sampling.randomness import device_and_lane
 from dpfix.training.checkpoint_file import ENTRY, damaged
 from dpfix.training.releases import read_state
 from dpfix.weights.copies import unwrap
@@ -243,7 +244,7 @@ def streams(saved: Mapping[str, Any]) -> None:
     _ensure(type(saved["seed"]) is int, f"the seed is {saved['seed']!r}")
     for name, state in [*saved["noise"].items(), *saved["draws"].items()]:
         _ensure(_is_state(state), f"the generator on {name} has no state")
-        if torch.device(name).type == "cpu":
+        if device_and_lane(name)[0].type == "cpu":
             torch.Generator().set_state(state.cpu())
 
 

@@ -28,6 +28,7 @@ from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
+from dpfix.training.normal_noise import add_normal
 from dpfix.training.own_methods import own_method
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
@@ -100,7 +101,16 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                 with OwnNoise(noise):
                     super().add_noise()
 
+        def scale_grad(self) -> None:
+            if not all_at_once:
+                super().scale_grad()
+            elif self.loss_reduction == "mean":
+                torch._foreach_div_(
+                    [p.grad for p in self.params], self.expected_batch_size * self.accumulated_iterations
+                )
+
     in_place = cls.add_noise is DPOptimizer.add_noise
+    all_at_once = cls.scale_grad is DPOptimizer.scale_grad
     return _named_like(PrivateOptimizer, cls)
 
 
@@ -112,16 +122,14 @@ def add_noise_in_place(optimizer: DPOptimizer) -> None:
     Args:
         optimizer: the private optimizer, whose parameters have ``summed_grad``.
     """
-    std = optimizer.noise_multiplier * optimizer.max_grad_norm
-    for p in optimizer.params:
-        total: torch.Tensor = p.summed_grad  # type: ignore[attr-defined]
-        generator = optimizer.generator
-        if optimizer.secure_mode:
-            total += _generate_noise(std, total, generator, True)
-        else:
-            if generator is None:
-                generator = optimizer.randomness.noise.generator(total.device)  # type: ignore[attr-defined]
-            total += torch.normal(0.0, std, total.shape, device=total.device, generator=generator, dtype=total.dtype)
+    std = float(optimizer.noise_multiplier * optimizer.max_grad_norm)
+    totals: list[torch.Tensor] = [p.summed_grad for p in optimizer.params]  # type: ignore[attr-defined]
+    if optimizer.generator is None and not optimizer.secure_mode:
+        add_normal(totals, std, optimizer.randomness.noise)  # type: ignore[attr-defined]
+    else:
+        for total in totals:
+            total.add_(_generate_noise(std, total, optimizer.generator, optimizer.secure_mode))
+    for p, total in zip(optimizer.params, totals, strict=True):
         p.grad, p.summed_grad = total.view_as(p), None  # type: ignore[attr-defined]
 
 

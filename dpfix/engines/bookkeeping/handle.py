@@ -171,9 +171,13 @@ class BookkeepingHandle(Handle):
     def announce(self, parameters: list[nn.Parameter]) -> list[int]:
         # Opacus's optimizer tells the number of iterations from the number of tensors; nothing may use their values.
         counts = [samples for samples, _ in self._iterations.arrived()]
+        alike: dict[Any, list[torch.Tensor]] = {}
         for p in parameters:
-            parts = [p.detach().new_full((samples, *[1] * p.dim()), torch.nan) for samples in counts]
-            p.grad_sample = parts[0] if len(parts) == 1 else parts or None  # type: ignore[attr-defined]
+            parts = alike.get(kind := (p.dim(), p.dtype, p.device))
+            if parts is None:
+                like = {"dtype": p.dtype, "device": p.device}
+                parts = alike[kind] = [torch.full((n, *[1] * p.dim()), torch.nan, **like) for n in counts]
+            p.grad_sample = parts[0] if len(parts) == 1 else [*parts] or None  # type: ignore[attr-defined]
         return counts
 
     @override

@@ -28,6 +28,8 @@ from dpfix.training.follow.step import (
 
 SAMPLES = 6
 """Samples that are looked at in one check."""
+MODEL_SAMPLES = 4
+"""Samples that are looked at in what the model makes of them."""
 
 _SMALL = 1e-4
 """A sample whose gradient is smaller than this share of the largest is compared with that share: below is rounding."""
@@ -53,24 +55,43 @@ class Coupling:
 def exchanges(step: RealStep, draw: Random) -> Iterator[Exchange]:
     """Other samples for every place but one, in ways that show different couplings.
 
-    All others are copies of one sample; half are copies of the sample itself (pairs of one label); whole numbers of the others
-    are all the smallest, or all the largest, of the batch. Samples that the loss feels most and least are always looked at, and
-    stand in for others half of the time: the hardest, a rare class with a large weight, one of which everything is masked.
+    All others are copies of one sample, each time of another one: whichever it is that the others feel (the largest of all), it
+    is gone in most of them. Half are copies of the sample itself (pairs of one label); whole numbers of the others are all
+    the smallest, or all the largest, of the batch. Samples that the loss feels most and least are always looked at, and stand
+    in for others: the hardest, a rare class with a large weight, one of which everything is masked.
 
     Args:
         step: with at least 2 samples.
         draw: chooses the samples.
     """
     samples, telling = step.samples, step.telling
-    others = draw.sample([j for j in range(samples) if j not in telling], max(0, min(SAMPLES, samples) - len(telling)))
-    for keep in sorted([*telling, *others]):
-        among = [j for j in (telling if draw.random() < 0.5 else range(samples)) if j != keep]
-        other = draw.choice(among or [j for j in range(samples) if j != keep])
+    for keep, other in _pairs(step, SAMPLES, draw):
         if samples > 2:
             yield Exchange(tuple(keep if j == keep else other for j in range(samples)), keep)
-        yield Exchange(_alternating(samples, keep, other), keep)
+        among = [j for j in (telling if draw.random() < 0.5 else range(samples)) if j != keep]
+        yield Exchange(_alternating(samples, keep, draw.choice(among or [other])), keep)
         yield Exchange((), keep, torch.amin)
         yield Exchange((), keep, torch.amax)
+
+
+def replacements(step: RealStep, draw: Random) -> Iterator[Exchange]:
+    """As :func:`exchanges`, for what the model itself does: fewer samples, and no whole numbers that are nobody's.
+
+    Args:
+        step: with at least 2 samples.
+        draw: chooses the samples.
+    """
+    for keep, other in _pairs(step, MODEL_SAMPLES, draw):
+        alike = keep if step.samples == 2 else other
+        yield Exchange(tuple(keep if j == keep else alike for j in range(step.samples)), keep)
+
+
+def _pairs(step: RealStep, most: int, draw: Random) -> Iterator[tuple[int, int]]:
+    """Samples to look at, each with another one that stands in for others; nobody does so twice."""
+    rest = [j for j in range(step.samples) if j not in step.telling]
+    looked_at = [*step.telling, *draw.sample(rest, max(0, min(most, step.samples) - len(step.telling)))]
+    draw.shuffle(looked_at)
+    yield from zip(looked_at, [*looked_at[1:], looked_at[0]], strict=True)
 
 
 def _alternating(samples: int, keep: int, other: int) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class PlainModel:
         """Look for a sample whose output changes when others take the places of the others.
 
         Args:
-            exchanges: which do; those with extreme values tell nothing about real samples and are left out.
+            exchanges: which do.
 
         Returns:
             The relative change, the exchange and the number of the call; ``None`` if nothing changes.
@@ -56,7 +56,7 @@ class PlainModel:
             if call.layout is None or call.layout.lists:
                 continue
             for fixed in (False, True):
-                found = self._mixes(call, [e for e in exchanges if e.extreme is None], fixed=fixed)
+                found = self._mixes(call, exchanges, fixed=fixed)
                 if found == "draws differ":
                     continue  # the model draws as many numbers as the batch has valid entries: fix them
                 if isinstance(found, tuple):

@@ -32,7 +32,7 @@ from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.gradient_reads import GradientReads
-from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction
+from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction, replacements
 from dpfix.training.follow.model import PlainModel, wrong_sum
 from dpfix.training.follow.numbers import NumberWatch
 from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with
@@ -280,8 +280,7 @@ class RealSteps(Check):
         if at and real.deliveries:  # without a new batch the step is refused as such
             raise messages.kept("" if at is True else line_of(at))
         self._look_beside(real, model)
-        others = list(exchanges(real, draw))
-        mixed = model.mixes(others[: 4 * 2])
+        mixed = model.mixes(list(replacements(real, draw)))
         if mixed is not None:
             self._failed = messages.coupled_model(mixed[0], describe_module(guarded.module, ""))
             return  # said in the step, unless the model is another than the one that was audited

@@ -134,9 +134,10 @@ def test_wrong_noise_is_refused_in_every_way(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["in place", "Opacus's hooks", "adaptive"])
 def test_a_patched_torch_is_noticed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    normal = torch.normal
+    normal, in_place = torch.normal, Tensor.normal_
     private = begin(way)
     monkeypatch.setattr(torch, "normal", lambda *args, **more: normal(*args, **more) * 0.9)
+    monkeypatch.setattr(Tensor, "normal_", lambda *args, **more: in_place(*args, **more).mul_(0.9))
     assert steps_until_refused(private, "about 0.9 times", 4) <= 3
 
 
