@@ -13,6 +13,7 @@ from dpfix.engines.per_sample.function import per_sample_gradients
 from dpfix.errors import (
     AccumulationError,
     ArgumentError,
+    BudgetError,
     CheckpointError,
     CoupledLossError,
     CoupledModelError,
@@ -46,6 +47,7 @@ from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.report.report import EngineEvidence, Report
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.training.budget import Budget
 from dpfix.training.planning import PlannedTraining, TrainingPlans, plan
 from dpfix.training.result import PrivateTraining
 from dpfix.weights import (
@@ -69,6 +71,8 @@ __all__ = [
     "AccumulationError",
     "ArgumentError",
     "AugmentationMultiplicity",
+    "Budget",
+    "BudgetError",
     "CheckpointError",
     "CoupledLossError",
     "CoupledModelError",

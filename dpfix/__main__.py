@@ -1,4 +1,4 @@
-"""The command line, ``dpfix`` or ``python -m dpfix``: ``segment ensemble``, ``nnunet doctor``."""
+"""The command line, ``dpfix`` or ``python -m dpfix``: ``segment ensemble``, ``nnunet doctor``, ``budget``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_ensemble(segment.add_subparsers(required=True, metavar="COMMAND"))
     nnunet = groups.add_parser("nnunet", help="private training with nnU-Net")
     _add_nnunet(nnunet.add_subparsers(required=True, metavar="COMMAND"))
+    budget = groups.add_parser("budget", help="what the trainings on a data set have spent")
+    budget.add_argument("file", metavar="FILE", help="file of a dpfix.Budget")
+    budget.set_defaults(run=_budget)
     return parser
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from dpfix.training.budget import Budget
+
+    print(Budget(options.file))
+    return 0
 
 
 def _add_ensemble(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

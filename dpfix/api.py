@@ -42,16 +42,18 @@ from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.request import Request
 from dpfix.scan.values import plain, plain_options, plain_performance, plain_privacy, truth
 from dpfix.training.all_or_nothing import all_or_nothing
+from dpfix.training.budget import Budget
 from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import ACCURACY, Accuracy
 from dpfix.training.follow.agenda import SHARE
 from dpfix.training.guards.real_steps import Following
 from dpfix.training.handoff import Decided, Originals, hand_off, option_names
-from dpfix.training.noise_search import EPSILON_TOLERANCE, Budget, noise_for, tolerance_of
+from dpfix.training.noise_search import EPSILON_TOLERANCE, Target, noise_for, tolerance_of
 from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining
+from dpfix.training.spender import spender_for
 
 
 @all_or_nothing
@@ -83,6 +85,7 @@ def make_private_safe(
     cache: bool = True,
     checks: float = SHARE,
     strict: bool = False,
+    budget: Budget | None = None,
     **options: Any,
 ) -> PrivateTraining:
     """Make a model, its optimizer and its loader private; the training loop stays as it is.
@@ -124,6 +127,7 @@ def make_private_safe(
         checks: share of the training time that checks of random real steps may take. The first steps, and steps on which
             anything new is seen, are checked in any case; nothing is released in a step that fails.
         strict: refuse a loop whose loss cannot be followed, instead of warning once.
+        budget: that of the data, shared by all trainings on it; a step that would go beyond it is refused.
         **options: further options of Opacus's optimizers (adaptive clipping).
 
     Returns:
@@ -154,6 +158,9 @@ def make_private_safe(
             request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, data_loader)
             refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, _rate(request), 1)])
+            spender = spender_for(budget, request, engine, earlier.releases)
+            if spender is not None:
+                spender.check((noise_multiplier, _rate(request)), 1, "a step of this training")
             made = hand_off(
                 _opacus_make_private(engine),
                 engine,
@@ -167,6 +174,7 @@ def make_private_safe(
                     request.privacy.sampling,
                     request.ranks,
                     Following(prepared.step, prepared.batches, request.privacy.checks, request.privacy.strict),
+                    spender,
                     deciding(request, prepared, report_of),
                     training_step is not None,
                 ),
@@ -215,8 +223,9 @@ def make_private_safe_with_epsilon(
         epochs: number of passes over the returned loader.
         max_grad_norm: see :func:`make_private_safe`.
         privacy_engine: see :func:`make_private_safe`.
-        **arguments: all other arguments of :func:`make_private_safe`, and options of the noise search: ``epsilon_tolerance``,
-            and ``alphas``, ``eps_error`` and ``delta_error`` of :meth:`PrivateTraining.get_epsilon`.
+        **arguments: all other arguments of :func:`make_private_safe` (what a ``budget`` holds counts towards
+            ``target_epsilon``), and options of the noise search: ``epsilon_tolerance``, and ``alphas``, ``eps_error`` and
+            ``delta_error`` of :meth:`PrivateTraining.get_epsilon`.
 
     Returns:
         See :func:`make_private_safe`.
@@ -237,10 +246,17 @@ def make_private_safe_with_epsilon(
         tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
         accuracy = Accuracy.of(delta, **search)
         refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
-        earlier = tuple(earlier_releases(request.module, request.optimizer, data_loader).history(engine))
+        earlier = earlier_releases(request.module, request.optimizer, data_loader)
+        spender, history = (
+            spender_for(arguments.get("budget"), request, engine, earlier.releases),
+            earlier.history(engine),
+        )
+        history = history if spender is None else spender.together(history)
         times = accounted_compositions(len(data_loader), request.privacy.sampling, passes)
-        budget = Budget(epsilon, delta, _rate(request), times, earlier)
-        noise = noise_for(replace(budget, tolerance=tolerance, accuracy=accuracy), engine.accountant)
+        target = Target(epsilon, delta, _rate(request), times, tuple(history))
+        noise = noise_for(replace(target, tolerance=tolerance, accuracy=accuracy), engine.accountant)
+        if spender is not None:
+            spender.check((noise, _rate(request)), times, f"the {times} releases of target_epsilon={epsilon:g}")
     return inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,

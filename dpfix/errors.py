@@ -15,6 +15,7 @@
     ├── LoaderError                 the data loader cannot be sampled as the accountant assumes
     ├── SegmentationError           probabilities, labels or regions that do not fit together
     ├── TrainingStepError           how a batch becomes a loss is unknown, or that step itself fails
+    ├── BudgetError                 the budget of the data is spent, or its file cannot be used (also a RuntimeError)
     ├── RankError                   one of several processes cannot train, or does not train the same (also a RuntimeError)
     ├── CheckpointError             a checkpoint does not fit the model (also a RuntimeError)
     │   ├── UnusedKeysError         keys of the checkpoint that the model has no place for
@@ -148,6 +149,12 @@ class RankError(DPFixError, RuntimeError):
     """One of the processes that train a model together cannot go on, or does not train the same thing as the others."""
 
     code = "DPF109"
+
+
+class BudgetError(DPFixError, RuntimeError):
+    """The budget of the data does not allow a release, or its file cannot be used."""
+
+    code = "DPF052"
 
 
 class CheckpointError(DPFixError, RuntimeError):

@@ -358,6 +358,30 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
     return found | {"left early": {"draws": seen, "weights": weights(training[0])}}
 
 
+def budgets(rank: int, size: int) -> dict[str, Any]:
+    """A training that goes on until its budget is spent."""
+    file = Path(sys.argv[2]) / "data.budget.json"
+    if rank == 0:
+        dpfix.Budget(file, epsilon=4.0, delta=1e-3)
+    distributed.barrier()
+    training = dpfix.make_private_safe(**call(noise_multiplier=1.0, budget=dpfix.Budget(file)))
+    steps, before, refused = 0, weights(training[0]), ""
+    while not refused:
+        for batch in training[2]:
+            before = weights(training[0])
+            training[1].zero_grad()
+            step(training[0], batch).backward()
+            try:
+                training[1].step()
+            except dpfix.DPFixError as error:
+                refused = type(error).__name__
+                break
+            steps += 1
+    after = weights(training[0])
+    training[0].cleanup()
+    return {"steps": steps, "refused": refused, "before": before, "after": after, "spent": dpfix.Budget(file).spent()}
+
+
 def main() -> None:
     """Run a scenario on this rank."""
     scenario, folder = sys.argv[1], Path(sys.argv[2])
@@ -366,7 +390,7 @@ def main() -> None:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)  # the same on every rank, as most scripts do
     warnings.simplefilter("ignore")
-    found = {"trainings": trainings, "refusals": refusals, "misuses": misuses}[scenario](rank, size)
+    found = {"trainings": trainings, "refusals": refusals, "misuses": misuses, "budgets": budgets}[scenario](rank, size)
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -253,3 +254,13 @@ def test_a_distributed_sampler_without_the_wrapper_is_refused() -> None:
     loader = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
     with pytest.raises(dpfix.LoaderError, match=r"for 2 rank\(s\), and 1 rank\(s\) train this model"):
         dpfix.make_private_safe(**setting(data_loader=loader))
+
+
+def test_all_ranks_together_make_one_release_of_a_budget(tmp_path: Path) -> None:
+    first, second = launch("budgets", tmp_path)
+    assert (first["refused"], second["refused"]) == ("BudgetError", "RankError")
+    assert first["steps"] == second["steps"] > 0
+    (line,) = json.loads((tmp_path / "data.budget.json").read_text())["trainings"].values()
+    assert [row["steps"] for row in line["released"]] == [first["steps"]] and line["ahead"] is None
+    for seen in (first, second):
+        assert seen["spent"] <= 4.0 and all(torch.equal(seen["before"][n], value) for n, value in seen["after"].items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -104,13 +104,13 @@ class _Search:
             best = next(iter(known))
             why = f"{_NOT_TRIED}, `{best}` was faster when this model was timed before"
             evidence |= {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
-            evidence |= _try((BY_NAME[best],), subject, ordinary, plan)
+            evidence |= self._timed(_try((BY_NAME[best],), subject, ordinary, plan), known)
         else:
             evidence |= _try(candidates, subject, ordinary, plan)
         passed = [e for e in candidates if evidence[e.name].passed]
         if len(passed) > 1:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
-            evidence |= {n: replace(evidence[n], seconds=s) for n, s in seconds.items()}
+            evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
             if cached:
                 plan_cache.remember(key, seconds)
@@ -126,6 +126,16 @@ class _Search:
                 return plan.with_engine(engine)
             evidence[engine.name] = problem
         return None
+
+    def _timed(
+        self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float | None]
+    ) -> dict[str, EngineEvidence]:
+        """The evidence of those that passed, with their times."""
+        size = timing.timed_size(self.batch_size)
+        known = {n: s for n, s in seconds.items() if s is not None}
+        return {
+            n: replace(e, seconds=known[n], samples=size) if e.passed and n in known else e for n, e in evidence.items()
+        }
 
     def _key(self, candidates: Sequence[Engine]) -> str:
         """What the order of the engines is remembered under."""

@@ -36,6 +36,7 @@ CODES: Mapping[str, str] = {
     "DPF043": "how the loop calls the model cannot be told from one batch; the first real call decides the engine",
     "DPF044": "a Trainer divides its loss by the number of tokens of the whole batch; it is averaged per sample",
     "DPF046": "collate_fn makes one sample's part of a batch of other samples",
+    "DPF052": "the budget of the data does not allow a release, or its file cannot be used",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

@@ -21,6 +21,7 @@ class EngineEvidence:
         passed: whether it reproduced the batch-of-one reference at every clip norm.
         max_error: largest relative error of a parameter's clipped sum; ``None`` if it did not run.
         seconds: time of one probe step in seconds; ``None`` if it was not timed.
+        samples: how many there are in that probe step; 0 if it was not timed.
         reason: what kept it out, or empty.
     """
 
@@ -29,6 +30,7 @@ class EngineEvidence:
     max_error: float | None = None
     seconds: float | None = None
     reason: str = ""
+    samples: int = 0
 
     def __str__(self) -> str:
         if not self.passed:

@@ -61,6 +61,7 @@ class PrivacyStatement:
         not_covered: what the guarantee does not speak about.
         cautions: what weakens the claim as it stands.
         schedule: all steps, entry by entry; several where a setting has changed, or an earlier training had others.
+        budget: what all trainings on the same data have spent together, where they share a budget.
     """
 
     epsilon: float
@@ -79,6 +80,7 @@ class PrivacyStatement:
     not_covered: tuple[str, ...]
     cautions: tuple[str, ...] = ()
     schedule: tuple[Stretch, ...] = ()
+    budget: str = ""
 
     def __str__(self) -> str:
         rows = [
@@ -93,6 +95,7 @@ class PrivacyStatement:
             ("noise multiplier", f"{self.noise_multiplier:g} (times the clip norm)"),
             ("clip norm", str(self.max_grad_norm)),
             ("accountant", self.accountant),
+            *([("budget of the data", self.budget)] if self.budget else []),
             (
                 "noise generator",
                 "cryptographic" if self.secure_rng else "torch's, the training's own (not cryptographic)",
@@ -128,6 +131,9 @@ indices of which one may be empty: definition 1.1 of Kairouz et al. 2021, https:
 ``REPLACE_SPECIAL`` of ``dp-accounting``. Epsilon is that of adding or removing a sample under a given rate.
 """
 
+UNIT = "one item of the dataset"
+"""Whose privacy it is."""
+
 SAMPLING = {
     "poisson": ("Poisson", "Poisson"),
     "truncated": ("Poisson, cut to a largest batch", "Poisson; a cut is rarer than 1e-30 per draw"),
@@ -139,8 +145,14 @@ SAMPLING = {
 }
 """How batches were drawn, and what the accounting makes of it, for each way of sampling."""
 
+SELECTION = "hyper-parameters, architecture and stopping time that were chosen by looking at the same data"
+SELECTION_WITH_BUDGET = (
+    f"{SELECTION}: not covered by this epsilon, and by the budget's only as far as all that was looked at are trainings in "
+    "its file"
+)
+"""What is left of it where trainings share a budget."""
 NOT_COVERED = (
-    "hyper-parameters, architecture and stopping time that were chosen by looking at the same data",
+    SELECTION,
     "the validation set: metrics and checkpoints selected on it",
     "losses and metrics logged on training batches",
     "statistics of the data used in preprocessing (means, intensity ranges, vocabularies)",

@@ -28,6 +28,12 @@ class Population:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._parts = [_Part(*part) for part in _parts(loader.dataset, np.asarray(index_set(loader)))]
 
+    @property
+    def samples(self) -> int:
+        """Records of the data sets below torch's wrappers, drawn or not."""
+        lengths = {id(part.dataset()) if part.dataset() is not None else part: part.kind[1] for part in self._parts}
+        return sum(length or 0 for length in lengths.values())
+
     def overlaps(self, other: Population) -> bool:
         """Whether some record may be in both.
 

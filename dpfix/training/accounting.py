@@ -11,8 +11,10 @@ depend on its samples. A step that comes later is not counted again unless it is
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from opacus import PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
-from dpfix.errors import MisuseError
+from dpfix.errors import BudgetError, MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
 from dpfix.sampling.draw import Draw
@@ -32,8 +34,11 @@ from dpfix.training.earlier import ENTRY, entry_of, steps_shown, with_entry, wit
 from dpfix.training.epsilon import ACCURACY, Accuracy, spent
 from dpfix.training.lineage import remember
 from dpfix.training.releases import Releases, book_of, read_state, settled
+from dpfix.training.spender import Spender
 
 StepHook = Callable[[DPOptimizer], None]
+REFUSED = math.inf
+"""Stands for the noise of a draw that a budget has refused: nothing was released, and a step with any noise is a release."""
 
 
 class Accounting:
@@ -54,6 +59,7 @@ class Accounting:
         loads: how many states the optimizer has loaded.
         own_loader: what the script's own loader hands out.
         parts: physical batches of the release that is being made that came before the last one.
+        spender: writes every release into the file of a budget; ``None`` without one.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Accounting:
         self.engine, self._data, self._rate = engine, data, rate
         self._optimizer, self._ledger, self._by_pass = optimizer, ledger, sampling == "shuffle"
         self.own_loader: Deliveries | None = None
+        self.spender: Spender | None = None
         self.parts = 0
         self._parameters = list(optimizer.params)
         self._counted, self._unexplained = False, 0
@@ -85,6 +92,13 @@ class Accounting:
         self._own = Releases(self._data)
         book_of(self.engine).trainings[self._own.name] = self._own
         remember(self._parameters, [self._own])
+        if self.spender is not None:
+            self.spend_from(self.spender)
+
+    def spend_from(self, spender: Spender) -> None:
+        """From now on every release is written into the file of a budget before it leaves."""
+        self.spender = spender.begin(self._own.name)
+        weakref.finalize(self, self.spender.let_go).atexit = False
 
     def new_step(self, draw: Draw | None = None) -> None:
         """The next release is another one.
@@ -123,6 +137,28 @@ class Accounting:
                 counted.accounted = noise if before is None else min(noise, before)
             self.parts = 0
 
+    def reserve(self, optimizer: DPOptimizer) -> None:
+        """A batch is about to be released: the file of the budget has to hold it, and whatever was delivered and skipped.
+
+        Raises:
+            BudgetError: it would go beyond the budget, or cannot be written; the draw is no release then.
+        """
+        assert self.spender is not None
+        with self._lock:
+            if self._own.process != os.getpid():
+                self._begin()
+            counted, noise = self._counted_as(self._draw), float(optimizer.noise_multiplier)
+            if counted is not None and counted.accounted is not None and noise >= counted.accounted:
+                return
+            skipped = [] if self._by_pass or self._ledger is None else self._ledger.unaccounted()
+            least = 1 + sum(draw is not self._draw for draw in skipped)
+            try:
+                self.spender.reserve((noise / self._times(optimizer), self._rate), least)
+            except BudgetError:
+                if self._draw is not None and counted is not None and counted.accounted is None:
+                    self._draw.accounted = counted.accounted = REFUSED
+                raise
+
     def _counted_as(self, draw: Draw | None) -> Draw | Pass | None:
         """What a release is counted once for."""
         return draw if draw is None or not self._by_pass else draw.of
@@ -142,6 +178,8 @@ class Accounting:
         if self._own.process != os.getpid():
             self._begin()
         step = Stretch(1, noise, self._rate, _clip_norm(optimizer))
+        if self.spender is not None:
+            self.spender.release((noise, self._rate))
         accountant: Any = self.engine.accountant
         try:
             book_of(self.engine).release(accountant, self._own, step)
@@ -180,7 +218,7 @@ class Accounting:
 
     def at_end_of_pass(self) -> None:
         """As :meth:`complete`; what the accountant cannot count now is told when it is asked for."""
-        with suppress(MisuseError):  # a generator that is closed cannot raise
+        with suppress(MisuseError, BudgetError):  # a generator that is closed cannot raise
             self.complete()
 
     def name_skipped(self, passes: int = 0) -> None:
@@ -191,7 +229,7 @@ class Accounting:
         """
         if self._warned or self._ledger is None:
             return
-        if skipped := self._ledger.skipped(passes):
+        if skipped := [d for d in self._ledger.skipped(passes) if d.accounted != REFUSED]:
             self.warn(
                 f"{len(skipped)} draw(s) of the data_loader were skipped: delivered without an optimizer.step(), first draw "
                 f"{skipped[0].number} of its pass. They are accounted as if they had been released, since what the loop does "
@@ -206,9 +244,13 @@ class Accounting:
 
     def end(self) -> None:
         """The training is over."""
-        self.complete()
-        if self._ledger is not None:
-            self._ledger.close()
+        try:
+            self.complete()
+        finally:
+            if self._ledger is not None:
+                self._ledger.close()
+            if self.spender is not None:
+                self.spender.end()
 
     @property
     def steps(self) -> int:
@@ -266,6 +308,8 @@ class Accounting:
         mine = {self._own.name, *known}
         since = sum(max(0, book.steps_of(name) - known.get(name, 0)) for name in mine)
         book.take(self.engine.accountant, releases, others)
+        if self.spender is not None:
+            self.spender.add_earlier(releases)
         remember(self._parameters, [book.trainings[name] for name in known])
         if since:
             warn_user(

@@ -46,6 +46,7 @@ from dpfix.training.opacus_classes import (
     private_optimizer_class,
     private_wrapper_class,
 )
+from dpfix.training.spender import Spender
 from dpfix.training.step_guard import StepGuard
 
 
@@ -116,6 +117,7 @@ class Decided:
         sampling: how batches are drawn; see :data:`dpfix.scan.options.SAMPLINGS`.
         ranks: the processes that train together.
         following: what is known about the real steps.
+        spender: writes into the file of a budget; ``None`` without one.
         decide: decides on real calls of a form that was not audited; ``None`` where the loop's calls were told.
         told: whether they were told, and only what comes back to be trained is decided on.
     """
@@ -128,6 +130,7 @@ class Decided:
     sampling: str
     ranks: Ranks
     following: Following
+    spender: Spender | None
     decide: Decide | None = None
     told: bool = False
 
@@ -179,6 +182,8 @@ def hand_off(
     handle = put_to_work(module, plan, prepared, ledger)
     accounting = _account(privacy_engine, private_optimizer, originals.data_loader, decided, ledger)
     accounting.own_loader = own_loader
+    if decided.spender is not None and ranks.rank == 0:  # all ranks together make one release
+        accounting.spend_from(decided.spender)
     guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks, own_loader=own_loader)
     guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class

@@ -20,7 +20,7 @@ CLOSE = 1e-7
 
 
 @dataclass(frozen=True)
-class Budget:
+class Target:
     """A privacy budget, and the steps that it has to last for.
 
     Attributes:
@@ -48,7 +48,7 @@ def tolerance_of(value: Any) -> float:
     return number_in("epsilon_tolerance", value, (0, float("inf")), help, open_at="low")
 
 
-def noise_for(budget: Budget, accountant: Any) -> float:
+def noise_for(budget: Target, accountant: Any) -> float:
     """The smallest noise multiplier found whose steps stay within the budget.
 
     It is Opacus's ``get_noise_multiplier`` with the same steps of bisection. The PRV accountant is asked as long as its grids
@@ -106,7 +106,7 @@ def noise_for(budget: Budget, accountant: Any) -> float:
 class _Search:
     """Asks an accountant about one noise after another, within a number of grid points."""
 
-    def __init__(self, budget: Budget, accountant: Any) -> None:
+    def __init__(self, budget: Target, accountant: Any) -> None:
         self.name: str = accountant.mechanism()
         self._budget, self._accountant, self._points = budget, copy.copy(accountant), float(MOST_POINTS)
 
@@ -119,7 +119,7 @@ class _Search:
         return found
 
 
-def _way_out(budget: Budget, name: str) -> str:
+def _way_out(budget: Target, name: str) -> str:
     """What helps: another accuracy, another accountant, or less to account for."""
     history = [*budget.earlier, (LARGEST_NOISE, budget.sample_rate, budget.steps)]
     if name == "prv" and budget.accuracy.eps_error > budget.epsilon / 10:

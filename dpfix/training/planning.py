@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dpfix.errors import ArgumentError
+from dpfix.report.report import Report
 from dpfix.sampling.rate import BY_CHANCE, accounted_compositions
 from dpfix.scan.arguments import check_budget, check_choice, check_delta
 from dpfix.scan.options import SAMPLINGS
-from dpfix.scan.values import number, plain, shown
+from dpfix.scan.values import number, number_in, plain, shown
 from dpfix.training.epsilon import Accuracy, Entry, answer
-from dpfix.training.noise_search import Budget, noise_for
+from dpfix.training.noise_search import Target, noise_for
 from dpfix.training.pld_accountant import new_accountant
 
 POINTS = 12
@@ -33,6 +34,7 @@ class PlannedTraining:
         noise_multiplier: standard deviation of the noise as a multiple of the clip norm.
         epsilon: what is spent at the end.
         entry: what the accountant counts: noise, rate, number of releases.
+        seconds: expected time of all steps; ``None`` before :meth:`TrainingPlans.timed`.
     """
 
     batch_size: int
@@ -41,6 +43,7 @@ class PlannedTraining:
     noise_multiplier: float
     epsilon: float
     entry: Entry
+    seconds: float | None = None
 
     @property
     def noise_to_batch(self) -> float:
@@ -72,19 +75,40 @@ class TrainingPlans:
     rows: tuple[PlannedTraining, ...]
 
     def __str__(self) -> str:
+        timed = any(row.seconds is not None for row in self.rows)
         lines = [
             f"{self.samples} samples, {self.epochs:g} epochs, epsilon {self.target_epsilon:g} at delta {self.target_delta:g}, "
             f"sampling {self.sampling!r}",
-            f"{'batch size':>10s} {'rate':>10s} {'steps':>8s} {'noise':>8s} {'noise/batch':>12s} {'epsilon':>8s}",
+            f"{'batch size':>10s} {'rate':>10s} {'steps':>8s} {'noise':>8s} {'noise/batch':>12s} {'epsilon':>8s}"
+            + f" {'time':>9s}" * timed,
         ]
         lines += [
             f"{r.batch_size:10d} {r.sampling_rate:10.3g} {r.steps:8d} {r.noise_multiplier:8.3f} {r.noise_to_batch:12.3g} "
-            f"{r.epsilon:8.3f}"
+            f"{r.epsilon:8.3f}" + ("" if r.seconds is None else f" {_duration(r.seconds):>9s}")
             for r in self.rows
         ]
         if self.target_delta >= 1 / self.samples:
             lines.append(f"delta is not below 1 / samples = {1 / self.samples:.2g}; such a bound means little")
         return "\n".join(lines)
+
+    def timed(self, timing: Report | float) -> TrainingPlans:
+        """The same plans with the time that they take on this machine.
+
+        What is counted is the work of the engine, forward to clipped sum, for every sample in turn. Loading the data, noise, the
+        optimizer and the checks of real steps come on top.
+
+        Args:
+            timing: the report of :func:`dpfix.diagnose` or of a private training of the model, in which engines were timed on a
+                probe without the values of the data; or seconds per sample.
+
+        Returns:
+            Plans whose rows have ``seconds``.
+
+        Raises:
+            ArgumentError: no engine was timed, or the number is not positive.
+        """
+        each = _seconds_per_sample(timing)
+        return replace(self, rows=tuple(replace(r, seconds=r.steps * r.batch_size * each) for r in self.rows))
 
     def picture(self, path: str | Path) -> None:
         """Draw epsilon over steps for every batch size, and the noise-to-batch ratio over the batch size.
@@ -163,11 +187,31 @@ def plan(
     for size in [_whole("batch_sizes", size, 1, population) for size in sizes]:
         rate, batches = size / population, math.ceil(population / size)
         releases = accounted_compositions(batches, sampling, passes)
-        budget = Budget(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
+        budget = Target(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
         noise = noise_for(budget, new_accountant("prv"))
         entry = noise, budget.sample_rate, releases
         rows.append(PlannedTraining(size, rate, math.ceil(passes * batches), noise, _epsilon(entry, delta), entry))
     return TrainingPlans(population, passes, epsilon, delta, sampling, tuple(rows))
+
+
+def _seconds_per_sample(timing: Any) -> float:
+    if not isinstance(timing, Report):
+        return number_in("timing", timing, (0, math.inf), "Pass a report, or seconds per sample.", open_at="low")
+    for tried in timing.evidence:
+        if tried.engine == timing.engine and tried.seconds and tried.samples:
+            return tried.seconds / tried.samples
+    raise ArgumentError(
+        f"timing: the report of {timing.model} has no time of its engine ({timing.engine or 'not chosen yet'}).",
+        "Engines are timed where several are right.",
+        "Measure a few steps, and pass seconds per sample.",
+        path="timing",
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
 def _epsilon(entry: Entry, delta: float) -> float:

@@ -9,7 +9,7 @@ from opacus import PrivacyEngine
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
 from dpfix.report.report import Report
-from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, PrivacyStatement
+from dpfix.report.statement import ADJACENCY, NOT_COVERED, SAMPLING, UNIT, PrivacyStatement
 from dpfix.sampling.inner_loader import inner_loader
 from dpfix.sampling.rate import BY_CHANCE, accounted_rate, index_set, sampling_of
 from dpfix.scan.arguments import check_delta
@@ -128,11 +128,11 @@ class PrivateTraining(tuple[Any, ...]):
             cautions.append(f"{noiseless} of {steps} steps were made without noise: there is no privacy")
         elif optimizer.noise_multiplier == 0:
             cautions.append("no noise is added: there will be no privacy after the first step")
-        loss = spent(accountant, delta)
+        loss, spender = spent(accountant, delta), optimizer.guard.guarded.accounting.spender
         return PrivacyStatement(
             epsilon=loss.epsilon,
             delta=delta,
-            unit="one item of the dataset",
+            unit=UNIT,
             adjacency=ADJACENCY,
             sampling_used=SAMPLING[sampling][0],
             sampling_assumed=SAMPLING[sampling][1],
@@ -143,7 +143,8 @@ class PrivateTraining(tuple[Any, ...]):
             max_grad_norm=optimizer.max_grad_norm,
             accountant=loss.mechanism,
             secure_rng=bool(engine.secure_mode),
-            not_covered=NOT_COVERED,
+            not_covered=NOT_COVERED if spender is None else spender.not_covered(),
             cautions=tuple(cautions),
             schedule=tuple(book_of(engine).stretches()),
+            budget="" if spender is None else spender.cited(),
         )

@@ -12,6 +12,7 @@ from opacus.optimizers import DPOptimizer
 from dpfix.engines.base import zeros
 from dpfix.instrument.grad_watch import GradWatch
 from dpfix.plan import Plan
+from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackward, SomethingArrived, WholeDraws
 from dpfix.training.guards.frozen_parameters import FrozenUnreached
@@ -88,6 +89,7 @@ class StepGuard:
             self.noise,
             ScratchPutBack(guarded),
             self.regions,
+            WithinBudget(guarded),
             self.ranks,
             self.others,
         )

@@ -19,7 +19,7 @@ from tests.weights.legacy_zoo import REFUSED, ZOO
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {"docs/lightning.md": "lightning"}
-WITH_EXAMPLES = ["README.md", "docs/quickstart.md", "docs/monai.md", "docs/augmentation.md", *NEEDS]
+WITH_EXAMPLES = ["README.md", "docs/quickstart.md", "docs/monai.md", "docs/augmentation.md", "docs/budget.md", *NEEDS]
 
 
 def load(path: str) -> ModuleType:

@@ -19,7 +19,7 @@ from scipy import optimize, stats
 
 import dpfix
 from dpfix.training.epsilon import renyi_epsilon, spent
-from dpfix.training.noise_search import Budget, noise_for
+from dpfix.training.noise_search import Target, noise_for
 from tests.helpers import setting, train
 
 ENGINES = {
@@ -247,11 +247,11 @@ def test_the_noise_is_that_of_opacus(engine: str, epsilon: float) -> None:
     wanted = get_noise_multiplier(
         target_epsilon=epsilon, target_delta=1e-3, sample_rate=8 / 24, steps=12, accountant=accountant.mechanism()
     )
-    assert noise_for(Budget(epsilon, 1e-3, 8 / 24, 12), accountant) == wanted
+    assert noise_for(Target(epsilon, 1e-3, 8 / 24, 12), accountant) == wanted
 
 
 def test_the_call_searches_with_what_it_is_given() -> None:
-    wanted = noise_for(Budget(5.0, 1e-3, 8 / 24, 12, tolerance=0.5), PRVAccountant())
+    wanted = noise_for(Target(5.0, 1e-3, 8 / 24, 12, tolerance=0.5), PRVAccountant())
     assert with_budget(epsilon_tolerance=torch.tensor(0.5))[1].noise_multiplier == wanted
 
 
@@ -261,14 +261,14 @@ def test_the_call_searches_with_what_it_is_given() -> None:
 @pytest.mark.parametrize("engine", ["safe", "opacus, rdp", "opacus, gdp"])
 def test_every_search_ends_within_seconds(engine: str, epsilon: float, epochs: float) -> None:
     begun, accountant = time.process_time(), ENGINES[engine]().accountant
-    noise = noise_for(Budget(epsilon, 1e-3, 8 / 24, math.ceil(3 * epochs)), accountant)
+    noise = noise_for(Target(epsilon, 1e-3, 8 / 24, math.ceil(3 * epochs)), accountant)
     assert time.process_time() - begun < 10
     assert renyi_epsilon([(noise / 2, 8 / 24, math.ceil(3 * epochs))], 1e-3) > epsilon, "twice the noise that is needed"
 
 
 def test_who_gave_the_noise_is_said() -> None:
     with pytest.warns(dpfix.DPFixWarning, match=r"prv accountant would take too long.*Renyi accounting \(rdp\)"):
-        noise_for(Budget(1e5, 1e-3, 8 / 24, 12), PRVAccountant())
+        noise_for(Target(1e5, 1e-3, 8 / 24, 12), PRVAccountant())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_who_gave_the_noise_is_said() -> None:
 )  # fmt: skip
 def test_a_budget_out_of_reach_is_refused_with_a_way_out(engine: str, epsilon: float, words: str) -> None:
     with pytest.raises(dpfix.ArgumentError, match=words):
-        noise_for(Budget(epsilon, 1e-3, 8 / 24, 12), ENGINES[engine]().accountant)
+        noise_for(Target(epsilon, 1e-3, 8 / 24, 12), ENGINES[engine]().accountant)
 
 
 def test_the_way_out_works() -> None:
@@ -286,7 +286,7 @@ def test_the_way_out_works() -> None:
 
 
 def test_what_was_spent_before_counts() -> None:
-    fresh = Budget(5.0, 1e-3, 1 / 3, 12)
+    fresh = Target(5.0, 1e-3, 1 / 3, 12)
     spent_before = replace(fresh, earlier=((1.5, 1 / 3, 6),))
     assert noise_for(spent_before, PRVAccountant()) > noise_for(fresh, PRVAccountant())
     with pytest.raises(dpfix.ArgumentError, match="The earlier steps alone have spent more"):

@@ -65,3 +65,41 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
 def test_numbers_that_cannot_be_used(wrong: dict[str, Any], text: str) -> None:
     with pytest.raises(dpfix.DPFixError, match=text):
         dpfix.plan(**GIVEN | wrong)
+
+
+# ------------------------------------------------------------------ time
+
+ROWS = [dpfix.PlannedTraining(size, size / 24, 96 // size, 1.0, 2.9, (1.0, size / 24, 96 // size)) for size in (4, 8)]
+PLANS = dpfix.TrainingPlans(24, 4, 3.0, 1e-3, "poisson", tuple(ROWS))
+
+
+@pytest.mark.parametrize("call", ["training", "again", "diagnosis"])
+def test_the_time_comes_from_the_report(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPFIX_CACHE_DIR", str(tmp_path))
+    report = dpfix.make_private_safe(**setting()).report
+    if call == "again":  # its engine is remembered, and not timed again
+        report = dpfix.make_private_safe(**setting()).report
+    elif call == "diagnosis":
+        given = setting()
+        report = dpfix.diagnose(**{name: given[name] for name in ("module", "optimizer", "data_loader", "criterion")})
+    (engine,) = [tried for tried in report.evidence if tried.engine == report.engine]
+    assert engine.seconds and engine.samples == 8
+    plans = PLANS.timed(report)
+    for row in plans.rows:
+        assert row.seconds == pytest.approx(row.steps * row.batch_size * engine.seconds / 8)
+    assert str(plans).splitlines()[1].split()[-1] == "time"
+    assert "time" not in str(PLANS)
+
+
+def test_the_time_comes_from_a_number() -> None:
+    assert PLANS.timed(0.5).rows[1].seconds == 12 * 8 * 0.5
+    shown = [str(PLANS.timed(seconds)).splitlines()[2].split()[-2:] for seconds in (0.5, 5.0, 500.0)]
+    assert shown == [["48", "s"], ["8", "min"], ["13.3", "h"]]
+
+
+def test_a_report_without_a_time_is_refused() -> None:
+    report = dpfix.make_private_safe(**setting(grad_sample_mode="hooks")).report
+    with pytest.raises(dpfix.ArgumentError, match=r"no time of its engine \(hooks\)"):
+        PLANS.timed(report)
+    with pytest.raises(dpfix.ArgumentError, match="timing=-1"):
+        PLANS.timed(-1)

@@ -19,7 +19,7 @@ from dpfix.integrations.nnunet.patients import PatientPatches, mean_over_patient
 from dpfix.integrations.nnunet.settings import Settings, read_settings
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import sample_rate
-from dpfix.training.noise_search import Budget, noise_for
+from dpfix.training.noise_search import Target, noise_for
 from dpfix.weights.files import written_whole
 
 KEY = "dpfix"
@@ -149,7 +149,7 @@ class PrivateTrainer:
         if self.settings.noise_multiplier is not None:
             return self.settings.noise_multiplier
         steps = this.num_epochs * this.num_iterations_per_epoch
-        budget = Budget(self.settings.target_epsilon or 0.0, self._delta, sample_rate(loader), steps)
+        budget = Target(self.settings.target_epsilon or 0.0, self._delta, sample_rate(loader), steps)
         return noise_for(budget, create_accountant(self.settings.accountant))
 
     # ------------------------------------------------------------------ training

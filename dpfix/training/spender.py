@@ -1,0 +1,307 @@
+"""One training, as it writes into the file of a budget.
+
+The file never holds less than was released. A step is written before its noise is drawn; so that a step costs no writing,
+releases are reserved in blocks: "this training may make so many more". A block holds :data:`AHEAD` releases, or an eighth of
+those that the training has made, if that is more. What counts is what was released and what is reserved. A training that ends,
+or whose process ends by itself, gives back what it has not used; a killed one cannot, and the rest of its block stays spent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from opacus import PrivacyEngine
+
+from dpfix.errors import ArgumentError, BudgetError
+from dpfix.instrument.source import warn_user
+from dpfix.report.statement import NOT_COVERED, SELECTION, SELECTION_WITH_BUDGET, UNIT
+from dpfix.sampling.population import Population
+from dpfix.scan.request import Request
+from dpfix.scan.values import shown
+from dpfix.training.budget import OPEN, Account, Budget, gone
+from dpfix.training.budget_file import Content, Line, counted
+from dpfix.training.epsilon import Entry
+from dpfix.training.releases import Releases, book_of, history_of
+
+AHEAD = 16
+"""Releases of a block at least."""
+SHARE = 8
+"""A block is at most this part of what the training has released, if that is more."""
+
+
+class Spender:
+    """One training, as it writes into the file of a budget.
+
+    It has no ``__dict__``, so that a call that is undone (:class:`dpfix.instrument.memento.Memento`) takes back nothing of it.
+
+    Args:
+        account: of the budget of the data.
+        samples: number of records of the training's data set.
+        model: class name of the model.
+        earlier: other trainings whose releases the model holds; those that the file does not know are written too.
+
+    Attributes:
+        name: of the training; empty before :meth:`begin`.
+        process: in which it goes on.
+        over: whether it has ended.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_begun",
+        "_earlier",
+        "_model",
+        "_samples",
+        "_used",
+        "_writes",
+        "account",
+        "name",
+        "over",
+        "process",
+    )
+
+    def __init__(self, account: Account, samples: int, model: str, earlier: Iterable[Releases] = ()) -> None:
+        self.account, self._samples, self._model = account, samples, model
+        self._earlier = list(earlier)
+        self.name, self.process, self.over = "", os.getpid(), False
+        self._begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self._used: Counter[tuple[float, float]] = Counter()
+        self._ahead: Entry | None = None
+        self._writes = -1
+
+    def cited(self) -> str:
+        """What a statement says about the budget."""
+        account = self.account
+        try:
+            content = account.read()
+        except BudgetError as error:
+            return f"not known: {error.findings[0].fact}"
+        known = self.name in content.trainings
+        return (
+            f"({account.loss(content.history):.4g}, {account.delta:.3g})-differential privacy for all {len(content.trainings)} "
+            f"training(s) in {account.file.path}, of epsilon {account.epsilon:g}; this one is "
+            + (self.name if known else "not in it yet")
+        )
+
+    @staticmethod
+    def not_covered() -> tuple[str, ...]:
+        """What a guarantee does not speak about, where the trainings of which one was chosen are in the file."""
+        return tuple(SELECTION_WITH_BUDGET if item is SELECTION else item for item in NOT_COVERED)
+
+    def begin(self, name: str) -> Spender:
+        """The training begins; nothing is written before its first release.
+
+        Args:
+            name: tells trainings apart.
+
+        Returns:
+            What writes for it; another one than this where a fork goes on with a training.
+        """
+        if self.name:
+            return Spender(self.account, self._samples, self._model, self._earlier).begin(name)
+        atexit.unregister(_at_exit)
+        atexit.register(_at_exit)
+        self.name, self.process = name, os.getpid()
+        OPEN.append(self)
+        return self
+
+    def line(self, ahead: Entry | None = None) -> Line:
+        """The training as it is to stand in the file."""
+        return Line(self._model, self._begun, tuple((*s, steps) for s, steps in self._used.items()), ahead)
+
+    def add_earlier(self, releases: Iterable[Releases]) -> None:
+        """The model holds what these trainings released, too; it is written with the next step."""
+        self._earlier += releases
+        self._ahead = None
+
+    # ------------------------------------------------------------------ before and at a release
+
+    def check(self, setting: tuple[float, float], steps: int, what: str) -> None:
+        """That the file is that of the data, and has room; nothing is written.
+
+        Args:
+            setting: noise multiplier and rate of the releases to come.
+            steps: their number.
+            what: they are, for a refusal.
+
+        Raises:
+            BudgetError: it is not, or has none.
+        """
+        content = self._checked(self.account.read())
+        if not self.account.room(content.history, setting, steps, steps):
+            raise self.account.refusal(content, setting, steps, what)
+
+    def together(self, history: Iterable[Entry]) -> list[Entry]:
+        """What an accountant holds and what the file holds; a training that both know counts once.
+
+        Args:
+            history: of the call's accountant.
+
+        Returns:
+            The history of everything.
+        """
+        settings = Counter({entry[:2]: entry[2] for entry in counted(history)})
+        for entry in history_of(self._earlier):
+            settings[entry[:2]] -= entry[2]  # the file has them, or is about to have them
+        file = self._checked(self.account.read()).history
+        return counted([*file, *((*setting, steps) for setting, steps in settings.items() if steps > 0)])
+
+    def reserve(self, setting: tuple[float, float], least: int) -> None:
+        """The next releases are in the file when this returns.
+
+        Args:
+            setting: noise multiplier and rate of the next one.
+            least: how many.
+
+        Raises:
+            BudgetError: they would go beyond the budget, or cannot be written; the file is as it was.
+        """
+        if self._left(setting) >= least:
+            return
+        self._goes_on()
+        most = max(least, AHEAD, sum(self._used.values()) // SHARE)
+
+        def with_block(now: Content | None) -> Content:
+            content = self._present(now).with_lines({self.name: self.line()})
+            room = self.account.room(content.history, setting, least, most)
+            if not room:  # perhaps with what others in this process do not need at once
+                others = [s for s in self.account.own() if s is not self and s._ahead is not None]
+                content = content.with_lines({s.name: s.line() for s in others})
+                room = self.account.room(content.history, setting, least, most) if others else 0
+                if not room:
+                    raise self.account.refusal(content, setting, least, "this step")
+                for other in others:
+                    other._ahead = None
+            return content.with_lines({self.name: self.line((*setting, room))})
+
+        self._ahead = self._write(with_block)
+
+    def release(self, setting: tuple[float, float]) -> None:
+        """A release leaves, or has left already: it counts whatever the budget says.
+
+        Args:
+            setting: its noise multiplier and rate.
+
+        Raises:
+            BudgetError: it is not in the file, and cannot be written.
+        """
+        if self._left(setting) < 1:
+            self._goes_on()
+            block = (*setting, 1)
+            self._ahead = self._write(lambda now: self._present(now).with_lines({self.name: self.line(block)}))
+        assert self._ahead is not None
+        noise, rate, left = self._ahead
+        self._used[setting] += 1  # first: an interrupt in between counts one too many
+        self._ahead = (noise, rate, left - 1)
+
+    def end(self) -> None:
+        """The training is over: give back what is reserved and was not used; it stays spent where that cannot be written."""
+        try:
+            self._give_back()
+        except BudgetError as error:
+            warn_user(f"what a training has reserved of its budget and not used stays spent: {error}")
+
+    def _give_back(self) -> None:
+        if self.process == os.getpid() and self in OPEN:
+            self.over = True
+            if self._writes >= 0:
+                self._ahead = self._write(self._present)
+            else:
+                OPEN.remove(self)
+
+    def let_go(self) -> None:
+        """Nobody has the training any more; its rest is given back when this process writes the next time, or ends."""
+        self.over = True
+
+    def _goes_on(self) -> None:
+        """It writes again: a call that had ended it was undone, say."""
+        self.over = False
+        if self not in OPEN:
+            OPEN.append(self)
+
+    def _left(self, setting: tuple[float, float]) -> int:
+        """How many releases of a setting the block holds; more noise and smaller rates lose less."""
+        if self._ahead is None or not (setting[0] >= self._ahead[0] and setting[1] <= self._ahead[1]):
+            return 0
+        return self._ahead[2]
+
+    def _write(self, change: Callable[[Content | None], Content]) -> Entry | None:
+        content = self.account.file.update(change)
+        assert content is not None
+        self._writes = content.writes
+        for s in self.account.own():
+            if s.over:
+                with suppress(ValueError):  # another thread may have been faster
+                    OPEN.remove(s)
+        line = content.trainings.get(self.name)
+        return None if line is None else line.ahead
+
+    def _present(self, now: Content | None) -> Content:
+        """The present content, checked, with the lines of this process's trainings that are over as they ended."""
+        if now is None or now.writes < self._writes or (self._writes >= 0 and self.name not in now.trainings):
+            raise BudgetError(*gone(self.account.file.path.name), path="budget")
+        return self._checked(now).with_lines({
+            s.name: s.line() for s in self.account.own() if s.over and (s is self or s.name in now.trainings)
+        })
+
+    def _checked(self, content: Content) -> Content:
+        if content.samples is None:
+            content = replace(content, samples=self._samples, unit=UNIT)
+        fits = self._samples <= content.samples if content.parts else self._samples == content.samples  # type: ignore[operator]
+        if not fits or (content.unit and content.unit != UNIT):
+            raise BudgetError(
+                f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: {content.unit or UNIT}), and "
+                f"data_loader reads a data set of {self._samples} (unit: {UNIT}).",
+                "A budget speaks about one data set.",
+                "Name the file of this data set. Where both are parts of one data set, say once how many records that has: "
+                "dpfix.Budget(path, samples=...).",
+                path="budget",
+            )
+        unknown = {}
+        for r in self._earlier:
+            known = content.trainings.get(r.name)
+            if r.steps and r.name != self.name and (known is None or known.steps < r.steps):
+                unknown[r.name] = Line("(trained before)", "", tuple(counted(history_of([r]))))
+        return replace(content, unit=content.unit or UNIT).with_lines(unknown)
+
+
+def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: Iterable[Releases]) -> Spender | None:
+    """What writes into the budget of a call.
+
+    Args:
+        budget: as the script gave it.
+        request: the call.
+        engine: the call's; what its accountant holds of the same data belongs into the file.
+        earlier: trainings whose releases the model holds.
+
+    Returns:
+        It, or ``None`` without a budget.
+
+    Raises:
+        ArgumentError: ``budget`` is no budget.
+    """
+    if budget is None:
+        return None
+    if not isinstance(budget, Budget):
+        raise ArgumentError(
+            f"budget={shown(budget)} is no dpfix.Budget.",
+            help="Pass budget=dpfix.Budget('data.budget.json', epsilon=8.0, delta=1e-6).",
+            path="budget",
+        )
+    here = Population(request.data_loader)
+    known = sorted((*book_of(engine).trainings.values(), *earlier), key=lambda r: r.steps)
+    same = {r.name: r for r in known if r.data is None or here.overlaps(r.data)}  # the longest one of every name
+    return Spender(budget._account, here.samples, type(request.module).__name__, same.values())
+
+
+def _at_exit() -> None:
+    for s in tuple(OPEN):
+        with suppress(BudgetError):  # what is reserved stays spent
+            s._give_back()
