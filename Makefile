@@ -5,6 +5,7 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+ZOO ?= .venv-zoo
 TORCH := torch==2.13.0
 JOBS ?= 2
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
@@ -56,8 +57,9 @@ frameworks: $(VENV)/.installed-dev  ## measure small scripts on Lightning, MONAI
 soak: $(VENV)/.installed-dev  ## measure long use: memory, interrupts, hostile files, noise, a canary (an hour or more)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.soak --write docs/reliability.md $(ARGS)
 
-zoo: $(VENV)/.installed-dev  ## train every network of MONAI with Opacus and with dpfix (about half an hour)
+zoo: $(VENV)/.installed-dev $(ZOO)/.installed-zoo  ## train the networks of MONAI and of public families (an hour or more)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.zoo --write $(ARGS)
+	$(ONE_THREAD) $(ZOO)/bin/python -m benchmarks.zoo.families --write $(ARGS)
 
 opacus-suite: $(VENV)/.installed-dev  ## run the tests that Opacus ships, with SafePrivacyEngine in its place
 	$(ONE_THREAD) $(BIN)/python -m tests.end_to_end.opacus_suite --backend dpfix $(ARGS)
@@ -76,6 +78,17 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH (or pass PYTHON=...)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo '*' > $(VENV)/.gitignore
+
+# An environment of its own. torch comes first, and then what asks for a torch of its own, without its dependencies: these
+# are dpfix's, transformers' (which asks for none) and the few that are named.
+$(ZOO)/.installed-zoo: requirements-zoo.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none found on PATH (or pass PYTHON=...)"; exit 1; }
+	$(PYTHON) -m venv $(ZOO)
+	@echo '*' > $(ZOO)/.gitignore
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-zoo.txt
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 pillow psutil -e .
+	@touch $@
 
 # torch comes first and alone: with this version plain pip takes the build that fits the machine.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

@@ -337,6 +337,7 @@ def _repair(request: Request, surgery: Surgery) -> list[Finding]:
 
 
 def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: TrainingStep) -> Plan:
+    unused = record.unused if record.together.used else ()
     return Plan(
         calls=record.calls,
         layers=record.layers,
@@ -344,15 +345,17 @@ def _plan(request: Request, samples: probe.Probe, record: StepRecord, step: Trai
         loss_reduction=request.privacy.loss_reduction,
         loss_known=step.loss_known,
         batch_first=request.performance.batch_first,
-        frozen_parameters=record.unused if record.together.used else (),
+        frozen_parameters=unused,
         fixed_norms=fixed_norms(request.scan),
         scratch=record.scratch,
         views=rows_averaged(request, samples, record.counts),
         per_person=people_of(request.data_loader) is not None,
         row_counter=row_counter(request, samples, record.counts, step),
         help_vmap=record.needs_workarounds,
-        own_engines=request.handed_over or (step.guessed and may_wait(request)),
-        clipping=scheme_of(request, record.unused if record.together.used else ()),
+        own_engines=request.handed_over
+        or (step.guessed and may_wait(request))
+        or bool(unused and may_decide_again(request)),  # they are trained once gradient reaches them
+        clipping=scheme_of(request, unused),
     )
 
 

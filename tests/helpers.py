@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from tests import reference
 from tests.cases import SAMPLES, Case, mlp
 
 Setting = dict[str, Any]
@@ -91,6 +93,25 @@ def released(case: Case, model: nn.Module, training: dpfix.PrivateTraining, clip
     moved = {n: (before[n] - p.detach()) * scale for n, p in model.state_dict().items() if p.is_floating_point()}
     model.load_state_dict(before)
     return moved
+
+
+def one_step(model: nn.Module, x: Tensor, y: Tensor, **changes: Any) -> tuple[float, dpfix.PrivateTraining]:
+    """The error of what one private step on a model releases, against batches of one on a copy made before, and the training."""
+    model.train()
+    plain, clip_norm = copy.deepcopy(model), changes.pop("max_grad_norm", 0.5)
+    arguments = {"noise_multiplier": 0.0, "poisson_sampling": False, "cache": False, "max_grad_norm": clip_norm}
+    arguments |= {"optimizer": sgd(model), "data_loader": DataLoader(TensorDataset(x, y), batch_size=len(x))}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    training = dpfix.make_private_safe(**setting(model, **(arguments | changes)))
+    train(training, 1)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    singles = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+    wanted = reference.clipped_sum(reference.gradients_one_by_one(plain, step, singles), clip_norm)
+    now = dict(model.named_parameters())
+    return reference.relative_error({n: (p - now[n].detach()) * len(x) for n, p in before.items()}, wanted), training
 
 
 def train(training: Any, steps: int, criterion: Callable[..., Tensor] = F.cross_entropy) -> int:

@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds per network")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/zoo.json and docs/zoo.md")
     arguments = parser.parse_args()
-    rows = run(arguments.only, arguments.jobs, arguments.timeout)
+    rows = run("benchmarks.zoo.networks", arguments.only, arguments.jobs, arguments.timeout)
     print("\n".join(lines(rows)), summary(rows), "\n".join(by_sample(rows)), sep="\n\n")
     if arguments.write:
         write(rows)

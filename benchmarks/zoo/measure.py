@@ -26,7 +26,7 @@ import dpfix
 from benchmarks.common import tables
 from benchmarks.common.libraries import FAILURES, Made, sgd, with_dpfix, with_opacus
 from benchmarks.common.released import Gradients, clipped_sum, drawn_after, gradient, norm, released
-from benchmarks.zoo.networks import Network
+from benchmarks.zoo.network import Network
 
 LR = 0.01
 SAMPLES = 4
@@ -35,6 +35,8 @@ LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Relative error that is still rounding."""
 EXACT, REFUSED, WRONG, STOPS, SKIPPED = "exact", "refused", "wrong", "stops", "skipped"
 MODES = ("hooks", "functorch")
+CHANCE = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate", "layerdrop", "mask_time_prob", "mask_feature_prob")
+"""Attributes of a module or its settings that say how often something is left out by chance."""
 NOTHING = 1e9
 """A clip norm that clips nothing."""
 
@@ -195,9 +197,10 @@ def steady(network: Network) -> Callable[[nn.Module, Any], Tensor]:
 def definite(model: nn.Module) -> nn.Module:
     """Without dropout, and without layers of zeros, which would hide errors in all layers before them."""
     for module in model.modules():
-        for name in ("p", "dropout", "drop_prob", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for owner in (module, getattr(module, "config", None)):
+            for name in CHANCE:
+                if isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
     draw = Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from monai.networks import nets
 from monai.networks.nets.restormer import Restormer
 from monai.networks.nets.vista3d import ClassMappingClassify, PointMappingSAM
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from benchmarks.common.libraries import Step
 from benchmarks.zoo.losses import (
@@ -50,6 +48,7 @@ from benchmarks.zoo.losses import (
     warped,
     with_vae_branch,
 )
+from benchmarks.zoo.network import Network
 from benchmarks.zoo.samples import (
     Sample,
     both,
@@ -64,36 +63,6 @@ from benchmarks.zoo.samples import (
     tokens,
     unequal,
 )
-
-
-@dataclass(frozen=True)
-class Network:
-    """One row of the table.
-
-    Attributes:
-        name: class of MONAI, and what is special about the configuration.
-        task: heading in the table.
-        build: builds the network.
-        sample: draws one sample.
-        loss: the training step.
-        collate: how samples become a batch.
-        dtype: the dtype in which the released sum is compared; float32 where the network takes no other.
-        refusal: code of the finding for which dpfix has to refuse it.
-        samples: size of the dataset, of which a third is drawn per step.
-        heavy: why it is left out unless it is asked for by name, or empty.
-    """
-
-    name: str
-    task: str
-    build: Callable[[], nn.Module]
-    sample: Sample
-    loss: Step
-    collate: Callable[[list[Any]], Any] = default_collate
-    dtype: torch.dtype = torch.float64
-    refusal: str = ""
-    samples: int = 24
-    heavy: str = ""
-
 
 # ------------------------------------------------------------------ networks that take more than a line
 

@@ -16,7 +16,6 @@ import torch
 
 from benchmarks.common import tables
 from benchmarks.zoo.measure import EXACT, LARGEST_ERROR, MODES, SKIPPED, Row, short
-from benchmarks.zoo.networks import STANDS_FOR
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,11 +92,12 @@ def by_sample(rows: Sequence[Row]) -> Iterator[str]:
 
 def variants() -> str:
     """Classes without a row of their own."""
+    from benchmarks.zoo.networks import STANDS_FOR  # MONAI, which other tables do without
+
     return "; ".join(f"{', '.join(classes)} by {name}" for name, classes in STANDS_FOR.items())
 
 
-def environment() -> dict[str, Any]:
-    packages = ("torch", "opacus", "monai", "dpfix")
+def environment(packages: Sequence[str] = ("torch", "opacus", "monai", "dpfix")) -> dict[str, Any]:
     return {
         **{name: metadata.version(name).partition("+")[0] for name in packages},
         "python": platform.python_version(),
@@ -106,12 +106,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(rows: Sequence[Row]) -> None:
-    """Put the results into ``benchmarks/results/zoo.json`` and the table into ``docs/zoo.md``."""
-    results = ROOT / "benchmarks/results/zoo.json"
+def keep(rows: Sequence[Row], name: str, environment: dict[str, Any]) -> None:
+    """Put the results into ``benchmarks/results``."""
+    results = ROOT / f"benchmarks/results/{name}.json"
     results.parent.mkdir(exist_ok=True)
     told = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    results.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{told}\n]}}\n')
+    results.write_text(f'{{"environment": {json.dumps(environment)},\n"rows": [\n{told}\n]}}\n')
+
+
+def write(rows: Sequence[Row]) -> None:
+    """Put the results into ``benchmarks/results/zoo.json`` and the table into ``docs/zoo.md``."""
+    keep(rows, "zoo", environment())
     (ROOT / "docs/zoo.md").write_text(
         PAGE.format(
             table="\n".join(lines(rows)),

@@ -120,9 +120,9 @@ class Harder:
 def _telling(subject: Subject, record: StepRecord) -> Iterator[Draw]:
     """Draws under which a step may go another way."""
     together, single = record.together, record.alone[0]
-    if not (together.decides or single.decides or together.outside or subject.generators):
+    if not (together.decides or single.decides or together.drew_outside or subject.generators):
         return
     for draw in DRAWS[1:]:
         # operations that draw for one sample after the other are more in the batch than for a sample alone
-        if not draw.apart or together.drawn == single.drawn:
+        if not draw.apart or (together.drawn, together.drawn_outside) == (single.drawn, single.drawn_outside):
             yield draw

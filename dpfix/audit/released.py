@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,7 +60,8 @@ def _released(
         try:
             DRAWS[0].seed_outside()
             generators = generator_states()
-            with drawing(subject.generators, DRAWS[0]), FixedRandomness() if fixed else nullcontext():
+            mode = FixedRandomness()
+            with drawing(subject.generators, DRAWS[0]), mode if fixed else mode.outside:
                 subject.step.loss(handle.model, probe.batch).backward()
             if not fixed and not all(map(torch.equal, generators, generator_states())):
                 raise _DrewError

@@ -28,7 +28,8 @@ BUDGET_SECONDS = 3.0
 
 _NOT_TRIED = "not tried"
 _CANNOT_GIVE_WAY = (
-    f"{_NOT_TRIED}, it could not give way if the loop called the model in another way; training_step= tells it"
+    f"{_NOT_TRIED}, it could not give way if the loop called the model in another way (training_step= tells it), or trained "
+    "parameters that no gradient has reached"
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpfix.instrument.fixed_outside import FixedOutside
 from dpfix.instrument.own_draws import can_be_drawn, drawn, draws
 from dpfix.instrument.rng import GeneratorStates
 
@@ -39,7 +40,7 @@ class Draw:
     goes_on: bool = False
 
     def seed_outside(self) -> None:
-        """Seed the generators of Python and NumPy, which no mode can fix."""
+        """Seed the generators of Python and NumPy, for what draws from them in a way that cannot be fixed."""
         if not self.goes_on:
             random.seed(self.python)
             np.random.seed(self.numpy)
@@ -76,6 +77,7 @@ class FixedRandomness(TorchDispatchMode):
         random_ops: the random operations met, with the module paths that were being called.
         low_precision: whether a result in half precision was met.
         decides: whether so few numbers were drawn at once that a branch may depend on them.
+        outside: the draws of Python's and NumPy's generators.
     """
 
     def __init__(self, stack: list[str] | None = None, draw: Draw = DRAWS[0]) -> None:
@@ -87,10 +89,16 @@ class FixedRandomness(TorchDispatchMode):
         self._draw = draw
         self._number = 0
         self._generators: dict[torch.device, torch.Generator] = {}
+        self.outside = FixedOutside(draw.python, draw.numpy, one_by_one=draw.apart)
 
     def __enter__(self) -> FixedRandomness:
         self._draw.seed_outside()
+        self.outside.__enter__()
         return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.outside.__exit__(*error)
 
     @property
     def drawn(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 
 Key = tuple[str, str]
@@ -30,6 +31,18 @@ def state_of(root: nn.Module) -> dict[Key, Any]:
         for name, value in _slots(module):
             out[path, name] = _copy(value)
     return out
+
+
+def tensors_held(root: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that a model holds beside its parameters: buffers, and attributes or what is in containers there.
+
+    Yields:
+        The tensors.
+    """
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_modules") and isinstance(value, (torch.Tensor, list, tuple, dict)):
+                yield from pytree.tensors(value)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -77,6 +77,11 @@ def arguments(args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
                 yield one
 
 
+def result(func: Callable[..., Any], args: Any, output: Any) -> Any:
+    """What a function has made: what it returns, or what it has written to where that is an assignment."""
+    return args[0] if func is torch.Tensor.__setitem__ else output
+
+
 def function_name(func: Callable[..., Any]) -> str:
     """A function's name; an attribute's, where it is the one that reads it."""
     name = getattr(func, "__name__", "")

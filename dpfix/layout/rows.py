@@ -12,6 +12,8 @@ from torch import nn
 from dpfix.errors import PlanBrokenError
 from dpfix.layout.sample_dim import SampleDim
 
+_FEW = 4
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -89,6 +91,39 @@ class Rows:
         """Some samples in some order, each as often as it is named; laid out like the tensor."""
         counts = tuple(self.counts[i] for i in order) if self.counts else ()
         return replace(self, samples=len(order), counts=counts).merge(self.split(tensor)[list(order)])
+
+    def exchange(self, tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+        """As :meth:`select`; whole numbers that are numbers of a sample's own rows in the batch go along with the rows."""
+        found, step = self.select(tensor, order), self._counting(tensor)
+        if not step:
+            return found
+        split = replace(self, samples=len(order)).split(found)
+        moved = [step * (place - sample) for place, sample in enumerate(order)]
+        shift = torch.tensor(moved, dtype=found.dtype, device=found.device)
+        return replace(self, samples=len(order)).merge(split + shift.view(-1, *(1,) * (split.dim() - 1)))
+
+    def counts_rows(self, tensor: torch.Tensor) -> bool:
+        """Whether whole numbers are numbers of a sample's own rows in the batch: the edges of graphs that are made one."""
+        return self._counting(tensor) > 0
+
+    def _counting(self, tensor: torch.Tensor) -> int:
+        """How many rows a sample then has: those of sample ``i`` are below ``(i + 1)`` times as many, and none below ``i`` times.
+
+        Labels that grow from sample to sample look the same; of few samples with one number each, nothing is said.
+
+        Returns:
+            The number of rows; 0 if they are no such numbers.
+        """
+        whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        if not whole or self.counts or self.samples < 2 or not tensor.numel():
+            return 0
+        split = self.split(tensor).flatten(1)
+        if split.shape[1] == 1 and self.samples < _FEW:
+            return 0
+        lowest, highest = split.amin(1).tolist(), split.amax(1).tolist()
+        least = 1 + max(high // (i + 1) for i, high in enumerate(highest))
+        most = min(low // i for i, low in enumerate(lowest) if i)
+        return least if lowest[0] >= 0 and least <= most else 0
 
     def matrices(self, tensor: torch.Tensor, features: int = 1) -> torch.Tensor:
         """One matrix per sample.

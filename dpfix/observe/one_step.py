@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +50,7 @@ def run_step(
     with (
         drawing(subject.generators, draw),
         recorder(subject.module, log),
-        mode if watched else nullcontext(),
+        mode if watched else mode.outside,
         described_failures(subject.step),
     ):
         loss = subject.loss(batch)
@@ -75,6 +74,7 @@ def run_step(
         mode.drawn,
         mode.decides,
         outside_after if outside_after != outside else 0,
+        mode.outside.drawn,
     )
 
 
@@ -134,7 +134,7 @@ def alone_and_together(
 
 
 def draws_for_each(single: Run, together: Run) -> bool:
-    """Whether the step draws from Python's or NumPy's generator as often as there are samples.
+    """Whether the step draws from Python's or NumPy's generator as often as there are samples, in a way that cannot be fixed.
 
     The samples alone then go on drawing one after the other, as the batch does.
 

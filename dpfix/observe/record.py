@@ -32,8 +32,9 @@ class Run:
         repeated: activations of what has already gone through one; looked for where details are written down.
         drawn: how many operations of torch drew something.
         decides: whether one of them drew so few numbers that a branch may depend on them.
-        outside: 0 if nothing was drawn from Python's and NumPy's generators; else a number that is the same for runs that
-            drew alike.
+        outside: 0 if Python's and NumPy's generators are where they were; else a number that is the same for runs that drew
+            alike.
+        drawn_outside: how many draws from these generators there were, fixed or not, as far as they were seen.
     """
 
     loss: float
@@ -48,6 +49,12 @@ class Run:
     drawn: int = 0
     decides: bool = False
     outside: int = 0
+    drawn_outside: int = 0
+
+    @property
+    def drew_outside(self) -> bool:
+        """Whether anything was drawn from Python's or NumPy's generators."""
+        return bool(self.outside or self.drawn_outside)
 
 
 @dataclass(frozen=True)

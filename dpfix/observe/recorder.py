@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing_extensions import override
 from dpfix.instrument import pytree
 from dpfix.instrument.call_sites import CallCounter, CallSite
 from dpfix.instrument.in_place import is_in_place
-from dpfix.instrument.parameter_uses import ParameterUses, arguments, made
+from dpfix.instrument.module_state import tensors_held
+from dpfix.instrument.parameter_uses import ParameterUses, arguments, made, result
 from dpfix.instrument.source import calling_line
 from dpfix.observe import double_activation
 from dpfix.report.finding import Finding
@@ -94,7 +96,7 @@ class StepLog:
         functional: parameters used while their own module was not being called, with the first line.
         elsewhere: the modules that were being called then, by parameter.
         needs_workarounds: whether forward does what ``vmap`` does wrong or refuses: it writes into a tensor without a
-            graph, or looks up a padding token.
+            graph, looks up a padding token, or attends with a mask that gradient passes through.
         activations: calls of activations.
         stack: paths of the modules being called.
         failed: path of the innermost module whose forward raised; ``None`` if none did.
@@ -139,8 +141,16 @@ class StepLog:
         return len(self.order) - 1
 
 
+_FROM_EARLIER: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+"""What steps have made of constants alone, by id, for as long as somebody else (a cache of the model's code) holds it."""
+
+
 class _Uses(ParameterUses):
-    """Writes down the calls of functions on parameters, and on what is made of parameters and constants alone."""
+    """Writes down the calls of functions on parameters, and on what is made of parameters and constants alone.
+
+    Args:
+        constants: the tensors that the model holds before the step.
+    """
 
     def __init__(self, log: StepLog, names: dict[int, str], constants: Iterable[torch.Tensor]) -> None:
         super().__init__(names)
@@ -149,23 +159,27 @@ class _Uses(ParameterUses):
 
     @override
     def used(self, use: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        constant = all(self.named(t) or id(t) in self._constants for t in arguments(args, kwargs))
+        constant = all(self.named(t) or self._constant(t) for t in arguments(args, kwargs))
         use = made(use) if constant else use
         output = func(*args, **kwargs)
-        if pytree.gradient_tensors(output):
+        found = result(func, args, output)
+        if pytree.gradient_tensors(found):
             kept = _shape_only if constant else _detached
-            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, output)))
+            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, found)))
             self.log.calls.setdefault(use, []).append(call)
             if constant:
-                self.name(output, use)
+                self.name(found, use)
         return output
 
     @override
     def unused(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         output = func(*args, **kwargs)
-        if isinstance(output, torch.Tensor) and all(id(t) in self._constants for t in arguments(args, kwargs)):
-            self._constants[id(output)] = output
+        if isinstance(output, torch.Tensor) and all(map(self._constant, arguments(args, kwargs))):
+            self._constants[id(output)] = _FROM_EARLIER[id(output)] = output
         return output
+
+    def _constant(self, t: torch.Tensor) -> bool:
+        return id(t) in self._constants or id(t) in _FROM_EARLIER
 
 
 class _Watch(TorchFunctionMode):
@@ -188,7 +202,7 @@ class _Watch(TorchFunctionMode):
             self._written_into(args[0], args[1:], kwargs)
         elif func is F.embedding:
             self._looked_up(*args, **kwargs)
-        elif func is torch.embedding:
+        elif func is torch.embedding or (func is F.scaled_dot_product_attention and _learns_mask(*args, **kwargs)):
             self.log.needs_workarounds = True
         output = self._run(name, lambda: func(*args, **kwargs))
         if pytree.gradient_tensors(output):  # asking a weight for its shape or device is no use of it
@@ -257,6 +271,10 @@ class _Watch(TorchFunctionMode):
         return self.log.stack[-1] if self.log.stack else ""
 
 
+def _learns_mask(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> bool:
+    return isinstance(attn_mask, torch.Tensor) and attn_mask.requires_grad
+
+
 @contextmanager
 def recorder(module: nn.Module, log: StepLog) -> Iterator[None]:
     """Write one training step down, as far as the log wants it."""
@@ -271,7 +289,7 @@ def recorder(module: nn.Module, log: StepLog) -> Iterator[None]:
             stack.enter_context(watch)
         if log.layers:
             names = {id(p): owners[id(p)][0] for p in module.parameters() if p.requires_grad}
-            stack.enter_context(_Uses(log, names, module.buffers()))
+            stack.enter_context(_Uses(log, names, tensors_held(module)))
         yield
 
 

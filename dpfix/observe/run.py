@@ -49,7 +49,7 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
         alone: list[Run] = []
         for number, batch in enumerate(probe.singles):
             same_as = probe.unchanged[number] if probe.unchanged and draw is DRAWS[0] else None
-            if known is not None and same_as is not None and not known.together.outside:
+            if known is not None and same_as is not None and not known.together.drew_outside:
                 run = known.alone[same_as]
                 alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
                 continue
@@ -68,7 +68,7 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
                 alone[number] = run_step(subject, batch, before, StepLog(layers=first), draw=going_on)
                 put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
-        drew = together.drew or together.outside or subject.generators
+        drew = together.drew or together.drew_outside or subject.generators
         if first and drew and not used >= set(trainable):
             used |= _used_by_chance(subject, probe, before)
         inside = _calls_inside(subject, probe, before, alone) if first else []

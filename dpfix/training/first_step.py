@@ -27,7 +27,7 @@ from dpfix.observe.call_sources import Call, takes_from
 from dpfix.plan import Plan
 from dpfix.report.report import Report
 from dpfix.sampling.ledger import DrawLedger
-from dpfix.training.comes_back import Arrivals
+from dpfix.training.guards.frozen_parameters import HELP
 from dpfix.training.guards.no_grad_regions import LeftOut, leave_out
 from dpfix.training.step_guard import StepGuard
 
@@ -93,7 +93,7 @@ class RealCalls(Replaced):
         self._next: Plan | None = None  # from the next step on
         self._confirmed = False  # whether the loop has made a call that was audited
         self._flags: set[Any] = set()
-        self._arrivals = self._watching()
+        self._guard.frozen.trains = self._come_back
         ledger = self._guard.guarded.ledger
         if ledger is not None and not (told and not self._guard.plan.frozen_parameters):
             ledger.keeps = 2  # a loader around the private one may be a batch ahead of the loop
@@ -121,7 +121,6 @@ class RealCalls(Replaced):
         if vars(self.module).get(self.name) is not self:
             return  # another training of the same model has begun, or it is out already
         super().take_out()
-        self._arrivals.detach()
 
     @property
     def _guard(self) -> StepGuard:
@@ -192,46 +191,29 @@ class RealCalls(Replaced):
             else:
                 self._go_on(plan)
 
-    def _watching(self) -> Arrivals:
-        def comes_back() -> None:
-            if self._next is None:
-                self._guard.leaves_out = self._come_back
-
-        return Arrivals(self.module, self._guard.plan.frozen_parameters, comes_back)
-
     def _come_back(self, optimizer: Any, settle: Callable[[], None]) -> None:
         """The step in which gradient reached parameters that are frozen, since the check had shown none.
 
         Raises:
             PlanBrokenError: they cannot be trained as the loop does it.
         """
-        names = sorted(self._arrivals.names)
-        shown = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
-        told = LeftOut(
-            f"gradient reached {shown} of {type(self.module).__name__}, which none had reached when the step was checked; they "
-            "are frozen until now.",
-            "They are trained from the next step on",
-            "Pass a training_step that uses all parts of the model to make_private_safe to have them trained from the first.",
-            names[0],
+        guard, names = self._guard, {*self._guard.frozen.names}
+        refusal = guard.frozen.refusal(
+            "The call of the model does not show how they are used. No parameter has moved in this step."
         )
-        self._guard.leaves_out = None
+        told = LeftOut(guard.frozen.fact, "They are trained from the next step on", HELP, min(names))
         before = self._plan
         failed: Exception | None = None
         try:
-            leave_out(self._guard.guarded, optimizer, settle, told)
+            leave_out(guard.guarded, optimizer, settle, told)
         except (DPFixWarning, PlanBrokenError) as error:  # an error by the script's own filter, or a lost logical batch
             failed = error
         with TURN, Modes():
             self._learn(*self._latest)
         if failed is not None:
             raise failed
-        if self._plan is not before and {*names} & {*self._plan.frozen_parameters}:
-            raise PlanBrokenError(
-                told.fact,
-                "The call of the model does not show how they are used. No parameter has moved in this step.",
-                told.help,
-                path=names[0],
-            )
+        if self._plan is not before and names & {*self._plan.frozen_parameters}:
+            raise refusal
 
     def _leave_out(self, optimizer: Any, settle: Callable[[], None]) -> None:
         """The step in which the calls were seen for the first time; earlier ones of it were made under another engine."""
@@ -263,7 +245,7 @@ class RealCalls(Replaced):
             guard = StepGuard(guarded, self._optimizer, following, earlier)
         for holder in (self._prepared, self._optimizer):
             holder.__dict__["guard"] = guard
-        self._arrivals = self._watching()
+        self._guard.frozen.trains = self._come_back
         self.put_in()
 
 

@@ -15,6 +15,7 @@ from dpfix.plan import Plan
 from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackward, SomethingArrived, WholeDraws
+from dpfix.training.guards.frozen_parameters import FrozenUnreached
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
@@ -40,6 +41,7 @@ class StepGuard:
         called: what the call said, by attribute of the optimizer, which a scheduler may change.
         finite: the check that clips without samples whose gradient is not finite.
         regions: the check that may leave out a step.
+        frozen: the check that knows which frozen parameters gradient has reached.
         ranks: the check that tells other processes of a failure.
         real_steps: the check that proves real steps.
         noise: the check that remembers noise.
@@ -59,6 +61,7 @@ class StepGuard:
         watch = GradWatch(guarded.parameters)
         self.finite = FiniteSum(guarded)
         self.regions = RegionsUntouched(guarded)
+        self.frozen = FrozenUnreached(guarded)
         self.ranks = RanksAgree(guarded)
         self.real_steps = RealSteps(guarded, following)
         self.noise = ProvenNoise(guarded)
@@ -72,6 +75,7 @@ class StepGuard:
             SameGroups(guarded),
             FixedNorms(guarded),
             ParameterWrites(guarded),
+            self.frozen,
             self.real_steps,
             ThroughTheEngine(guarded, watch),
             UneditedGradients(watch),
@@ -139,8 +143,9 @@ class StepGuard:
         """
         guarded = self.guarded
         self.draws.turn_to_present()
-        if self.leaves_out is not None:
-            self.leaves_out(optimizer, self._settle)
+        leaves_out = self.leaves_out or self.frozen.leaves_out
+        if leaves_out is not None:
+            leaves_out(optimizer, self._settle)
             return False
         if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False

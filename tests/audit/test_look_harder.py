@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import dpfix
+from dpfix.instrument.fixed_outside import FixedOutside
 from tests.audit.test_isolation import make, refusal, vectors
 from tests.reference import Step
 
@@ -296,6 +298,65 @@ def test_draws_of_python_and_numpy_for_one_sample_after_the_other_are_accepted()
         return F.cross_entropy(model(batch[0] * signs + noise), batch[1])
 
     make(mlp(), flipped)
+
+
+class SpansLeftOut(nn.Module):
+    """Leaves spans of each sample out: how many is drawn once for all, where for one sample after the other."""
+
+    def __init__(self, chosen: Callable[[int, int], Any]) -> None:
+        super().__init__()
+        self.chosen, self.instead = chosen, nn.Parameter(0.1 * torch.ones(6))
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, spans = torch.tanh(self.first(x)), 2 + int(np.random.rand(1).item() + random.random())
+        left_out = np.zeros(h.shape, dtype=bool)
+        for row in left_out:
+            row[self.chosen(row.size, spans)] = True
+        return self.head(torch.where(torch.from_numpy(left_out), self.instead, h))
+
+
+PLACES: dict[str, Callable[[int, int], Any]] = {
+    "NumPy": lambda size, count: np.random.choice(np.arange(size), count, replace=False),
+    "NumPy, in order": lambda size, count: np.random.permutation(size)[:count],
+    "Python": lambda size, count: random.sample(range(size), count),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_each_sample_draws_after_a_draw_for_all_is_accepted(name: str) -> None:
+    model, optimizer, loader = make(SpansLeftOut(PLACES[name]))
+    for x, y in loader:  # real steps are proven too
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", [np.random.permutation, lambda n: random.sample(range(n), n)])
+def test_samples_mixed_in_an_order_that_is_drawn_are_refused(order: Callable[[int], Any]) -> None:
+    def mixup(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        share, other = float(np.random.beta(2, 2)), torch.as_tensor(order(len(x)))
+        return F.cross_entropy(model(share * x + (1 - share) * x[other]), y)
+
+    with pytest.raises(dpfix.CoupledModelError):
+        make(mlp(), mixup)
+
+
+def test_draws_of_another_thread_go_on() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    with FixedOutside(python=1, numpy=1) as fixed, ThreadPoolExecutor(1) as pool:
+        assert random.random() == random.random() and np.random.rand() == np.random.rand()
+        assert pool.submit(random.random).result() != pool.submit(random.random).result()
+        rows = np.random.normal(size=(3, 4))
+        assert (rows == rows[0]).all() and len(set(rows[0])) == 4
+        assert len({*np.random.choice(9, 5, replace=False)}) == 5
+        assert fixed.drawn == 6
+        waited_for: set[int] = set()
+        while len(waited_for) < 2:  # for another number
+            waited_for.add(np.random.randint(9))
+    random.setstate(before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------ right scripts that such labels must not stop

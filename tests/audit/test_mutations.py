@@ -262,6 +262,37 @@ def test_error_of_rounding_is_told_from_a_fault() -> None:
     assert not looked.check(one_layer("head.weight", lambda g: 1.1 * g)).passed
 
 
+class NearlyConstant(nn.Module):
+    """A normalisation of what is nearly the same everywhere: in single precision, half of it is rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(5, 4), nn.LayerNorm(4, eps=1e-16), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.first.weight.mul_(1e-6)
+            self.first.bias.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x)))
+
+
+class RoundedTwice(Changed):
+    """Per-sample gradients to a tenth in single precision, right in double precision."""
+
+    def change(self, samples: Samples) -> None:  # type: ignore[override]
+        for name, g in samples.items():
+            if g.dtype == torch.float32:
+                samples[name] = 1.1 * g
+
+
+def test_an_engine_may_round_as_the_plain_model_does() -> None:
+    torch.manual_seed(1)
+    ordinary, looked = look(Layers(), single_precision()), look(NearlyConstant(), single_precision())
+    assert not ordinary.check(BrokenEngine(RoundedTwice)).passed
+    assert looked.check(BrokenEngine(RoundedTwice)).passed
+    assert not looked.check(one_layer("first.weight", lambda g: 1.1 * g)).passed
+
+
 def test_the_same_engines_pass_without_a_fault(layers: Looked) -> None:
     for engine in (BrokenEngine(Changed, change=lambda samples: None), BrokenEngine(Uses), clipping(right_factors)):
         assert layers.check(engine).passed

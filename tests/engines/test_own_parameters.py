@@ -75,6 +75,40 @@ def uses(use: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, ...]) -> Cal
     return lambda: Uses(use, **shapes)
 
 
+def masked(of: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def use(m: Any, x: Tensor) -> Tensor:
+        h = torch.sin(x)
+        h[of(x)] = m.a.to(h.dtype)
+        return h + m.b
+
+    return use
+
+
+class Distances(nn.Module):
+    """Attention that goes through ``vmap``, and looks up the same distances for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(T, D), nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.einsum("ntd,d->ntd", x, self.scale)
+        return scaled + self.table(torch.arange(x.shape[1])).sin()
+
+
+class Around(nn.Module):
+    """A parameter on the whole batch around a module that is mapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instead, self.inside = nn.Parameter(torch.ones(D)), Distances()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        h[x[..., 0] > 0] = self.instead
+        return self.inside(h)
+
+
 BATCH = floats(T, D)
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "token and positions": (uses(tokens_and_positions, cls=(1, 1, D), pos=(1, T + 2, D)), BATCH),
@@ -87,6 +121,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "from a number": (uses(lambda m, x: (1 - m.a) * x + m.a * x.flip(1), a=(D,)), BATCH),
     "in place": (uses(in_place, a=(1, T, D), b=(D,)), BATCH),
     "where": (uses(lambda m, x: torch.where(x > 0, x, m.a), a=(1, 1, D)), BATCH),
+    "under a mask": (uses(masked(lambda x: x[..., 0] > 0), a=(D,), b=(D,)), BATCH),
+    "under a mask of numbers": (uses(masked(lambda x: x > 0), a=(), b=(D,)), BATCH),
+    "under a mask of samples": (uses(masked(lambda x: x[:, 0, 0] > 0), a=(T, D), b=(D,)), BATCH),
     "addcmul": (uses(lambda m, x: torch.addcmul(m.a, x, m.b), a=(T, 1), b=(D,)), BATCH),
     "power": (uses(lambda m, x: (x.abs() + 1) ** m.a, a=(D,)), BATCH),
     "linear": (uses(lambda m, x: F.linear(x, m.w, m.b), w=(D, D), b=(D,)), BATCH),
@@ -132,6 +169,11 @@ def test_equals_the_batch_of_one_reference(name: str) -> None:
 def test_nothing_is_mapped(name: str) -> None:
     model, make = CASES[name]
     assert UnknownModuleForward not in attached(model(), make)
+
+
+def test_a_mapped_module_inside_keeps_nothing_off_the_batch() -> None:
+    check(Around(), BATCH)
+    assert {OwnParametersForward, UnknownModuleForward} <= attached(Around(), BATCH)
 
 
 @settings(max_examples=30, deadline=None)

@@ -66,6 +66,22 @@ def test_selected_samples_are_laid_out_like_the_tensor(dim: SampleDim) -> None:
     assert torch.equal(rows.select(tensor, order), wanted)
 
 
+def test_numbers_of_own_rows_go_along_with_the_rows() -> None:
+    edges = torch.tensor([
+        [0, 2, 3, 4, 7, 8],
+        [1, 1, 5, 3, 6, 8],
+    ])  # two edges for each of three graphs with three nodes
+    rows = Rows.of(SampleDim(1, 2), SAMPLES)
+    assert rows.counts_rows(edges)
+    assert rows.exchange(edges, (0, 0, 2)).tolist() == [[0, 2, 3, 5, 7, 8], [1, 1, 4, 4, 6, 8]]
+    across = edges.clone()
+    across[0, 0] = 3  # a node of another graph
+    for other in (across, edges.double(), edges.flip(1), torch.zeros_like(edges)):
+        assert not rows.counts_rows(other)
+        assert torch.equal(rows.exchange(other, (0, 0, 2)), rows.select(other, (0, 0, 2)))
+    assert not Rows(SAMPLES).counts_rows(torch.arange(SAMPLES))  # may be labels
+
+
 def test_a_tensor_that_does_not_hold_the_samples_is_refused() -> None:
     for dim, size in ((SampleDim(0), 7), (SampleDim(0, 2), 7), (SampleDim(0, counts=(1, 2, 3)), 7), (SampleDim(3), 3)):
         with pytest.raises(PlanBrokenError, match="does not hold 3 samples"):

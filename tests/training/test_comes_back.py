@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import dpfix
@@ -118,3 +119,201 @@ def test_what_comes_back_gets_noise() -> None:
             assert (head is None) == (number == 0)
             if head is not None:
                 assert 0.3 < float(head.std()) * EXPECTED / (100.0 * CLIP) < 3
+
+
+class Tokens(nn.Module):
+    """A class token that is used beside a mask token, which some calls use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls, self.mask = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+        self.masks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.cls + self.mask if self.masks else x + self.cls
+
+
+class BesideLayers(nn.Sequential):
+    """A parameter beside layers that are trained; some calls use it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.mask = nn.Parameter(torch.zeros(6))
+        self.masks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.mask if self.masks else 0)
+
+
+class InADict(nn.Module):
+    """A parameter in a container that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.masks = nn.ParameterDict({"mask": torch.zeros(6)}), False
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + (self.tokens["mask"] if self.masks else 0)
+
+
+class OfAnother(nn.Module):
+    """A weight that is used outside of its layer, which is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.masks = nn.Linear(6, 6), nn.Linear(6, 6), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return F.linear(h, self.second.weight) if self.masks else h
+
+
+class AtTheRoot(nn.Module):
+    """A parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mask, self.masks = nn.Linear(6, 3), nn.Parameter(torch.zeros(6)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.mask if self.masks else x)
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "beside a parameter": (lambda: nn.Sequential(Tokens(), nn.Linear(6, 3)), "0.mask"),
+    "beside layers": (lambda: nn.Sequential(BesideLayers(), nn.Linear(6, 3)), "0.mask"),
+    "in a container": (lambda: nn.Sequential(InADict(), nn.Linear(6, 3)), "0.tokens.mask"),
+    "used elsewhere": (lambda: nn.Sequential(OfAnother(), nn.Linear(6, 3)), "0.second.weight"),
+    "at the root": (AtTheRoot, "mask"),
+}
+
+
+def masking(model: nn.Module, masks: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "masks"):
+            module.masks = masks  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradient_that_comes_for_others_brings_no_parameter_back(place: str, told: bool) -> None:
+    build, name = PLACES[place]
+    training = private(model := build(), training_step=plain if told else None)
+    _, optimizer, loader = training
+    for batch in loader:
+        optimizer.zero_grad()
+        plain(model, batch).backward()
+        optimizer.step()
+    assert name in training.plan.frozen_parameters
+    assert model.get_parameter(name).grad is None
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "microbatch"])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradient_is_noticed_wherever_the_parameter_is(place: str, engine: str) -> None:
+    build, name = PLACES[place]
+    torch.manual_seed(0)
+    model, fresh = build(), build()
+    training = private(model, training_step=None, grad_sample_mode=engine)
+    assert name in training.plan.frozen_parameters
+    _, optimizer, loader = training
+    masking(model, True)
+    masking(fresh, True)
+    left_out = right = 0
+    for batch in loader:
+        fresh.load_state_dict(model.state_dict())
+        optimizer.zero_grad()
+        plain(model, batch).backward()
+        try:
+            optimizer.step()
+        except dpfix.DPFixWarning as warning:
+            assert name in str(warning) and "trained from the next step on" in str(warning)
+            left_out += 1
+            continue
+        singles = [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(len(batch[0]))]
+        wanted = clipped_sum(gradients_one_by_one(fresh, plain, singles), CLIP)
+        wanted = {n: g for n, g in wanted.items() if bool(g.any())}
+        assert name in wanted
+        found = {n: model.get_parameter(n).grad * EXPECTED for n in wanted}  # type: ignore[operator]
+        assert relative_error(found, wanted) < 1e-4
+        right += 1
+    assert left_out == 1 and right >= 2
+    assert name not in training.plan.frozen_parameters
+
+
+@pytest.mark.parametrize(
+    "changes", [{"grad_sample_mode": "hooks"}, {"clipping": "per_layer", "max_grad_norm": [CLIP] * 8}]
+)
+def test_a_step_is_refused_where_nothing_can_be_decided_anew(changes: dict[str, Any]) -> None:
+    training = private(model := Tasks(), training_step=lambda m, batch: by_argument(m, batch, "a"), **changes)
+    _, optimizer, loader = training
+    optimizer.zero_grad()
+    by_argument(model, next(iter(loader)), "b").backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        dpfix.PlanBrokenError, match=r"gradient reached `heads.b.bias`, `heads.b.weight` .* go on untrained"
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_no_engine_of_opacus_is_chosen_where_a_parameter_may_come_back() -> None:
+    tried = private(Tasks(), training_step=lambda m, batch: by_argument(m, batch, "a")).report.evidence
+    told = {e.engine: e.reason for e in tried if not e.passed}
+    assert all("could not give way" in told[name] for name in ("hooks", "functorch"))
+    tried = private(nn.Sequential(nn.Linear(6, 3)), training_step=plain).report.evidence
+    assert {"hooks", "functorch"} <= {e.engine for e in tried if e.passed}
+
+
+def test_gradient_that_is_thrown_away_is_none() -> None:
+    training = private(model := Tasks(), training_step=lambda m, batch: by_argument(m, batch, "a"))
+    _, optimizer, loader = training
+    for batch in loader:
+        by_argument(model, batch, "b").backward()
+        optimizer.zero_grad()
+        by_argument(model, batch, "a").backward()
+        optimizer.step()
+    assert "heads.b.weight" in training.plan.frozen_parameters
+
+
+class Recomputed(Tasks):
+    """Both heads are computed anew in the backward pass, of which one is used."""
+
+    def forward(self, x: Tensor, task: str | None = None) -> Any:
+        return checkpoint(self.both, x, use_reentrant=False)
+
+    def both(self, x: Tensor) -> Any:
+        h = torch.tanh(self.trunk(x))
+        return self.heads["a"](h), self.heads["b"](h)
+
+
+def test_a_checkpoint_repeats_what_was_computed() -> None:
+    training = private(model := Recomputed(), training_step=lambda m, batch: by_output(m, batch, "a"))
+    _, optimizer, loader = training
+    for batch in loader:
+        optimizer.zero_grad()
+        by_output(model, batch, "a").backward()
+        optimizer.step()
+    assert "heads.b.weight" in training.plan.frozen_parameters
+    assert model.heads["a"].weight.grad is not None
+
+
+class Interrupted(Tasks):
+    stops = False
+
+    def forward(self, x: Tensor, task: str | None = None) -> Tensor:
+        if self.stops:
+            raise KeyboardInterrupt
+        return super().forward(x, task)
+
+
+def test_an_interrupted_call_leaves_the_parameters_in_place() -> None:
+    model = Interrupted()
+    before = dict(model.named_parameters())
+    private(model, training_step=lambda m, batch: by_argument(m, batch, "a"))
+    model.stops = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 6), "a")
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert not model.heads["b"].weight.requires_grad

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dpfix
 from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import Check
+from dpfix.training.guards.frozen_parameters import FrozenUnreached
 from dpfix.training.guards.model import FixedNorms
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.ranks import RanksAgree
@@ -41,7 +42,7 @@ def test_a_check_with_nothing_to_look_at_is_not_asked() -> None:
         for act in (*guard._before_step, *guard._before_noise, *guard._after_step, *guard._cleared)
     }
     assert {type(c) for c in guard.checks if not c.needed} == {
-        FixedNorms, RanksAgree, RegionsUntouched, ScratchPutBack, WithinBudget,
+        FixedNorms, FrozenUnreached, RanksAgree, RegionsUntouched, ScratchPutBack, WithinBudget,
     }  # fmt: skip
     assert not asked & {type(c) for c in guard.checks if not c.needed}
 

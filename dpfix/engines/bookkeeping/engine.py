@@ -27,6 +27,7 @@ from dpfix.engines.bookkeeping.own_parameters import OwnParametersForward, can_d
 from dpfix.engines.bookkeeping.prelu import PReLU
 from dpfix.engines.bookkeeping.recurrent import CellForward, RecurrentForward
 from dpfix.engines.bookkeeping.root import RootForward
+from dpfix.engines.bookkeeping.shared_outputs import users_of_shared
 from dpfix.engines.bookkeeping.unknown_module import UnknownModuleForward
 from dpfix.errors import ArgumentError
 from dpfix.instrument.parameter_uses import MARK, used_in
@@ -93,15 +94,20 @@ class Bookkeeping(Engine):
         handle = BookkeepingHandle(module, plan)
         modules = dict(module.named_modules())
         called = {layer.path for layer in plan.layers}
-        rules, expanded = assign(self.rules, modules, called, dict(plan.elsewhere))
-        expanded = only_used(modules, plan.layers, rules, expanded)
+        for users in (users_of_shared(modules, plan.layers), dict[str, str]()):  # diverted, or given to each sample
+            rules, expanded = assign(self.rules, modules, called, dict(plan.elsewhere), users)
+            expanded = only_used(modules, plan.layers, rules, expanded)
+            made = composites(modules, called, expanded)
+            outside = {p: own for p, own in expanded.items() if p not in made}
+            diverted = on_the_batch(modules, plan, outside, {**rules, **made})
+            if users.keys() <= {name.rpartition(".")[0] for own in diverted.values() for name in own}:
+                break
         for path, rule in rules.items():
             handle.put_in(LayerForward(handle, modules[path], path, rule))
-        made = composites(modules, called, expanded)
         for path, kind in made.items():
             handle.put_in(kind(handle, modules[path], path))
             del expanded[path]
-        for path, parameters in on_the_batch(modules, plan, expanded, {**rules, **made}).items():
+        for path, parameters in diverted.items():
             handle.put_in(OwnParametersForward(handle, modules[path], path, parameters))
             del expanded[path]
         for path in expanded:
@@ -117,6 +123,7 @@ def assign(
     modules: dict[str, nn.Module],
     called: set[str],
     elsewhere: Mapping[str, Sequence[str]],
+    users: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, LayerRule], dict[str, dict[str, nn.Parameter]]]:
     """Decide for every module that owns trainable parameters how it is accounted for.
 
@@ -128,13 +135,14 @@ def assign(
         known: the layers that are one rule.
         called: paths of modules whose calls the probe has shown.
         elsewhere: paths of the modules that use a parameter which is not theirs, by parameter name.
+        users: the module around that uses what a module makes, for some modules, by path.
 
     Returns:
         Rules by path, and the parameters to expand by path of the module that uses them.
     """
     rules: dict[str, LayerRule] = {}
     expanded: dict[str, dict[str, nn.Parameter]] = {}
-    used = _uses(modules, elsewhere)
+    used, users = _uses(modules, elsewhere), users or {}
     for path, module in modules.items():
         own = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}
         if not own:
@@ -142,10 +150,10 @@ def assign(
         layer = path.partition("parametrizations")[0].rstrip(".") if "parametrizations" in path.split(".") else path
         rule = next((r for r in known if r.accepts(modules[layer]) and _known(modules[layer], r)), None)
         places = {place for p in own.values() for place in used.get(id(p), ())}
-        if rule is not None and layer in called and not places:
+        if rule is not None and layer in called and not places and layer not in users:
             rules[layer] = rule
             continue
-        user = _around([layer, *places])
+        user = _around([users.get(layer, layer), *places])
         while user and user not in called:
             user = user.rpartition(".")[0]
         expanded.setdefault(user, {}).update({f"{path}.{n}" if path else n: p for n, p in own.items()})
@@ -201,14 +209,17 @@ def on_the_batch(
     known = {path: {names[id(p)]: p for p in own.values()} for path, own in expanded.items()}
     found = {path: own for path, own in known.items() if can_divert(own, plan.layers)}
     for layer in plan.layers:  # what is made of a parameter and given back would be used where nobody sees it
-        if any(dim is None for _, dim in layer.output):
+        if layer.path and any(dim is None for _, dim in layer.output):  # the model itself returns its loss that way
             found.pop(layer.path, None)
     mapped = {layer.path for layer in plan.layers if not _on_the_batch(modules, layer, inside, known)}
     elsewhere = {name for name, _ in plan.elsewhere}
     for path in sorted(found, key=len, reverse=True):
         below = {p for p in {*known, *mapped} if p != path and (not path or p.startswith(f"{path}."))}
+        inner = {p for p in below & {*known} if p not in found}  # which are mapped, with all that is in them
         # What only a mapped module can call stays inside one; so does a parameter that one inside uses.
-        if below & mapped or (below - {*found} and elsewhere & {*found[path]}):
+        if any(not any(m == p or m.startswith(f"{p}.") for p in inner) for m in below & mapped) or (
+            below - {*found} and elsewhere & {*found[path]}
+        ):
             del found[path]
     outside = [p for p in known if p not in found]
     return {p: own for p, own in found.items() if not any(not o or p.startswith(f"{o}.") for o in outside)}

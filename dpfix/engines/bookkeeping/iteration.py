@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.contributions import Contribution
+from dpfix.engines.frozen_parameters import Frozen
 from dpfix.engines.iterations import Iteration
 
 
@@ -61,6 +62,9 @@ class RootCall:
 
         def report(parameter: nn.Parameter, contribution: Contribution) -> None:
             late(iteration)
+            if isinstance(parameter, Frozen):
+                parameter.arrived()
+                return
             iteration.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
 
         return report

@@ -28,7 +28,7 @@ from dpfix.engines.bookkeeping.norms import GroupNorm, LayerNorm
 from dpfix.engines.replaced import transformed
 from dpfix.errors import PlanBrokenError
 from dpfix.instrument import pytree
-from dpfix.instrument.parameter_uses import MARK, ParameterUses, arguments, bare, function_in, made, used_in
+from dpfix.instrument.parameter_uses import MARK, ParameterUses, arguments, bare, function_in, made, result, used_in
 from dpfix.layout.calls import LayerLayout
 from dpfix.layout.rows import Rows, rows_of
 
@@ -95,7 +95,7 @@ class OwnUses(ParameterUses):
                 )
             own: dict[int, torch.Tensor] = {id(p): leaf for p, leaf in self.leaves.items()}
             output = func(*replaced(own, args), **replaced(own, kwargs))
-            self.name(output, use)
+            self.name(result(func, args, output), use)
             return output
         return MEETINGS[function_in(use)](Meeting(self, layout), func, args, kwargs)
 
@@ -192,6 +192,14 @@ def _repeat(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) 
     return meeting.spread(value, torch.Size(shape)).repeat(times)
 
 
+def _set_item(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    x, mask, value = args
+    masked = isinstance(mask, torch.Tensor) and mask.dtype is torch.bool
+    if not masked or meeting.uses.named(x) or value.dim() > x.dim() - mask.dim():
+        raise NotImplementedError("a parameter is written elsewhere than where a mask says")
+    func(x, mask, meeting.spread(value, x.shape).expand(x.shape)[mask])
+
+
 def _linear(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
     (input, weight, bias), place = _bound(("input", "weight", "bias"), args, kwargs)
     return meeting.applied(_LINEAR, None, input, place["input"], weight, bias)
@@ -218,6 +226,15 @@ def _embedding(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: An
     return meeting.applied(_EMBEDDING, SimpleNamespace(padding_idx=padding), ids, place["input"], weight)
 
 
+def _attention(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
+    (query, key, _, mask), _ = _bound(("query", "key", "value", "attn_mask"), args, kwargs)
+    if any(meeting.uses.named(t) for t in arguments(args, kwargs) if t is not mask):
+        raise NotImplementedError("queries, keys or values are made of parameters alone")
+    shape = torch.broadcast_shapes((*query.shape[:-1], key.shape[-2]), mask.shape)
+    given = {id(mask): meeting.spread(mask, shape)}
+    return func(*replaced(given, args), **replaced(given, kwargs))
+
+
 def _group_norm(meeting: Meeting, func: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
     return _norm(meeting, _GROUP_NORM, "num_groups", args, kwargs)
 
@@ -242,10 +259,12 @@ MEETINGS: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(BROADCASTING, _broadcast),
     **dict.fromkeys(EXPANDING, _expand),
     "repeat": _repeat,
+    "__setitem__": _set_item,
     "linear": _linear,
     "matmul": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
+    "scaled_dot_product_attention": _attention,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dpfix.instrument import pytree
@@ -58,6 +59,8 @@ class Workarounds(TorchFunctionMode):
       becomes one per sample first; ``vmap`` refuses that, since the tensor was made as one for all of them.
     * The row of the padding token gets no gradient from an embedding; ``vmap`` forgets ``padding_idx`` in the backward
       pass.
+    * Attention whose mask gradient passes through is computed with the formula; ``vmap`` hides that from the choice
+      between the ways to compute it, and takes one that has no gradient for the mask.
     * Autocast casts the arguments of convolutions and attention; under ``vmap`` it does not see them.
     """
 
@@ -73,6 +76,9 @@ class Workarounds(TorchFunctionMode):
             return _embedding(*args, **kwargs)
         if func is torch.embedding:
             return _torch_embedding(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and _learns_mask(*args, **kwargs):
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
         if args and is_in_place(getattr(func, "__name__", ""), kwargs):
             self._widen(args[0], args[1:], kwargs)
             return func(*args, **kwargs)
@@ -86,6 +92,12 @@ class Workarounds(TorchFunctionMode):
         if id(target) in self._made and not is_mapped(target) and any(map(is_mapped, _tensors(args, kwargs))):
             # Torch refuses to swap a tensor that a view or a graph holds on to: its values would part from theirs.
             torch.utils.swap_tensors(target, mapped(target, copied=True))
+
+
+def _learns_mask(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> bool:
+    while isinstance(attn_mask, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(attn_mask):
+        attn_mask = _functorch.get_unwrapped(attn_mask)
+    return isinstance(attn_mask, torch.Tensor) and attn_mask.requires_grad
 
 
 def _is_new(out: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

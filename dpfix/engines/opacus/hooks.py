@@ -20,6 +20,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import Engine, Handle, Verdict, no_counts, zeros
+from dpfix.engines.frozen_parameters import Frozen
 from dpfix.engines.iterations import check_one_size
 from dpfix.engines.replaced import takes_gradients, transformed
 from dpfix.errors import AccumulationError, MisuseError, PlanBrokenError
@@ -184,7 +185,7 @@ class HooksHandle(Handle):
     def _check_hooked(self, module: nn.Module) -> None:
         """Opacus prepares parameters when it hooks the model; one that came later dies inside its backward hook."""
         for name, p in module.named_parameters():
-            if p.requires_grad and not hasattr(p, "_forward_counter"):
+            if p.requires_grad and not hasattr(p, "_forward_counter") and not isinstance(p, Frozen):
                 raise PlanBrokenError(
                     f"parameter `{name}` of {type(module).__name__} was replaced, added or unfrozen after "
                     "make_private_safe, so its gradients are not the audited ones.",

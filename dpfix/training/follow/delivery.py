@@ -162,8 +162,8 @@ class Exchange:
             not hold whole numbers stays.
         """
         if self.extreme is None:
-            return rows.select(tensor, self.order)
-        if tensor.is_complex() or not tensor.numel() or not _whole(tensor):
+            return rows.exchange(tensor, self.order)
+        if tensor.is_complex() or not tensor.numel() or not _whole(tensor) or rows.counts_rows(tensor):
             return tensor
         whole = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
         same = self.extreme(whole).to(tensor.dtype).expand_as(tensor).clone()

@@ -15,7 +15,7 @@ from dpfix.audit.reference import factor
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
 from dpfix.instrument.clipping import Scheme
-from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.fixed_randomness import FixedRandomness, outside_states
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.instrument.module_state import state_of, traceless
 from dpfix.instrument.own_draws import draws_from
@@ -90,7 +90,7 @@ class PlainModel:
                 after, draws = self._outputs(call, arguments, fixed=fixed)
             except USER_CODE_ERRORS:
                 continue  # no legal batch for this model
-            if not fixed and not torch.equal(draws, after_draws):
+            if not fixed and not (torch.equal(draws[0], after_draws[0]) and draws[1] == after_draws[1]):
                 return "draws differ"
             for (path, a), (_, b) in zip(before, after, strict=True):
                 dim = dict(call.layout.output).get(path)
@@ -141,12 +141,12 @@ class PlainModel:
         ):
             self.module(*call.args, **call.kwargs)
 
-    def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], torch.Tensor]:
+    def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], tuple[torch.Tensor, int]]:
         args, kwargs = arguments
         with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
             with drawing_as_in(call) as state, in_autocast(call.autocast):
                 out = self.module(*args, **kwargs)
-                after = state()
+                after = state(), outside_states()
             return [(p, t) for p, t in pytree.leaves(out) if isinstance(t, torch.Tensor)], after
 
     # -------------------------------------------------------------- a loss that the model computes is a mean of its samples'

@@ -246,7 +246,7 @@ class _Run:
             dim = carrying.get(id(t), dims.get(path))
             if dim is not None and self.exchange is not None and call.samples == self.step.samples:
                 rows = Rows.of(dim, self.step.samples)
-                value = rows.select(value, self.placement.rows) if self.placement else self.exchange.rows(value, rows)
+                value = rows.exchange(value, self.placement.rows) if self.placement else self.exchange.rows(value, rows)
             if id(t) in carrying:
                 leaf = value.clone().requires_grad_()
                 leaves.append(leaf)

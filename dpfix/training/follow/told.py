@@ -94,7 +94,7 @@ class ToldStep(Way):
                     return value
                 if exchange is not None:
                     rows = Rows.of(dim, real.samples)
-                    value = rows.select(value, places[-1].rows) if places else exchange.rows(value, rows)
+                    value = rows.exchange(value, places[-1].rows) if places else exchange.rows(value, rows)
                 mine.append(value.clone().requires_grad_())
                 return mine[-1].clone()
 
