@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
-from opacus.optimizers.optimizer import _generate_noise
+from opacus.optimizers.optimizer import _check_processed_flag, _generate_noise, _mark_as_processed
 from torch import nn
 from typing_extensions import override
 
@@ -95,8 +95,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             noise = self.randomness.noise
             if isinstance(noise, Cryptographic):
                 add_cryptographic_noise(self, noise)
-            elif in_place and self.guard.engine_clips and self.noise_multiplier > 0:
-                add_noise_in_place(self)
+            elif plain and self.noise_multiplier > 0:
+                add_noise_at_once(self, keep_sums=not self.guard.engine_clips)
             else:
                 with OwnNoise(noise):
                     super().add_noise()
@@ -109,28 +109,35 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                     [p.grad for p in self.params], self.expected_batch_size * self.accumulated_iterations
                 )
 
-    in_place = cls.add_noise is DPOptimizer.add_noise
+    plain = cls.add_noise is DPOptimizer.add_noise
     all_at_once = cls.scale_grad is DPOptimizer.scale_grad
     return _named_like(PrivateOptimizer, cls)
 
 
-def add_noise_in_place(optimizer: DPOptimizer) -> None:
-    """What ``DPOptimizer.add_noise`` does, with the training's own random numbers, in the memory of the clipped sum.
-
-    The sum without noise is gone afterwards; nobody can come across it.
+def add_noise_at_once(optimizer: DPOptimizer, *, keep_sums: bool) -> None:
+    """What ``DPOptimizer.add_noise`` does, with the training's own random numbers: the same ones whichever engine has clipped.
 
     Args:
         optimizer: the private optimizer, whose parameters have ``summed_grad``.
+        keep_sums: leave the sums as they are, as Opacus does, which looks whether they were used; otherwise the noise is added in
+            their memory, and nobody can come across a sum without noise.
     """
     std = float(optimizer.noise_multiplier * optimizer.max_grad_norm)
-    totals: list[torch.Tensor] = [p.summed_grad for p in optimizer.params]  # type: ignore[attr-defined]
+    sums: list[Any] = [p.summed_grad for p in optimizer.params]  # type: ignore[attr-defined]
+    for total in sums if keep_sums else ():
+        _check_processed_flag(total)
+    totals = [total.clone() for total in sums] if keep_sums else sums
     if optimizer.generator is None and not optimizer.secure_mode:
         add_normal(totals, std, optimizer.randomness.noise)  # type: ignore[attr-defined]
     else:
         for total in totals:
             total.add_(_generate_noise(std, total, optimizer.generator, optimizer.secure_mode))
     for p, total in zip(optimizer.params, totals, strict=True):
-        p.grad, p.summed_grad = total.view_as(p), None  # type: ignore[attr-defined]
+        p.grad = total.view_as(p)
+        if keep_sums:
+            _mark_as_processed(p.summed_grad)  # type: ignore[attr-defined]
+        else:
+            p.summed_grad = None  # type: ignore[attr-defined]
 
 
 @functools.cache
