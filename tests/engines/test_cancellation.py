@@ -59,7 +59,7 @@ def released(model: nn.Module, batch: tuple[Tensor, Tensor], clip_norm: float) -
         weighted(model, probe.batch).backward()
         norms = handle.clip_and_accumulate(parameters, clip_norm)
         assert norms is not None
-        return Released(norms, {n: p.summed_grad for n, p in model.named_parameters()})  # type: ignore[misc]
+        return Released(norms[:, 0], {n: p.summed_grad for n, p in model.named_parameters()})  # type: ignore[misc]
     finally:
         handle.detach()
 
