@@ -41,11 +41,11 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             outside = modules_outside(module, *beside) if finished(module) else []
             before = Memento(*kwargs.values(), *outside, *origins.REMEMBERED, WATCHED)
             try:
-                return on_inner(*args, **kwargs)
+                made = on_inner(*args, **kwargs)
+                give_back()
+                return made
             except BaseException:
                 before.put_back()
                 raise
-            finally:
-                give_back()
 
     return whole

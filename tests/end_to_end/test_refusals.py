@@ -299,8 +299,10 @@ def test_every_class_of_refusal_before_training_is_covered() -> None:
     before_training = {
         e for e in vars(dpfix).values()
         if isinstance(e, type) and issubclass(e, dpfix.DPFixError)
-        # the latter three: tests/weights, tests/segmentation, tests/test_distributed.py
-        and not issubclass(e, (dpfix.MisuseError, dpfix.CheckpointError, dpfix.SegmentationError, dpfix.RankError))
+        # the latter four: tests/weights, tests/segmentation, tests/test_distributed.py, tests/training/test_budget.py
+        and not issubclass(
+            e, (dpfix.MisuseError, dpfix.CheckpointError, dpfix.SegmentationError, dpfix.RankError, dpfix.BudgetError)
+        )
     }  # fmt: skip
     raised = {type(_caught(r)) for r in REFUSALS}
     assert before_training - raised <= {dpfix.DPFixError, dpfix.ModelError, dpfix.LossError, dpfix.NoEngineError}
