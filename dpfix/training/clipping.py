@@ -67,7 +67,7 @@ def clipping_class(cls: type[Any]) -> type[Any]:
 
 def way_to_clip(optimizer: Any) -> str | None:
     """How a private optimizer clips, in words that hold whatever the clip norm; ``None`` for another optimizer."""
-    guard = vars(optimizer).get("guard")
+    guard = getattr(optimizer, "__dict__", {}).get("guard")
     return None if guard is None else guard.guarded.plan.clipping.words()
 
 
