@@ -17,6 +17,7 @@ from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
 from dpfix.engines.replaced import Replaced
 from dpfix.errors import PlanBrokenError
+from dpfix.instrument.memento import Modes
 from dpfix.instrument.parameter_uses import MARK, function_in, used_in
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
@@ -71,13 +72,14 @@ class BookkeepingHandle(Handle):
         """
         samples = samples_in(layout, self.model, args, kwargs)
         call, before = RootCall(samples, self._iterations.present(), self._iterations.late), self._active
-        calls = dict(call.iteration.calls)
+        calls, modes = dict(call.iteration.calls), Modes()
         try:
             self._active = self._last = call
             yield call
             self._active = before
         except BaseException:  # a call that was not finished does not count
             self._active, call.iteration.calls = before, calls
+            modes.put_back()
             raise
 
     def present_call(self) -> RootCall | None:
