@@ -95,6 +95,15 @@ class Accounting:
         if self.spender is not None:
             self.spend_from(self.spender)
 
+    def _begin_in_fork(self) -> None:
+        """What the first process has counted are its own releases: those of a fork have noise of their own."""
+        if self._own.process != os.getpid():
+            if self._ledger is not None:
+                self._ledger.forget_accounted()
+            if self._draw is not None:
+                self._draw.accounted = self._draw.of.accounted = None
+            self._begin()
+
     def spend_from(self, spender: Spender) -> None:
         """From now on every release is written into the file of a budget before it leaves."""
         self.spender = spender.begin(self._own.name)
@@ -125,6 +134,7 @@ class Accounting:
                 self.take(optimizer.param_groups[0].pop(ENTRY))
             if self._unexplained:
                 self._tell_unexplained()
+            self._begin_in_fork()
             counted = self._counted_as(self._draw)
             before = None if counted is None else counted.accounted
             noise = float(optimizer.noise_multiplier)
@@ -145,8 +155,7 @@ class Accounting:
         """
         assert self.spender is not None
         with self._lock:
-            if self._own.process != os.getpid():
-                self._begin()
+            self._begin_in_fork()
             counted, noise = self._counted_as(self._draw), float(optimizer.noise_multiplier)
             if counted is not None and counted.accounted is not None and noise >= counted.accounted:
                 return
@@ -175,8 +184,7 @@ class Accounting:
         return self.own_loader is not None and self.own_loader.in_parts
 
     def _release(self, optimizer: DPOptimizer, noise: float) -> None:
-        if self._own.process != os.getpid():
-            self._begin()
+        self._begin_in_fork()
         step = Stretch(1, noise, self._rate, _clip_norm(optimizer))
         if self.spender is not None:
             self.spender.release((noise, self._rate))

@@ -573,6 +573,18 @@ def test_two_names_of_one_file_are_refused(file: Path) -> None:
 # ------------------------------------------------------------------ whatever the script does
 
 
+@pytest.mark.parametrize("hook", [None, lambda optimizer: None])
+@pytest.mark.parametrize("with_budget", [True, False])
+def test_a_release_counts_without_the_hook(file: Path, with_budget: bool, hook: Any) -> None:
+    training = begin(budget_of(file, 100.0) if with_budget else None)
+    train(training, 1)
+    training[1].step_hook = hook
+    train(training, 3)
+    end(training)
+    assert training.get_epsilon(DELTA) == pytest.approx(epsilon_of((1.0, RATE, 4)), rel=1e-2)
+    assert not with_budget or [steps_in(line) for line in written(file)] == [4]
+
+
 def test_threads_that_train_and_ask(file: Path) -> None:
     budget = budget_of(file, 1e3)
     trainings = [begin(budget) for _ in range(2)]
@@ -618,6 +630,32 @@ def test_a_fork_is_another_training(file: Path) -> None:
     train(training, 1)
     end(training)
     assert [steps_in(line) for line in written(file)] == [6, spender.AHEAD]
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+def test_a_fork_counts_what_was_counted_before_it(file: Path, sampling: str) -> None:
+    training = begin(budget_of(file, 1e3), sampling=sampling)
+    passing = iter(training[2])
+    batch = next(passing)
+    if sampling == "shuffle":
+        step_on(training, batch)  # the pass is counted
+        batch = next(passing)
+    else:
+        training.get_epsilon(DELTA)  # the draw is counted
+    process = multiprocessing.get_context("fork").Process(target=step_on, args=(training, batch))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    lines = written(file)
+    assert len(lines) == 2 and all(steps_in(line) for line in lines)
+    del passing
+
+
+def step_on(training: Any, batch: Any) -> None:
+    model, optimizer, _ = training
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
 
 
 def test_an_error_in_the_loop_and_on_it_goes(file: Path) -> None:
