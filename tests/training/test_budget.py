@@ -370,6 +370,17 @@ def test_what_was_released_without_the_budget_is_written_too(file: Path) -> None
     assert dpfix.Budget(file).spent() == training.get_epsilon(DELTA)
 
 
+def test_what_other_records_of_the_data_set_have_lost_is_written_too(file: Path) -> None:
+    model = mlp()
+    first = begin(None, model, data_loader=DataLoader(Subset(DATA, range(12)), 8))
+    train(first, 5)
+    end(first)
+    training = begin(budget_of(file, 100.0), model, data_loader=DataLoader(Subset(DATA, range(12, 24)), 8))
+    train(training, 1)
+    end(training)
+    assert sorted(steps_in(line) for line in written(file)) == [1, 5]
+
+
 def test_steps_that_are_repeated_after_a_resume_count_again(file: Path, tmp_path: Path) -> None:
     budget = budget_of(file, 100.0)
     engine, model = dpfix.SafePrivacyEngine(), mlp()
@@ -502,6 +513,18 @@ def test_a_file_that_vanishes_or_goes_back_stops_the_training(file: Path) -> Non
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(dpfix.BudgetError, match="is gone, or is an earlier copy of itself"):
             train(training, 1)
+
+
+def test_a_file_that_is_made_anew_with_other_numbers_is_another_one(file: Path) -> None:
+    budget = budget_of(file)
+    training = begin(budget)
+    file.unlink()
+    other = dpfix.Budget(file, epsilon=0.5, delta=1e-5, accountant="rdp")
+    with pytest.raises(dpfix.BudgetError, match="or another file"):
+        train(training, 1)
+    with pytest.raises(dpfix.BudgetError, match="or another file"):
+        budget.spent()
+    assert other.spent() == 0.0 and written(file) == []
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
