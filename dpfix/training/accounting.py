@@ -107,6 +107,7 @@ class Accounting:
     def spend_from(self, spender: Spender) -> None:
         """From now on every release is written into the file of a budget before it leaves."""
         self.spender = spender.begin(self._own.name)
+        self._own.budget = str(spender.account.file.path)
         weakref.finalize(self, self.spender.let_go).atexit = False
 
     def new_step(self, draw: Draw | None = None) -> None:
@@ -130,8 +131,7 @@ class Accounting:
             if self.at_release is not None:
                 self.at_release(optimizer)
             self._counted = True
-            if ENTRY in optimizer.param_groups[0]:  # a saved state was loaded into the optimizer inside
-                self.take(optimizer.param_groups[0].pop(ENTRY))
+            self._take_loaded(optimizer)
             if self._unexplained:
                 self._tell_unexplained()
             self._begin_in_fork()
@@ -156,6 +156,7 @@ class Accounting:
         assert self.spender is not None
         with self._lock:
             self._begin_in_fork()
+            self._take_loaded(optimizer)
             counted, noise = self._counted_as(self._draw), float(optimizer.noise_multiplier)
             if counted is not None and counted.accounted is not None and noise >= counted.accounted:
                 return
@@ -167,6 +168,11 @@ class Accounting:
                 if self._draw is not None and counted is not None and counted.accounted is None:
                     self._draw.accounted = counted.accounted = REFUSED
                 raise
+
+    def _take_loaded(self, optimizer: DPOptimizer) -> None:
+        """Count on from a saved state that was loaded into the optimizer inside."""
+        if ENTRY in optimizer.param_groups[0]:
+            self.take(optimizer.param_groups[0].pop(ENTRY))
 
     def _counted_as(self, draw: Draw | None) -> Draw | Pass | None:
         """What a release is counted once for."""

@@ -203,6 +203,9 @@ class Account:
             content: of the file.
             writes: how often it had been written then.
 
+        Returns:
+            The content.
+
         Raises:
             BudgetError: the file is gone, an earlier copy of itself, or another one.
         """

@@ -296,6 +296,11 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: S
         ArgumentError: ``budget`` is no budget.
     """
     if budget is None:
+        if files := sorted({r.budget for r in earlier if r.budget is not None}):
+            warn_user(
+                f"budget: this model was trained with the budget in {files[0]} on the same data, and this call has none: what "
+                "it releases will be missing in the file, whose epsilon is then too small. Pass budget= to this call too."
+            )
         return None
     if not isinstance(budget, Budget):
         raise ArgumentError(
