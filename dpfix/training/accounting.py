@@ -165,7 +165,8 @@ class Accounting:
             try:
                 self.spender.reserve((noise / self._times(optimizer), self._rate), least)
             except BudgetError:
-                if self._draw is not None and counted is not None and counted.accounted is None:
+                skipped_before = isinstance(counted, Pass) and any(d is not self._draw for d in counted.unreleased)
+                if self._draw is not None and counted is not None and counted.accounted is None and not skipped_before:
                     self._draw.accounted = counted.accounted = REFUSED
                 raise
 

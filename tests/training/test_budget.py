@@ -237,6 +237,17 @@ def test_no_noise_that_was_refused_is_left_in_the_gradients(file: Path) -> None:
     )
 
 
+def test_a_pass_with_skipped_batches_counts_when_a_step_is_refused(file: Path) -> None:
+    training = begin(budget_of(file, 4.8), sampling="shuffle")
+    train(training, 3)
+    for number, batch in enumerate(training[2]):
+        if number == 2:
+            with pytest.raises(dpfix.BudgetError):
+                step_on(training, batch)
+    end(training)
+    assert steps_in(written(file)[0]) == 2
+
+
 def test_every_further_step_is_refused(file: Path) -> None:
     training = begin(budget_of(file, 4.0))
     until_refused(training)
@@ -379,6 +390,26 @@ def test_what_other_records_of_the_data_set_have_lost_is_written_too(file: Path)
     train(training, 1)
     end(training)
     assert sorted(steps_in(line) for line in written(file)) == [1, 5]
+
+
+def test_a_second_call_without_the_budget_is_warned_about(file: Path) -> None:
+    model = mlp()
+    train(begin(budget_of(file, 100.0), model), 1)
+    with pytest.warns(UserWarning, match="this call has none") as said:
+        begin(None, model)
+    assert sum("this call has none" in str(w.message) for w in said) == 1
+
+
+def test_a_state_in_the_optimizer_inside_counts_before_the_step(file: Path) -> None:
+    first = begin(None)
+    train(first, 30)
+    state = first[1].state_dict()
+    training = begin(budget_of(file, 2.0))
+    training[1].original_optimizer.load_state_dict(state)
+    before = values(training[0])
+    with pytest.raises(dpfix.BudgetError):
+        train(training, 1)
+    assert torch.equal(values(training[0]), before)
 
 
 def test_steps_that_are_repeated_after_a_resume_count_again(file: Path, tmp_path: Path) -> None:
@@ -572,6 +603,15 @@ def test_a_lock_that_was_removed_locks_nobody_out(file: Path) -> None:
     (file.parent / f"{file.name}.lock").unlink()
     end(training)
     assert steps_in(written(file)[0]) == 1
+
+
+def test_what_others_have_left_stays(file: Path) -> None:
+    mine = file.with_name(f".{file.name}.ab12cd34.part")
+    its = file.with_name(f".{file.name}.other.json.ab12cd34.part")
+    mine.touch()
+    its.touch()
+    budget_of(file)
+    assert its.exists() and not mine.exists()
 
 
 def test_links_and_another_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
