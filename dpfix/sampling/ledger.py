@@ -336,6 +336,14 @@ class DrawLedger:
         with self._lock:
             return [d for p in self._passes for d in p.accountable() if d.accounted is None]
 
+    def forget_accounted(self) -> None:
+        """In a process that was forked: what was counted in the first one is not counted here."""
+        with self._lock:
+            for p in self._passes:
+                p.accounted = None
+                for draw in p.unreleased:
+                    draw.accounted = None
+
     def steppable(self, of: Pass) -> list[Draw]:
         """Delivered draws of a pass that are not released and may still be: something of their batches is left."""
         with self._lock:

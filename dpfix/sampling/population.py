@@ -50,6 +50,10 @@ class Population:
         """
         return any(mine.shares(its) for mine in self._parts for its in other._parts)
 
+    def same_data_as(self, other: Population) -> bool:
+        """As :meth:`overlaps`, whichever records of a data set are drawn."""
+        return any(mine.of_same(its) for mine in self._parts for its in other._parts)
+
     def splits_a_unit_of(self, other: Population) -> bool:
         """Whether what is one unit of another population (a person) is several of this one.
 
@@ -77,6 +81,10 @@ class _Part:
 
     def shares(self, other: _Part) -> bool:
         return bool(np.isin(self.indices, other.indices).any()) and self._same(other)
+
+    def of_same(self, other: _Part) -> bool:
+        """Whether both are of one data set."""
+        return bool(len(self.indices) and len(other.indices)) and self._same(other)
 
     def splits(self, other: _Part) -> bool:
         """Whether two items of one unit of the other part belong to two units here."""

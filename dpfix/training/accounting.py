@@ -95,9 +95,19 @@ class Accounting:
         if self.spender is not None:
             self.spend_from(self.spender)
 
+    def _begin_in_fork(self) -> None:
+        """What the first process has counted are its own releases: those of a fork have noise of their own."""
+        if self._own.process != os.getpid():
+            if self._ledger is not None:
+                self._ledger.forget_accounted()
+            if self._draw is not None:
+                self._draw.accounted = self._draw.of.accounted = None
+            self._begin()
+
     def spend_from(self, spender: Spender) -> None:
         """From now on every release is written into the file of a budget before it leaves."""
         self.spender = spender.begin(self._own.name)
+        self._own.budget = str(spender.account.file.path)
         weakref.finalize(self, self.spender.let_go).atexit = False
 
     def new_step(self, draw: Draw | None = None) -> None:
@@ -121,10 +131,10 @@ class Accounting:
             if self.at_release is not None:
                 self.at_release(optimizer)
             self._counted = True
-            if ENTRY in optimizer.param_groups[0]:  # a saved state was loaded into the optimizer inside
-                self.take(optimizer.param_groups[0].pop(ENTRY))
+            self._take_loaded(optimizer)
             if self._unexplained:
                 self._tell_unexplained()
+            self._begin_in_fork()
             counted = self._counted_as(self._draw)
             before = None if counted is None else counted.accounted
             noise = float(optimizer.noise_multiplier)
@@ -145,8 +155,8 @@ class Accounting:
         """
         assert self.spender is not None
         with self._lock:
-            if self._own.process != os.getpid():
-                self._begin()
+            self._begin_in_fork()
+            self._take_loaded(optimizer)
             counted, noise = self._counted_as(self._draw), float(optimizer.noise_multiplier)
             if counted is not None and counted.accounted is not None and noise >= counted.accounted:
                 return
@@ -155,9 +165,15 @@ class Accounting:
             try:
                 self.spender.reserve((noise / self._times(optimizer), self._rate), least)
             except BudgetError:
-                if self._draw is not None and counted is not None and counted.accounted is None:
+                skipped_before = isinstance(counted, Pass) and any(d is not self._draw for d in counted.unreleased)
+                if self._draw is not None and counted is not None and counted.accounted is None and not skipped_before:
                     self._draw.accounted = counted.accounted = REFUSED
                 raise
+
+    def _take_loaded(self, optimizer: DPOptimizer) -> None:
+        """Count on from a saved state that was loaded into the optimizer inside."""
+        if ENTRY in optimizer.param_groups[0]:
+            self.take(optimizer.param_groups[0].pop(ENTRY))
 
     def _counted_as(self, draw: Draw | None) -> Draw | Pass | None:
         """What a release is counted once for."""
@@ -175,8 +191,7 @@ class Accounting:
         return self.own_loader is not None and self.own_loader.in_parts
 
     def _release(self, optimizer: DPOptimizer, noise: float) -> None:
-        if self._own.process != os.getpid():
-            self._begin()
+        self._begin_in_fork()
         step = Stretch(1, noise, self._rate, _clip_norm(optimizer))
         if self.spender is not None:
             self.spender.release((noise, self._rate))

@@ -173,10 +173,14 @@ class Account:
     Args:
         file: of the budget.
         limits: the budget, its delta and its accountant, which do not change.
+
+    Attributes:
+        writes: how often the file had been written when it was last seen.
     """
 
     def __init__(self, file: BudgetFile, limits: Content) -> None:
         self.file, self.epsilon, self.delta, self.accountant = file, limits.epsilon, limits.delta, limits.accountant
+        self.writes = limits.writes
 
     def read(self) -> Content:
         """The content of the file; of this process's own trainings, what they have really released.
@@ -187,10 +191,28 @@ class Account:
         Raises:
             BudgetError: the file cannot be used.
         """
-        content = self.file.read()
-        if content is None:
-            raise BudgetError(*gone(self.file.path.name), path="budget")
+        writes = self.writes  # another thread may write while this one reads
+        content = self.goes_on(self.file.read(), writes)
+        self.writes = max(self.writes, content.writes)
         return content.with_lines({s.name: s.line() for s in self.own() if s.name in content.trainings})
+
+    def goes_on(self, content: Content | None, writes: int) -> Content:
+        """The content, if it is one that comes after what was seen before.
+
+        Args:
+            content: of the file.
+            writes: how often it had been written then.
+
+        Returns:
+            The content.
+
+        Raises:
+            BudgetError: the file is gone, an earlier copy of itself, or another one.
+        """
+        limits = self.epsilon, self.delta, self.accountant
+        if content is None or content.writes < writes or limits != (content.epsilon, content.delta, content.accountant):
+            raise BudgetError(*gone(self.file.path.name), path="budget")
+        return content
 
     def own(self) -> list[Any]:
         """This process's trainings that have written into the file and may have something reserved."""

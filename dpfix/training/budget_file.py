@@ -195,7 +195,7 @@ class BudgetFile:
 
     def tidy(self) -> None:
         """Remove what processes that were killed while they wrote have left beside the file."""
-        pattern = f".{glob.escape(self.path.name[:40])}.*.part"
+        pattern = f".{glob.escape(self.path.name[:40])}.{'[0-9a-f]' * 8}.part"
         if any(self.path.parent.glob(pattern)):
             with suppress(BudgetError):  # a folder that cannot be written to can be read
                 self.update(lambda now: self._without(pattern, now))

@@ -66,7 +66,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                     return False
                 released = bool(super().pre_step(closure))
                 if released:
-                    self.guard.noised(self)  # already done, unless the accountant's step hook has been taken off
+                    self.guard.guarded.accounting.count(self)  # already done, unless its step hook has been taken off
                 self.guard.after_step(released)
             except Exception as error:
                 self.guard.ranks.tell_others(self, error)

@@ -39,12 +39,14 @@ class Releases:
         stretches: its steps.
         name: tells trainings apart, also in other processes.
         process: in which process it goes on; a fork of it is another training.
+        budget: the file that it writes into, if there is one.
     """
 
     data: Population | None = None
     stretches: list[Stretch] = field(default_factory=list)
     name: str = field(default_factory=lambda: secrets.token_hex(16))
     process: int = field(default_factory=os.getpid)
+    budget: str | None = None
 
     @property
     def steps(self) -> int:

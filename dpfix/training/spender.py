@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from dpfix.scan.values import shown
 from dpfix.training.budget import OPEN, Account, Budget, gone
 from dpfix.training.budget_file import Content, Line, counted
 from dpfix.training.epsilon import Entry
+from dpfix.training.lineage import lineage_of
 from dpfix.training.releases import Releases, book_of, history_of
 
 AHEAD = 16
@@ -50,6 +51,7 @@ class Spender:
         earlier: other trainings whose releases the model holds; those that the file does not know are written too.
 
     Attributes:
+        apart: names of earlier trainings on other records of the data set, which the call's accountant does not hold.
         name: of the training; empty before :meth:`begin`.
         process: in which it goes on.
         over: whether it has ended.
@@ -65,6 +67,7 @@ class Spender:
         "_used",
         "_writes",
         "account",
+        "apart",
         "name",
         "over",
         "process",
@@ -72,7 +75,7 @@ class Spender:
 
     def __init__(self, account: Account, samples: int, unit: str, model: str, earlier: Iterable[Releases] = ()) -> None:
         self.account, self._samples, self._unit, self._model = account, samples, unit, model
-        self._earlier = list(earlier)
+        self._earlier, self.apart = list(earlier), set[str]()
         self.name, self.process, self.over = "", os.getpid(), False
         self._begun = datetime.now(UTC).isoformat(timespec="seconds")
         self._used: Counter[tuple[float, float]] = Counter()
@@ -151,7 +154,7 @@ class Spender:
             The history of everything.
         """
         settings = Counter({entry[:2]: entry[2] for entry in counted(history)})
-        for entry in history_of(self._earlier):
+        for entry in history_of(r for r in self._earlier if r.name not in self.apart):
             settings[entry[:2]] -= entry[2]  # the file has them, or is about to have them
         file = self._checked(self.account.read()).history
         return counted([*file, *((*setting, steps) for setting, steps in settings.items() if steps > 0)])
@@ -239,6 +242,7 @@ class Spender:
         content = self.account.file.update(change)
         assert content is not None
         self._writes = content.writes
+        self.account.writes = max(self.account.writes, content.writes)
         for s in self.account.own():
             if s.over:
                 with suppress(ValueError):  # another thread may have been faster
@@ -248,7 +252,8 @@ class Spender:
 
     def _present(self, now: Content | None) -> Content:
         """The present content, checked, with the lines of this process's trainings that are over as they ended."""
-        if now is None or now.writes < self._writes or (self._writes >= 0 and self.name not in now.trainings):
+        now = self.account.goes_on(now, max(self.account.writes, self._writes))
+        if self._writes >= 0 and self.name not in now.trainings:
             raise BudgetError(*gone(self.account.file.path.name), path="budget")
         return self._checked(now).with_lines({
             s.name: s.line() for s in self.account.own() if s.over and (s is self or s.name in now.trainings)
@@ -275,7 +280,7 @@ class Spender:
         return replace(content, unit=content.unit or self._unit).with_lines(unknown)
 
 
-def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: Iterable[Releases]) -> Spender | None:
+def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: Sequence[Releases]) -> Spender | None:
     """What writes into the budget of a call.
 
     Args:
@@ -291,6 +296,11 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: I
         ArgumentError: ``budget`` is no budget.
     """
     if budget is None:
+        if files := sorted({r.budget for r in earlier if r.budget is not None}):
+            warn_user(
+                f"budget: this model was trained with the budget in {files[0]} on the same data, and this call has none: what "
+                "it releases will be missing in the file, whose epsilon is then too small. Pass budget= to this call too."
+            )
         return None
     if not isinstance(budget, Budget):
         raise ArgumentError(
@@ -299,10 +309,13 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: I
             path="budget",
         )
     here = Population(request.data_loader)
-    known = sorted((*book_of(engine).trainings.values(), *earlier), key=lambda r: r.steps)
-    same = {r.name: r for r in known if r.data is None or here.overlaps(r.data)}  # the longest one of every name
+    held = (*book_of(engine).trainings.values(), *lineage_of(request.module), *earlier)
+    known = sorted(held, key=lambda r: r.steps)
+    same = {r.name: r for r in known if r.data is None or here.same_data_as(r.data)}  # the longest one of every name
     unit = unit_in_words(request.data_loader)
-    return Spender(budget._account, here.samples, unit, type(request.module).__name__, same.values())
+    spender = Spender(budget._account, here.samples, unit, type(request.module).__name__, same.values())
+    spender.apart = same.keys() - book_of(engine).trainings.keys() - {r.name for r in earlier}
+    return spender
 
 
 def _at_exit() -> None:

@@ -237,6 +237,17 @@ def test_no_noise_that_was_refused_is_left_in_the_gradients(file: Path) -> None:
     )
 
 
+def test_a_pass_with_skipped_batches_counts_when_a_step_is_refused(file: Path) -> None:
+    training = begin(budget_of(file, 4.8), sampling="shuffle")
+    train(training, 3)
+    for number, batch in enumerate(training[2]):
+        if number == 2:
+            with pytest.raises(dpfix.BudgetError):
+                step_on(training, batch)
+    end(training)
+    assert steps_in(written(file)[0]) == 2
+
+
 def test_every_further_step_is_refused(file: Path) -> None:
     training = begin(budget_of(file, 4.0))
     until_refused(training)
@@ -368,6 +379,37 @@ def test_what_was_released_without_the_budget_is_written_too(file: Path) -> None
     train(training, 1)
     assert [steps_in(line, ahead=False) for line in written(file)] == [5, 0]
     assert dpfix.Budget(file).spent() == training.get_epsilon(DELTA)
+
+
+def test_what_other_records_of_the_data_set_have_lost_is_written_too(file: Path) -> None:
+    model = mlp()
+    first = begin(None, model, data_loader=DataLoader(Subset(DATA, range(12)), 8))
+    train(first, 5)
+    end(first)
+    training = begin(budget_of(file, 100.0), model, data_loader=DataLoader(Subset(DATA, range(12, 24)), 8))
+    train(training, 1)
+    end(training)
+    assert sorted(steps_in(line) for line in written(file)) == [1, 5]
+
+
+def test_a_second_call_without_the_budget_is_warned_about(file: Path) -> None:
+    model = mlp()
+    train(begin(budget_of(file, 100.0), model), 1)
+    with pytest.warns(UserWarning, match="this call has none") as said:
+        begin(None, model)
+    assert sum("this call has none" in str(w.message) for w in said) == 1
+
+
+def test_a_state_in_the_optimizer_inside_counts_before_the_step(file: Path) -> None:
+    first = begin(None)
+    train(first, 30)
+    state = first[1].state_dict()
+    training = begin(budget_of(file, 2.0))
+    training[1].original_optimizer.load_state_dict(state)
+    before = values(training[0])
+    with pytest.raises(dpfix.BudgetError):
+        train(training, 1)
+    assert torch.equal(values(training[0]), before)
 
 
 def test_steps_that_are_repeated_after_a_resume_count_again(file: Path, tmp_path: Path) -> None:
@@ -504,6 +546,18 @@ def test_a_file_that_vanishes_or_goes_back_stops_the_training(file: Path) -> Non
             train(training, 1)
 
 
+def test_a_file_that_is_made_anew_with_other_numbers_is_another_one(file: Path) -> None:
+    budget = budget_of(file)
+    training = begin(budget)
+    file.unlink()
+    other = dpfix.Budget(file, epsilon=0.5, delta=1e-5, accountant="rdp")
+    with pytest.raises(dpfix.BudgetError, match="or another file"):
+        train(training, 1)
+    with pytest.raises(dpfix.BudgetError, match="or another file"):
+        budget.spent()
+    assert other.spent() == 0.0 and written(file) == []
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(dpfix.BudgetError, match="cannot be written"):
         budget_of(tmp_path / "none" / "data.json")
@@ -551,6 +605,15 @@ def test_a_lock_that_was_removed_locks_nobody_out(file: Path) -> None:
     assert steps_in(written(file)[0]) == 1
 
 
+def test_what_others_have_left_stays(file: Path) -> None:
+    mine = file.with_name(f".{file.name}.ab12cd34.part")
+    its = file.with_name(f".{file.name}.other.json.ab12cd34.part")
+    mine.touch()
+    its.touch()
+    budget_of(file)
+    assert its.exists() and not mine.exists()
+
+
 def test_links_and_another_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget_of(file)
     link = tmp_path / "link.json"
@@ -571,6 +634,18 @@ def test_two_names_of_one_file_are_refused(file: Path) -> None:
 
 
 # ------------------------------------------------------------------ whatever the script does
+
+
+@pytest.mark.parametrize("hook", [None, lambda optimizer: None])
+@pytest.mark.parametrize("with_budget", [True, False])
+def test_a_release_counts_without_the_hook(file: Path, with_budget: bool, hook: Any) -> None:
+    training = begin(budget_of(file, 100.0) if with_budget else None)
+    train(training, 1)
+    training[1].step_hook = hook
+    train(training, 3)
+    end(training)
+    assert training.get_epsilon(DELTA) == pytest.approx(epsilon_of((1.0, RATE, 4)), rel=1e-2)
+    assert not with_budget or [steps_in(line) for line in written(file)] == [4]
 
 
 def test_threads_that_train_and_ask(file: Path) -> None:
@@ -618,6 +693,32 @@ def test_a_fork_is_another_training(file: Path) -> None:
     train(training, 1)
     end(training)
     assert [steps_in(line) for line in written(file)] == [6, spender.AHEAD]
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+def test_a_fork_counts_what_was_counted_before_it(file: Path, sampling: str) -> None:
+    training = begin(budget_of(file, 1e3), sampling=sampling)
+    passing = iter(training[2])
+    batch = next(passing)
+    if sampling == "shuffle":
+        step_on(training, batch)  # the pass is counted
+        batch = next(passing)
+    else:
+        training.get_epsilon(DELTA)  # the draw is counted
+    process = multiprocessing.get_context("fork").Process(target=step_on, args=(training, batch))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    lines = written(file)
+    assert len(lines) == 2 and all(steps_in(line) for line in lines)
+    del passing
+
+
+def step_on(training: Any, batch: Any) -> None:
+    model, optimizer, _ = training
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
 
 
 def test_an_error_in_the_loop_and_on_it_goes(file: Path) -> None:
