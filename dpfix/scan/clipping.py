@@ -62,6 +62,10 @@ def check_clip_norm(privacy: PrivacyOptions, module: nn.Module) -> None:
         )
 
 
+SMALLEST_STABILITY = 1e-12
+"""A gradient whose norm comes out as zero, since its squares underflow in single precision, is shorter than 1e-15."""
+
+
 def _check_stability(privacy: PrivacyOptions) -> None:
     value = privacy.stability_constant
     if value is None:
@@ -73,10 +77,10 @@ def _check_stability(privacy: PrivacyOptions) -> None:
             "Leave it out.",
             path="stability_constant",
         )
-    if (found := number(value)) is None or found <= 0:
+    if (found := number(value)) is None or found < SMALLEST_STABILITY:
         raise ArgumentError(
-            f"stability_constant={shown(value)} must be a positive finite number:",
-            "without it a gradient of zero would be divided by zero, and every other would be as long as the clip norm.",
+            f"stability_constant={shown(value)} must be a finite number of at least {SMALLEST_STABILITY:g}:",
+            "without it a gradient of zero, or one whose squares are too small for single precision, would be divided by zero.",
             f"Leave it out for {STABILITY}.",
             path="stability_constant",
         )

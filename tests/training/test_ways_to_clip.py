@@ -378,6 +378,7 @@ GROUPS = {"0.*": 1.0, "*": 1.0}
         ({"clipping": "automatic", "max_grad_norm": [1.0] * 4}, "max_grad_norm has 4"),
         ({"clipping": "automatic", "max_grad_norm": GROUPS}, "per_group"),
         ({"clipping": "automatic", "stability_constant": 0.0}, "stability_constant"),
+        ({"clipping": "automatic", "stability_constant": 1e-30}, "stability_constant"),
         ({"clipping": "automatic", "stability_constant": math.nan}, "stability_constant"),
         ({"clipping": "automatic", "stability_constant": "0.1"}, "stability_constant"),
         ({"stability_constant": 0.01}, "clipping='automatic'"),
