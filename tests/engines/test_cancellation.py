@@ -93,7 +93,8 @@ def check(model: nn.Module, batch: tuple[Tensor, Tensor], clip: float = 0.5, dty
     norms, lost = norms_of(wanted), norms_of({n: wanted[n] - rounded[n] for n in wanted})
     clip_norm = max(float(clip * norms.median()), 1e-12)
     found = released(model, batch, clip_norm)
-    assert ((found.norms.double() - norms).abs() <= 1e-3 * norms + 8 * lost + 1e-9).all(), (found.norms, norms, lost)
+    rounding = 8 * lost.max() + 1e-9  # what one sample loses is chance
+    assert ((found.norms.double() - norms).abs() <= 1e-3 * norms + rounding).all(), (found.norms, norms, lost)
     factors = (clip_norm / (norms + 1e-6)).clamp(max=1)
     for name, g in wanted.items():
         total = torch.einsum("i,i...", factors, g)
