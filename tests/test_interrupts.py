@@ -241,3 +241,23 @@ def test_an_interrupted_second_call_leaves_the_training_in_force(engine: str) ->
         if not Lines(at).run(partial(call, given)):
             given, training = in_training(engine, wrap=True)
         still_private(given, training, True, wanted)
+
+
+def test_interrupts_leave_the_generators_functions_as_they_are() -> None:
+    """While steps are compared, functions of ``random`` and ``numpy.random`` are others."""
+    import random
+
+    import numpy as np
+
+    def functions() -> dict[str, Any]:
+        return {f"{m.__name__}.{k}": v for m in (random, np.random) for k, v in vars(m).items() if callable(v)}
+
+    before = functions()
+    for part in ("__enter__", "__exit__"):
+        counted = Lines(within="instrument/fixed_outside.py", function=part)
+        counted.run(lambda: call(arguments("layers")))
+        for at in {1, 2, 3, 5, 20, 60, counted.count // 2, counted.count}:
+            Lines(at, KeyboardInterrupt, within="instrument/fixed_outside.py", function=part).run(
+                lambda: call(arguments("layers"))
+            )
+            assert functions() == before, (part, at)

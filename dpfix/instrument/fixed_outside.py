@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,13 +37,14 @@ class FixedOutside:
 
     Attributes:
         drawn: how many calls have drawn.
+        thread: the one for which they are fixed.
     """
 
     def __init__(self, python: int, numpy: int, *, one_by_one: bool = False) -> None:
         self.drawn = 0
         self._one_by_one = one_by_one
         self._calls: Counter[str] = Counter()
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._seeds = {"random": python, "numpy.random": numpy}
         self._found: list[tuple[Any, str, Callable[..., Any]]] = []
 
@@ -54,6 +55,7 @@ class FixedOutside:
             for name, function in vars(module).items()
             if getattr(function, "__self__", None) is generator and name not in _KEEP
         ]
+        IN_PLACE.append(self)
         for module, name, function in self._found:
             setattr(module, name, self._instead(module.__name__, name, function))
         return self
@@ -61,7 +63,7 @@ class FixedOutside:
     def __exit__(self, *error: Any) -> None:
         for module, name, function in self._found:
             setattr(module, name, function)
-        self._found.clear()
+        IN_PLACE[:] = [other for other in IN_PLACE if other is not self]
 
     def _instead(self, module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         kind: Any = random.Random if module == "random" else np.random.RandomState
@@ -70,7 +72,7 @@ class FixedOutside:
             own_numbers = name not in (*_ORDERS, *_VECTORS, "choice", "choices") and any(
                 map(_several, (*args, *kwargs.values()))
             )
-            if threading.get_ident() != self._thread:
+            if threading.get_ident() != self.thread:
                 return function(*args, **kwargs)
             self.drawn += 1
             if self._one_by_one or own_numbers:
@@ -82,6 +84,17 @@ class FixedOutside:
             return out if name in _ORDERS or distinct else _alike(out, vectors=name in _VECTORS)
 
         return drawn
+
+
+IN_PLACE: list[FixedOutside] = []
+"""Those whose functions stand in for the generators'."""
+
+
+def end_all_but(earlier: Sequence[FixedOutside]) -> None:
+    """Take off what an interrupt has left in place in this thread."""
+    for one in tuple(IN_PLACE):
+        if one.thread == threading.get_ident() and not any(one is other for other in earlier):
+            one.__exit__()
 
 
 def _several(value: Any) -> bool:

@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils import _python_dispatch as dispatch
 from torch.utils.data import DataLoader, Sampler
 
+from dpfix.instrument.fixed_outside import IN_PLACE, end_all_but
 from dpfix.instrument.module_state import finished, same
 from dpfix.instrument.rng import GeneratorStates
 
@@ -108,7 +109,9 @@ class Memento:
 
 
 class Modes:
-    """Whether gradients are on, the default precision, and what torch runs functions and operations under: modes, or none.
+    """Whether gradients are on, the default precision, what torch runs functions under, and Python's and NumPy's generators.
+
+    Torch runs functions and operations under modes, or none; while steps are compared, ``random`` has other functions.
 
     Python does not leave a ``with`` block that is interrupted in its last line, so that a state of torch's can stay behind.
 
@@ -117,6 +120,7 @@ class Modes:
 
     def __init__(self) -> None:
         self._gradients, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        self._outside = tuple(IN_PLACE)
         self._looked_at = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
         self._functions = _get_current_function_mode_stack()
         self._operations = dispatch._get_current_dispatch_mode_stack()
@@ -130,6 +134,7 @@ class Modes:
 
     def put_back(self) -> None:
         """Make them again what they were."""
+        end_all_but(self._outside)
         torch.set_grad_enabled(self._gradients)
         torch.set_default_dtype(self._dtype)
         torch._C._set_torch_function_state(self._looked_at)  # type: ignore[attr-defined]
