@@ -283,35 +283,21 @@ def _vision() -> list[Network]:
         "vision_config": {**tower, "image_size": 32, "patch_size": 8},
         "projection_dim": 16,
     }
+    swin = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    }
     return [
         row("ViT", "ViT", vit),
         row("DeiT", "DeiT", vit),
         row("BEiT", "Beit", {**vit, "use_relative_position_bias": True}),
         row("DINOv2", "Dinov2", vit),
-        row(
-            "Swin",
-            "Swin",
-            {
-                "image_size": 32,
-                "patch_size": 4,
-                "embed_dim": 16,
-                "depths": [2, 2],
-                "num_heads": [2, 4],
-                "window_size": 4,
-            },
-        ),
-        row(
-            "Swin v2",
-            "Swinv2",
-            {
-                "image_size": 32,
-                "patch_size": 4,
-                "embed_dim": 16,
-                "depths": [2, 2],
-                "num_heads": [2, 4],
-                "window_size": 4,
-            },
-        ),
+        row("Swin", "Swin", swin),
+        row("Swin v2", "Swinv2", swin),
         row("ConvNeXt", "ConvNext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
         row("ConvNeXt v2", "ConvNextV2", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
         row(

@@ -29,6 +29,16 @@ def coupled_input(gap: float, argument: str, line: str, model: str) -> CoupledMo
     )
 
 
+_BY_PLACE = (
+    "the rows of a person are those at the places of her items; in another order they would be clipped as another's, "
+    "who could then move the released sum by more than the clip norm."
+)
+
+
+def _described(collate: Any) -> str:
+    return f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)})"
+
+
 def coupled_collation(gap: float, path: pytree.Path, collate: Any) -> CoupledModelError:
     """The collate function mixes samples."""
     made = f"entry {'.'.join(map(str, path))}" if path else "its part of the batch"
@@ -36,8 +46,8 @@ def coupled_collation(gap: float, path: pytree.Path, collate: Any) -> CoupledMod
     return CoupledModelError(
         Finding.refusal(
             "DPF046",
-            f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)}) mixes the samples of "
-            f"a batch: with other samples beside it, {made} of one sample changes {by}.",
+            f"{_described(collate)} mixes the samples of a batch: with other samples beside it, {made} of one sample changes "
+            f"{by}.",
             "what is computed from it depends on the others too, so clipping per sample bounds nothing. Known causes: statistics "
             "of the batch (a mean, a maximum, counts of classes), padding with them, mixup or CutMix.",
             "compute it per sample, in dataset[i] or one by one in the collate_fn, or with constants that do not come from the "
@@ -52,10 +62,8 @@ def moved_by_collation(collate: Any) -> CoupledModelError:
     return CoupledModelError(
         Finding.refusal(
             "DPF049",
-            f"collate_fn ({getattr(collate, '__name__', type(collate).__name__)}, {line_of_code(collate)}) puts the items of a "
-            "batch into an order of its own.",
-            "the rows of a person are those at the places of her items; in another order they would be clipped as another's, "
-            "who could then move the released sum by more than the clip norm.",
+            f"{_described(collate)} puts the items of a batch into an order of its own.",
+            _BY_PLACE,
             "leave the order as it is: sort or shuffle in the model, or pack with enforce_sorted=False. "
             f"{NOTHING_RELEASED}",
             path="data_loader",
@@ -69,8 +77,7 @@ def moved_by_loop(name: str) -> CoupledModelError:
         Finding.refusal(
             "DPF041",
             f"the loop puts the rows of a batch into another order before it calls {name}.",
-            "the rows of a person are those at the places of her items; in another order they would be clipped as another's, "
-            "who could then move the released sum by more than the clip norm.",
+            _BY_PLACE,
             f"call the model with the rows in the order in which the data_loader delivers them. {NOTHING_RELEASED}",
             path="training_step",
         )
