@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
-from dpfix.instrument.precision import without_autocast
+from dpfix.instrument.precision import in_full_precision
 from dpfix.instrument.turn import TURN
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
@@ -59,7 +59,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def __getattr__(self, name: str) -> Any:
             return own_method(self, name)
 
-        @without_autocast
+        @in_full_precision
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
             try:
                 if not self.guard.before_step(self):
