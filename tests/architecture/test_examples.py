@@ -15,7 +15,9 @@ import pytest
 from tests.architecture.readers_objects import STAND_INS
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>.+) -->\n+)?^(?P<fence>`{3,}) *python.*\n(?P<code>(?:.*\n)*?)^(?P=fence)$", re.M)
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>.+) -->\n+)?^(?P<fence>`{3,}) *python.*\n(?P<code>(?:.*\n)*?)^(?P=fence)$", re.M
+)
 PAGES = {
     str(path.relative_to(ROOT)): blocks
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -43,7 +45,9 @@ NOT_RUN: dict[str, int] = {}
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*treespec")
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The blocks of a page run, with what :mod:`tests.architecture.readers_objects` has for it."""
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
@@ -62,7 +66,9 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_python_block_is_found() -> None:
     """A block is written so that it is found: none is indented, or has another name of the language."""
     for page, blocks in PAGES.items():
-        assert len(re.findall(r"^\s*(?:`{3,}|~{3,}) *(?:py|python3?|pycon)\b", (ROOT / page).read_text(), re.M)) == len(blocks)
+        assert len(re.findall(r"^\s*(?:`{3,}|~{3,}) *(?:py|python3?|pycon)\b", (ROOT / page).read_text(), re.M)) == len(
+            blocks
+        )
 
 
 def test_blocks_that_cannot_run_are_counted() -> None:
