@@ -313,9 +313,10 @@ tables).
 
 A private training step as a multiple of an ordinary one (SGD on the same repaired model), and in brackets the largest
 number of bytes that tensors hold during a warm step. Lower is better. `auto` is what `make_private_safe` takes by
-itself, and the engine it took. The steps are those of a training that goes on; what the first steps' checks on real data
-and those by chance cost is on [the page of the checks](checks.md). *fails*: see below the table. Opacus gets the model
-after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an ordinary one, and memory was not measured.
+itself, and the engine it took. The steps are those of a training that goes on; what the checks of the first steps, and
+of others by chance, cost is on [the page of the checks](checks.md). *fails*: see below the table. Opacus gets the model
+after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an ordinary
+one, and memory was not measured.
 
 ![Step time](assets/speed-step.png)
 

@@ -31,6 +31,7 @@ WHOLE_TRAININGS = {
     "README.md",
     "docs/augmentation.md",
     "docs/budget.md",
+    "docs/federated.md",
     "docs/huggingface.md",
     "docs/lightning.md",
     "docs/monai.md",
