@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import opacus
 import pytest
 
 from benchmarks import opacus_comparison
@@ -44,6 +46,16 @@ def test_every_code_is_explained() -> None:
     told = "".join(page.read_text() for page in PAGES)
     assert {rule.code for rule in RULES} <= set(re.findall(r"DPF\d{3}", (ROOT / "docs/codes.md").read_text()))
     assert set(re.findall(r"DPF\d{3}", source)) <= set(re.findall(r"DPF\d{3}", told))
+
+
+def test_migration_knows_every_argument_and_method_of_opacus() -> None:
+    """Whatever a script on Opacus may ask its engine for is in the table."""
+    table = (ROOT / "docs/migration.md").read_text().partition("## Call by call")[2]
+    arguments = inspect.signature(opacus.PrivacyEngine.make_private).parameters.keys()
+    ordinary = {"self", "module", "optimizer", "data_loader", "noise_multiplier", "max_grad_norm", "kwargs"}
+    methods = [name for name in vars(opacus.PrivacyEngine) if not name.startswith("_")]
+    assert [name for name in arguments - ordinary if f"`{name}=" not in table] == []
+    assert [name for name in methods if not re.search(rf"`(engine\.)?{name}\b", table)] == []
 
 
 def test_site_takes_nothing_from_elsewhere() -> None:

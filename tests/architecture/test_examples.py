@@ -78,3 +78,10 @@ def test_blocks_that_cannot_run_are_counted() -> None:
     assert {page: number for page, number in marked.items() if number} == NOT_RUN
     marks = sum((ROOT / page).read_text().count("<!-- not run:") for page in PAGES)
     assert marks == sum(NOT_RUN.values())
+
+
+def test_mark_belongs_to_the_block_below() -> None:
+    """A mark is read with the block right below it, and with no other."""
+    text = "<!-- not run: needs a GPU -->\n\n```python\nfirst()\n```\n\nWords.\n\n```python\nsecond()\n```\n"
+    found = [(block["reason"], block["code"]) for block in BLOCK.finditer(text)]
+    assert found == [("needs a GPU", "first()\n"), (None, "second()\n")]
