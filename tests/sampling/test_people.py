@@ -526,6 +526,54 @@ def test_an_item_that_changes_hands_is_refused(unit: Any, workers: int) -> None:
         loop(training, 9)
 
 
+class WithoutNames(Renaming):
+    """The items say nothing about whose they are."""
+
+    def __getitem__(self, index: int) -> Any:
+        item = super().__getitem__(index)
+        image = item["image"] + (0.1 * torch.randn(2, 8, 8) if self.noisy else 0.0)
+        return {"image": image, "label": item["label"]}
+
+    noisy = False
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("unit", [OWNERS, lambda index: OWNERS[index]])
+def test_an_item_without_a_name_that_changes_hands_is_refused(unit: Any, workers: int) -> None:
+    data = WithoutNames()
+    training = people(data, unit, loader={"num_workers": workers})
+    loop(training, 2)
+    data.shift = 1
+    words = (
+        r"the item of index \d+, which belongs to '\w', is now the one that index \d+ had before, which belongs to '\w'"
+    )
+    with pytest.raises(dpfix.ArgumentError, match=words):
+        loop(training, 60)
+
+
+def test_an_item_that_changes_hands_within_a_person_is_not_refused() -> None:
+    data = WithoutNames()
+    training = people(data, ["a"] * 6 + ["b"] * 7)
+    loop(training, 2)
+    data.items[:6], data.items[6:] = data.items[:6][::-1], data.items[6:][::-1]
+    loop(training, 40)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "copies", "zeros", "whole numbers"])
+def test_items_that_are_alike_or_change_by_chance_are_not_refused(kind: str) -> None:
+    data = WithoutNames()
+    data.noisy = kind == "noisy"
+    for i, item in enumerate(data.items):
+        if kind == "copies":
+            item["image"] = data.items[i % 2]["image"]
+        elif kind == "zeros":
+            item["image"] = torch.zeros(2, 8, 8)
+        elif kind == "whole numbers":
+            item["image"] = torch.full((2, 8, 8), float(i % 3))
+    training = people(data, OWNERS)
+    loop(training, 40)
+
+
 def test_loaders_without_persons_are_refused() -> None:
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
