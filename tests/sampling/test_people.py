@@ -729,6 +729,74 @@ def test_a_training_goes_on_in_the_middle_of_a_pass(at: int, workers: int, tmp_p
         items.privacy_engine.load_checkpoint(path=tmp_path / "file", **objects(items))
 
 
+NUMBERED = [ord(o) - ord("a") for o in OWNERS]
+BY_HALVES = [OWNERS[i % 5] for i in range(13)]
+
+
+def saved_and_loaded(how: str, first: Any, then: Any, order: Sequence[int], path: Path) -> Any:
+    """Train by some units, save, and load what was saved into a training by others, on the data set in another order."""
+    data, again = Cases(), Cases()
+    before = people(data, first)
+    loop(before)
+    again.items = [again.items[i] for i in order]
+    training = people(again, then)
+    if how == "checkpoint":
+        given = [{"module": t[0], "optimizer": t[1], "data_loader": t[2]} for t in (before, training)]
+        before.privacy_engine.save_checkpoint(path=path, **given[0])
+        training.privacy_engine.load_checkpoint(path=path, **given[1])
+    elif how == "state":
+        training[1].load_state_dict(before[1].state_dict())
+    else:
+        model = convolutional()
+        optimizer = sgd(model)
+        optimizer.load_state_dict(before[1].state_dict())
+        training = dpfix.make_private_safe(
+            module=model, optimizer=optimizer, data_loader=DataLoader(again, batch_size=3), noise_multiplier=1.0,
+            max_grad_norm=1.0, training_step=on_cases, privacy_unit=then, cache=False,
+        )  # fmt: skip
+    return training
+
+
+ways = pytest.mark.parametrize("how", ["checkpoint", "state", "state before the call"])
+
+
+@ways
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(OWNERS, ["x" + o for o in OWNERS[::-1]]), (OWNERS, BY_HALVES), (NUMBERED, NUMBERED[::-1]), (None, OWNERS)],
+    ids=["others", "coarser", "numbers", "items"],
+)
+def test_a_saved_training_of_other_units_is_not_gone_on_with(how: str, first: Any, then: Any, tmp_path: Path) -> None:
+    words = (
+        r"accounted for other units when they were saved, and this call accounts for persons|training is another one"
+    )
+    with pytest.raises((dpfix.CheckpointError, dpfix.ArgumentError), match=words):
+        saved_and_loaded(how, first, then, range(13), tmp_path / "file")
+
+
+@ways
+@pytest.mark.parametrize("kind", ["the same", "a data set in another order", "numbers", "items go on from persons"])
+def test_a_saved_training_of_the_same_units_goes_on(how: str, kind: str, tmp_path: Path) -> None:
+    if kind == "items go on from persons" and how == "checkpoint":
+        return  # another plan
+    order = range(12, -1, -1) if kind == "a data set in another order" else range(13)
+    first, then = {"the same": (OWNERS, OWNERS), "numbers": (NUMBERED, NUMBERED)}.get(
+        kind, ("patient_id", "patient_id")
+    )
+    training = saved_and_loaded(how, first, None if kind.startswith("items") else then, order, tmp_path / "file")
+    assert training.statement(1e-3).steps == 4
+    loop(training, 1)
+
+
+def test_a_state_that_does_not_say_for_whom_it_was_accounted_is_loaded() -> None:
+    before, training = people(Cases(), OWNERS), people(Cases(), OWNERS)
+    loop(before)
+    state = before[1].state_dict()
+    del state["param_groups"][0]["dpfix"]["units"]
+    training[1].load_state_dict(state)
+    assert training.statement(1e-3).steps == 4
+
+
 # ------------------------------------------------------------------ what could tear the items of a person apart
 
 
