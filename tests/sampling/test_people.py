@@ -462,6 +462,7 @@ NAN = float("nan")
         (Cases(), [torch.zeros(2)] * 13, r"a Tensor of shape \(2,\)"),
         (Cases(), [object() for _ in OWNERS], r"object, of which no two are equal"),
         (Cases(), ["b ", *OWNERS[1:]], r"names persons 'b ' and 'b'.*read alike"),
+        (Cases(), ["Jos\u00e9", "Jose\u0301", *OWNERS[2:]], r"names persons .*read alike"),
         (Cases(), [1, "1", *OWNERS[2:]], r"names persons 1 and '1'"),
         (Cases(), 3, r"privacy_unit is int"),
         (Cases(), set(OWNERS), r"privacy_unit is set"),
