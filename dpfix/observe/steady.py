@@ -20,7 +20,7 @@ from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.row_count import UnitItems
 from dpfix.layout.rows import says_an_order
 from dpfix.observe.call_rows import Dims, dims_in_batch
-from dpfix.observe.joined import NotJoinedError, join
+from dpfix.observe.joined import Joint, NotJoinedError, join, padding_of
 from dpfix.observe.probe import Probe
 
 
@@ -80,9 +80,12 @@ def _joined(probe: Probe, dims: Dims) -> Probe | None:
     if pytree.alike(again[0], probe.batch) and pytree.alike(again[1], probe.batch):
         return None
 
+    rows = _rows(probe.items)
+    joint = Joint(probe.batch, dims, sum(rows), padding_of(probe, dims, rows))
+
     def collate(items: list[Any]) -> Any:
         parts = [seeded([item], DRAWS[-1]) for item in items]
-        return parts[0] if len(parts) == 1 else join(parts, probe.batch, dims, sum(_rows(probe.items)), _rows(items))
+        return parts[0] if len(parts) == 1 else join(parts, joint, _rows(items))
 
     try:
         batch = collate(list(probe.items))

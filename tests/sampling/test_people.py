@@ -825,6 +825,11 @@ def backwards(items: list[Any]) -> Any:
     return padded(items[::-1])
 
 
+def masked_at_random(items: list[Any]) -> Any:
+    x, y = padded(items)
+    return x.masked_fill((torch.rand(x.shape) < 0.2) & (x != 0), 1), y
+
+
 def without_short_ones(items: list[Any]) -> Any:
     return padded([item for item in items if len(item[0]) > 4] or items)
 
@@ -847,6 +852,7 @@ EQUAL = [i % 12 for i in range(60)]
     ("collate", "error"),
     [
         (padded, None),
+        (masked_at_random, None),
         (longest_first, r"DPF049.*longest_first, test_people.py:\d+\) puts the items of a batch into an order of its own"),
         (backwards, r"DPF049.*backwards"),
         (without_short_ones, r"have 5, 5, 5, 5 items, and enter Words as 5, 5, 4, 5 rows|have 2, 2, 2, 10 items.* 2, 2, 2, 9"),
