@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import os
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ from dpfix.instrument.rng import rng_untouched
 
 MOST = 4096
 """Items that are remembered."""
-CHANCE = 1 / 16
-"""Share of the deliveries of a remembered item in which it is looked at."""
+ONE_IN = 16
+"""Of so many deliveries of a remembered item one is looked at."""
 BEFOREHAND = 32
 """Items that are read beforehand, where workers forget what they have seen."""
 PATIENCE = 0.2
@@ -36,7 +36,6 @@ class SeenItems:
     def __init__(self) -> None:
         self._numbers: dict[int, tuple[float, ...]] = {}
         self._index: dict[tuple[float, ...], int] = {}
-        self._draw = random.Random()  # seeded by the operating system
 
     def read(self, dataset: Any, indices: Sequence[int]) -> None:
         """Read some items beforehand."""
@@ -54,7 +53,9 @@ class SeenItems:
     def moved_from(self, index: int, item: Any) -> int | None:
         """The index at which an item was before, if that was another one; ``None`` if that cannot be said."""
         before = self._numbers.get(index)
-        if len(self._numbers) >= MOST if before is None else self._draw.random() > CHANCE:
+        if (
+            len(self._numbers) >= MOST if before is None else os.urandom(1)[0] % ONE_IN
+        ):  # workers begin alike in every pass
             return None
         now = _numbers(item)
         if now is None or now == before:
