@@ -299,7 +299,9 @@ def _audited(
 
 def _batches(samples: probe.Probe) -> BatchLayout:
     layout = BatchLayout.of(samples)
-    Collation(layout).look(samples.collate, samples.items)
+    collation = Collation(layout)
+    collation.look_at_order(samples.collate, samples.items)
+    collation.look(samples.collate, samples.items)
     return layout
 
 
