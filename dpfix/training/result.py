@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpfix.sampling.inner_loader import inner_loader
 from dpfix.sampling.people import unit_in_words, unit_of
 from dpfix.sampling.rate import BY_CHANCE, accounted_compositions, accounted_rate, index_set, sampling_of
 from dpfix.scan.arguments import check_delta
+from dpfix.training import certificate
 from dpfix.training.accounting import accounted_steps
 from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
 from dpfix.training.epsilon_curve import epsilon_curve, shown_delta
@@ -215,6 +217,26 @@ class PrivateTraining(tuple[Any, ...]):
         """
         delta = self._shown_delta() if delta is None else check_delta(delta)
         return page.document(self.report, self.statement(delta), self._curve(delta))
+
+    def certificate(
+        self, delta: float, path: str | os.PathLike[str] | None = None, *, key: bytes | str | None = None
+    ) -> dict[str, Any]:
+        """What was guaranteed, by which code and on which proofs, for :func:`dpfix.verify_certificate` to check later.
+
+        Args:
+            delta: see :meth:`get_epsilon`.
+            path: a file that it is written to.
+            key: a secret of at least 16 bytes; who holds it finds every change. Without one, whoever changes the file can compute
+                its digest anew.
+
+        Returns:
+            The certificate, in values that JSON has.
+        """
+        secret = None if key is None else certificate.legal_key(key)
+        made = certificate.sealed(certificate.certificate_of(self.statement(delta), self.plan, self.report), secret)
+        if path is not None:
+            certificate.write(made, path)
+        return made
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
