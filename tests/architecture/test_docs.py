@@ -26,6 +26,7 @@ WITH_EXAMPLES = [
     "docs/augmentation.md",
     "docs/budget.md",
     "docs/people.md",
+    "docs/report.md",
     *NEEDS,
 ]
 
