@@ -112,6 +112,9 @@ class _Search:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
+            timed, size = [e for e in passed if seconds[e.name]], timing.timed_size(self.batch_size)
+            for name, bytes_held in timing.held(timed, subject, ordinary.samples, plan, size).items():
+                evidence[name] = replace(evidence[name], memory=bytes_held)
             if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
