@@ -16,11 +16,6 @@ MOST_POINTS = 200_000
 """Of the grid on which a point is computed; beyond it Renyi accounting bounds it. A page is to appear at once."""
 
 
-def shown_delta(samples: int) -> float:
-    """The largest power of ten below 1 / samples: for a page, where nobody has said which delta."""
-    return 10.0 ** (math.ceil(math.log10(1 / samples)) - 1)
-
-
 def epsilon_curve(
     accountant: Any, delta: float, further: tuple[Entry, str] | None, counted: str = "steps"
 ) -> EpsilonCurve:

@@ -21,7 +21,8 @@ from dpfix.scan.arguments import check_delta
 from dpfix.training import certificate
 from dpfix.training.accounting import accounted_steps
 from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
-from dpfix.training.epsilon_curve import epsilon_curve, shown_delta
+from dpfix.training.epsilon_curve import epsilon_curve
+from dpfix.training.progress import Progress
 from dpfix.training.releases import book_of, settled
 
 PASSES_SHOWN = 10
@@ -56,6 +57,7 @@ class PrivateTraining(tuple[Any, ...]):
     privacy_engine: PrivacyEngine
     _report: Report
     _target: Target | None
+    _progress: Progress | None
 
     def __new__(cls, items: tuple[Any, ...], report: Report, privacy_engine: PrivacyEngine) -> PrivateTraining:
         """Build the tuple.
@@ -69,7 +71,7 @@ class PrivateTraining(tuple[Any, ...]):
             The tuple with its attributes.
         """
         self = super().__new__(cls, items)
-        self._report, self.privacy_engine, self._target = report, privacy_engine, None
+        self._report, self.privacy_engine, self._target, self._progress = report, privacy_engine, None, None
         return self
 
     def with_objects(self, *items: Any) -> PrivateTraining:
@@ -201,16 +203,15 @@ class PrivateTraining(tuple[Any, ...]):
         )
 
     def __str__(self) -> str:
-        delta, accountant = self._shown_delta(), settled(self.privacy_engine)
-        now = accounted_steps(accountant), spent(accountant, delta).epsilon
-        return text.short(self.report, EpsilonCurve(delta, (now,), counted=self._counted()))
+        delta = self._shown_delta()
+        return text.short(self.report, EpsilonCurve(delta, (self._spent_now(delta),), counted=self._counted()))
 
     def to_html(self, delta: float | None = None) -> str:
         """The report as one HTML page, with the privacy statement, and epsilon over the steps so far and to come.
 
         Args:
-            delta: of statement and epsilon. If not given, that of ``target_delta``, or the largest power of ten below 1 / number
-                of samples (of persons); the page says which.
+            delta: of statement and epsilon. If not given, that of ``target_delta``, or one tenth of 1 / number of samples (of
+                persons); the page says which.
 
         Returns:
             The page as a string; it needs no other file.
@@ -243,8 +244,32 @@ class PrivateTraining(tuple[Any, ...]):
         delta = self._shown_delta()
         return page.fragment(self.report, self.statement(delta), self._curve(delta))
 
+    def progress(self, delta: float | None = None) -> dict[str, str]:
+        """What a progress bar shows: ``bar.set_postfix(private.progress())``.
+
+        It may be called on every step: epsilon is computed anew only as often as it takes 1 % of the time, and stands beside the
+        step that it is for. :meth:`get_epsilon` answers for this moment.
+
+        Args:
+            delta: if not given, that of the call before, or as in :meth:`to_html`.
+
+        Returns:
+            Epsilon with its delta, and the step, as texts.
+        """
+        if delta is None:
+            delta = self._shown_delta() if self._progress is None else self._progress.delta
+        delta = check_delta(delta)
+        if self._progress is None or self._progress.delta != delta:
+            self._progress = Progress(delta, lambda: self._spent_now(delta))
+        steps, epsilon = self._progress.now()
+        return {"epsilon": f"{epsilon:.3g} (delta {delta:g})", self._counted(): str(steps)}
+
+    def _spent_now(self, delta: float) -> tuple[int, float]:
+        accountant = settled(self.privacy_engine)
+        return accounted_steps(accountant), spent(accountant, delta).epsilon
+
     def _shown_delta(self) -> float:
-        return shown_delta(len(index_set(inner_loader(self[-1])))) if self._target is None else self._target.delta
+        return 0.1 / len(index_set(inner_loader(self[-1]))) if self._target is None else self._target.delta
 
     def _counted(self) -> str:
         return "passes" if sampling_of(inner_loader(self[-1])) == "shuffle" else "steps"

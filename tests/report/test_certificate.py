@@ -166,7 +166,9 @@ def test_a_file_that_is_not_there_and_a_short_key(private: dpfix.PrivateTraining
 
 def test_the_plans_hash_is_that_of_the_plan(private: dpfix.PrivateTraining) -> None:
     assert plan_hash(private.plan) == plan_hash(trained().plan)
-    other = dpfix.make_private_safe(**setting(nn.Sequential(nn.Linear(6, 3)), clipping="per_layer", max_grad_norm=[1.0, 1.0]))
+    other = dpfix.make_private_safe(
+        **setting(nn.Sequential(nn.Linear(6, 3)), clipping="per_layer", max_grad_norm=[1.0, 1.0])
+    )
     assert plan_hash(private.plan) != plan_hash(other.plan)
 
 

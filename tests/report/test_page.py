@@ -205,7 +205,8 @@ def test_short_form_is_five_lines(private: dpfix.PrivateTraining) -> None:
 
 
 def test_short_form_of_a_training_says_what_is_spent(private: dpfix.PrivateTraining) -> None:
-    assert f"{private.get_epsilon(0.01):.4g} at delta 0.01 after" in str(private)
+    delta = 0.1 / 24
+    assert f"{private.get_epsilon(delta):.4g} at delta {delta:g} after" in str(private)
 
 
 def test_short_form_has_what_stops_the_training() -> None:
