@@ -135,7 +135,7 @@ class PrivateTrainer:
         )
         _, self.optimizer, private_loader = self.private
         self.dataloader_train = _forever(private_loader)
-        self._say(f"dpfix: private training.\n{self.private.report}\n{self._warning()}")
+        self._say(f"dpfix: private training.\n{self.private.report.details()}\n{self._warning()}")
 
     def settings_checked(self) -> None:
         """Initialise if that was not done yet, and check the budget before anything else starts."""
