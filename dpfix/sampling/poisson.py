@@ -12,11 +12,11 @@ import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
-from dpfix.distributed import ALONE, Ranks, new_seed
 from dpfix.errors import LoaderError
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
+from dpfix.sampling.ranks import ALONE, Ranks, new_seed
 from dpfix.sampling.rate import largest_batch, part_sizes
 
 
