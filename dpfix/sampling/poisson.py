@@ -80,9 +80,9 @@ class PoissonSampler(UniformWithReplacementSampler):
                 chosen = self._cut(chosen, source, self.largest)
             drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             if number > done:
-                begun.drew(len(drawn))
+                begun.drew(self.ledger.delivered_of(drawn))
             elif begun.reads_again:
-                begun.drew_again(len(drawn))
+                begun.drew_again(self.ledger.delivered_of(drawn))
             else:
                 continue
             yield drawn
@@ -121,7 +121,7 @@ class RecordedBatches:
         for indices in self.batches:
             if self.once:
                 _check_new(indices, seen)
-            begun.drew(len(indices))
+            begun.drew(self.ledger.delivered_of(indices))
             yield indices
         if not begun.delivers:
             begun.end()
