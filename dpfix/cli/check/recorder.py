@@ -228,6 +228,8 @@ class Recorder:
             for p, released in zip(optimizer.params, there["releases"], strict=True):
                 p.grad.copy_(released)
             GeneratorStates.from_plain_values(there["generators"]).put_back()
+        else:
+            step.alike = False  # the first run did not come as far
         self.told.steps.append(step)
         self.look_at_report()
         if number + 1 >= self.job.steps:

@@ -87,7 +87,7 @@ def check_script(asked: Asked, say: Say) -> CheckResult:
 def status_of(told: Told) -> Status:
     """What became of the first run."""
     if told.status == "refused":
-        return Status.LOOKED_AT if told.steps else Status.REFUSED
+        return Status.REFUSED
     if told.status in {"enough", "ended"} or (told.status == "running" and told.steps):
         return Status.LOOKED_AT if told.steps else Status.NEVER_PRIVATE
     return Status.FAILED

@@ -61,7 +61,7 @@ class Replay:
 
     def exceeds(self, step: Step) -> bool:
         """Whether a step moved further than a record may move it."""
-        return step.change > self.bound * step.times * (1 + SLACK)
+        return not step.change <= self.bound * step.times * (1 + SLACK)  # what is not a number does, too
 
     @property
     def compared(self) -> list[tuple[int, Step]]:
@@ -167,6 +167,15 @@ class CheckResult:
         )
 
     def _of_replays(self) -> Iterator[Located]:
+        if self.status is Status.LOOKED_AT and self.told.steps and not self.replays:
+            yield Located(
+                _unsure(
+                    "the script was not replayed: which records its steps are made of is not known, or it has no others.",
+                    "So nothing was measured; what is found otherwise stands.",
+                    "Draw batches with a torch DataLoader from a data set of several records.",
+                ),
+                *self._place(),
+            )
         names = {name for replay in self.replays for step in replay.told.steps for name in step.beside}
         for name in sorted(names):
             yield Located(
