@@ -1,32 +1,33 @@
-"""Time and memory of a private training step, as multiples of an ordinary one.
+"""Time, memory and operations of a private training step, as multiples of an ordinary one.
 
-``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto bookkeeping "Opacus hooks" ...] [--write]``
+``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto "Opacus hooks" ...] [--threads 2 | --gpu] [--write]``
 
-*step*: process CPU time on one thread of forward, backward and optimizer step, medians of rounds in which the ordinary
-step (SGD on the same repaired model) and all contestants take turns in one process. *memory*: largest number of bytes
-that tensors hold during a warm step, every contestant in a process of its own. The private step is the whole one:
-clipping, noise, Opacus's optimizer and accountant. ``--write`` writes JSON, a table and charts to
-``benchmarks/results/`` and the page ``docs/speed.md``.
+*step*: forward, backward and optimizer step, medians of rounds in which the ordinary step (SGD on the same repaired
+model) and all contestants take turns in one process: CPU time on one thread, time on the wall on several threads or on
+a GPU. *memory*: largest number of bytes that tensors hold during a warm step, and what the process holds of the
+machine's memory after it, every contestant in a process of its own. *call*: ``make_private_safe``, in ordinary steps.
+*operations*: those torch dispatches in a step. The private step is the whole one: clipping, noise, the checks of a step,
+Opacus's optimizer and accountant. ``--write`` writes JSON, tables and charts to ``benchmarks/results/`` and the page
+``docs/speed.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import platform
 import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import opacus
 import torch
-import torch.nn.functional as F
 from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -34,9 +35,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from benchmarks.common import tables
+from benchmarks.common.contests import CONTESTS, LARGER, SCALING, Batch, reconstruction, tokens
 from benchmarks.common.libraries import FAILURES
-from benchmarks.common.models import CharLSTM, ResNet18, Transformer, autoencoder, classify, cnn, mlp, unet, vnet
-from benchmarks.common.process import cpu_seconds, in_a_fresh_process, peak_bytes
+from benchmarks.common.process import (
+    cpu_seconds,
+    in_a_fresh_process,
+    operations,
+    peak_bytes,
+    peak_on_gpu,
+    resident_bytes,
+    wall_seconds,
+)  # fmt: skip
 
 ORDINARY = "non-private"
 PEERS = ("Opacus hooks", "Opacus functorch", "Opacus ghost", "Opacus ew")
@@ -47,63 +56,23 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 
 
-# ------------------------------------------------------------------ the contests
-
-
-def reconstruction(model: nn.Module, batch: Any) -> Tensor:
-    return F.mse_loss(model(batch[0])[0], batch[0])
-
-
-def tokens(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-@dataclass(frozen=True)
-class Contest:
-    """A model, one batch of its data, and the loop's training step."""
-
-    model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
-    step: Callable[[nn.Module, Any], Tensor]
-
-
-def labels(classes: int, *shape: int) -> Tensor:
-    return torch.randint(0, classes, shape)
-
-
-CONTESTS: dict[str, Contest] = {
-    "MLP": Contest(mlp, lambda: (torch.randn(256, 784), labels(10, 256)), classify),
-    "CNN": Contest(cnn, lambda: (torch.randn(256, 1, 28, 28), labels(10, 256)), classify),
-    "transformer": Contest(Transformer, lambda: (labels(10_000, 16, 128), labels(10_000, 16, 128)), tokens),
-    "ResNet18-GN": Contest(ResNet18, lambda: (torch.randn(32, 3, 32, 32), labels(10, 32)), classify),
-    "UNet 3D": Contest(unet, lambda: (torch.randn(4, 1, 32, 32, 32), labels(2, 4, 32, 32, 32)), classify),
-    "VNet": Contest(vnet, lambda: (torch.randn(2, 1, 32, 32, 32), labels(2, 2, 32, 32, 32)), classify),
-    "AutoencoderKL": Contest(autoencoder, lambda: (torch.randn(4, 1, 64, 64), labels(2, 4)), reconstruction),
-    "char LSTM": Contest(CharLSTM, lambda: (labels(80, 64, 64), labels(80, 64, 64)), tokens),
-}
-
-
-def pictures(size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(size, 1, 28, 28), labels(10, size)
-
-
-LARGER = "UNet 3D, batch 16"
-"""Measured by :mod:`benchmarks.augmentation_digits` only."""
-CONTESTS[LARGER] = Contest(unet, lambda: (torch.randn(16, 1, 32, 32, 32), labels(2, 16, 32, 32, 32)), classify)
-SCALING = tuple(f"CNN, batch {size}" for size in (8, 32, 128, 512))
-CONTESTS |= {
-    name: Contest(cnn, partial(pictures, size), classify) for name, size in zip(SCALING, (8, 32, 128, 512), strict=True)
-}
-
-
 # ------------------------------------------------------------------ the steps
 
 
-def opacus_stepper(name: str, mode: str) -> Callable[[], None]:
-    """One training step of plain Opacus, after ``ModuleValidator.fix``."""
+def made(name: str, device: str) -> tuple[nn.Module, Batch]:
+    """The model of a contest, and one batch."""
     contest = CONTESTS[name]
     torch.manual_seed(0)
-    model, data = ModuleValidator.fix(contest.model().train()), contest.batch()
+    size = contest.size if device == "cpu" else contest.on_gpu
+    assert size is not None
+    return contest.model().train().to(device), tuple(t.to(device) for t in contest.batch(size))
+
+
+def opacus_stepper(name: str, mode: str, device: str) -> Callable[[], None]:
+    """One training step of plain Opacus, after ``ModuleValidator.fix``."""
+    contest = CONTESTS[name]
+    model, data = made(name, device)
+    model = ModuleValidator.fix(model).to(device)
     ghost = mode == "ghost"
     criterion = nn.MSELoss() if contest.step is reconstruction else nn.CrossEntropyLoss()
     private, optimizer, *rest = PrivacyEngine().make_private(
@@ -145,46 +114,51 @@ def grouped(data: tuple[Tensor, ...], views: int) -> DataLoader[Any]:
     return DataLoader(samples, batch_size=len(samples), collate_fn=flat)
 
 
-def stepper(name: str, engine: str, views: int = 1) -> tuple[Callable[[], None], str]:
+def stepper(name: str, engine: str, views: int = 1, device: str = "cpu") -> tuple[Callable[[], None], str]:
     """One training step of a contestant, and the engine that was really used; a sample is ``views`` rows of the batch."""
     if engine in PEERS:
-        return opacus_stepper(name, engine.split()[1]), engine
+        return opacus_stepper(name, engine.split()[1], device), engine
     contest = CONTESTS[name]
-    torch.manual_seed(0)
-    model, data = contest.model().train(), contest.batch()
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loader = grouped(data, views)
-    mode = "bookkeeping" if engine == ORDINARY else engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        training = dpfix.make_private_safe(
-            module=model, optimizer=sgd, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0,
-            training_step=contest.step, poisson_sampling=False, grad_sample_mode=mode, cache=True,
-        )  # fmt: skip
-    private, optimizer, _ = training
-    used = training.plan.engine
+    model, data = made(name, device)
+    training = private(name, model, data, "bookkeeping" if engine == ORDINARY else engine, views)
+    stepping, optimizer, _ = training
+    agenda = optimizer.guard.real_steps.agenda
     if engine == ORDINARY:  # the same repaired model
-        private = copy.deepcopy(private.to_standard_module())
-        optimizer = torch.optim.SGD(private.parameters(), lr=1e-3)
+        stepping = copy.deepcopy(stepping.to_standard_module())
+        optimizer = torch.optim.SGD(stepping.parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
-        contest.step(private, data).backward()
+        contest.step(stepping, data).backward()
         optimizer.step()
 
-    return step, used
+    step()
+    agenda.due = lambda seen: False  # benchmarks.audit_cost measures the steps that are checked
+    return step, training.plan.engine
 
 
-def step_times(name: str, contestants: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Median CPU seconds of a step, the contestants taking turns; the error's text for one that cannot run."""
+def private(name: str, model: nn.Module, data: Batch, mode: str, views: int = 1) -> dpfix.PrivateTraining:
+    """The call, without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dpfix.make_private_safe(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), data_loader=grouped(data, views),
+            noise_multiplier=1.0, max_grad_norm=1.0, training_step=CONTESTS[name].step, poisson_sampling=False,
+            grad_sample_mode=mode, cache=True,
+        )  # fmt: skip
+
+
+def step_times(name: str, contestants: Sequence[str], rounds: int, device: str = "cpu") -> dict[str, Any]:
+    """Median seconds of a step, the contestants taking turns; the error's text for one that cannot run."""
+    seconds = cpu_seconds if device == "cpu" and torch.get_num_threads() == 1 else wall_seconds
     found: dict[str, Any] = {}
     steps: dict[str, Callable[[], None]] = {}
     used = ""
     for contestant in (ORDINARY, *contestants):
         try:
-            step, engine = stepper(name, contestant)
+            step, engine = stepper(name, contestant, device=device)
             step()
-            found[contestant] = [cpu_seconds(step)]
+            found[contestant] = [seconds(step)]
         except (dpfix.DPFixError, *FAILURES) as error:
             found[contestant] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
@@ -192,26 +166,63 @@ def step_times(name: str, contestants: Sequence[str], rounds: int) -> dict[str, 
     for _ in range(rounds):
         for contestant, step in steps.items():
             if found[contestant][0] < TOO_SLOW * found[ORDINARY][0]:
-                found[contestant].append(cpu_seconds(step))
+                found[contestant].append(seconds(step))
     times = {c: t if isinstance(t, str) else statistics.median(t[1:] or t) for c, t in found.items()}
-    return times | {"auto took": used}
+    counts = {c: operations(steps[c]) for c in (ORDINARY, *OWN) if c in steps}
+    return {"seconds": times, "auto took": used, "operations": counts}
 
 
-def peak(name: str, engine: str, views: int = 1) -> int:
+def peak(name: str, engine: str, views: int = 1, device: str = "cpu") -> int:
     """Largest number of bytes that tensors hold during a warm step of a contestant."""
-    return peak_bytes(stepper(name, engine, views)[0])
+    step = stepper(name, engine, views, device)[0]
+    return peak_bytes(step) if device == "cpu" else peak_on_gpu(step)
 
 
-def measured(name: str, contestants: Sequence[str], rounds: int, memory: bool) -> dict[str, Any]:
-    """Seconds and bytes of every contestant on one model."""
-    times = in_a_fresh_process(step_times, name, contestants, rounds)
-    rows: dict[str, Any] = {"seconds": times, "auto took": times.pop("auto took"), "bytes": {}}
-    if memory:
-        for contestant, value in times.items():
-            if contestant == rows["auto took"] and "auto" in rows["bytes"]:
-                rows["bytes"][contestant] = rows["bytes"]["auto"]
-            elif not isinstance(value, str) and value < TOO_SLOW * times[ORDINARY]:
-                rows["bytes"][contestant] = in_a_fresh_process(peak, name, contestant)
+def resident(name: str, engine: str) -> int:
+    """Bytes that the process of a contestant holds after the call and a few steps."""
+    if engine == ORDINARY:  # without a private training before it
+        model, data = made(name, "cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            CONTESTS[name].step(model, data).backward()
+            optimizer.step()
+
+    else:
+        step, _ = stepper(name, engine)
+    for _ in range(3):
+        step()
+    gc.collect()
+    return resident_bytes()
+
+
+def call_seconds(name: str, device: str) -> float:
+    """Seconds of ``make_private_safe`` in a process that has made a step with the model before."""
+    model, data = made(name, device)
+    CONTESTS[name].step(copy.deepcopy(model), data).backward()
+    seconds = cpu_seconds if device == "cpu" and torch.get_num_threads() == 1 else wall_seconds
+    return seconds(partial(private, name, model, data, "auto"))
+
+
+def measured(name: str, contestants: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of every contestant on one model."""
+    fresh = partial(in_a_fresh_process, threads=given.threads)
+    device = "cuda" if given.gpu else "cpu"
+    rows: dict[str, Any] = fresh(step_times, name, contestants, given.rounds, device)
+    times = rows["seconds"]
+    if "auto" in contestants and not isinstance(times["auto"], str):
+        rows["call"] = fresh(call_seconds, name, device)
+    rows["bytes"], rows["resident"] = {}, {}
+    if given.no_memory:
+        return rows
+    for contestant, value in times.items():
+        if contestant == rows["auto took"] and "auto" in rows["bytes"]:
+            rows["bytes"][contestant] = rows["bytes"]["auto"]
+        elif not isinstance(value, str) and value < TOO_SLOW * times[ORDINARY]:
+            rows["bytes"][contestant] = fresh(peak, name, contestant, 1, device)
+    if device == "cpu":
+        rows["resident"] = {c: fresh(resident, name, c) for c in (ORDINARY, "auto") if c in rows["bytes"]}
     return rows
 
 
@@ -268,85 +279,115 @@ def failures(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, why: str, about: dict[str, Any]) -> str:
-    return f"""# Speed and memory
+def others(results: dict[str, Any]) -> str:
+    """What the step and the call take beside time."""
+    lines = tables.head(
+        "model", "operations of the ordinary step", "of the private one", "the call, in steps", "resident"
+    )
+    for name, rows in results.items():
+        if "call" not in rows:
+            continue
+        counts, held = rows["operations"], rows["resident"]
+        private = counts.get("auto")
+        lines.append(tables.row(
+            name, str(counts[ORDINARY]), f"{private} ({private / counts[ORDINARY]:.1f})" if private else "",
+            f"{rows['call'] / rows['seconds'][ORDINARY]:.1f} ({rows['call']:.1f} s)",
+            f"{held['auto'] / held[ORDINARY]:.2f}" if "auto" in held else "",
+        ))  # fmt: skip
+    return "\n".join(lines)
 
-Written by `python -m benchmarks.engine_speed --write` (part of `make bench`).
 
-A private training step as a multiple of an ordinary one (SGD on the same repaired model): CPU time on one thread, and
-in brackets the largest number of bytes that tensors hold during a warm step. Lower is better. `auto` is what
-`make_private_safe` takes by itself, and the engine it took. *fails*: see the end of the page. Opacus gets
-the model after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an
-ordinary one, and memory was not measured.
+INTRODUCTION = f"""# Speed and memory
 
-{text}
+Written by `python -m benchmarks.engine_speed --write` (part of `make bench`; `--threads 2` and `--gpu` write the other
+tables).
 
-torch {about["torch"]}, Opacus {about["opacus"]}, {about["machine"]}, one thread.
+A private training step as a multiple of an ordinary one (SGD on the same repaired model), and in brackets the largest
+number of bytes that tensors hold during a warm step. Lower is better. `auto` is what `make_private_safe` takes by
+itself, and the engine it took. The steps are those of a training that goes on; what the checks of the first steps, and
+of others by chance, cost is on [the page of the checks](checks.md). *fails*: see below the table. Opacus gets the model
+after `ModuleValidator.fix`. Where there is no bracket, the step was more than {TOO_SLOW} times slower than an ordinary
+one, and memory was not measured.
 
 ![Step time](assets/speed-step.png)
 
 ![Peak memory](assets/speed-memory.png)
-
-What failed, with the first words of the error:
-
-{why}
 """
 
+TITLES = {
+    "1 thread": "## One thread\n\nCPU time.",
+    "2 threads": "## Two threads\n\nTime on the wall.",
+    "GPU": "## A GPU\n\nTime on the wall, at batch sizes that fill the GPU better.",
+}
 
-def environment() -> dict[str, Any]:
-    machine = platform.processor() or platform.machine()
+
+def page(every: dict[str, Any]) -> str:
+    parts = [INTRODUCTION]
+    for key, title in TITLES.items():
+        if key not in every:
+            continue
+        about, results = every[key]["environment"], every[key]["results"]
+        shown = [c for c in (*OWN, *PEERS) if any(c in rows["seconds"] for rows in results.values())]
+        parts += [title, table(results, shown)]
+        parts.append(f"torch {about['torch']}, Opacus {about['opacus']}, {about['machine']}, {about['setting']}.")
+        parts.append("What else `auto` takes: operations that torch dispatches in a step, the call, and the memory that"
+                     " the process holds after it and three steps, as a multiple of an ordinary training's.")  # fmt: skip
+        parts.append(others(results))
+        if why := failures(results):
+            parts += ["What failed, with the first words of the error:", why]
+    return "\n\n".join(parts) + "\n"
+
+
+def environment(given: argparse.Namespace) -> dict[str, Any]:
+    setting = f"{given.threads} threads" if given.threads > 1 else "1 thread"
+    machine = torch.cuda.get_device_name() if given.gpu else platform.processor() or platform.machine()
     return {
         "torch": torch.__version__, "opacus": opacus.__version__, "dpfix": dpfix.__version__,
-        "python": platform.python_version(), "machine": machine, "threads": 1,
+        "python": platform.python_version(), "machine": machine, "setting": "GPU" if given.gpu else setting,
     }  # fmt: skip
 
 
-def earlier() -> dict[str, Any]:
-    """What an earlier run in the same environment has written: the models can be measured in several runs."""
-    try:
-        found = json.loads((RESULTS / "engine_speed.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found["results"] if found["environment"] == environment() else {}
-
-
-def write(results: dict[str, Any], contestants: Sequence[str]) -> None:
-    about = environment()
-    every = earlier() | results
-    results = {name: every[name] for name in CONTESTS if name in every}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "engine_speed.json").write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
-    text = table(results, contestants)
-    (RESULTS / "engine_speed.md").write_text(text + "\n")
-    (PAGE.parent / "assets").mkdir(exist_ok=True)
-    models = {name: rows for name, rows in results.items() if name not in SCALING}
-    for kind, name in (("seconds", "step"), ("bytes", "memory")):
-        path = RESULTS / f"speed-{name}.png"
-        chart(models, contestants, kind, path)
-        (PAGE.parent / "assets" / path.name).write_bytes(path.read_bytes())
-    PAGE.write_text(page(text, failures(results), about))
+def write(results: dict[str, Any], given: argparse.Namespace) -> None:
+    """Adds to what earlier runs have written: models and settings can be measured in several runs."""
+    about, kept = environment(given), RESULTS / "engine_speed.json"
+    every = json.loads(kept.read_text()) if kept.exists() else {}
+    before = every.get(about["setting"], {})
+    all_results = (before["results"] if before.get("environment") == about else {}) | results
+    every[about["setting"]] = {
+        "environment": about,
+        "results": {name: all_results[name] for name in CONTESTS if name in all_results},
+    }
+    kept.write_text(json.dumps(every, indent=1) + "\n")
+    if "1 thread" in every:
+        models = {name: rows for name, rows in every["1 thread"]["results"].items() if name not in SCALING}
+        for kind, name in (("seconds", "step"), ("bytes", "memory")):
+            chart(models, [*OWN, *PEERS], kind, PAGE.parent / "assets" / f"speed-{name}.png")
+    PAGE.write_text(page(every))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contestants", nargs="+", default=[*OWN, *PEERS])
-    parser.add_argument("--models", nargs="+", default=[n for n in CONTESTS if n != LARGER], choices=list(CONTESTS))
+    parser.add_argument("--models", nargs="+", choices=list(CONTESTS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     results: dict[str, Any] = {}
-    for name in given.models:
+    for name in given.models or [n for n, c in CONTESTS.items() if n != LARGER and (c.on_gpu or not given.gpu)]:
         few = [
             c
             for c in given.contestants
             if name not in SCALING or c in ("auto", "bookkeeping", "Opacus hooks", "Opacus ghost")
         ]
-        results[name] = measured(name, few, given.rounds, not given.no_memory)
+        results[name] = measured(name, few, given)
         print(table({name: results[name]}, given.contestants).splitlines()[-1], flush=True)
         if given.write:
-            write(results, given.contestants)
+            write(results, given)
     print(table(results, given.contestants))
+    print(others(results))
     return 0
 
 

@@ -5,20 +5,25 @@ A case is a factory of a model, its samples, the training step, and what dpfix i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 
 from tests.reference import Step
 
 SAMPLES = 6
+DEVICE = os.environ.get("DPFIX_TEST_DEVICE", "cpu")
+"""Where the models of the cases are; the loaders deliver on the CPU, as they do everywhere, and the steps move the batch."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,19 @@ class Case:
     unused: tuple[str, ...] = ()
     loss_reduction: str = "mean"
 
+    def __post_init__(self) -> None:
+        if DEVICE != "cpu":
+            object.__setattr__(self, "step", _moving(self.step))
+
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model as the user has it, always with the same weights."""
-        return _seeded(self.model).to(dtype).train()
+        return _seeded(self.model).to(DEVICE, dtype).train()
 
     def plain(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The model whose gradients are expected, with the weights of :meth:`build`."""
         if self.repaired is None:
             return self.build(dtype)
-        model = _seeded(self.repaired).to(dtype).train()
+        model = _seeded(self.repaired).to(DEVICE, dtype).train()
         model.load_state_dict(self.build(dtype).state_dict(), strict=False)
         return model
 
@@ -78,11 +87,17 @@ def _seeded(factory: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    if isinstance(tree, dict):
-        return {k: _cast(v, dtype) for k, v in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_cast(v, dtype) for v in tree)
-    return tree.to(dtype) if isinstance(tree, Tensor) and tree.is_floating_point() else tree
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def _moving(step: Step) -> Step:
+    """A training step that moves its batch to the model's device first."""
+
+    @wraps(step)
+    def moving(model: nn.Module, batch: Any) -> Tensor:
+        return step(model, tree_map(lambda x: x.to(DEVICE) if isinstance(x, Tensor) else x, batch))
+
+    return moving
 
 
 # ------------------------------------------------------------------ samples and steps

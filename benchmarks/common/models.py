@@ -63,26 +63,26 @@ class ResNet18(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of :class:`Transformer`."""
+    """Self-attention of a :class:`Block`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).reshape(n, t, d))
 
 
 class Block(nn.Module):
     """A block of :class:`Transformer`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.a, self.n1, self.n2 = Attention(width, heads), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.a, self.n1, self.n2 = Attention(width, heads, causal), nn.LayerNorm(width), nn.LayerNorm(width)
         self.m = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # positions with a batch dimension, which Opacus's engines need
-        x = self.tokens(x) + self.positions(torch.arange(x.shape[1]).repeat(len(x), 1))
+        x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device).repeat(len(x), 1))
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -116,7 +116,7 @@ class TorchTransformer(nn.Module):
         self.head = nn.Linear(width, words)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(self.words(x) + self.places(torch.arange(x.shape[1])[None])))
+        return self.head(self.encoder(self.words(x) + self.places(torch.arange(x.shape[1], device=x.device)[None])))
 
 
 class CharLSTM(nn.Module):

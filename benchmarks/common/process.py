@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def quiet() -> None:
@@ -28,14 +31,52 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, on one thread."""
-    with multiprocessing.get_context("spawn").Pool(1, _one_thread) as pool:
+def wall_seconds(work: Callable[[], Any]) -> float:
+    """Seconds of a clock on the wall, until a GPU has done what it was given, too."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_a_fresh_process(function: Callable[..., Any], *arguments: Any, threads: int = 1) -> Any:
+    """What a function returns in a process of its own, on so many threads."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
         return pool.apply(function, arguments)
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+class _Count(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """Number of torch operations that are dispatched."""
+    with _Count() as count:
+        work()
+    return count.calls
+
+
+def resident_bytes() -> int:
+    """Memory that the operating system has given to this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_on_gpu(step: Callable[[], Any]) -> int:
+    """Largest number of bytes that tensors on the GPU hold during a warm step."""
+    step()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

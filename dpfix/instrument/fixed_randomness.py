@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfix.instrument.fixed_outside import FixedOutside
 from dpfix.instrument.own_draws import can_be_drawn, drawn, draws
+from dpfix.instrument.precision import exact_products
 from dpfix.instrument.rng import GeneratorStates
+from dpfix.instrument.unfused import Unfused
 
 _FEW = 16
 """A draw of so few numbers, one for all or one for each sample, may decide a branch."""
@@ -67,7 +70,9 @@ class FixedRandomness(TorchDispatchMode):
 
     A sample alone and the same sample in a batch, wherever the batch dimension is, then see the same noise and the
     same dropout mask, so that their gradients can be compared. Values are drawn in single precision and then
-    converted, so that a run in double precision sees the same ones.
+    converted, so that a run in double precision sees the same ones. Products are exact
+    (:func:`~dpfix.instrument.precision.exact_products`), and kernels that draw inside are replaced by the operations that they
+    are made of.
 
     Args:
         stack: paths of the modules that are being called, kept by the caller.
@@ -89,15 +94,20 @@ class FixedRandomness(TorchDispatchMode):
         self._draw = draw
         self._number = 0
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._around = ExitStack()
         self.outside = FixedOutside(draw.python, draw.numpy, one_by_one=draw.apart)
 
     def __enter__(self) -> FixedRandomness:
         self._draw.seed_outside()
         self.outside.__enter__()
+        self._around.enter_context(exact_products())
+        if torch.cuda.is_initialized():
+            self._around.enter_context(Unfused())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._around.close()
         self.outside.__exit__(*error)
 
     @property

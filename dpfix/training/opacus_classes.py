@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
-from dpfix.instrument.precision import without_autocast
+from dpfix.instrument.precision import exact_products, without_autocast
 from dpfix.instrument.turn import TURN
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
@@ -87,7 +87,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            self.guard.clip(self, super().clip_and_accumulate)
+            with exact_products():
+                self.guard.clip(self, super().clip_and_accumulate)
             self.guard.summed()
 
         def add_noise(self) -> None:

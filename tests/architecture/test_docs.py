@@ -25,6 +25,7 @@ WITH_EXAMPLES = [
     "docs/monai.md",
     "docs/augmentation.md",
     "docs/budget.md",
+    "docs/federated.md",
     "docs/people.md",
     *NEEDS,
 ]

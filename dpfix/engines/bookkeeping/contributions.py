@@ -235,6 +235,15 @@ def sizes(*factors: torch.Tensor) -> torch.Tensor:
     return torch.stack(norms).prod(0)
 
 
+def at_once(device: torch.device) -> int:
+    """How many numbers of per-sample gradients are computed at a time, where only their norms are needed.
+
+    Returns:
+        As many as fit into a processor's cache; on an accelerator as many as keep it busy.
+    """
+    return 2**18 if device.type == "cpu" else 2**26
+
+
 def squared(rows: torch.Tensor) -> torch.Tensor:
     """Squared norm of every row, without a temporary of the same size.
 

@@ -25,6 +25,7 @@ from dpfix.engines.bookkeeping.contributions import (
     Contribution,
     Kept,
     Measured,
+    at_once,
     chosen,
     full_precision,
     sizes,
@@ -40,8 +41,6 @@ WINDOW_COST = 40
 WORTH_TRYING = 2.5
 """Ways whose cost is estimated at up to this many times the smallest estimate are tried."""
 TRIED_SAMPLES = 8
-BUFFER = 2**18
-"""Numbers that fit into a processor's cache."""
 UNCACHED = 8
 """How much longer it takes to copy a number when the copies do not fit."""
 
@@ -176,7 +175,7 @@ class Correlation(Contribution):
         x, g = self._by_group(self._padded(self.x)), self._by_group(self.g)
         positions = self.rows * math.prod(out)
         numbers = positions * self.shape[1:].numel() + self.shape.numel() // self.geometry.groups
-        step = max(1, BUFFER // numbers)
+        step = max(1, at_once(x.device) // numbers)
         for front, back in zip(x.split(step), g.split(step), strict=True):
             some = front.movedim(2, -1).contiguous()
             *firsts, last = some.stride()
@@ -230,7 +229,7 @@ class Correlation(Contribution):
         for length, padding in zip(self.x.shape[2:], self.geometry.padding, strict=True):
             padded *= length + 2 * padding
         patches = out * math.prod(self.shape[2:]) * self.x.shape[1]
-        moved = patches * (1 if patches <= BUFFER else UNCACHED) + size
+        moved = patches * (1 if patches <= at_once(self.x.device) else UNCACHED) + size
         moves = groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
         again = out * size  # the weight gradient of the batch
         costs: dict[str, float] = {

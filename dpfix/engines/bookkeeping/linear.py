@@ -15,6 +15,7 @@ from dpfix.engines.bookkeeping.contributions import (
     Contribution,
     Kept,
     Measured,
+    at_once,
     chosen,
     full_precision,
     sizes,
@@ -50,7 +51,7 @@ class Outer(Contribution):
 
     @override
     def measured(self) -> Measured:
-        """By Gram matrices, or by one product per sample into a reused buffer, whichever is cheaper."""
+        """By Gram matrices, or by products of some samples at a time into a reused buffer, whichever is cheaper."""
         positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
         if positions == 1:
             return Measured(squared(self.a[:, 0]) * squared(self.g[:, 0]))
@@ -58,9 +59,11 @@ class Outer(Contribution):
         if not self._directly and gram_cost(positions, wide, high) < product:
             gram = torch.bmm(self.a, self.a.mT).mul_(torch.bmm(self.g, self.g.mT))
             return Measured(gram.sum((1, 2)).clamp_(min=0), of_terms(gram), gram=True)
-        buffer = self.a.new_empty(high, wide)
-        norms = [torch.linalg.vector_norm(torch.mm(g.mT, a, out=buffer)) for a, g in zip(self.a, self.g, strict=True)]
-        return Measured(torch.stack(norms).square(), sizes(self.a, self.g))
+        some = max(1, at_once(self.a.device) // (wide * high))
+        buffer, squares = self.a.new_empty(min(some, len(self.a)), high, wide), []
+        for a, g in zip(self.a.split(some), self.g.split(some), strict=True):
+            squares.append(squared(torch.bmm(g.mT, a, out=buffer[: len(a)]).flatten(1)))
+        return Measured(torch.cat(squares), sizes(self.a, self.g))
 
     @override
     def picked(self, samples: torch.Tensor, double: bool) -> Outer:

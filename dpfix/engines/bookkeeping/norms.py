@@ -19,7 +19,7 @@ from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 
 _LOOP_ABOVE = 16384
-"""Numbers per sample from which one kernel per sample is faster than a product over all of them."""
+"""Numbers per sample from which one kernel per sample is faster on a processor than a product over all of them."""
 
 Saved = tuple[torch.Tensor | None, ...]
 Gradients = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
@@ -144,7 +144,8 @@ class LayerNorm(Norm):
         x, weight, bias, mean, rstd = saved
         shape, samples = call.module.normalized_shape, call.rows.samples
         kernel = torch.ops.aten.native_layer_norm_backward
-        if call.rows.plain and x.dim() > len(shape) and x.numel() // samples >= _LOOP_ABOVE:
+        large = x.device.type == "cpu" and x.numel() // samples >= _LOOP_ABOVE
+        if call.rows.plain and x.dim() > len(shape) and large:
             parts = zip(*(t.chunk(samples) for t in (g.contiguous(), x, mean, rstd)), strict=True)
             found = [kernel(*p[:2], shape, *p[2:], weight, bias, [wanted, True, True]) for p in parts]
             gx, scale, shift = zip(*found, strict=True)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from random import Random, SystemRandom
+from contextlib import AbstractContextManager, contextmanager, suppress
+from random import Random
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpfix.audit.reference import factor
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
-from dpfix.instrument.clipping import Scheme
 from dpfix.instrument.fixed_randomness import FixedRandomness, outside_states
 from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
 from dpfix.instrument.module_state import state_of, traceless
 from dpfix.instrument.own_draws import draws_from
+from dpfix.instrument.precision import exact_products
 from dpfix.instrument.rng import rng_untouched
 from dpfix.layout.rows import Rows
-from dpfix.plan import Plan
 from dpfix.training.follow.calls import ModelCall, in_autocast
 from dpfix.training.follow.delivery import Exchange
 from dpfix.training.follow.judge import rows_gap
@@ -143,7 +141,7 @@ class PlainModel:
 
     def _outputs(self, call: ModelCall, arguments: Any, *, fixed: bool) -> tuple[list[Any], tuple[torch.Tensor, int]]:
         args, kwargs = arguments
-        with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else nullcontext():
+        with traceless(self.module, self._state), torch.no_grad(), FixedRandomness() if fixed else exact_products():
             with drawing_as_in(call) as state, in_autocast(call.autocast):
                 out = self.module(*args, **kwargs)
                 after = state(), outside_states()
@@ -226,6 +224,22 @@ class PlainModel:
             made.append(outputs)  # type: ignore[arg-type]
         return made
 
+    def is_of_step(self, graph: list[list[torch.Tensor]] | None, closeness: float | None = None) -> bool:
+        """Whether outputs are those of the step, up to rounding.
+
+        Args:
+            graph: from :meth:`graph`.
+            closeness: relative difference that is rounding, if not that of their types.
+
+        Returns:
+            False if there are none.
+        """
+        return graph is not None and all(
+            close(out.detach(), output.tensor.detach(), closeness)
+            for call, outs in zip(self.step.calls, graph, strict=True)
+            for output, out in zip(call.outputs, outs, strict=True)
+        )
+
     def gradient(self, graph: list[list[torch.Tensor]], weights: Sequence[float]) -> Gradients:
         """The weighted sum of the samples' gradients, by ordinary autograd.
 
@@ -302,85 +316,3 @@ def drawing_as_in(call: ModelCall) -> Iterator[Callable[[], torch.Tensor]]:
         torch.cuda.set_rng_state(cuda)
     with draws_from(cpu) as state:
         yield state
-
-
-# ------------------------------------------------------------------ what is released
-
-
-def wrong_sum(
-    model: PlainModel, plan: Plan, clipped: Gradients, norms: torch.Tensor, clip_norm: float, chosen: Sequence[int]
-) -> str:
-    """Why a clipped sum is not the sum of clipped per-sample gradients; empty if it is, or if it cannot be told.
-
-    Args:
-        model: the plain model on the step.
-        plan: for the scale of a sample's gradient, and how it is clipped.
-        clipped: the clipped sum by parameter name.
-        norms: norms of the samples' gradients as the engine has them, shape ``[samples, groups]``.
-        clip_norm: the clip norm C of all parameters together.
-        chosen: samples whose norms are compared with the plain model's.
-
-    Returns:
-        The reason, with factors and no values of the data.
-    """
-    step = model.step
-    graph = None if any(map(_has_no_rows, step.calls, step.gradients)) else model.graph()
-    if graph is None or any(
-        not close(out.detach(), output.tensor.detach())
-        for call, outs in zip(step.calls, graph, strict=True)
-        for output, out in zip(call.outputs, outs, strict=True)
-    ):
-        return ""
-    scale, scheme = plan.scale(len(norms), model.counts), plan.clipping
-    scales = scale.tolist() if isinstance(scale, torch.Tensor) else [float(scale)] * len(norms)
-    values = norms.tolist()
-    if not all(math.isfinite(v) for of_one in values for v in of_one):
-        return ""  # there are checks of their own for that
-    groups = [[list(clipped)[i] for i in of] for of in scheme.members(list(clipped))]
-    for i in {i % len(values) for i in chosen}:
-        alone = model.gradient(graph, model.weights([s * (j == i) for j, s in enumerate(scales)]))
-        for names, value, most in zip(groups, values[i], norms.amax(0).tolist(), strict=True):
-            norm = norm_of({n: alone[n] for n in names})
-            if not abs(value - norm) <= _NORM * max(norm, _NORM * most, 1e-12):
-                return f"the norm of one sample's gradient is {value / max(norm, 1e-30):.3g} times what it is without an engine"
-    for g in SystemRandom().sample(range(len(groups)), min(_GROUPS, len(groups))):
-        bound = scheme.shares[g] * clip_norm
-        factors = [s * factor(scheme, bound, of_one[g]) for s, of_one in zip(scales, values, strict=True)]
-        wanted = model.gradient(graph, model.weights(factors))
-        error, name = _error({n: clipped[n] for n in groups[g]}, wanted, bound)
-        if error > _SUM:
-            return (
-                f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
-            )
-    return ""
-
-
-def _has_no_rows(call: ModelCall, gradients: Sequence[torch.Tensor | None]) -> bool:
-    """Whether a gradient is not known, or is that of a loss which the model has computed itself."""
-    pairs = zip(call.outputs, gradients, strict=True)
-    return any(g is None or (o.dim is None and bool(g.any())) for o, g in pairs)
-
-
-_NORM = 1e-2
-_SUM = 2e-2
-_GROUPS = 4
-"""So many groups of parameters, others in every step, are compared: each takes a backward pass of its own."""
-
-
-def _error(found: Gradients, wanted: Gradients, clip_norm: float) -> tuple[float, str]:
-    worst, where = 0.0, ""
-    for name, value in found.items():
-        size = max(float(torch.linalg.vector_norm(wanted[name].double())), clip_norm)
-        gap = float(torch.linalg.vector_norm(value.double() - wanted[name].double())) / size
-        if not gap <= worst:
-            worst, where = gap, name
-    return worst, where
-
-
-def norms_left_on(parameters: Mapping[str, Any], scheme: Scheme) -> torch.Tensor | None:
-    """Norms of the per-sample gradients that an engine has left on the parameters, shape ``[samples, groups]``."""
-    found = [getattr(p, "grad_sample", None) for p in parameters.values()]
-    left = [g.detach() for g in found if isinstance(g, torch.Tensor)]
-    if not left or len(left) < len(found):
-        return None
-    return scheme.norms(list(parameters), left)

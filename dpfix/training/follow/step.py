@@ -186,17 +186,15 @@ def other_shapes(step: RealStep, arguments: Sequence[Any]) -> bool:
     )
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal up to rounding; NaN equals NaN."""
+def close(a: torch.Tensor, b: torch.Tensor, closeness: float | None = None) -> bool:
+    """Whether two tensors are equal up to rounding, which is that of their type if not told; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
         return False
-    return torch.allclose(a, b, rtol=TOLERANCE.get(a.dtype, ROUGH), atol=1e-30 + _atol(b), equal_nan=True)
-
-
-def _atol(b: torch.Tensor) -> float:
+    closeness = closeness or TOLERANCE.get(a.dtype, ROUGH)
     finite = b[torch.isfinite(b)]
-    return TOLERANCE.get(b.dtype, ROUGH) * (float(finite.abs().max()) if finite.numel() else 0.0)
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=closeness, atol=1e-30 + closeness * largest, equal_nan=True)
