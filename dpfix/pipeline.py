@@ -15,7 +15,6 @@ from dpfix.audit.isolation import check_ordinary, weighted_by_rows
 from dpfix.audit.persistent_state import check_inside, check_outside, modules_outside, undone_after
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
-from dpfix.distributed import fingerprint
 from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, StateWrittenError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
 from dpfix.instrument.function_modes import switch_off_all, unfollowed
@@ -48,6 +47,7 @@ from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.people import people_of
+from dpfix.sampling.ranks import fingerprint
 from dpfix.sampling.rate import batch_size, index_set, of_sampling
 from dpfix.sampling.shown_people import people_shown
 from dpfix.scan.clipping import scheme_of

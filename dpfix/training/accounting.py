@@ -139,7 +139,7 @@ class Accounting:
             before = None if counted is None else counted.accounted
             noise = float(optimizer.noise_multiplier)
             if before is None or noise < before:
-                self._release(optimizer, noise / self._times(optimizer))
+                self._release(optimizer, noise / self.times(optimizer))
             elif not self._by_pass:
                 self._without_step -= 1
             if self._draw is not None and counted is not None:
@@ -163,7 +163,7 @@ class Accounting:
             skipped = [] if self._by_pass or self._ledger is None else self._ledger.unaccounted()
             least = 1 + sum(draw is not self._draw for draw in skipped)
             try:
-                self.spender.reserve((noise / self._times(optimizer), self._rate), least)
+                self.spender.reserve((noise / self.times(optimizer), self._rate), least)
             except BudgetError:
                 skipped_before = isinstance(counted, Pass) and any(d is not self._draw for d in counted.unreleased)
                 if self._draw is not None and counted is not None and counted.accounted is None and not skipped_before:
@@ -179,7 +179,7 @@ class Accounting:
         """What a release is counted once for."""
         return draw if draw is None or not self._by_pass else draw.of
 
-    def _times(self, optimizer: DPOptimizer) -> int:
+    def times(self, optimizer: DPOptimizer) -> int:
         """How often a sample may be in the release that is being made, each time with the whole clip norm."""
         if self._ledger is not None or self.own_loader is None:
             return 1  # one backward pass on one draw, as the guards of every step see to

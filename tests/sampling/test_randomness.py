@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import dpfix
-from dpfix.distributed import ALONE
 from dpfix.sampling import randomness
 from dpfix.sampling.randomness import OwnNoise, Randomness, Stream, seeded
+from dpfix.sampling.ranks import ALONE
 from tests.cases import mlp
 from tests.helpers import assert_same_generators, generator_states, points, setting, sgd
 
