@@ -138,7 +138,7 @@ class PrivateTrainer:
         self._refuse_beyond_budget(noise, sample_rate(loader))
         _, self.optimizer, private_loader = self.private
         self.dataloader_train = _forever(private_loader)
-        self._say(f"dpfix: private training.\n{self.private.report}\n{self._warning()}")
+        self._say(f"dpfix: private training.\n{self.private.report.details()}\n{self._warning()}")
 
     def _refuse_beyond_budget(self, noise: float, rate: float) -> None:
         """A fold that would be stopped in the middle is not begun."""
