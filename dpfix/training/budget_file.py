@@ -13,16 +13,16 @@ import json
 import math
 import os
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpfix.errors import BudgetError
+from dpfix.training.budget_lock import both_locked
 from dpfix.training.epsilon import LARGEST_NOISE, Entry, coarser
 from dpfix.weights.files import written_whole
 
@@ -40,11 +40,6 @@ PATIENCE = 120.0
 """Seconds for which a process waits until the others have written."""
 MOST_ROWS = 500
 """Different settings of one training that are written; more are rounded, to less noise and larger rates."""
-
-ONE = threading.RLock()
-"""Held by the thread of this process that changes a budget, or what one of its trainings has reserved; nothing else is waited for
-with it but the file."""
-os.register_at_fork(after_in_child=ONE._at_fork_reinit)  # type: ignore[attr-defined]  # its holder is not in the child
 
 
 @dataclass(frozen=True)
@@ -182,15 +177,10 @@ class BudgetFile:
         begin = time.monotonic()
         try:
             while True:
-                with ONE, ExitStack() as held:
-                    queue = self._locked(lock.open("ab"), held, begin)
-                    try:  # to be written to: some file systems lock nothing else
-                        own = self._locked(self.path.open("r+b"), held, begin)
-                    except FileNotFoundError:
-                        own = None
+                with both_locked(lock, self.path, lambda file: self._wait_for(file, begin)) as (queue, own):
                     if held_is(queue, lock) and held_is(
                         own, self.path
-                    ):  # else somebody was faster, or has removed the lock
+                    ):  # else somebody was faster, or removed the lock
                         return self._change(change, own)
         except OSError as error:
             raise BudgetError(
@@ -243,16 +233,10 @@ class BudgetFile:
             one.unlink(missing_ok=True)
             other.unlink(missing_ok=True)
 
-    def _locked(self, file: BinaryIO, held: ExitStack, begin: float) -> BinaryIO:
-        held.enter_context(file)
-        self._wait_for(file, begin)
-        held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # type: ignore[union-attr]  # a fork may hold the file open too
-        return file
-
-    def _wait_for(self, held: BinaryIO, begin: float) -> None:
+    def _wait_for(self, file: BinaryIO, begin: float) -> None:
         while True:
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
             except BlockingIOError:
                 if time.monotonic() - begin > PATIENCE:
                     raise BudgetError(

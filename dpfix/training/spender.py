@@ -29,7 +29,8 @@ from dpfix.sampling.population import Population
 from dpfix.scan.request import Request
 from dpfix.scan.values import shown
 from dpfix.training.budget import OPEN, Account, Budget
-from dpfix.training.budget_file import ONE, Content, Line, counted, gone
+from dpfix.training.budget_file import Content, Line, counted, gone
+from dpfix.training.budget_lock import one_at_a_time
 from dpfix.training.epsilon import Entry
 from dpfix.training.lineage import lineage_of
 from dpfix.training.releases import Releases, book_of, history_of
@@ -133,7 +134,7 @@ class Spender:
 
     def add_earlier(self, releases: Iterable[Releases]) -> None:
         """The model holds what these trainings released, too; it is written with the next step."""
-        with ONE:
+        with one_at_a_time():
             self._earlier += releases
             self._ahead = None
 
@@ -179,7 +180,7 @@ class Spender:
         Raises:
             BudgetError: they would go beyond the budget, or cannot be written; the file is as it was.
         """
-        with ONE:
+        with one_at_a_time():
             if self._left(setting) >= least:
                 return
             self._goes_on()
@@ -209,7 +210,7 @@ class Spender:
         Raises:
             BudgetError: it is not in the file, and cannot be written.
         """
-        with ONE:
+        with one_at_a_time():
             if self._left(setting) < 1:
                 self._goes_on()
                 block = (*setting, 1)
@@ -227,7 +228,7 @@ class Spender:
             warn_user(f"{_STAYS_SPENT}: {error}")
 
     def _give_back(self) -> None:
-        with ONE:
+        with one_at_a_time():
             if self.process == os.getpid() and self in OPEN:
                 self.over = True
                 if self._writes >= 0:
