@@ -131,7 +131,7 @@ def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any
         "engine": training.plan.engine,
         "history": training.privacy_engine.accountant.history,
         "epsilon": training.get_epsilon(1e-3),
-        "report": str(training.report),
+        "report": training.report.details(),
     }
 
 

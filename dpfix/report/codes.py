@@ -40,6 +40,7 @@ CODES: Mapping[str, str] = {
     "DPF048": "`dpfix check`: what the check cannot vouch for (a warning of the run, an optimizer beside the private one)",
     "DPF049": "collate_fn puts the items of persons into an order of its own",
     "DPF050": "the data set shows persons with several items, and privacy is accounted for one item",
+    "DPF051": "a certificate does not fit: its seal, what it says twice, or the epsilon of its releases",
     "DPF052": "the budget of the data does not allow a release, or its file cannot be used",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",

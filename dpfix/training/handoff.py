@@ -180,7 +180,7 @@ def hand_off(
         batch_first=plan.batch_first or own,
         **for_opacus,
     )
-    settle(private_optimizer)
+    settle(private_optimizer, plan.clipping)
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)
