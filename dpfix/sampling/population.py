@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset
 
-from dpfix.distributed import digest
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument.rng import rng_untouched
 from dpfix.sampling.fingerprint import READS, constants
 from dpfix.sampling.people import People, items_behind, people_of
+from dpfix.sampling.ranks import digest
 from dpfix.sampling.rate import index_set
 from dpfix.sampling.records import looks_up_as
 
