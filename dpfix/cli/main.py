@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; ``sys.argv`` if not given.
 
     Returns:
-        The exit status: 0, 1 if a doctor or verify found something, 2 if something was refused; ``dpfix check`` has a table of its
-        own.
+        The exit status: 0, 1 if a doctor or verify found something, 2 if something was refused; ``dpfix check`` has a table
+        of its own.
     """
     options = _parsed(list(sys.argv[1:] if arguments is None else arguments))
     try:
