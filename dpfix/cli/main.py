@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 import dpfix
-from dpfix.cli import budget, nnunet, plan, segment, statement
+from dpfix.cli import budget, nnunet, plan, segment, statement, verify
 from dpfix.cli.check import command as check
 from dpfix.errors import DPFixError
 
-COMMANDS = (check, plan, statement, budget, segment, nnunet)
+COMMANDS = (check, plan, statement, verify, budget, segment, nnunet)
 """The modules of the commands; each has ``add(commands)``, which adds a parser that sets ``run``."""
 
 
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; ``sys.argv`` if not given.
 
     Returns:
-        The exit status: 0, 1 if a doctor found something, 2 if something was refused; ``dpfix check`` has a table of its own.
+        The exit status: 0, 1 if a doctor or verify found something, 2 if something was refused; ``dpfix check`` has a table
+        of its own.
     """
     options = _parsed(list(sys.argv[1:] if arguments is None else arguments))
     try:

@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 import dpfix
+from dpfix.cli.main import main
 from dpfix.training import certificate as making
 from dpfix.training.certificate import digest_of, package_hash, plan_hash, sealed
 from tests.helpers import setting, train
@@ -206,3 +207,16 @@ def test_hash_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_digest_does_not_depend_on_the_order_of_names(made: dict[str, Any]) -> None:
     assert digest_of(made) == digest_of(dict(reversed(made.items())))
+
+
+def test_the_command_tells_by_its_exit_status(
+    private: dpfix.PrivateTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, key = tmp_path / "certificate.json", tmp_path / "key"
+    key.write_bytes(KEY.encode())
+    private.certificate(0.01, file, key=KEY)
+    assert main(["verify", str(file), "--key-file", str(key)]) == 0 and "fits" in capsys.readouterr().out
+    file.write_text(file.read_text().replace('"delta": 0.01', '"delta": 0.001'))
+    assert main(["verify", str(file)]) == 1 and "DPF051" in capsys.readouterr().out
+    assert main(["verify", str(file), "--key-file", str(tmp_path / "none")]) == 2
+    assert main(["verify", str(tmp_path / "none")]) == 2 and "cannot be opened" in capsys.readouterr().err
