@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from dpfix.audit.persistent_state import modules_outside
+from dpfix.distributed import end_exchange
 from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
@@ -43,9 +44,10 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             try:
                 made = on_inner(*args, **kwargs)
                 give_back()
-                return made
             except BaseException:
                 before.put_back()
                 raise
+            end_exchange(module)
+            return made
 
     return whole

@@ -65,9 +65,7 @@ def wrong_sum(
         for name in groups[g]:
             error, rounding = (_error(of[name], wanted[name], bound) for of in (clipped, exactly))
             if not error <= _SUM + _ROUNDING * rounding:
-                return (
-                    f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
-                )
+                return f"the clipped sum of `{name}` differs by {error:.1e} times the clip norm from the one without an engine"
     return ""
 
 
