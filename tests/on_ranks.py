@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset, random_split
 
 import dpfix
+from dpfix.choose import physical
 
 CLIP, RATE = 0.5, 0.5
 OWNERS = [i % 7 if i < 30 else 7 + i % 11 for i in range(60)]
@@ -100,10 +101,11 @@ def summed(model: nn.Module, batch: Any) -> Tensor:
     return step(model, batch) * len(batch[0])
 
 
-def train(given: dict[str, Any], steps: int, physical: int = 0, called: nn.Module | None = None) -> dict[str, Any]:
+def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module | None = None) -> dict[str, Any]:
     """Some steps: what was drawn here, the weights before and after each, and what was accounted.
 
     Args:
+        managed: samples at a time, if a ``BatchMemoryManager`` is used.
         called: the model that the loop calls; the returned one if not given.
     """
     training = dpfix.make_private_safe(**given)
@@ -118,8 +120,8 @@ def train(given: dict[str, Any], steps: int, physical: int = 0, called: nn.Modul
 
     optimizer.attach_step_hook(released)
     batches: Any = loader
-    if physical:
-        manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer)
+    if managed:
+        manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=managed, optimizer=optimizer)
         batches = manager.__enter__()
     while len(draws) < steps:
         for batch in batches:
@@ -137,6 +139,7 @@ def train(given: dict[str, Any], steps: int, physical: int = 0, called: nn.Modul
         "states": states,
         "draws": draws,
         "engine": training.plan.engine,
+        "physical": training.plan.physical,
         "history": training.privacy_engine.accountant.history,
         "epsilon": training.get_epsilon(1e-3),
         "report": str(training.report),
@@ -157,7 +160,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found = {mode: train(call(grad_sample_mode=mode), 4) for mode in ("auto", "vmap", "microbatch", "hooks")}
     found["Opacus"] = {"positions": opacus}
     found["few samples"] = train(call(batch_size=2), 12)
-    found["memory manager"] = train(call(batch_size=20), 3, physical=4)
+    found["memory manager"] = train(call(batch_size=20), 3, managed=4)
     found["sum"] = train(call(loss_reduction="sum", training_step=summed, grad_sample_mode="auto"), 3)
     found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
     found |= {name: train(call(**options), 3) for name, options in CLIPPING.items()}
@@ -167,7 +170,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["persons"] = train(call(batch_size=4, privacy_unit=OWNERS), 6)
     found["one person"] = train(call(batch_size=1, privacy_unit=OWNERS), 12)
     found["persons, distributed sampler"] = train(call(data_loader=loader, privacy_unit=OWNERS), 3)
-    found["persons, memory manager"] = train(call(batch_size=18, privacy_unit=OWNERS), 2, physical=2)
+    found["persons, memory manager"] = train(call(batch_size=18, privacy_unit=OWNERS), 2, managed=2)
     return found
 
 
@@ -181,7 +184,10 @@ def habitual(module: nn.Module | None = None, **options: Any) -> DistributedData
 def by_habit(rank: int, size: int) -> dict[str, Any]:
     """Trainings of a model in torch's own wrapper."""
     found = {mode: train(call(module=habitual(), grad_sample_mode=mode), 3) for mode in ("vmap", "hooks")}
-    found["memory manager"] = train(call(module=habitual(), batch_size=20), 3, physical=4)
+    found["memory manager"] = train(call(module=habitual(), batch_size=20), 3, managed=4)
+    found["parts"] = train(call(module=habitual(), batch_size=20, max_physical_batch_size=4), 3)
+    physical.free_memory = lambda device, ranks: 10**6 // (1 + rank)
+    found["parts found"] = train(call(module=habitual(), batch_size=20, max_physical_batch_size="auto"), 3)
     found["noise"] = train(call(module=habitual(), noise_multiplier=2.0, seed=None), 6)
     found["without a wrapper"] = train(call(module=habitual(), wrap_model=False), 3)
     kept = habitual(gradient_as_bucket_view=True)
@@ -480,9 +486,9 @@ def budgets(rank: int, size: int) -> dict[str, Any]:
 
 
 def death(rank: int, size: int) -> dict[str, Any]:
-    """Rank 1 ends in the middle of the training, and has saved a checkpoint on the way."""
+    """Rank 1 ends in the middle of the training."""
     training = dpfix.make_private_safe(**call(module=habitual(), batch_size=20))
-    model, optimizer, loader = training
+    model, _, loader = training
     loop(training, islice(loader, 1))
     if rank == 1:
         os._exit(0)  # torchrun would end the others at once if it were told of a failure

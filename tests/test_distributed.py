@@ -117,7 +117,8 @@ def test_the_ranks_release_one_clipped_sum(trained: Seen, name: str) -> None:
 
 
 BY_HABIT = {
-    "vmap": 6, "hooks": 6, "memory manager": 20, "without a wrapper": 6, "the script's own object is called": 6,
+    "vmap": 6, "hooks": 6, "memory manager": 20, "parts": 20, "parts found": 20, "without a wrapper": 6,
+    "the script's own object is called": 6,
 }  # fmt: skip
 """Training of a model in torch's own wrapper -> what its clipped sum is divided by."""
 
@@ -132,6 +133,13 @@ def test_a_model_in_torchs_wrapper_is_trained_as_in_one_process(by_habit: Seen, 
     report = by_habit[0][name]["report"]
     assert "DPF019" in report and "DistributedDataParallel averages the gradients of the ranks" in report
     assert f"ranks: {len(by_habit)}, each works on its part" in report
+
+
+def test_the_ranks_agree_on_the_size_of_physical_batches(by_habit: Seen) -> None:
+    """Where the one has less memory than the other."""
+    sizes = {name: {rank[name]["physical"] for rank in by_habit} for name in ("parts", "parts found", "vmap")}
+    assert sizes["parts"] == {4} and sizes["vmap"] == {None}
+    assert len(sizes["parts found"]) == 1 and None not in sizes["parts found"]
 
 
 def test_torchs_wrapper_stays_the_scripts_object(by_habit: Seen) -> None:
@@ -335,18 +343,17 @@ def test_a_rank_that_ends_ends_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path, ranks: int) -> None:
-    """The draws are those of the training that saved it, shared out among others; what is released is right."""
+    """With a warning; what is released is right, and accounted with what was released before."""
     first = launch("checkpoint", tmp_path, 2)
     second = launch("checkpoint", tmp_path, ranks)
     (last, *_), states = second[0]["run"]["states"], first[0]["run"]["states"]
     assert all(torch.equal(last[k], v) for k, v in states[-1].items())
-    alone = 20 / 60
-    assert second[0]["history"] == [(0.0, alone, 6)]
+    assert second[0]["history"] == [(0.0, 20 / 60, 6)]
     for drawn, before, after in steps(second, "run"):
         for key, total in wanted(before, drawn).items():
             moved = before[key].double() - after[key].double()
             assert torch.allclose(moved, on_ranks.RATE / 20 * total, rtol=1e-4, atol=1e-6), key
-    assert any("2 ranks" in text for text in second[0]["told"]) is (ranks != 2)
+    assert any("a training on 2 ranks, and goes on with" in text for text in second[0]["told"]) is (ranks != 2)
 
 
 def test_passes_that_were_left_at_other_places_do_not_matter(misused: Seen) -> None:

@@ -102,6 +102,13 @@ def check_values(
     check_choice("norm", privacy.norm, NORMS)
     check_choice("sampling", privacy.sampling, SAMPLINGS)
     check_choice("clipping", privacy.clipping, CLIPPING)
+    if privacy.sampling == "fixed" and performance.max_physical_batch_size is not None:
+        raise ArgumentError(
+            f"max_physical_batch_size={performance.max_physical_batch_size!r} with a loader that goes on drawing by itself:",
+            "only a loader of dpfix's can deliver its batches in parts.",
+            "Use Opacus's BatchMemoryManager around the loop, or leave out poisson_sampling=False and sampling='fixed'.",
+            path="max_physical_batch_size",
+        )
     if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
             f"noise_multiplier={shown(noise_multiplier)} must be a finite number >= 0:",
