@@ -185,6 +185,25 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
         )
 
 
+def check_whole_batches(arguments: Mapping[str, Any], trainer: str) -> None:
+    """Batches are not delivered in parts to who counts a step for each that it gets.
+
+    Args:
+        arguments: of the call.
+        trainer: who counts, in words.
+
+    Raises:
+        ArgumentError: they are to be.
+    """
+    if arguments.get("max_physical_batch_size") is not None:
+        raise ArgumentError(
+            f"max_physical_batch_size={shown(arguments['max_physical_batch_size'])} with {trainer}:",
+            "it counts a step for every part of a batch, and ends a pass after len(loader) of them, of which there may be more.",
+            "Leave it out, with a smaller batch size, or write the loop yourself with make_private_safe.",
+            path="max_physical_batch_size",
+        )
+
+
 def check_wrapping(performance: PerformanceOptions, wrap_model: bool) -> None:
     """Some engines work through Opacus's wrapper only.
 

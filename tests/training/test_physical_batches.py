@@ -99,6 +99,40 @@ def test_the_size_is_found_from_what_is_free(monkeypatch: pytest.MonkeyPatch, mo
     assert sizes[0] == 1 and sizes[2] == 24 and 1 <= sizes[1] < 10 * weights / least
 
 
+class Scaled(nn.Module):
+    """A model whose call one batch does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, scale: int) -> Tensor:
+        return self.net(x) / scale
+
+
+def test_where_the_first_real_step_decides_a_number_is_kept_and_auto_is_refused() -> None:
+    def call(size: Any) -> dpfix.PrivateTraining:
+        torch.manual_seed(0)
+        model = Scaled()
+        return dpfix.make_private_safe(
+            **given(module=model, optimizer=sgd(model, 0.1), criterion=None, max_physical_batch_size=size)
+        )
+
+    found = []
+    for size in (3, None):
+        model, optimizer, loader = training = call(size)
+        for x, y in loader:
+            assert size is None or len(x) <= size
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x, 2), y).backward()
+            optimizer.step()
+        assert training.plan.physical == size
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    with pytest.raises(dpfix.ArgumentError, match="the memory of a step can only be measured"):
+        call("auto")
+
+
 def test_a_step_of_more_samples_keeps_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network with wide activations, fewer samples fit."""
     fitting = []
