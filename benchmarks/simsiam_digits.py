@@ -163,11 +163,9 @@ def plot(private: list[Curve], plain: list[Curve], path: Path) -> None:
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots(1, 2)
-    for curves, name in ((plain, "without privacy"), (private, f"epsilon {private[0].epsilon:.1f}")):
+    for curves, name, line in ((plain, "without privacy", "o--"), (private, f"epsilon {private[0].epsilon:.1f}", "s-")):
         for axis, values in zip(axes, ([c.spread for c in curves], [c.accuracy for c in curves]), strict=True):
-            axis.plot(
-                curves[0].epochs, [statistics.median(v) for v in zip(*values, strict=True)], label=name, marker="o"
-            )
+            axis.plot(curves[0].epochs, [statistics.median(v) for v in zip(*values, strict=True)], line, label=name)
     for axis, title in zip(axes, ("std of a feature x sqrt(d)", "5-NN accuracy"), strict=True):
         axis.set(title=title, xlabel="epoch", ylim=(0, 1))
         axis.legend()

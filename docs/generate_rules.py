@@ -32,6 +32,12 @@ HEADINGS = {"Why bad": "Why it is bad", "Why": "Why it matters"}
 SECTIONS = ("What", *HEADINGS, "Example", "Use instead")
 GENERATED = "<!-- written by docs/generate_rules.py from {source}; change that file instead -->"
 NAVIGATION = ("      # rules begin: written by docs/generate_rules.py\n", "      # rules end\n")
+GROUPS = {
+    "Layers": "batch_norm instance_norm inplace replaceable embedding",
+    "The model": "eval_mode scripted compiled parameter_dtype distributed",
+    "Optimizer and data": "optimizer data_loader",
+}
+"""What rules look at, and the files of those that do."""
 BY_CODE = sorted(RULES, key=lambda rule: rule.code)
 
 
@@ -188,25 +194,36 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
+def grouped() -> dict[str, list[Rule]]:
+    """The rules by what they look at, in the order of their codes.
+
+    Raises:
+        ValueError: a rule stands in no group, or a group names a file that is no rule.
+    """
+    files = {name_of(rule) for rule in RULES}
+    if wrong := files ^ set(" ".join(GROUPS.values()).split()):
+        raise ValueError(f"GROUPS and the files of dpfix/rules/ do not agree: {', '.join(sorted(wrong))}")
+    return {group: [rule for rule in BY_CODE if name_of(rule) in names.split()] for group, names in GROUPS.items()}
+
+
+def row(rule: Rule) -> tuple[str, ...]:
+    """A rule in the list of rules."""
+    can_be_done = ", ".join(f"`{outcome.value}`" for outcome in rule.outcomes)
+    return f"[{rule.code}]({name_of(rule)}.md)", markdown(rule.title), can_be_done, refusal(rule)
+
+
 def index() -> str:
     """The list of rules."""
-    rows = [
-        (
-            f"[{rule.code}]({name_of(rule)}.md)",
-            markdown(rule.title),
-            ", ".join(f"`{outcome.value}`" for outcome in rule.outcomes),
-            refusal(rule),
-        )
-        for rule in BY_CODE
-    ]
     parts = [
         GENERATED.format(source="dpfix/rules/*.py"),
         "# Rules",
         "A rule looks at model, optimizer and data loader before anything is run. It repairs what it finds,\n"
         "or it refuses it. What needs a run of the training step is on the page\n"
         "[What is checked, and what is not](../checks.md); [Codes](../codes.md) has all numbers.",
-        table(("code", "what is found", "what can be done", "a refusal raises"), *rows),
     ]
+    for group, rules in grouped().items():
+        head = ("code", "what is found", "what can be done", "a refusal raises")
+        parts += [f"## {group}", table(head, *map(row, rules))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -245,7 +262,11 @@ def navigation() -> str:
     """``mkdocs.yml`` with every page of a rule in its navigation."""
     begin, end = NAVIGATION
     before, _, rest = (ROOT / "mkdocs.yml").read_text().partition(begin)
-    entries = "".join(f"      - rules/{name}.md\n" for name in ("index", *map(name_of, BY_CODE)))
+    lines = ["Rules:", "    - rules/index.md"]
+    for group, rules in grouped().items():
+        lines += [f"    - {group}:", *(f"        - rules/{name_of(rule)}.md" for rule in rules)]
+    first, *others = lines
+    entries = "".join(f"      {line}\n" for line in (f"- {first}", *others))
     return before + begin + entries + end + rest.partition(end)[2]
 
 

@@ -44,10 +44,11 @@ from dpfix.plan import Plan
 from dpfix.repair.joined_optimizer import JoinedOptimizer
 from dpfix.repair.per_sample_loss import PerSampleLoss
 from dpfix.report.finding import Finding, Fixability, Severity
-from dpfix.report.report import EngineEvidence, Report
+from dpfix.report.report import EngineEvidence, Layer, Proof, Report
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.training.budget import Budget
+from dpfix.training.certificate_check import CertificateCheck, verify_certificate
 from dpfix.training.planning import PlannedTraining, TrainingPlans, plan
 from dpfix.training.result import PrivateTraining
 from dpfix.weights import (
@@ -73,6 +74,7 @@ __all__ = [
     "AugmentationMultiplicity",
     "Budget",
     "BudgetError",
+    "CertificateCheck",
     "CheckpointError",
     "CoupledLossError",
     "CoupledModelError",
@@ -85,6 +87,7 @@ __all__ = [
     "Fixability",
     "ForeignBatchError",
     "JoinedOptimizer",
+    "Layer",
     "LegacyReport",
     "LoadReport",
     "LoaderError",
@@ -104,6 +107,7 @@ __all__ = [
     "PlannedTraining",
     "PrivacyStatement",
     "PrivateTraining",
+    "Proof",
     "RankError",
     "Recording",
     "Report",
@@ -126,6 +130,7 @@ __all__ = [
     "plain_state_dict",
     "plan",
     "save_plain",
+    "verify_certificate",
     "verify_equivalence",
     "verify_legacy",
 ]

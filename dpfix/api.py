@@ -17,10 +17,11 @@ from dpfix.errors import DPFixError
 from dpfix.instrument.defaults import no_meta_default
 from dpfix.instrument.rng import rng_untouched
 from dpfix.observe.training_step import StepFunction
-from dpfix.pipeline import Prepared, deciding, prepare, refuse, versions, warn_blocked
+from dpfix.pipeline import Prepared, deciding, prepare, refuse, warn_blocked
 from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding
 from dpfix.report.report import Report
+from dpfix.report.versions import versions
 from dpfix.rules import RULES
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.augmentation import AugmentationMultiplicity
@@ -54,7 +55,7 @@ from dpfix.training.noise_search import EPSILON_TOLERANCE, Target, noise_for, to
 from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, opacus_make_private, secure_source
 from dpfix.training.releases import refuse_mixture
-from dpfix.training.result import PrivateTraining
+from dpfix.training.result import PrivateTraining, planned
 from dpfix.training.spender import spender_for
 
 
@@ -225,9 +226,6 @@ def make_private_safe_with_epsilon(
     """As :func:`make_private_safe`, with the noise that reaches a privacy budget after some epochs.
 
     Args:
-        module: see :func:`make_private_safe`.
-        optimizer: see :func:`make_private_safe`.
-        data_loader: see :func:`make_private_safe`.
         target_epsilon: the budget after ``epochs`` epochs.
         target_delta: its delta; smaller than 1 / number of samples (of persons with ``privacy_unit``).
         epochs: number of passes over the returned loader.
@@ -265,7 +263,7 @@ def make_private_safe_with_epsilon(
         if spender is not None:
             spender.check((noise, request.rate), times, f"the {times} releases of target_epsilon={epsilon:g}")
     arguments |= {"privacy_unit": request.privacy.privacy_unit}  # items are read once
-    return inspect.unwrap(make_private_safe)(
+    made = inspect.unwrap(make_private_safe)(
         module=module,
         optimizer=optimizer,
         data_loader=data_loader,
@@ -274,6 +272,7 @@ def make_private_safe_with_epsilon(
         privacy_engine=privacy_engine,
         **arguments,
     )
+    return planned(made, epsilon, delta, times)
 
 
 @all_or_nothing

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,6 @@ from dpfix.audit.persistent_state import check_inside, check_outside, modules_ou
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
 from dpfix.choose.physical import told_physical, with_physical
-from dpfix.distributed import fingerprint
 from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, StateWrittenError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
 from dpfix.instrument.function_modes import switch_off_all, unfollowed
@@ -42,16 +40,19 @@ from dpfix.repair.lazy import materialise
 from dpfix.repair.surgery import Surgery
 from dpfix.repair.validator import check_validator
 from dpfix.report.finding import Finding, Fixability, Severity
-from dpfix.report.report import EngineEvidence, Report
+from dpfix.report.report import EngineEvidence, Layer, Proof, Report
+from dpfix.report.versions import versions
 from dpfix.rules import RULES, Rule
 from dpfix.rules.batch_norm import fixed_norms
 from dpfix.rules.rule import run_rules
 from dpfix.sampling.collate import KnownRows, Placeholder
 from dpfix.sampling.fingerprint import data_fingerprint
 from dpfix.sampling.people import people_of
+from dpfix.sampling.ranks import fingerprint
 from dpfix.sampling.rate import batch_size, index_set, of_sampling
 from dpfix.sampling.shown_people import people_shown
 from dpfix.scan.clipping import scheme_of
+from dpfix.scan.layers import before_of, layers, tree_of
 from dpfix.scan.request import Request
 from dpfix.scan.settings import settings
 from dpfix.training.first_step import Decide, Decision
@@ -71,9 +72,10 @@ class Prepared:
         batches: how the loader's batches carry their samples.
         findings: what was found.
         evidence: what was measured about the engines.
-        proofs: one line per proof.
+        proofs: what was shown.
         samples: the probe of the loader's dataset.
         repairs: those of the findings that rules have made.
+        layers: every module before the repairs and after.
     """
 
     plan: Plan
@@ -83,9 +85,10 @@ class Prepared:
     batches: BatchLayout
     findings: tuple[Finding, ...]
     evidence: tuple[EngineEvidence, ...]
-    proofs: tuple[str, ...]
+    proofs: tuple[Proof, ...]
     samples: probe.Probe
     repairs: tuple[Finding, ...]
+    layers: tuple[Layer, ...] = ()
 
     def report(self, request: Request, noise_multiplier: float | None, *, secure: bool = False) -> Report:
         """The report of a call; the noise is ``None`` in a diagnosis, ``secure`` says whether it is cryptographic."""
@@ -97,6 +100,7 @@ class Prepared:
             self.proofs,
             settings(request, noise_multiplier, self.plan, secure=secure),
             versions(),
+            self.layers,
         )
 
     def what_is_trained(self, request: Request, noise_multiplier: float) -> dict[str, Any]:
@@ -125,11 +129,6 @@ class Prepared:
         )
 
 
-def versions() -> Mapping[str, str]:
-    """Versions of the packages that a report depends on, by name."""
-    return {name: metadata.version(name) for name in ("torch", "opacus")}
-
-
 def prepare(request: Request, surgery: Surgery) -> Prepared:
     """Scan, repair, observe, audit, choose. Leaves the repaired model, and nothing else, behind.
 
@@ -142,8 +141,10 @@ def prepare(request: Request, surgery: Surgery) -> Prepared:
     own = own_generators(
         request.module, request.training_step if request.training_step is not None else request.criterion
     )
+    before = tree_of(request.module)
     with undone_after(outside), drawing(own, DRAWS[0]):
-        return _prepare(request, surgery, outside)
+        prepared = _prepare(request, surgery, outside)
+    return replace(prepared, layers=layers(before, tree_of(request.module)))
 
 
 def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Prepared:
@@ -164,7 +165,7 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         check_validator(request, findings)
         plan = replace(undecided(request), physical=told_physical(request))
         later = decided_later(request, unknown)
-        proofs = ("the engine is decided on the first real step; this report is complete after it",)
+        proofs = (Proof("", "the engine is decided on the first real step; this report is complete after it"),)
         placeholder = Placeholder(samples.singles[0])
         found, repairs = (*findings, later), tuple(findings)
         return Prepared(plan, placeholder, None, None, batches, found, (), proofs, samples, repairs)
@@ -195,7 +196,8 @@ def decide(request: Request, earlier: Prepared, others: Sequence[Way], call: Cal
                     made = _proven(request, whole.samples, whole.step, list(earlier.repairs), outside)
                     check_rows(request.module, earlier.known_rows, made.known_rows)
                     surgery.commit()
-                return made, way
+                now = layers(before_of(earlier.layers), tree_of(request.module))
+                return replace(made, layers=now), way
             except (LossError, CoupledModelError, NoEngineError, TrainingStepError) as error:
                 refused.append(error)
     if refused:
@@ -278,7 +280,7 @@ def _audited(
         plan = replace(plan, no_grad_regions=regions)
         findings += [no_grad_search.finding(region, len(samples)) for region in regions]
     isolated = check_ordinary(subject, ordinary, plan, request.criterion)
-    proofs, harder = isolated.lines, Harder(subject, ordinary, plan, request.criterion)
+    proofs, harder = isolated.proofs, Harder(subject, ordinary, plan, request.criterion)
     trials = Trials(ordinary, harder.provoked(isolated.inputs))
     placeholder = _placeholder(harder.emptied() or ordinary, plan)
     proofs += harder.drawn_otherwise()
@@ -302,7 +304,9 @@ def _audited(
 
 def _batches(samples: probe.Probe) -> BatchLayout:
     layout = BatchLayout.of(samples)
-    Collation(layout).look(samples.collate, samples.items)
+    collation = Collation(layout)
+    collation.look_at_order(samples.collate, samples.items)
+    collation.look(samples.collate, samples.items)
     return layout
 
 

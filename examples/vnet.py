@@ -180,8 +180,8 @@ def draw(path: Path, runs: list[Run], tiles: Sample) -> None:
     figure = plt.figure(figsize=(12, 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
     curves = above.subplots()
-    for run in runs:
-        curves.plot([r["epoch"] for r in run.rows], [r["dice"] for r in run.rows], marker="o", label=run.name)
+    for run, marker in zip(runs, "osD^vPX", strict=False):
+        curves.plot([r["epoch"] for r in run.rows], [r["dice"] for r in run.rows], marker=marker, label=run.name)
     curves.set(xlabel="epoch", ylabel="validation Dice, mean of grey and white", ylim=(0, 1))
     curves.legend(loc="lower right")
     pictures = {"T1 image": tiles["image"], "truth": tiles["label"]} | {r.name: r.prediction for r in runs}

@@ -142,7 +142,7 @@ def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module
         "physical": training.plan.physical,
         "history": training.privacy_engine.accountant.history,
         "epsilon": training.get_epsilon(1e-3),
-        "report": str(training.report),
+        "report": training.report.details(),
     }
 
 

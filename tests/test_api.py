@@ -97,7 +97,7 @@ def test_report_in_three_forms() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ELU(inplace=True), nn.Linear(16, 3))
     report = dpfix.make_private_safe(**setting(model)).report
     assert {f.code for f in report.repairs} == {"DPF001", "DPF003"}
-    text = str(report)
+    text = report.details()
     assert all(
         word in text for word in ("BatchNorm1d at `1`", "GroupNorm(2, 16)", "changes-model", "exact:", "engine:")
     )

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.distributed import Ranks, new_seed
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.poisson import Drawing, PoissonSampler
 from dpfix.sampling.randomness import Randomness, Stream
+from dpfix.sampling.ranks import Ranks, new_seed
 from tests import on_ranks
 from tests.helpers import points, setting
 from tests.reference import clipped_sum, gradients_one_by_one, norm

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.common.libraries import Step
-from dpfix.distributed import new_seed
 from dpfix.sampling.poisson import PoissonSampler
 from dpfix.sampling.randomness import Stream
+from dpfix.sampling.ranks import new_seed
 
 Gradients = dict[str, Tensor]
 

@@ -20,6 +20,7 @@ from dpfix.observe.record import StepRecord
 from dpfix.observe.run import observe
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
+from dpfix.report.report import Proof
 
 _LARGER = 1e6
 """A sample whose gradient is so much larger than the others' (1e21 times in VNet) drowns them in any sum of floats."""
@@ -71,15 +72,18 @@ class Harder:
         """The probe with a sample of zeros, if the step can take it."""
         return self.attempt(partial(emptied, self.ordinary.samples))
 
-    def drawn_otherwise(self) -> list[str]:
+    def drawn_otherwise(self) -> list[Proof]:
         """Other draws, where the step draws what may decide a branch.
 
         Returns:
-            One line for the report if there are any.
+            A proof for the report if there are any.
         """
         tried = [self.attempt(self._pair, draw) for draw in _telling(self.subject, self.ordinary.record)]
         count = sum(trial is not None for trial in tried)
-        return [f"isolated: the same under {count} other draw(s) of what is random"] if count else []
+        if not count:
+            return []
+        shown = f"the same under {count} other draw(s) of what is random"
+        return [Proof("isolated", shown, "model and loss again, with everything random drawn anew", {"draws": count})]
 
     def _pair(self) -> Probe:
         return self.ordinary.samples.changed(lambda i, path, leaf: leaf, _PAIR)

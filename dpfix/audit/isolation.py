@@ -26,6 +26,7 @@ from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.finding import Finding
+from dpfix.report.report import Proof
 
 _DOUBT = 1e-4
 """Relative difference of an output in single precision from which on double precision is asked, where it is dear."""
@@ -45,11 +46,11 @@ class Isolated:
     """No sample feels another one.
 
     Attributes:
-        lines: one per proof, for the report.
+        proofs: what was shown, for the report.
         inputs: places in a sample that the model sees, or that may be such.
     """
 
-    lines: list[str]
+    proofs: list[Proof]
     inputs: tuple[pytree.Path, ...]
 
 
@@ -94,21 +95,35 @@ def check_ordinary(subject: Subject, trial: Trial, plan: Plan, criterion: Callab
     precision = "double precision" if judged.exact else "single precision"
     return Isolated(
         [
-            f"isolated: outputs of the model in a batch of {len(trial.samples)} equal those of single samples ({precision})",
-            f"isolated: the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: "
-            f"{step.origin})",
+            Proof(
+                "isolated",
+                f"outputs of the model in a batch of {len(trial.samples)} equal those of single samples ({precision})",
+                "every output of the model for a batch, and for each sample alone",
+                {"samples": len(trial.samples)},
+            ),
+            Proof(
+                "isolated",
+                f"the gradient of the batch is the {plan.loss_reduction} of the single samples' ({kind}: {step.origin})",
+                "the gradient of every parameter for a batch, and for each sample alone",
+                {"largest relative error": judged.errors.own if judged.exact else judged.errors.of_all},
+            ),
             *_other_labels(tried),
         ],
         tried.inputs,
     )
 
 
-def _other_labels(tried: LossProbes) -> list[str]:
+def _other_labels(tried: LossProbes) -> list[Proof]:
     if tried.tried < 2:
         return []
     return [
-        f"isolated: the same for the loss on {tried.tried - 1} other set(s) of labels: rare, missing, ignored, alike, all "
-        "different, as far as samples, settings and code name such values"
+        Proof(
+            "isolated",
+            f"the same for the loss on {tried.tried - 1} other set(s) of labels: rare, missing, ignored, alike, all different, "
+            "as far as samples, settings and code name such values",
+            "the loss of a batch, and of each sample alone, on other labels",
+            {"sets of labels": tried.tried - 1},
+        )
     ]
 
 

@@ -20,7 +20,7 @@ from dpfix.observe.provoke import SCALED
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.finding import Finding
-from dpfix.report.report import EngineEvidence
+from dpfix.report.report import EngineEvidence, Proof
 from dpfix.scan.options import PerformanceOptions
 
 BUDGET_SECONDS = 3.0
@@ -112,6 +112,9 @@ class _Search:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
+            timed, size = [e for e in passed if seconds[e.name]], timing.timed_size(self.batch_size)
+            for name, bytes_held in timing.held(timed, subject, ordinary.samples, plan, size).items():
+                evidence[name] = replace(evidence[name], memory=bytes_held)
             if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
@@ -192,23 +195,39 @@ def _confirm(
         yield check_engine(engine, subject, trial, plan, trial.wanted.clip_norms[:1], left_out)
 
 
-def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], trials: Trials) -> list[str]:
-    """What was shown about the chosen engine, for the report: one line per proof."""
+def proofs(plan: Plan, evidence: tuple[EngineEvidence, ...], trials: Trials) -> list[Proof]:
+    """What was shown about the chosen engine, for the report."""
     chosen = next(e for e in evidence if e.engine == plan.engine)
     if chosen.max_error is None:
-        return ["exact: not shown, the script computes per-sample gradients itself"]
+        return [Proof("", "exact: not shown, the script computes per-sample gradients itself")]
     ordinary, harder = trials.ordinary, trials.harder
-    lines = [
-        f"exact: the clipped sum of {len(ordinary.samples)} samples equals the batch-of-one reference at 3 clip norms, "
-        f"largest relative error {chosen.max_error:.1e} (allowed {ordinary.wanted.tolerance:.0e})",
-        f"bounded: leaving a sample out moves the clipped sum by at most {1 + SLACK:g} times the clip norm",
+    tolerance = ordinary.wanted.tolerance
+    proofs = [
+        Proof(
+            "exact",
+            f"the clipped sum of {len(ordinary.samples)} samples equals the batch-of-one reference at 3 clip norms, largest "
+            f"relative error {chosen.max_error:.1e} (allowed {tolerance:.0e})",
+            "what the engine would release, and the sum of plain gradients of one sample at a time, each clipped",
+            {"samples": len(ordinary.samples), "largest relative error": chosen.max_error, "allowed": tolerance},
+        ),
+        Proof(
+            "bounded",
+            f"leaving a sample out moves the clipped sum by at most {1 + SLACK:g} times the clip norm",
+            "the clipped sums with the sample and without it",
+            {"allowed, in clip norms": 1 + SLACK},
+        ),
     ]
     if harder:
-        lines.append(
-            f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50, as far as the "
-            "samples have such values and the step takes them"
+        proofs.append(
+            Proof(
+                "exact",
+                f"the same on {len(harder)} harder probe(s): an empty mask, a rare label, a sample scaled by 50, as far as the "
+                "samples have such values and the step takes them",
+                "as above, on samples that were made harder",
+                {"probes": len(harder)},
+            )
         )
-    return lines
+    return proofs
 
 
 def _nothing_passed(

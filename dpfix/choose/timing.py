@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dpfix.audit.released import clipped_sums
 from dpfix.engines.base import Engine, drop_sample_gradients
 from dpfix.engines.no_grad_regions import applied
+from dpfix.errors import USER_CODE_ERRORS, DPFixError
 from dpfix.instrument.clock import clock_for
+from dpfix.instrument.held_memory import HeldMemory
 from dpfix.instrument.module_state import state_of, traceless
 from dpfix.observe.probe import Probe
 from dpfix.observe.training_step import Subject
@@ -73,6 +76,28 @@ def _time(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan,
             with traceless(subject.module, before):
                 seen[engine.name] += [_seconds(engine, subject, batch, counts, plan) for _ in range(IN_A_ROW)]
     return {name: min(times) for name, times in seen.items()}
+
+
+def held(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, samples: int) -> dict[str, int]:
+    """What the tensors of a step hold at once, beside the model.
+
+    Args:
+        engines: those that were timed.
+        probe: the samples of which batches are made.
+        plan: everything about the training but the engine.
+        samples: number of samples in the batch.
+
+    Returns:
+        Bytes by name; without an engine that does not run under observation.
+    """
+    batch, counts, before = probe.of_size(samples), probe.counts(plan.row_counter, samples), state_of(subject.module)
+    found = {}
+    for engine in engines:
+        watch = HeldMemory()
+        with suppress(DPFixError, *USER_CODE_ERRORS), traceless(subject.module, before), watch:
+            _seconds(engine, subject, batch, counts, plan)
+            found[engine.name] = watch.most
+    return found
 
 
 def _seconds(engine: Engine, subject: Subject, batch: object, counts: tuple[int, ...], plan: Plan) -> float:

@@ -54,21 +54,22 @@ def device_of(module: nn.Module) -> str:
     return next((p.device.type for p in module.parameters()), "cpu")
 
 
-def in_full_precision(function: Function) -> Function:
-    """A function whose products are computed in its arguments' types: autocast, TF32 and the like would round them.
+def without_autocast(function: Function) -> Function:
+    """A function that computes in its arguments' types inside autocast too: sums of products would be rounded there.
 
     Args:
         function: a function that clips, or makes what is clipped.
 
     Returns:
-        The same, outside of autocast and with :func:`exact_products`.
+        The same, outside of autocast.
     """
 
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:
         on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not on:
+            return function(*args, **kwargs)
         with ExitStack() as around:
-            around.enter_context(exact_products())
             for kind in on:
                 around.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)

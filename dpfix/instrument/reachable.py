@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,15 @@ def reachable(*roots: Any) -> Iterator[Any]:
                 continue
             yield thing
             variables = inspect.getclosurevars(thing)
-            todo += [*variables.nonlocals.values(), *variables.globals.values(), *(thing.__defaults__ or ())]
+            inside = [thing.__globals__[name] for name in _names_inside(thing.__code__) if name in thing.__globals__]
+            todo += [*variables.nonlocals.values(), *variables.globals.values(), *inside, *(thing.__defaults__ or ())]
         else:
             yield thing
+
+
+def _names_inside(code: CodeType) -> Iterator[str]:
+    """Names that the functions and comprehensions inside of a function refer to."""
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from part.co_names
+            yield from _names_inside(part)

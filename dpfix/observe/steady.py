@@ -17,10 +17,10 @@ from dpfix.instrument import pytree
 from dpfix.instrument.fixed_randomness import DRAWS, Draw
 from dpfix.instrument.own_generators import drawing, generators_of
 from dpfix.instrument.rng import rng_untouched
-from dpfix.layout.rows import Rows, says_an_order
-from dpfix.layout.sample_dim import SampleDim
+from dpfix.layout.row_count import UnitItems
+from dpfix.layout.rows import says_an_order
 from dpfix.observe.call_rows import Dims, dims_in_batch
-from dpfix.observe.joined import NotJoinedError, join
+from dpfix.observe.joined import Joint, NotJoinedError, join, padding_of
 from dpfix.observe.probe import Probe
 
 
@@ -33,7 +33,7 @@ def steady(probe: Probe) -> Probe:
     Returns:
         The probe itself where its batch is that of its samples, or where nothing helps.
     """
-    dims = dims_in_batch(probe)
+    dims = _dims(probe)
     if not dims or _order(probe, dims) == list(range(len(probe))):
         return probe
     order = _order(probe, dims)
@@ -44,6 +44,26 @@ def steady(probe: Probe) -> Probe:
         if _order(in_order, dims) == list(range(len(probe))):
             return in_order
     return _joined(probe, dims) or probe
+
+
+def _rows(items: Sequence[Any]) -> list[int]:
+    return [item.rows if isinstance(item, UnitItems) else 1 for item in items]
+
+
+def _dims(probe: Probe) -> Dims:
+    """The dimension that carries the samples: a row of each, or one of every item of a person."""
+    if not isinstance(probe.items[0], UnitItems):
+        return dims_in_batch(probe)
+    rows, found = _rows(probe.items), {}
+    for path, whole in pytree.leaves(probe.batch):
+        parts = [dict(pytree.leaves(single)).get(path) for single in probe.singles]
+        if isinstance(whole, torch.Tensor) and all(
+            isinstance(p, torch.Tensor) and p.dim() == whole.dim() for p in parts
+        ):
+            sizes = zip(whole.shape, *(p.shape for p in parts), strict=True)  # type: ignore[union-attr]
+            dims = [d for d, size in enumerate(sizes) if list(size) == [sum(rows), *rows]]
+            found |= {path: dims[0]} if len(dims) == 1 else {}
+    return found
 
 
 def _joined(probe: Probe, dims: Dims) -> Probe | None:
@@ -60,9 +80,12 @@ def _joined(probe: Probe, dims: Dims) -> Probe | None:
     if pytree.alike(again[0], probe.batch) and pytree.alike(again[1], probe.batch):
         return None
 
+    rows = _rows(probe.items)
+    joint = Joint(probe.batch, dims, sum(rows), padding_of(probe, dims, rows))
+
     def collate(items: list[Any]) -> Any:
         parts = [seeded([item], DRAWS[-1]) for item in items]
-        return parts[0] if len(parts) == 1 else join(parts, probe.batch, dims, len(probe))
+        return parts[0] if len(parts) == 1 else join(parts, joint, _rows(items))
 
     try:
         batch = collate(list(probe.items))
@@ -77,7 +100,7 @@ def _order(probe: Probe, dims: Dims) -> list[int] | None:
     """Whose rows a batch has, place by place; ``None`` if they are nobody's, or of several."""
     whole = dict(pytree.leaves(probe.batch))
     dims = {path: dim for path, dim in dims.items() if not says_an_order(whole[path])}
-    rows = [Rows.of(SampleDim(dim), len(probe)).split(whole[path]) for path, dim in dims.items()]
+    rows = [whole[path].split(_rows(probe.items), dim) for path, dim in dims.items()]
     ones = [[dict(pytree.leaves(single))[path] for path in dims] for single in probe.singles]
     found = []
     for place in range(len(probe)):

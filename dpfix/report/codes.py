@@ -36,8 +36,11 @@ CODES: Mapping[str, str] = {
     "DPF043": "how the loop calls the model cannot be told from one batch; the first real call decides the engine",
     "DPF044": "a Trainer divides its loss by the number of tokens of the whole batch; it is averaged per sample",
     "DPF046": "collate_fn makes one sample's part of a batch of other samples",
+    "DPF047": "`dpfix check`: one record moves the clipped sum of a real step further than is accounted for",
+    "DPF048": "`dpfix check`: what the check cannot vouch for (a warning of the run, an optimizer beside the private one)",
     "DPF049": "collate_fn puts the items of persons into an order of its own",
     "DPF050": "the data set shows persons with several items, and privacy is accounted for one item",
+    "DPF051": "a certificate does not fit: its seal, what it says twice, or the epsilon of its releases",
     "DPF052": "the budget of the data does not allow a release, or its file cannot be used",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from dpfix.report import page, text
 from dpfix.report.finding import Finding, Fixability
+from dpfix.report.units import size
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class EngineEvidence:
         seconds: time of one probe step in seconds; ``None`` if it was not timed.
         samples: how many there are in that probe step; 0 if it was not timed.
         reason: what kept it out, or empty.
+        memory: bytes of tensors that such a step holds at once, on top of what was there; ``None`` if it was not measured.
     """
 
     engine: str
@@ -31,13 +32,55 @@ class EngineEvidence:
     seconds: float | None = None
     reason: str = ""
     samples: int = 0
+    memory: int | None = None
 
     def __str__(self) -> str:
         if not self.passed:
             return f"{self.engine}: not used: {self.reason}"
-        timing = f", {self.seconds * 1e3:.1f} ms per probe step" if self.seconds is not None else ""
         error = "" if self.max_error is None else f", largest relative error {self.max_error:.1e}"
-        return f"{self.engine}: equals the batch-of-one reference{error}{timing}"
+        timing = "" if self.seconds is None else f", {self.seconds * 1e3:.1f} ms per probe step"
+        held = "" if self.memory is None else f", {size(self.memory)} of tensors"
+        return f"{self.engine}: equals the batch-of-one reference{error}{timing}{held}"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown on the probe.
+
+    Attributes:
+        claim: what it is a proof of, in a word: ``isolated``, ``exact``, ``bounded``; empty for a remark.
+        shown: what was shown, with its numbers.
+        check: what was compared with what.
+        numbers: the numbers by name.
+    """
+
+    claim: str
+    shown: str
+    check: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.claim}: {self.shown}" if self.claim else self.shown
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module before the repairs and after.
+
+    Attributes:
+        path: its path in the model; empty for the model itself.
+        before: its class, with the options that PyTorch prints for its own layers; empty if it was not there.
+        after: the same for what stands there now.
+    """
+
+    path: str
+    before: str
+    after: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether something else stands there now."""
+        return self.before != self.after
 
 
 @dataclass(frozen=True)
@@ -51,18 +94,20 @@ class Report:
         findings: everything that was found, in the order of the rules.
         engine: the engine that trains, or empty for a refused model.
         evidence: one entry per engine that was tried.
-        audit: one line per proof.
+        proofs: what was shown on the probe.
         settings: the privacy settings in force.
         versions: versions of the packages involved.
+        layers: every module before the repairs and after, in the order of the model.
     """
 
     model: str
     findings: tuple[Finding, ...] = ()
     engine: str = ""
     evidence: tuple[EngineEvidence, ...] = ()
-    audit: tuple[str, ...] = ()
+    proofs: tuple[Proof, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def repairs(self) -> tuple[Finding, ...]:
@@ -75,13 +120,21 @@ class Report:
         """The findings that stop the call."""
         return tuple(f for f in self.findings if f.refused)
 
+    @property
+    def audit(self) -> tuple[str, ...]:
+        """One line per proof."""
+        return tuple(map(str, self.proofs))
+
     def __str__(self) -> str:
-        lines = [f"dpfix report for {self.model}"]
-        lines += _section("settings", [f"{k}: {v}" for k, v in self.settings.items()])
-        lines += _section(f"findings ({len(self.findings)})", _grouped(self.findings))
-        lines += _section("audit", list(self.audit))
-        lines += _section(f"engine: {self.engine or 'none'}", [str(e) for e in self.evidence])
-        return "\n".join(lines)
+        return text.short(self)
+
+    def details(self) -> str:
+        """Everything that the report holds, for a terminal; :func:`print` shows the short form.
+
+        Returns:
+            Settings, findings, proofs, engines and versions.
+        """
+        return text.details(self)
 
     def to_json(self) -> str:
         """The report as a JSON document.
@@ -89,40 +142,19 @@ class Report:
         Returns:
             A JSON object whose keys are the attributes of the report.
         """
-        return json.dumps(asdict(self), default=_plain, indent=2)
+        return json.dumps(asdict(self) | {"audit": self.audit}, default=_plain, indent=2)
 
     def to_html(self) -> str:
-        """The report as one self-contained HTML page.
+        """The report as one HTML page that needs nothing else: no script, no network, light and dark.
 
         Returns:
             The page as a string.
         """
-        pages = Environment(
-            loader=PackageLoader("dpfix.report", ""),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            keep_trailing_newline=True,
-        )
-        return pages.get_template("report.html").render(report=self)
+        return page.document(self)
 
-
-def _grouped(findings: tuple[Finding, ...]) -> list[str]:
-    """One entry for all findings that differ in their place only; the JSON and HTML forms keep every one."""
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for f in findings:
-        groups.setdefault((f.code, f.why, f.help), []).append(f)
-    out = []
-    for first, *others in groups.values():
-        places = ", ".join(f"`{f.path}`" for f in others)
-        out.append(str(first) + (f"\n  and:  {len(others)} more of the same: {places}" if others else ""))
-    return out
-
-
-def _section(title: str, rows: list[str]) -> list[str]:
-    if not rows:
-        return []
-    return ["", title, *("  " + line for row in rows for line in row.splitlines())]
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return page.fragment(self)
 
 
 def _plain(value: object) -> object:

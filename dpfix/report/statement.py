@@ -86,8 +86,9 @@ class PrivacyStatement:
     budget: str = ""
     counted: str = "samples"
 
-    def __str__(self) -> str:
-        rows = [
+    def rows(self) -> list[tuple[str, str]]:
+        """What is said in a line each: name and text."""
+        return [
             ("guarantee", f"({self.epsilon:.4g}, {self.delta:.3g})-differential privacy"),
             ("unit", self.unit),
             ("adjacency", self.adjacency),
@@ -106,7 +107,9 @@ class PrivacyStatement:
                 "cryptographic" if self.secure_rng else "torch's, the training's own (not cryptographic)",
             ),
         ]
-        lines = ["privacy statement", *(f"  {name + ':':18s} {value}" for name, value in rows)]
+
+    def __str__(self) -> str:
+        lines = ["privacy statement", *(f"  {name + ':':18s} {value}" for name, value in self.rows())]
         if len(self.schedule) > 1:
             shown = [str(stretch) for stretch in self.schedule[:MOST_SHOWN]]
             more = [f"{len(self.schedule) - MOST_SHOWN} more; to_json() has all"] if self.schedule[MOST_SHOWN:] else []

@@ -22,12 +22,12 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from dpfix.distributed import Ranks
 from dpfix.errors import LoaderError
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.sampling.people import people_of
 from dpfix.sampling.poisson import unrecorded
+from dpfix.sampling.ranks import Ranks
 from dpfix.sampling.records import repeated
 from dpfix.scan.scan import Scan
 

@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from dpfix.distributed import TakenOver, forget_forward, in_default_group
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.ranks import TakenOver, forget_forward, in_default_group
 from dpfix.scan.scan import Scan
 
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from dpfix.distributed import digest
 from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
 from dpfix.sampling.people import People
+from dpfix.sampling.ranks import digest
 from dpfix.sampling.rate import index_set
 
 READS = 6
@@ -23,7 +23,7 @@ def data_fingerprint(loader: DataLoader[Any]) -> dict[str, str | bytes]:
 
     Returns:
         Digests by name: of the indices that are drawn from, also inside ``Subset`` and ``DistributedSampler``, and of what
-        does not change from one reading to the next in two of the samples. For :meth:`dpfix.distributed.Ranks.check_same`.
+        does not change from one reading to the next in two of the samples. For :meth:`dpfix.sampling.ranks.Ranks.check_same`.
     """
     indices = index_set(loader)
     found: dict[str, str | bytes] = {"the list of indices to draw from": digest(torch.as_tensor(indices))}

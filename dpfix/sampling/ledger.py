@@ -140,6 +140,7 @@ class DrawLedger:
         passes_over: draws that the next pass passes over at its beginning; a step on one of them is refused.
         keeps: how many of the batches that were delivered last are kept.
         recent: these, newest last: everything that they hold, with the keys that lead there, the number of samples, the draw.
+        delivered_of: how many samples a draw of some indices delivers; fewer than it has only where a check leaves one out.
     """
 
     def __init__(self) -> None:
@@ -148,6 +149,7 @@ class DrawLedger:
         self.at_start: Callable[[Pass], None] = lambda begun: None
         self.at_end: Callable[[], None] = lambda: None
         self.at_delivery: Callable[[Any, Draw], None] = lambda batch, draw: None
+        self.delivered_of: Callable[[list[int]], int] = len
         self.keeps = self.passes_over = 0
         self.recent: list[tuple[list[tuple[pytree.Path, Any]], int, Draw]] = []
         self._passes: list[Pass] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dpfix.layout.row_count import UnitItems
 from dpfix.report.statement import UNIT
 from dpfix.sampling.rate import index_set
 from dpfix.sampling.records import record
+from dpfix.sampling.seen_items import SeenItems, changed_places
 from dpfix.sampling.unit_names import Names, NoNameError, check_unchanged
 
 
@@ -49,7 +51,7 @@ class People(Dataset[UnitItems]):
         whose = np.fromiter((numbers.setdefault(n, len(numbers)) for n in names.of_items), np.int64, len(indices))
         order = np.argsort(whose, kind="stable")
         self.dataset, self.words, self.most, self.names = dataset, names.words, most, list(numbers)
-        self._told_by = names.told_by
+        self._told_by, self._seen = names.told_by, SeenItems()
         self._indices, self._whose = np.asarray(indices, np.int64)[order], whose[order]
         self._ends = np.cumsum(np.bincount(whose, minlength=len(numbers)))
 
@@ -64,11 +66,28 @@ class People(Dataset[UnitItems]):
         chosen = indices.tolist()
         together = getattr(self.dataset, "__getitems__", None)  # as torch's loader reads the items of a batch
         items = UnitItems(together(chosen) if together else (self.dataset[i] for i in chosen))
-        if self._told_by is not None:
-            for i, item in zip(chosen, items, strict=True):
-                now = self._now(item)
-                check_unchanged(i, self.names[index], self.names[index] if now is None else now)
+        for i, item in zip(chosen, items, strict=self._told_by is not None):
+            self._check_owner(i, index, item)
         return items
+
+    def _check_owner(self, index: int, person: int, item: Any) -> None:
+        """The item still belongs to the person: it says so, or is not what an index of another one was before."""
+        now = self._now(item)
+        if now is not None:
+            check_unchanged(index, self.names[person], now)
+            return
+        before = self._seen.moved_from(index, item)
+        if before is not None and (former := self._person[before]) != person:
+            raise changed_places(index, self.names[person], before, self.names[former])
+
+    @cached_property
+    def _person(self) -> dict[int, int]:
+        return dict(zip(self._indices.tolist(), self._whose.tolist(), strict=True))
+
+    def read_beforehand(self) -> None:
+        """Remember some items, for workers that begin anew in every pass; where items tell whose they are, nothing is read."""
+        if self._told_by is None:
+            self._seen.read(self.dataset, self._indices)  # type: ignore[arg-type]
 
     def _now(self, item: Any) -> Hashable:
         try:
@@ -201,6 +220,8 @@ def loader_of_people(loader: DataLoader[Any], names: Callable[[Any, Sequence[int
             "Leave items_per_unit out, or pass a smaller number.",
             path="items_per_unit",
         )
+    if loader.num_workers:
+        people.read_beforehand()
     batches: Any = loader.batch_sampler  # a loader that was given one has no batch size itself
     return DataLoader(
         people,

@@ -12,11 +12,11 @@ import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
-from dpfix.distributed import ALONE, Ranks, new_seed
 from dpfix.errors import LoaderError
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
+from dpfix.sampling.ranks import ALONE, Ranks, new_seed
 from dpfix.sampling.rate import largest_batch, part_sizes
 
 
@@ -80,9 +80,9 @@ class PoissonSampler(UniformWithReplacementSampler):
                 chosen = self._cut(chosen, source, self.largest)
             drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             if number > done:
-                begun.drew(len(drawn))
+                begun.drew(self.ledger.delivered_of(drawn))
             elif begun.reads_again:
-                begun.drew_again(len(drawn))
+                begun.drew_again(self.ledger.delivered_of(drawn))
             else:
                 continue
             yield drawn
@@ -121,7 +121,7 @@ class RecordedBatches:
         for indices in self.batches:
             if self.once:
                 _check_new(indices, seen)
-            begun.drew(len(indices))
+            begun.drew(self.ledger.delivered_of(indices))
             yield indices
         if not begun.delivers:
             begun.end()

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset
 
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument.rng import rng_untouched
 from dpfix.sampling.fingerprint import READS, constants
-from dpfix.sampling.people import items_behind, people_of
+from dpfix.sampling.people import People, items_behind, people_of
+from dpfix.sampling.ranks import digest
 from dpfix.sampling.rate import index_set
 from dpfix.sampling.records import looks_up_as
 
@@ -24,13 +26,17 @@ class Population:
 
     Args:
         loader: a loader over a data set with a length.
+
+    Attributes:
+        units: digests of who has which items, by index and by name; none if nobody has several.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         people, indices = people_of(loader), np.asarray(index_set(loader))
-        whose = indices
+        whose, self.units = indices, ()
         if people is not None:
             indices, whose = people.indices_and_persons(indices)
+            self.units = _units(people, indices, whose)
         self._parts = [_Part(*part) for part in _parts(items_behind(loader.dataset), indices, whose)]
 
     @property
@@ -61,6 +67,27 @@ class Population:
             ``True`` if what was accounted for these says too little about that one; ``False`` where no record is in both.
         """
         return any(mine.splits(its) for mine in self._parts for its in other._parts)
+
+
+def _units(people: People, indices: np.ndarray, whose: np.ndarray) -> tuple[str, ...]:
+    """Digests by which the same persons are known again in another process: one holds if the data set keeps its order.
+
+    Numbers from 0 on are no names: they are counted in the order of the data set.
+
+    Returns:
+        The digests; none if nobody has several items.
+    """
+    order = np.argsort(indices, kind="stable")
+    persons, first, of, items = np.unique(whose[order], return_index=True, return_inverse=True, return_counts=True)
+    if len(persons) == len(indices):
+        return ()
+    numbered = np.argsort(np.argsort(first))[of]  # by the first item of each
+    by_index = digest(torch.from_numpy(np.stack([indices[order], numbered]).astype(np.int64))).hex()
+    names = [people.names[person] for person in persons]
+    if {type(name) for name in names} == {int} and set(names) == set(range(len(names))):
+        return (by_index,)
+    named = "\n".join(sorted(f"{name!r} {count}" for name, count in zip(names, items, strict=True)))
+    return by_index, digest(torch.frombuffer(bytearray(named.encode()), dtype=torch.uint8)).hex()
 
 
 class _Part:

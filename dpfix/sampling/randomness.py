@@ -19,9 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from dpfix.distributed import Ranks, new_seed
 from dpfix.errors import DPFixError
 from dpfix.sampling.cryptographic import Cryptographic
+from dpfix.sampling.ranks import Ranks, new_seed
 
 CPU = torch.device("cpu")
 

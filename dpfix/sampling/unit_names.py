@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -283,7 +284,7 @@ def _check_spelling(names: Iterable[Hashable]) -> None:
     """Two names that read alike are one person with two spellings."""
     spelt: dict[str, Hashable] = {}
     for one in dict.fromkeys(names):
-        other = spelt.setdefault(str(one).strip(), one)
+        other = spelt.setdefault(unicodedata.normalize("NFC", str(one)).strip(), one)
         if other != one:
             raise ArgumentError(
                 f"privacy_unit names persons {other!r} and {one!r}.",

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import Ranks
 from dpfix.engines import BY_NAME
 from dpfix.errors import ArgumentError, UnknownArgumentError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
+from dpfix.sampling.ranks import Ranks
 from dpfix.scan.clipping import CLIPPING, check_clip_norm
 from dpfix.scan.options import NORMS, SAMPLINGS, PerformanceOptions, PrivacyOptions
 from dpfix.scan.values import number, shown

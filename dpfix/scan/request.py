@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import ALONE, Ranks
 from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.plan import Plan
+from dpfix.sampling.ranks import ALONE, Ranks
 from dpfix.sampling.rate import accounted_rate
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 from dpfix.scan.scan import Scan

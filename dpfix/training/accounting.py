@@ -22,7 +22,7 @@ from typing import Any
 from opacus import PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
-from dpfix.errors import BudgetError, MisuseError
+from dpfix.errors import BudgetError, CheckpointError, MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
 from dpfix.sampling.draw import Draw
@@ -30,7 +30,7 @@ from dpfix.sampling.ledger import DrawLedger, Pass
 from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.population import Population
 from dpfix.scan.arguments import check_delta, check_names
-from dpfix.training.earlier import ENTRY, entry_of, steps_shown, with_entry, without_entry
+from dpfix.training.earlier import ENTRY, entry_of, refuse_units_of, steps_shown, with_entry, without_entry
 from dpfix.training.epsilon import ACCURACY, Accuracy, spent
 from dpfix.training.lineage import remember
 from dpfix.training.releases import Releases, book_of, read_state, settled
@@ -139,7 +139,7 @@ class Accounting:
             before = None if counted is None else counted.accounted
             noise = float(optimizer.noise_multiplier)
             if before is None or noise < before:
-                self._release(optimizer, noise / self._times(optimizer))
+                self._release(optimizer, noise / self.times(optimizer))
             elif not self._by_pass:
                 self._without_step -= 1
             if self._draw is not None and counted is not None:
@@ -163,7 +163,7 @@ class Accounting:
             skipped = [] if self._by_pass or self._ledger is None else self._ledger.unaccounted()
             least = 1 + sum(draw is not self._draw for draw in skipped)
             try:
-                self.spender.reserve((noise / self._times(optimizer), self._rate), least)
+                self.spender.reserve((noise / self.times(optimizer), self._rate), least)
             except BudgetError:
                 skipped_before = isinstance(counted, Pass) and any(d is not self._draw for d in counted.unreleased)
                 if self._draw is not None and counted is not None and counted.accounted is None and not skipped_before:
@@ -179,7 +179,7 @@ class Accounting:
         """What a release is counted once for."""
         return draw if draw is None or not self._by_pass else draw.of
 
-    def _times(self, optimizer: DPOptimizer) -> int:
+    def times(self, optimizer: DPOptimizer) -> int:
         """How often a sample may be in the release that is being made, each time with the whole clip norm."""
         if self._ledger is not None or self.own_loader is None:
             return 1  # one backward pass on one draw, as the guards of every step see to
@@ -293,12 +293,14 @@ class Accounting:
             load: loads it into the optimizer.
 
         Raises:
-            CheckpointError: what it says about releases cannot be read; nothing has changed.
+            CheckpointError: what it says about releases cannot be read, or is of other units; nothing has changed.
             ArgumentError: the accountant cannot add up steps of several settings; nothing has changed.
         """
         entry = entry_of(state)
         if entry is not None:
-            book_of(self.engine).united(self.engine.accountant, *read_state(entry))
+            releases, others = read_state(entry)
+            refuse_units_of(releases, self._data, CheckpointError)
+            book_of(self.engine).united(self.engine.accountant, releases, others)
         load(without_entry(state))
         self.loads += 1
         if entry is not None:
@@ -313,9 +315,10 @@ class Accounting:
             entry: plain values.
 
         Raises:
-            CheckpointError: they cannot be read; nothing has changed.
+            CheckpointError: they cannot be read, or are of other units; nothing has changed.
         """
         releases, others = read_state(entry)
+        refuse_units_of(releases, self._data, CheckpointError)
         for r in releases:
             r.data = self._data  # the state of a training that goes on
         book = book_of(self.engine)

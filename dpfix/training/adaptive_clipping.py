@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
+from dpfix.errors import ArgumentError
 from dpfix.instrument.clipping import FLAT
 from dpfix.training.clipping import clipping_class
 
@@ -59,6 +60,13 @@ def adaptive_class(cls: type[Any]) -> type[Any]:
                 self.sample_size, self.unclipped_num = counted
 
         def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
+            if self.noise_multiplier >= 2 * self.unclipped_num_std:
+                raise ArgumentError(
+                    f"noise_multiplier={self.noise_multiplier:g} with unclipped_num_std={self.unclipped_num_std:g}:",
+                    "the count of unclipped samples would need more than all of the noise. No parameter has moved.",
+                    "Keep noise_multiplier, which a scheduler may have raised, below 2 * unclipped_num_std.",
+                    path="unclipped_num_std",
+                )
             if not self.guard.guarded.progress.partial:  # model.zero_grad() leaves those of the step before
                 self.sample_size, self.unclipped_num = 0, torch.zeros((), device=self.params[0].device)
             return super().pre_step(closure)

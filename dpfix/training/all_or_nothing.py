@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from dpfix.audit.persistent_state import modules_outside
-from dpfix.distributed import end_exchange
 from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
+from dpfix.sampling.ranks import end_exchange
 from dpfix.training.guards.optimizers import WATCHED
 from dpfix.training.wrapped import on_wrapped
 from dpfix.weights import origins

@@ -13,7 +13,7 @@ from typing import Any
 from dpfix.errors import ArgumentError, BudgetError
 from dpfix.scan.arguments import check_choice, check_delta
 from dpfix.scan.values import number, number_in, shown
-from dpfix.training.budget_file import ACCOUNTANTS, BudgetFile, Content, counted
+from dpfix.training.budget_file import ACCOUNTANTS, BudgetFile, Content, counted, gone
 from dpfix.training.epsilon import SMALLEST_NOISE, Accuracy, Entry, answer, renyi_epsilon
 from dpfix.training.pld_accountant import new_accountant
 
@@ -288,12 +288,3 @@ class Account:
             "fewer steps or smaller batches: make_private_safe_with_epsilon(budget=...) finds the noise.",
             path="budget",
         )
-
-
-def gone(name: str) -> tuple[str, str, str]:
-    """The refusal of a file that does not hold what was written into it."""
-    return (
-        f"{name} is gone, or is an earlier copy of itself, or another file: it does not hold what was written there before.",
-        "What was released is not known for certain, and nothing is released until it is.",
-        "Put the file back as it was.",
-    )

@@ -1,7 +1,8 @@
 """The file of a budget: read whole, changed by one process at a time, replaced at once.
 
-A file of the same name with ``.lock`` at its end, which stays empty, is locked while the budget is changed: the budget itself is
-replaced, and a lock on it would go with the old one.
+Two files are locked while the budget is changed. One of the same name with ``.lock`` at its end, which stays empty, is the queue:
+the budget itself is replaced, and a lock on it goes with the old one. The budget's own file is locked besides, whatever name
+leads to it: it keeps others out where the queue was removed, or the budget was moved, while a process was stopped in the middle.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,8 +41,10 @@ PATIENCE = 120.0
 MOST_ROWS = 500
 """Different settings of one training that are written; more are rounded, to less noise and larger rates."""
 
-_ONE = threading.RLock()  # of the threads of this process
-os.register_at_fork(after_in_child=_ONE._at_fork_reinit)  # type: ignore[attr-defined]  # its holder is not in the child
+ONE = threading.RLock()
+"""Held by the thread of this process that changes a budget, or what one of its trainings has reserved; nothing else is waited for
+with it but the file."""
+os.register_at_fork(after_in_child=ONE._at_fork_reinit)  # type: ignore[attr-defined]  # its holder is not in the child
 
 
 @dataclass(frozen=True)
@@ -178,13 +182,16 @@ class BudgetFile:
         begin = time.monotonic()
         try:
             while True:
-                with _ONE, lock.open("ab") as held:
-                    self._wait_for(held, begin)
-                    try:
-                        if held_is(held, lock):  # else somebody has removed it while this process was waiting
-                            return self._change(change)
-                    finally:
-                        fcntl.flock(held, fcntl.LOCK_UN)  # type: ignore[union-attr]  # a fork may hold the file open too
+                with ONE, ExitStack() as held:
+                    queue = self._locked(lock.open("ab"), held, begin)
+                    try:  # to be written to: some file systems lock nothing else
+                        own = self._locked(self.path.open("r+b"), held, begin)
+                    except FileNotFoundError:
+                        own = None
+                    if held_is(queue, lock) and held_is(
+                        own, self.path
+                    ):  # else somebody was faster, or has removed the lock
+                        return self._change(change, own)
         except OSError as error:
             raise BudgetError(
                 f"the file of the budget cannot be written: {error}.",
@@ -205,15 +212,42 @@ class BudgetFile:
             part.unlink(missing_ok=True)
         return None
 
-    def _change(self, change: Change) -> Content | None:
+    def _change(self, change: Change, own: BinaryIO | None) -> Content | None:
         before = self.read()
         after = change(before)
         if after is None:
             return before
         after = replace(after, writes=0 if before is None else before.writes + 1)
+        text = _text(after).encode()
         with written_whole(self.path) as file:
-            file.write(_text(after).encode())
+            file.write(text)
+            new = os.fstat(file.fileno())
+            if not held_is(own, self.path):
+                raise BudgetError(*gone(self.path.name), path="budget")
+        if own is not None and os.fstat(own.fileno()).st_nlink and self._names_are_counted():
+            # it was moved at the last moment, and is there still: what has taken its place is not the budget
+            if os.path.samestat(new, self.path.stat()):
+                self.path.unlink()
+            raise BudgetError(*gone(self.path.name), path="budget")
         return after
+
+    def _names_are_counted(self) -> bool:
+        """Whether the file system says of an open file that another one has taken its place; some do not."""
+        one, other = (self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(4)}.part") for _ in range(2))
+        try:
+            with one.open("xb") as file:
+                other.touch()
+                other.replace(one)
+                return not os.fstat(file.fileno()).st_nlink
+        finally:
+            one.unlink(missing_ok=True)
+            other.unlink(missing_ok=True)
+
+    def _locked(self, file: BinaryIO, held: ExitStack, begin: float) -> BinaryIO:
+        held.enter_context(file)
+        self._wait_for(file, begin)
+        held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # type: ignore[union-attr]  # a fork may hold the file open too
+        return file
 
     def _wait_for(self, held: BinaryIO, begin: float) -> None:
         while True:
@@ -255,12 +289,22 @@ class BudgetFile:
             ) from error
 
 
-def held_is(held: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+def held_is(held: BinaryIO | None, path: Path) -> bool:
+    """Whether an open file is still the one of that name; with ``None``, whether there is none."""
     try:
-        return os.path.samestat(os.fstat(held.fileno()), path.stat())
+        there = path.stat()
     except FileNotFoundError:
-        return False
+        return held is None
+    return held is not None and os.path.samestat(os.fstat(held.fileno()), there)
+
+
+def gone(name: str) -> tuple[str, str, str]:
+    """The refusal of a file that does not hold what was written into it."""
+    return (
+        f"{name} is gone, or is an earlier copy of itself, or another file: it does not hold what was written there before.",
+        "What was released is not known for certain, and nothing is released until it is.",
+        "Put the file back as it was.",
+    )
 
 
 # ------------------------------------------------------------------ plain values

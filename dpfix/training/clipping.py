@@ -10,10 +10,16 @@ from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPPerLayerOptimiz
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
 from dpfix.errors import ArgumentError
-from dpfix.instrument.clipping import together
+from dpfix.instrument.clipping import Scheme, together
+from dpfix.training.own_clipping import OwnClipping, refuse_scheme
 
 _KNOWN = (DPOptimizer, AdaClipDPOptimizer, DPPerLayerOptimizer)
 """Classes of Opacus's whose clipping the plan says; one of the script's own may clip otherwise."""
+
+
+def clips_by_plan(cls: type[Any]) -> bool:
+    """Whether an optimizer class clips as Opacus's do; one of the script's own may do it otherwise."""
+    return any(cls.clip_and_accumulate is known.clip_and_accumulate for known in _KNOWN)
 
 
 @functools.cache
@@ -29,7 +35,7 @@ def clipping_class(cls: type[Any]) -> type[Any]:
     """
 
     class Clipping(cls):
-        by_scheme = any(cls.clip_and_accumulate is known.clip_and_accumulate for known in _KNOWN)
+        by_scheme = clips_by_plan(cls)
 
         @property
         def max_grad_norms(self) -> list[float]:
@@ -50,7 +56,10 @@ def clipping_class(cls: type[Any]) -> type[Any]:
         def clip_and_accumulate(self) -> None:
             guarded = self.guard.guarded
             scheme = guarded.plan.clipping
-            if scheme.plain or not self.by_scheme:
+            if not self.by_scheme:
+                self.__dict__.setdefault("own_clipping", OwnClipping()).clip(self, super().clip_and_accumulate)
+                return
+            if scheme.plain:
                 super().clip_and_accumulate()
                 return
             of = {id(p): name for name, p in guarded.parameters.items()}
@@ -71,8 +80,14 @@ def way_to_clip(optimizer: Any) -> str | None:
     return None if guard is None else guard.guarded.plan.clipping.words()
 
 
-def settle(optimizer: Any) -> None:
-    """The clip norm of all parameters of an optimizer that Opacus has made, where it rounds it to single precision."""
+def settle(optimizer: Any, scheme: Scheme) -> None:
+    """The clip norm of all parameters of an optimizer that Opacus has made, where it rounds it to single precision.
+
+    Args:
+        optimizer: it has to clip as the plan says.
+        scheme: how that is.
+    """
+    refuse_scheme(optimizer, scheme, clips_by_plan(type(optimizer)))
     norms = vars(optimizer).pop("max_grad_norms", None)
     if norms is not None:
         optimizer.max_grad_norm = together(norms)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from opacus import PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dpfix.errors import ArgumentError
+from dpfix.errors import ArgumentError, DPFixError
 from dpfix.instrument.source import warn_user
 from dpfix.report.finding import Finding
 from dpfix.sampling.population import Population
@@ -52,6 +52,7 @@ class Earlier:
         Raises:
             ArgumentError: the accountant cannot add up steps of several settings, or steps that were counted for other units.
         """
+        refuse_units_of(self.loaded, self.here, ArgumentError)
         counted = [r for r in book_of(engine).trainings.values() if r.data is not None and r.steps]
         for r in [*self.held, *counted]:
             if r.data is not None and r.data.splits_a_unit_of(self.here):
@@ -114,18 +115,34 @@ def earlier_releases(module: nn.Module, optimizer: Any, loader: DataLoader[Any])
     return Earlier(held, [replace(r, data=here) for r in loaded], others, here)
 
 
-def refuse_other_units(steps: int, before: str, now: str) -> None:
+def refuse_units_of(loaded: Iterable[Releases], here: Population, error: type[DPFixError]) -> None:
+    """What a saved state says was released has to be accounted for the persons of the call.
+
+    Args:
+        loaded: trainings of the state.
+        here: the records that the call draws from.
+        error: what is raised.
+    """
+    for r in loaded:
+        if r.of_others_than(here):
+            refuse_other_units(
+                r.steps, "were accounted for other units when they were saved", "accounts for persons", error
+            )
+
+
+def refuse_other_units(steps: int, before: str, now: str, error: type[DPFixError] = ArgumentError) -> NoReturn:
     """Steps that were counted for other units than the call's cannot be added up with it.
 
     Args:
         steps: how many they are.
         before: how they were counted, in words.
         now: what the call does, in words.
+        error: what is raised.
 
     Raises:
-        ArgumentError: always.
+        error: always.
     """
-    raise ArgumentError(
+    raise error(
         f"privacy_unit: {steps} steps on the same data {before}, and this call {now}.",
         "One epsilon cannot speak of both: what a person's items lose one by one is less than what she loses.",
         "Name the same persons in every call, or begin anew with a model that is not trained yet and a new privacy_engine.",

@@ -20,7 +20,6 @@ from opacus.optimizers import DPOptimizer, get_optimizer_class
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dpfix.distributed import Ranks
 from dpfix.engines import engine_of
 from dpfix.instrument.source import warn_user
 from dpfix.plan import Plan
@@ -33,6 +32,7 @@ from dpfix.sampling.people import items_behind
 from dpfix.sampling.poisson import Drawing
 from dpfix.sampling.population import Population
 from dpfix.sampling.randomness import Randomness
+from dpfix.sampling.ranks import Ranks
 from dpfix.sampling.rate import accounted_rate, batch_size
 from dpfix.training import in_training
 from dpfix.training.accounting import Accounting, answer_of
@@ -180,7 +180,7 @@ def hand_off(
         batch_first=plan.batch_first or own,
         **for_opacus,
     )
-    settle(private_optimizer)
+    settle(private_optimizer, plan.clipping)
     if own:
         wrapper = PrivateModule if wrap_model else GradSampleHooksNoOp
         prepared = wrapper(module, loss_reduction=plan.loss_reduction)

@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.engines.base import drop_sample_gradients
-from dpfix.instrument.precision import in_full_precision
+from dpfix.instrument.precision import exact_products, without_autocast
 from dpfix.instrument.turn import TURN
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.randomness import OwnNoise, Randomness
@@ -60,7 +60,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def __getattr__(self, name: str) -> Any:
             return own_method(self, name)
 
-        @in_full_precision
+        @without_autocast
         def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
             try:
                 if not self.guard.before_step(self):
@@ -90,7 +90,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            self.guard.clip(self, super().clip_and_accumulate)
+            with exact_products():
+                self.guard.clip(self, super().clip_and_accumulate)
             self.guard.summed()
 
         def add_noise(self) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 
-from dpfix.distributed import Ranks
 from dpfix.errors import ArgumentError
 from dpfix.rules import compiled
 from dpfix.sampling.loader import PrivateDataLoader, augmentation_of
+from dpfix.sampling.ranks import Ranks
 from dpfix.scan.arguments import check_objects
 from dpfix.scan.request import Request
 from dpfix.training import in_training

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ class TrainingPlans:
             ) from error
         figure = figures.Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for row in self.rows:
-            left.plot(*self._curve(row), label=f"batch size {row.batch_size}")
+        for row, line in zip(self.rows, cycle(("-", "--", ":", "-."))):  # told apart without colour
+            left.plot(*self._curve(row), line, label=f"batch size {row.batch_size}")
         left.set(xlabel="steps", ylabel="epsilon")
         left.legend()
         right.plot([r.batch_size for r in self.rows], [r.noise_to_batch for r in self.rows], "o-")

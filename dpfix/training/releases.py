@@ -40,6 +40,7 @@ class Releases:
         name: tells trainings apart, also in other processes.
         process: in which process it goes on; a fork of it is another training.
         budget: the file that it writes into, if there is one.
+        saved_units: as :attr:`Population.units`, of a saved state; ``None`` if it does not say.
     """
 
     data: Population | None = None
@@ -47,6 +48,16 @@ class Releases:
     name: str = field(default_factory=lambda: secrets.token_hex(16))
     process: int = field(default_factory=os.getpid)
     budget: str | None = None
+    saved_units: tuple[str, ...] | None = None
+
+    @property
+    def units(self) -> tuple[str, ...] | None:
+        """Who it was accounted for; ``None`` if that is not known."""
+        return self.saved_units if self.data is None else self.data.units
+
+    def of_others_than(self, here: Population) -> bool:
+        """Whether a saved state says that it was not accounted for the persons of a call, but for items or for others."""
+        return self.saved_units is not None and bool(here.units) and not set(self.saved_units) & set(here.units)
 
     @property
     def steps(self) -> int:
@@ -229,6 +240,7 @@ class Book:
                 r.name: [[s.steps, *s.setting] for s in r.stretches] for r in self.trainings.values() if r.steps
             },
             "others": [[steps, *setting] for setting, steps in self.others.items()],
+            "units": {r.name: list(r.units) for r in self.trainings.values() if r.steps and r.units is not None},
         }
 
 
@@ -246,9 +258,14 @@ def read_state(state: Any) -> tuple[list[Releases], Settings]:
     """
     try:
         trainings, others = dict(state["trainings"]), list(state["others"])
-        read = [Releases(None, [_read(*s) for s in rows], _name(name)) for name, rows in trainings.items() if rows]
+        units = {name: tuple(map(str, of)) for name, of in dict(state.get("units", {})).items()}
+        read = [
+            Releases(None, [_read(*s) for s in rows], _name(name), saved_units=units.get(name))
+            for name, rows in trainings.items()
+            if rows
+        ]
         return read, _counted(_entries(_read(*row) for row in others))
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, AttributeError) as error:
         raise CheckpointError(
             f"the history of releases in the state of the optimizer cannot be read: {error}.",
             "Without it, epsilon would leave out what was released before.",

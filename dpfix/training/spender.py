@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from multiprocessing.util import Finalize
 from typing import Any
 
 from opacus import PrivacyEngine
@@ -26,8 +28,8 @@ from dpfix.sampling.people import unit_in_words
 from dpfix.sampling.population import Population
 from dpfix.scan.request import Request
 from dpfix.scan.values import shown
-from dpfix.training.budget import OPEN, Account, Budget, gone
-from dpfix.training.budget_file import Content, Line, counted
+from dpfix.training.budget import OPEN, Account, Budget
+from dpfix.training.budget_file import ONE, Content, Line, counted, gone
 from dpfix.training.epsilon import Entry
 from dpfix.training.lineage import lineage_of
 from dpfix.training.releases import Releases, book_of, history_of
@@ -36,6 +38,10 @@ AHEAD = 16
 """Releases of a block at least."""
 SHARE = 8
 """A block is at most this part of what the training has released, if that is more."""
+
+_STAYS_SPENT = "what a training has reserved of its budget and not used stays spent"
+_AT_END = set[int]()
+"""Processes that give back when multiprocessing ends them."""
 
 
 class Spender:
@@ -115,17 +121,21 @@ class Spender:
         atexit.unregister(_at_exit)
         atexit.register(_at_exit)
         self.name, self.process = name, os.getpid()
+        if self.process not in _AT_END:  # a process of multiprocessing ends without the functions of atexit
+            _AT_END.add(self.process)
+            Finalize(None, _at_exit, exitpriority=0)
         OPEN.append(self)
         return self
 
     def line(self, ahead: Entry | None = None) -> Line:
         """The training as it is to stand in the file."""
-        return Line(self._model, self._begun, tuple((*s, steps) for s, steps in self._used.items()), ahead)
+        return Line(self._model, self._begun, tuple((*s, steps) for s, steps in list(self._used.items())), ahead)
 
     def add_earlier(self, releases: Iterable[Releases]) -> None:
         """The model holds what these trainings released, too; it is written with the next step."""
-        self._earlier += releases
-        self._ahead = None
+        with ONE:
+            self._earlier += releases
+            self._ahead = None
 
     # ------------------------------------------------------------------ before and at a release
 
@@ -169,25 +179,26 @@ class Spender:
         Raises:
             BudgetError: they would go beyond the budget, or cannot be written; the file is as it was.
         """
-        if self._left(setting) >= least:
-            return
-        self._goes_on()
-        most = max(least, AHEAD, sum(self._used.values()) // SHARE)
+        with ONE:
+            if self._left(setting) >= least:
+                return
+            self._goes_on()
+            most = max(least, AHEAD, sum(self._used.values()) // SHARE)
 
-        def with_block(now: Content | None) -> Content:
-            content = self._present(now).with_lines({self.name: self.line()})
-            room = self.account.room(content.history, setting, least, most)
-            if not room:  # perhaps with what others in this process do not need at once
-                others = [s for s in self.account.own() if s is not self and s._ahead is not None]
-                content = content.with_lines({s.name: s.line() for s in others})
-                room = self.account.room(content.history, setting, least, most) if others else 0
-                if not room:
-                    raise self.account.refusal(content, setting, least, "this step")
-                for other in others:
-                    other._ahead = None
-            return content.with_lines({self.name: self.line((*setting, room))})
+            def with_block(now: Content | None) -> Content:
+                content = self._present(now).with_lines({self.name: self.line()})
+                room = self.account.room(content.history, setting, least, most)
+                if not room:  # perhaps with what others in this process do not need at once
+                    others = [s for s in self.account.own() if s is not self and s._ahead is not None]
+                    content = content.with_lines({s.name: s.line() for s in others})
+                    room = self.account.room(content.history, setting, least, most) if others else 0
+                    if not room:
+                        raise self.account.refusal(content, setting, least, "this step")
+                    for other in others:
+                        other._ahead = None
+                return content.with_lines({self.name: self.line((*setting, room))})
 
-        self._ahead = self._write(with_block)
+            self._ahead = self._write(with_block)
 
     def release(self, setting: tuple[float, float]) -> None:
         """A release leaves, or has left already: it counts whatever the budget says.
@@ -198,29 +209,31 @@ class Spender:
         Raises:
             BudgetError: it is not in the file, and cannot be written.
         """
-        if self._left(setting) < 1:
-            self._goes_on()
-            block = (*setting, 1)
-            self._ahead = self._write(lambda now: self._present(now).with_lines({self.name: self.line(block)}))
-        assert self._ahead is not None
-        noise, rate, left = self._ahead
-        self._used[setting] += 1  # first: an interrupt in between counts one too many
-        self._ahead = (noise, rate, left - 1)
+        with ONE:
+            if self._left(setting) < 1:
+                self._goes_on()
+                block = (*setting, 1)
+                self._ahead = self._write(lambda now: self._present(now).with_lines({self.name: self.line(block)}))
+            assert self._ahead is not None
+            noise, rate, left = self._ahead
+            self._used[setting] += 1  # first: an interrupt in between counts one too many
+            self._ahead = (noise, rate, left - 1)
 
     def end(self) -> None:
         """The training is over: give back what is reserved and was not used; it stays spent where that cannot be written."""
         try:
             self._give_back()
         except BudgetError as error:
-            warn_user(f"what a training has reserved of its budget and not used stays spent: {error}")
+            warn_user(f"{_STAYS_SPENT}: {error}")
 
     def _give_back(self) -> None:
-        if self.process == os.getpid() and self in OPEN:
-            self.over = True
-            if self._writes >= 0:
-                self._ahead = self._write(self._present)
-            else:
-                OPEN.remove(self)
+        with ONE:
+            if self.process == os.getpid() and self in OPEN:
+                self.over = True
+                if self._writes >= 0:
+                    self._ahead = self._write(self._present)
+                else:
+                    OPEN.remove(self)
 
     def let_go(self) -> None:
         """Nobody has the training any more; its rest is given back when this process writes the next time, or ends."""
@@ -320,5 +333,12 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: S
 
 def _at_exit() -> None:
     for s in tuple(OPEN):
-        with suppress(BudgetError):  # what is reserved stays spent
+        try:
             s._give_back()
+        except BudgetError as error:
+            with suppress(ValueError):  # what was said once is not said again
+                OPEN.remove(s)
+            try:
+                warn_user(f"{_STAYS_SPENT}: {error}")
+            except Warning as warning:  # made an error by a filter, it would keep the others from giving back
+                print(warning, file=sys.stderr)

@@ -13,9 +13,9 @@ import dpfix
 ROOT = Path(dpfix.__file__).parent
 
 STAGES = (
-    "report", "errors", "instrument", "distributed", "layout", "plan", "sampling", "weights", "engines",
+    "report", "errors", "instrument", "layout", "plan", "sampling", "weights", "engines",
     "scan", "rules", "repair", "observe", "audit", "choose", "training",
-    "pipeline", "api", "__init__", "segmentation", "integrations", "__main__",
+    "pipeline", "api", "__init__", "segmentation", "integrations", "cli", "__main__",
 )  # fmt: skip
 """From the ground floor to the top: a room may import from those before it, and from no other."""
 LEVEL = {room: level for level, room in enumerate(STAGES)}

@@ -60,7 +60,7 @@ def test_batches_of_one_are_not_tried_where_another_engine_is_right(
     assert str(told) == (
         f"microbatch: not used: not tried, it is the last resort and `{training.plan.engine}` is right"
     )
-    assert str(told) in str(training.report)
+    assert str(told) in training.report.details()
 
 
 def test_batches_of_one_are_taken_where_no_other_engine_can_follow(at_work: list[str]) -> None:

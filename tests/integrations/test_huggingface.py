@@ -210,7 +210,7 @@ def test_label_smoothing_is_averaged_per_sample(tmp_path: Path) -> None:
 
     _, private, watched = train("line", tmp_path, gpt2(), next_tokens(), label_smoothing_factor=0.1)
     assert off(watched, gpt2(), loss) < 1e-4
-    assert "from the outputs of the model" in str(private.report)
+    assert "from the outputs of the model" in private.report.details()
 
 
 def test_a_loss_of_a_subclass_is_averaged_per_sample(tmp_path: Path) -> None:

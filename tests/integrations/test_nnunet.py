@@ -259,6 +259,66 @@ def test_a_pattern_that_matches_nothing() -> None:
         Settings(patient_pattern="^(.*)_visit").patient_of("c7")
 
 
+# ------------------------------------------------------------------ a budget that folds share
+
+
+class Fold(PrivateTrainer):
+    """The part of a trainer that begins to train, with a network and patients and without nnU-Net."""
+
+    was_initialized, num_epochs, num_iterations_per_epoch, current_epoch = True, 2, 5, 0
+
+    class Begin:
+        def on_train_start(self) -> None:
+            pass
+
+    def __init__(self, **given: Any) -> None:
+        torch.manual_seed(5)
+        self.settings, self.device, self.loss = Settings(**given), torch.device("cpu"), batch_dice
+        self.network = Net()
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1)
+        self.dataloader_train = DataLoader(PatientPatches(Loader(), 2), 3)
+
+    def print_to_log_file(self, text: str) -> None:
+        pass
+
+
+class BudgetedFold(Fold, Fold.Begin):
+    pass
+
+
+def test_folds_share_a_budget(tmp_path: Path) -> None:
+    file = tmp_path / "data.budget.json"
+    budget = dpfix.Budget(file, epsilon=12.0, delta=1e-2)
+    fold = BudgetedFold(noise_multiplier=2.0, budget=str(file))
+    fold.on_train_start()
+    for _ in range(5):
+        fold.train_step(next(fold.dataloader_train))
+    (line,) = json.loads(file.read_text())["trainings"].values()
+    assert sum(row["steps"] for row in [*line["released"], line["ahead"]]) >= 5
+    assert fold.statement().budget
+    fold.dataloader_train.close()
+    fold.private[0].cleanup()  # type: ignore[index]
+    (line,) = json.loads(file.read_text())["trainings"].values()
+    assert [row["steps"] for row in line["released"]] == [5] and budget.spent() > 0
+
+    other = BudgetedFold(noise_multiplier=0.6, budget=str(file))
+    with pytest.raises(dpfix.BudgetError, match="does not allow the 10 steps of this fold that are to come"):
+        other.on_train_start()
+    assert other.private is None and len(json.loads(file.read_text())["trainings"]) == 1
+    other.current_epoch = 1  # continued: fewer steps are to come
+    other.on_train_start()
+    assert other.private is not None
+
+
+def test_the_file_of_a_shared_budget_is_named_and_there(tmp_path: Path) -> None:
+    settings = read_settings({"DPFIX_NNUNET_BUDGET": str(tmp_path / "none.json"), "DPFIX_NNUNET_NOISE_MULTIPLIER": "1"})
+    with pytest.raises(dpfix.ArgumentError, match=r"none.json' is no file.*Every fold"):
+        settings.check_budget()
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(dpfix.BudgetError, match="damaged"):
+        settings.check_budget()
+
+
 # ------------------------------------------------------------------ doctor
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import dpfix
 from dpfix.report.finding import Finding, Fixability, Severity
-from dpfix.report.report import EngineEvidence, Report
+from dpfix.report.report import EngineEvidence, Layer, Proof, Report
 from tests.helpers import setting
 
 HOSTILE = "<script>alert('1')</script>"
@@ -35,7 +35,8 @@ def test_json_has_every_field_of_every_finding(report: Report) -> None:
 
 def test_html_has_everything(report: Report) -> None:
     page = report.to_html()
-    told = [report.model, report.engine, *report.audit, *map(str, report.evidence)]
+    told = [report.model, report.engine, *map(str, report.evidence)]
+    told += [text for proof in report.proofs for text in (proof.claim, proof.shown, proof.check)]
     told += [text for values in (report.settings, report.versions) for pair in values.items() for text in pair]
     for finding in report.findings:
         told += [finding.code, finding.severity.value, finding.fixability.value]
@@ -46,22 +47,32 @@ def test_html_has_everything(report: Report) -> None:
 
 
 def test_text_has_every_finding(report: Report) -> None:
-    text = str(report)
+    text = report.details()
     for finding in report.findings:
         assert all(part in text for part in (finding.code, finding.fact, finding.why, finding.fix, finding.help))
 
 
 def test_names_cannot_write_into_the_page() -> None:
-    finding = Finding("DPF001", Severity.ADVICE, Fixability.REFUSED, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-    evidence = EngineEvidence("vmap", False, reason=HOSTILE)
-    named = {HOSTILE: HOSTILE}
-    page = Report(HOSTILE, (finding,), HOSTILE, (evidence,), (HOSTILE,), named, named).to_html()
+    used: list[str] = []
+
+    def hostile() -> str:
+        used.append(HOSTILE.replace("1", str(len(used))))
+        return used[-1]
+
+    finding = Finding("DPF001", Severity.ADVICE, Fixability.REFUSED, *(hostile() for _ in range(5)))
+    evidence = EngineEvidence("vmap", False, reason=hostile())
+    proof = Proof(hostile(), hostile(), hostile(), {hostile(): 1.0})
+    layers = (Layer(hostile(), hostile(), hostile()), Layer(hostile(), same := hostile(), same))
+    named = {hostile(): hostile()}
+    page = Report(
+        hostile(), (finding,), hostile(), (evidence,), (proof,), named, {hostile(): hostile()}, layers
+    ).to_html()
     assert "<script" not in page
-    # model twice, five fields of the finding, engine, evidence, audit, settings and versions with name and value
-    assert html.unescape(page).count(HOSTILE) == 14
+    seen = html.unescape(page)
+    assert [text for text in used if text not in seen] == []
 
 
 def test_empty_report_is_a_page() -> None:
     page = Report("Net").to_html()
-    assert "findings (0)" in page and "engine: none" in page
-    assert "settings" not in page and "audit" not in page
+    assert "findings (0)" in page and "Engine: none" in page
+    assert "Settings" not in page and "audit" not in page

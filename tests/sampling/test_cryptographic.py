@@ -153,7 +153,7 @@ def test_a_training_in_secure_mode_draws_from_the_system_alone(way: str, monkeyp
     assert len(moved) == 3 and len(torch.unique(moved.abs())) > moved.numel() - 3  # a few are equal by chance
     assert sum(asked) >= 8 * (3 * 24 + 4 * moved.numel())
     assert_same_generators(before)
-    assert "randomness: a cryptographic generator" in str(training.report)
+    assert "randomness: a cryptographic generator" in training.report.details()
     statement = training.statement(1e-3)
     assert statement.secure_rng and statement.cautions == ()
 

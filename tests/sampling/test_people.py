@@ -462,6 +462,7 @@ NAN = float("nan")
         (Cases(), [torch.zeros(2)] * 13, r"a Tensor of shape \(2,\)"),
         (Cases(), [object() for _ in OWNERS], r"object, of which no two are equal"),
         (Cases(), ["b ", *OWNERS[1:]], r"names persons 'b ' and 'b'.*read alike"),
+        (Cases(), ["Jos\u00e9", "Jose\u0301", *OWNERS[2:]], r"names persons .*read alike"),
         (Cases(), [1, "1", *OWNERS[2:]], r"names persons 1 and '1'"),
         (Cases(), 3, r"privacy_unit is int"),
         (Cases(), set(OWNERS), r"privacy_unit is set"),
@@ -524,6 +525,54 @@ def test_an_item_that_changes_hands_is_refused(unit: Any, workers: int) -> None:
     data.shift = 1
     with pytest.raises(dpfix.ArgumentError, match=r"the item of index \d+ belonged to '\w', and belongs to '\w' now"):
         loop(training, 9)
+
+
+class WithoutNames(Renaming):
+    """The items say nothing about whose they are."""
+
+    def __getitem__(self, index: int) -> Any:
+        item = super().__getitem__(index)
+        image = item["image"] + (0.1 * torch.randn(2, 8, 8) if self.noisy else 0.0)
+        return {"image": image, "label": item["label"]}
+
+    noisy = False
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("unit", [OWNERS, lambda index: OWNERS[index]])
+def test_an_item_without_a_name_that_changes_hands_is_refused(unit: Any, workers: int) -> None:
+    data = WithoutNames()
+    training = people(data, unit, loader={"num_workers": workers})
+    loop(training, 2)
+    data.shift = 1
+    words = (
+        r"the item of index \d+, which belongs to '\w', is now the one that index \d+ had before, which belongs to '\w'"
+    )
+    with pytest.raises(dpfix.ArgumentError, match=words):
+        loop(training, 60)
+
+
+def test_an_item_that_changes_hands_within_a_person_is_not_refused() -> None:
+    data = WithoutNames()
+    training = people(data, ["a"] * 6 + ["b"] * 7)
+    loop(training, 2)
+    data.items[:6], data.items[6:] = data.items[:6][::-1], data.items[6:][::-1]
+    loop(training, 40)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "copies", "zeros", "whole numbers"])
+def test_items_that_are_alike_or_change_by_chance_are_not_refused(kind: str) -> None:
+    data = WithoutNames()
+    data.noisy = kind == "noisy"
+    for i, item in enumerate(data.items):
+        if kind == "copies":
+            item["image"] = data.items[i % 2]["image"]
+        elif kind == "zeros":
+            item["image"] = torch.zeros(2, 8, 8)
+        elif kind == "whole numbers":
+            item["image"] = torch.full((2, 8, 8), float(i % 3))
+    training = people(data, OWNERS)
+    loop(training, 40)
 
 
 def test_loaders_without_persons_are_refused() -> None:
@@ -681,6 +730,74 @@ def test_a_training_goes_on_in_the_middle_of_a_pass(at: int, workers: int, tmp_p
         items.privacy_engine.load_checkpoint(path=tmp_path / "file", **objects(items))
 
 
+NUMBERED = [ord(o) - ord("a") for o in OWNERS]
+BY_HALVES = [OWNERS[i % 5] for i in range(13)]
+
+
+def saved_and_loaded(how: str, first: Any, then: Any, order: Sequence[int], path: Path) -> Any:
+    """Train by some units, save, and load what was saved into a training by others, on the data set in another order."""
+    data, again = Cases(), Cases()
+    before = people(data, first)
+    loop(before)
+    again.items = [again.items[i] for i in order]
+    training = people(again, then)
+    if how == "checkpoint":
+        given = [{"module": t[0], "optimizer": t[1], "data_loader": t[2]} for t in (before, training)]
+        before.privacy_engine.save_checkpoint(path=path, **given[0])
+        training.privacy_engine.load_checkpoint(path=path, **given[1])
+    elif how == "state":
+        training[1].load_state_dict(before[1].state_dict())
+    else:
+        model = convolutional()
+        optimizer = sgd(model)
+        optimizer.load_state_dict(before[1].state_dict())
+        training = dpfix.make_private_safe(
+            module=model, optimizer=optimizer, data_loader=DataLoader(again, batch_size=3), noise_multiplier=1.0,
+            max_grad_norm=1.0, training_step=on_cases, privacy_unit=then, cache=False,
+        )  # fmt: skip
+    return training
+
+
+ways = pytest.mark.parametrize("how", ["checkpoint", "state", "state before the call"])
+
+
+@ways
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(OWNERS, ["x" + o for o in OWNERS[::-1]]), (OWNERS, BY_HALVES), (NUMBERED, NUMBERED[::-1]), (None, OWNERS)],
+    ids=["others", "coarser", "numbers", "items"],
+)
+def test_a_saved_training_of_other_units_is_not_gone_on_with(how: str, first: Any, then: Any, tmp_path: Path) -> None:
+    words = (
+        r"accounted for other units when they were saved, and this call accounts for persons|training is another one"
+    )
+    with pytest.raises((dpfix.CheckpointError, dpfix.ArgumentError), match=words):
+        saved_and_loaded(how, first, then, range(13), tmp_path / "file")
+
+
+@ways
+@pytest.mark.parametrize("kind", ["the same", "a data set in another order", "numbers", "items go on from persons"])
+def test_a_saved_training_of_the_same_units_goes_on(how: str, kind: str, tmp_path: Path) -> None:
+    if kind == "items go on from persons" and how == "checkpoint":
+        return  # another plan
+    order = range(12, -1, -1) if kind == "a data set in another order" else range(13)
+    first, then = {"the same": (OWNERS, OWNERS), "numbers": (NUMBERED, NUMBERED)}.get(
+        kind, ("patient_id", "patient_id")
+    )
+    training = saved_and_loaded(how, first, None if kind.startswith("items") else then, order, tmp_path / "file")
+    assert training.statement(1e-3).steps == 4
+    loop(training, 1)
+
+
+def test_a_state_that_does_not_say_for_whom_it_was_accounted_is_loaded() -> None:
+    before, training = people(Cases(), OWNERS), people(Cases(), OWNERS)
+    loop(before)
+    state = before[1].state_dict()
+    del state["param_groups"][0]["dpfix"]["units"]
+    training[1].load_state_dict(state)
+    assert training.statement(1e-3).steps == 4
+
+
 # ------------------------------------------------------------------ what could tear the items of a person apart
 
 
@@ -708,6 +825,11 @@ def backwards(items: list[Any]) -> Any:
     return padded(items[::-1])
 
 
+def masked_at_random(items: list[Any]) -> Any:
+    x, y = padded(items)
+    return x.masked_fill((torch.rand(x.shape) < 0.2) & (x != 0), 1), y
+
+
 def without_short_ones(items: list[Any]) -> Any:
     return padded([item for item in items if len(item[0]) > 4] or items)
 
@@ -730,6 +852,7 @@ EQUAL = [i % 12 for i in range(60)]
     ("collate", "error"),
     [
         (padded, None),
+        (masked_at_random, None),
         (longest_first, r"DPF049.*longest_first, test_people.py:\d+\) puts the items of a batch into an order of its own"),
         (backwards, r"DPF049.*backwards"),
         (without_short_ones, r"have 5, 5, 5, 5 items, and enter Words as 5, 5, 4, 5 rows|have 2, 2, 2, 10 items.* 2, 2, 2, 9"),

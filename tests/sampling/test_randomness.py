@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import dpfix
-from dpfix.distributed import ALONE
 from dpfix.sampling import randomness
 from dpfix.sampling.randomness import OwnNoise, Randomness, Stream, seeded
+from dpfix.sampling.ranks import ALONE
 from tests.cases import mlp
 from tests.helpers import assert_same_generators, generator_states, points, setting, sgd
 
@@ -304,10 +304,10 @@ def test_noise_that_can_be_computed_again_is_told(given: str) -> None:
     training, plain = private(**{given: value}), private()
     (caution,) = training.statement(1e-3).cautions
     assert "protects nobody from whoever knows that seed" in caution
-    assert f"randomness: from {given}=, so that the noise can be computed again" in str(training.report)
-    assert "1234567" not in str(training.report) + training.report.to_json() + str(training.statement(1e-3))
+    assert f"randomness: from {given}=, so that the noise can be computed again" in training.report.details()
+    assert "1234567" not in training.report.details() + training.report.to_json() + str(training.statement(1e-3))
     assert plain.statement(1e-3).cautions == ()
-    assert "randomness: the training's own generators, seeded by the operating system" in str(plain.report)
+    assert "randomness: the training's own generators, seeded by the operating system" in plain.report.details()
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_opacus_cryptographic_generator_draws_and_adds_noise_as_before() -> None
     before = engine.secure_rng.get_state()
     epoch(training)
     assert not torch.equal(before, engine.secure_rng.get_state())
-    assert "randomness: a cryptographic generator" in str(training.report)
+    assert "randomness: a cryptographic generator" in training.report.details()
     assert training.statement(1e-3).secure_rng and training.statement(1e-3).cautions == ()
 
 

@@ -2,7 +2,9 @@
 
 ``kills PATH STEPS...``: trainings one after another, each killed after so many steps, and a part of one. ``killed_at PATH
 MOMENT``: one that kills itself while it writes. ``together PATH NUMBER``: so many at the same time.
-``alone PATH STEPS``: one of so many steps at most. Every training tells of a release before a parameter moves.
+``alone PATH STEPS``: one of so many steps at most. ``stopped PATH WHAT``: one that stops itself while it writes, and another
+one after something was done to the files. ``gone_at_end PATH``: one whose file is gone when its process ends, with status 3.
+Every training tells of a release before a parameter moves.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 import dpfix
+from dpfix.training import budget_file
 from tests.helpers import setting, train
 
 
@@ -129,6 +132,68 @@ def alone(path: str, most: int) -> list[int]:
         return [len(pipe.read())]
 
 
+def stopped(path: str, what: str) -> list[int]:
+    """One training that is stopped in its third writing, and another after something was done to the files."""
+    replace, as_text = Path.replace, budget_file._text
+    end, to = os.pipe()
+    if not (pid := os.fork()):
+        os.close(end)
+        begun, writes = training(path, to), 0
+
+        def stop_at_third() -> None:
+            nonlocal writes
+            writes += 1
+            if writes == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        def stopping(self: Path, target: Any) -> Any:
+            stop_at_third()
+            return replace(self, target)
+
+        def early(content: Any) -> Any:
+            stop_at_third()
+            return as_text(content)
+
+        if (
+            what.startswith("moved") and what != "moved late"
+        ):  # before the new content is written; otherwise when it is about to take its place
+            budget_file._text = early  # type: ignore[assignment]
+        else:
+            Path.replace = stopping  # type: ignore[method-assign]
+        try:
+            train(begun, 3 * 16)
+        except dpfix.BudgetError as error:
+            print(error, file=sys.stderr)
+        try:
+            train(begun, 1)  # and every further step is refused
+        except dpfix.BudgetError as error:
+            print(error, file=sys.stderr)
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.close(to)
+    os.waitpid(pid, os.WUNTRACED)
+    moved = str(Path(path).with_name("moved.json"))
+    if what == "lock removed":
+        Path(f"{path}.lock").unlink()
+    else:
+        Path(path).rename(moved)
+    if what == "moved and linked":
+        Path(path).symlink_to(moved)
+    budget_file.PATIENCE = 0.5
+    there = path if Path(path).exists() else moved
+    other = child(lambda to: until_refused(there, to, most=5))
+    second = told(*other)
+    os.kill(pid, signal.SIGCONT)
+    return [told(pid, end), second]
+
+
+def gone_at_end(path: str) -> None:
+    """A training that has something reserved when the file goes and the process ends."""
+    train(training(path, os.open(os.devnull, os.O_WRONLY)), 2)
+    Path(path).unlink()
+    sys.exit(3)
+
+
 if __name__ == "__main__":
     what, file, *rest = sys.argv[1:]
     torch.manual_seed(0)
@@ -136,6 +201,10 @@ if __name__ == "__main__":
         print(json.dumps(kills(file, [float(r) for r in rest])))
     elif what == "killed_at":
         print(json.dumps(killed_at(file, *rest)))
+    elif what == "stopped":
+        print(json.dumps(stopped(file, *rest)))
+    elif what == "gone_at_end":
+        gone_at_end(file)
     elif what == "alone":
         print(json.dumps(alone(file, int(*rest))))
     else:

@@ -19,8 +19,8 @@ RATE, DELTA, NOISE = 8 / 24, 1e-3, 4.0
 ROOT = Path(dpfix.__file__).parents[1]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.training.budget_runs", *arguments]
+def start(*arguments: str, warnings: str = "ignore") -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", warnings, "-m", "tests.training.budget_runs", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

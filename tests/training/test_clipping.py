@@ -133,3 +133,18 @@ def test_the_adaptive_clip_norm_stands_in_the_statement() -> None:
     one_by_one(model, training)
     said = json.loads(training.statement(1e-3).to_json())
     assert said["max_grad_norm"] == training[1].max_grad_norm != 1.0
+
+
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 4.0}, {"unclipped_num_std": 0.1}])
+def test_more_noise_than_the_count_leaves_is_refused(changes: dict[str, float]) -> None:
+    """A scheduler may raise the noise while training."""
+    training = dpfix.make_private_safe(**setting(**ADAPTIVE, max_grad_norm=0.5))
+    for name, value in changes.items():
+        setattr(training[1], name, value)
+    before = [p.clone() for p in training[0].parameters()]
+    with pytest.raises(dpfix.ArgumentError, match=r"noise_multiplier=\d with unclipped_num_std="):
+        for x, y in training[2]:
+            training[1].zero_grad()
+            nn.functional.cross_entropy(training[0](x), y).backward()
+            training[1].step()
+    assert all(map(torch.equal, before, training[0].parameters()))

@@ -308,7 +308,7 @@ def test_the_report_says_so_before_the_first_step_and_is_complete_after_it() -> 
     assert "first real step" in str(before)
     batch, _ = next(pair for pair in drawn(private) if pair[1])
     script.loss(private[0], batch, 0)
-    assert "DPF043" not in str(private.report) and private.report.engine == private.plan.engine != ""
+    assert "DPF043" not in private.report.details() and private.report.engine == private.plan.engine != ""
     assert private.report.settings == before.settings
 
 

@@ -78,7 +78,7 @@ def test_poisson_sampling_off_is_accounted_in_full() -> None:
 
 def test_the_report_says_what_a_loader_of_its_own_costs() -> None:
     report = dpfix.diagnose(**_described(poisson_sampling=False))
-    assert "DPF031" in {f.code for f in report.findings} and "accounted in full" in str(report)
+    assert "DPF031" in {f.code for f in report.findings} and "accounted in full" in report.details()
     assert "DPF031" not in {f.code for f in dpfix.diagnose(**_described(sampling="shuffle")).findings}
 
 

@@ -354,7 +354,7 @@ def test_the_statement_says_the_total() -> None:
     statement = training.statement(1e-3)
     assert statement.max_grad_norm == 5.0
     assert "`0.*` 0.6 C" in statement.clipping and "`*` 0.8 C" in statement.clipping
-    assert statement.clipping in str(statement) and "together 5" in str(training.report)
+    assert statement.clipping in str(statement) and "together 5" in training.report.details()
     training = dpfix.make_private_safe(**setting(clipping="automatic", stability_constant=0.5))
     assert "C g / (|g| + 0.5)" in training.statement(1e-3).clipping
 

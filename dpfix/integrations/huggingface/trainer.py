@@ -185,7 +185,7 @@ def _is_plain(value: Any) -> bool:
 
 def _with(private: PrivateTraining, finding: Finding) -> PrivateTraining:
     report = replace(private.report, findings=(*private.report.findings, finding))
-    return PrivateTraining(tuple(private), report, private.privacy_engine)
+    return private.with_report(report)
 
 
 def _finding(trainer: Any, way: Way) -> Finding:

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpfix.errors import ArgumentError, UnknownArgumentError
+from dpfix.errors import ArgumentError, BudgetError, UnknownArgumentError
 from dpfix.integrations.nnunet.settings import PREFIX, read_settings
 
 TRAINERS = Path(__file__).parent / "trainers"
@@ -57,7 +57,7 @@ def diagnose_installation(
             remarks.append(Remark(False, f"no {PREFIX}... variable is set; a budget has to be, here or in the plans."))
         elif dataset is None:
             settings.check_budget()
-    except (ArgumentError, UnknownArgumentError) as error:
+    except (ArgumentError, BudgetError, UnknownArgumentError) as error:
         remarks.append(Remark(True, str(error)))
     return remarks + (list(_plans(environment, dataset, plans)) if dataset is not None else [])
 
@@ -116,7 +116,7 @@ def _plans(environment: Mapping[str, str], dataset: Path, name: str) -> Iterator
     plans = json.loads(file.read_text())
     try:
         read_settings(environment, plans).check_budget()
-    except (ArgumentError, UnknownArgumentError) as error:
+    except (ArgumentError, BudgetError, UnknownArgumentError) as error:
         yield Remark(True, str(error))
     labels = json.loads((dataset / "dataset.json").read_text()) if (dataset / "dataset.json").is_file() else {}
     if "ignore" in labels.get("labels", {}):

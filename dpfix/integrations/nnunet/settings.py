@@ -6,9 +6,11 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from dpfix.errors import ArgumentError, UnknownArgumentError
+from dpfix.training.budget import Budget
 
 PREFIX = "DPFIX_NNUNET_"
 """``DPFIX_NNUNET_TARGET_EPSILON=8`` sets ``target_epsilon``."""
@@ -32,6 +34,7 @@ class Settings:
         accountant: ``"prv"`` or ``"rdp"``.
         patient_pattern: regular expression whose first group names the patient in a case's name, for data sets with
             several cases per patient; every case is a patient if not given.
+        budget: file of the budget that all trainings on the data share (:class:`dpfix.Budget`), which there has to be already.
     """
 
     target_epsilon: float | None = None
@@ -44,12 +47,37 @@ class Settings:
     iterations: int | None = None
     accountant: str = "prv"
     patient_pattern: str | None = None
+    budget: str | None = None
+
+    def shared_budget(self) -> Budget | None:
+        """The budget that all trainings on the data share.
+
+        Returns:
+            It; ``None`` where there is none.
+
+        Raises:
+            ArgumentError: there is no such file.
+            BudgetError: it cannot be used.
+        """
+        if self.budget is None:
+            return None
+        if not Path(self.budget).is_file():
+            raise ArgumentError(
+                f"nnU-Net: budget={self.budget!r} is no file.",
+                "Every fold is a training on the same patients, and all share one file.",
+                "Make it once, with the number of patients of all folds: dpfix.Budget('data.budget.json', epsilon=8.0, "
+                "delta=1e-4, samples=300).",
+                path="budget",
+            )
+        return Budget(self.budget)
 
     def check_budget(self) -> None:
         """A training needs a budget, one of the two ways.
 
         Raises:
-            ArgumentError: neither a target epsilon nor a noise multiplier is set, or both are.
+            ArgumentError: neither a target epsilon nor a noise multiplier is set, or both are; or the file of the budget that
+                is shared does not exist.
+            BudgetError: that file cannot be used.
         """
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ArgumentError(
@@ -58,6 +86,7 @@ class Settings:
                 help=f"Set {PREFIX}TARGET_EPSILON=8 for a budget, or {PREFIX}NOISE_MULTIPLIER.",
                 path="target_epsilon",
             )
+        self.shared_budget()
 
     def patient_of(self, case: str) -> str:
         """The patient that a case belongs to.
@@ -115,7 +144,7 @@ def read_settings(environment: Mapping[str, str], *plans: Mapping[str, Any]) -> 
 
 
 def _value(name: str, value: Any) -> Any:
-    if value is None or name == "patient_pattern":
+    if value is None or name in ("patient_pattern", "budget"):
         return value
     if name == "accountant":
         if value not in ("prv", "rdp"):

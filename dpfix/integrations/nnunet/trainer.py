@@ -123,19 +123,37 @@ class PrivateTrainer:
         if self._accounted is not None:
             engine.accountant.load_state_dict(self._accounted["accountant"])
             self._epsilons = list(self._accounted["epsilons"])
+        noise = self._noise_multiplier(loader)
         self.private = dpfix.make_private_safe(
             module=self.network,
             optimizer=self.optimizer,
             data_loader=loader,
             training_step=self._loss_of,
-            noise_multiplier=self._noise_multiplier(loader),
+            noise_multiplier=noise,
             max_grad_norm=self.settings.max_grad_norm,
             privacy_engine=engine,
             wrap_model=False,
+            budget=self.settings.shared_budget(),
         )
+        self._refuse_beyond_budget(noise, sample_rate(loader))
         _, self.optimizer, private_loader = self.private
         self.dataloader_train = _forever(private_loader)
-        self._say(f"dpfix: private training.\n{self.private.report}\n{self._warning()}")
+        self._say(f"dpfix: private training.\n{self.private.report.details()}\n{self._warning()}")
+
+    def _refuse_beyond_budget(self, noise: float, rate: float) -> None:
+        """A fold that would be stopped in the middle is not begun."""
+        this: Any = self
+        assert self.private is not None
+        spender = self.private[1].guard.guarded.accounting.spender
+        steps = (this.num_epochs - this.current_epoch) * this.num_iterations_per_epoch
+        if spender is None:
+            return
+        try:
+            spender.check((noise, rate), steps, f"the {steps} steps of this fold that are to come")
+        except dpfix.BudgetError:
+            self.private[0].cleanup()
+            self.private = None
+            raise
 
     def settings_checked(self) -> None:
         """Initialise if that was not done yet, and check the budget before anything else starts."""

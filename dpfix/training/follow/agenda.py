@@ -96,7 +96,9 @@ class Agenda:
         return math.ceil(math.log(1 - confidence) / math.log1p(-p)) if p > 0 else 2**31
 
 
-MOST_VALUES = 256
+MOST_NUMBERS = 4096
+"""Numbers of an entry of the batch in which labels are looked for."""
+MOST_VALUES = 64
 """Different labels of one entry of the batch that are told apart; with more of them only how large the extremes are is."""
 MOST_LABELS = 32
 """Different numbers among several per sample, most of which come once, that may be labels; more are ids of words."""
@@ -137,7 +139,7 @@ class Novelty:
     def _tensor(self, place: Any, tensor: torch.Tensor) -> set[Any]:
         if not tensor.numel() or tensor.is_complex():
             return set()
-        few = tensor.numel() <= 16 * MOST_VALUES and len(self._values[place]) <= MOST_VALUES
+        few = tensor.numel() <= MOST_NUMBERS and len(self._values[place]) <= MOST_VALUES
         if few and not tensor.is_floating_point():
             values = tensor.unique()
             if tensor.dim() < 2 or len(values) <= max(MOST_LABELS, tensor.numel() // 8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from dpfix.errors import USER_CODE_ERRORS
 from dpfix.instrument import pytree
-from dpfix.instrument.fixed_randomness import DRAWS, Draw, outside_states
+from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness, outside_states
 from dpfix.instrument.own_generators import drawing, generators_of, states_of
 from dpfix.instrument.rng import generator_states, rng_untouched
 from dpfix.layout.row_count import UnitItems
@@ -27,6 +28,8 @@ Collate = Callable[[list[Any]], Any]
 
 SIZE = 4
 """Samples in the batches that are compared."""
+MOST_PERSONS = 32
+"""Persons among whom it is looked whether rows keep their places."""
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUGH = 2e-2
 
@@ -67,6 +70,7 @@ class Collation:
         with self._agenda.check():
             draw = DRAWS[1 + self._looked % (len(DRAWS) - 1)]
             self._looked += 1
+            self.look_at_order(collate, items, draw)
             self.look(collate, _copied(self._agenda.draw.sample(items, min(3, len(items)))), [draw])
         return collate(items)
 
@@ -84,8 +88,6 @@ class Collation:
         if items is None or not self._layout.known:
             return
         generators = generators_of(collate)
-        if any(isinstance(item, UnitItems) for item in items):
-            self._look_at_order(collate, items, generators, draws[0])
         if self._layout.by_row:
             items = [item.one_row() for item in items]
         for number, draw in enumerate(draws):
@@ -104,23 +106,46 @@ class Collation:
                 continue
             self._conclude(found, collate)
 
-    def _look_at_order(self, collate: Collate, items: Sequence[Any], generators: Any, draw: Draw) -> None:
-        """Items of a person have to stay together: the engine takes the rows at their places for hers."""
+    def look_at_order(self, collate: Collate, items: Sequence[Any], draw: Draw = DRAWS[1]) -> None:
+        """Items of a person have to stay together: the engine takes the rows at their places for hers.
+
+        Every row draws the same numbers here, so that a row is known again that is changed by chance.
+
+        Args:
+            collate: the collate function, called for some persons together and for each of them alone.
+            items: the persons.
+            draw: what random numbers are like.
+
+        Raises:
+            moved_by_collation: rows are moved to places of another person.
+        """
+        persons = [item for item in items if isinstance(item, UnitItems)]
+        some = _copied(self._agenda.draw.sample(persons, min(MOST_PERSONS, len(persons))))
+        if not some or not self._layout.known:
+            return
+        generators = generators_of(collate)
         try:
-            whole, *ones = (
-                _make(collate, batch, generators, draw) for batch in (list(items), *([item] for item in items))
+            ones = [_make(collate, [item], generators, draw, alike=True) for item in some]
+            moves = any(
+                self._moves(collate, persons, alone, generators, draw)
+                for persons, alone in ((some, ones), (some[::-1], ones[::-1]))
             )
-            repeats = whole.drawn or _repeats(collate, list(items), generators, draw, whole)
         except USER_CODE_ERRORS:
             return
+        if moves:
+            raise messages.moved_by_collation(_users(collate))
+
+    def _moves(self, collate: Collate, persons: list[Any], ones: Sequence[_Made], generators: Any, draw: Draw) -> bool:
+        """Whether some row of persons is at the place of another one, whichever numbers are drawn."""
+        whole = _make(collate, persons, generators, draw, alike=True)
         found: list[tuple[bool, bool]] = []
         for path, dim in self._layout.tensors.items():
             leaf, *parts = (part_at(made.batch, path) for made in (whole, *ones))
             if all(isinstance(part, (torch.Tensor, np.ndarray)) for part in (leaf, *parts)):
                 tensors = [_tensor(part) for part in parts]
                 found.append(moved(_tensor(leaf), tensors, dim.dim, lambda a, b: _leaf_gap(a, b) is None))
-        if repeats and any(elsewhere and (none_kept or not whole.drawn) for elsewhere, none_kept in found):
-            raise messages.moved_by_collation(_users(collate))
+        moves = any(elsewhere and (none_kept or not whole.drawn) for elsewhere, none_kept in found)
+        return moves and (whole.drawn or _repeats(collate, persons, generators, draw, whole, alike=True))
 
     def _conclude(self, found: _Mixed | _Whole, collate: Collate) -> None:
         if isinstance(found, _Mixed):
@@ -209,13 +234,22 @@ def _around(place: int, keep: Any, other: Any) -> list[Any]:
     return [keep if k == place else other for k in range(SIZE)]
 
 
-def _make(collate: Collate, items: list[Any], generators: Any, draw: Draw) -> _Made:
-    items = [copy.deepcopy(item) for item in items]  # a collate function may take them apart
+def _make(collate: Collate, items: list[Any], generators: Any, draw: Draw, *, alike: bool = False) -> _Made:
+    """A batch of copies of the items: a collate function may take them apart.
+
+    Args:
+        alike: whether every row draws the same numbers, as far as the draws can be told from others.
+
+    Returns:
+        The batch, and what the generators have done.
+    """
+    items = [copy.deepcopy(item) for item in items]
     with rng_untouched(), drawing(generators, draw):
         torch.manual_seed(draw.torch)
         draw.seed_outside()
         before = _state(generators)
-        batch = collate(items)
+        with FixedRandomness(draw=draw) if alike else nullcontext():
+            batch = collate(items)
         after = _state(generators)
     return _Made(batch, after, after != before)
 
@@ -224,9 +258,11 @@ def _state(generators: Any) -> Any:
     return outside_states(), *(bytes(s.numpy()) for s in generator_states()[:1]), states_of(generators)
 
 
-def _repeats(collate: Collate, items: list[Any], generators: Any, draw: Draw, made: _Made) -> bool:
+def _repeats(
+    collate: Collate, items: list[Any], generators: Any, draw: Draw, made: _Made, *, alike: bool = False
+) -> bool:
     """Whether the collate function gives the same for the same items; it may count its calls."""
-    again = dict(leaves_of(_make(collate, items, generators, draw).batch))
+    again = dict(leaves_of(_make(collate, items, generators, draw, alike=alike).batch))
     return all(_leaf_gap(leaf, again.get(path)) is None for path, leaf in leaves_of(made.batch))
 
 

@@ -230,6 +230,9 @@ class PlainModel:
         Args:
             graph: from :meth:`graph`.
             closeness: relative difference that is rounding, if not that of their types.
+
+        Returns:
+            False if there are none.
         """
         return graph is not None and all(
             close(out.detach(), output.tensor.detach(), closeness)

@@ -7,6 +7,9 @@ from itertools import accumulate
 
 import torch
 
+MOST_SOUGHT = 32
+"""Rows that are sought at the places of others, of those that are not at their own."""
+
 
 def moved(
     whole: torch.Tensor,
@@ -29,12 +32,13 @@ def moved(
     sizes = [one.shape[dim] if one.dim() > dim else -1 for one in ones]
     if whole.dim() <= dim or -1 in sizes or sum(sizes) != whole.shape[dim]:
         return False, False
-    rows, elsewhere, kept = whole.unbind(dim), False, 0
+    rows, elsewhere, kept, tried = whole.unbind(dim), False, 0, 0
     for start, one in zip(accumulate(sizes, initial=0), ones, strict=False):
         for k, row in enumerate(one.unbind(dim)):
             if close(rows[start + k], row):
                 kept += 1
-            else:
-                others = (*rows[:start], *rows[start + len(one.unbind(dim)) :])
-                elsewhere = elsewhere or any(close(other, row) for other in others)
+            elif not elsewhere and tried < MOST_SOUGHT:
+                tried += 1
+                others = (*rows[:start], *rows[start + one.shape[dim] :])
+                elsewhere = any(close(other, row) for other in others)
     return elsewhere, not kept

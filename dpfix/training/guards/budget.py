@@ -20,6 +20,7 @@ class WithinBudget(Check):
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
         self.needed = guarded.accounting.spender is not None
+        self._reserved = False
 
     @override
     def before_noise(self, optimizer: DPOptimizer) -> None:
@@ -28,3 +29,15 @@ class WithinBudget(Check):
         except BudgetError:
             self._guarded.forget_sum()
             raise
+        self._reserved = True
+
+    @override
+    def noised(self, optimizer: DPOptimizer) -> None:
+        if not self._reserved:  # the script has put an add_noise of its own on the optimizer
+            try:
+                self.before_noise(optimizer)
+            except BudgetError:
+                for p in self._guarded.parameters.values():
+                    p.grad = None
+                raise
+        self._reserved = False

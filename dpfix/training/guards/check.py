@@ -10,12 +10,12 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from dpfix.distributed import ALONE, Ranks
 from dpfix.engines.base import Handle
 from dpfix.plan import Plan
 from dpfix.sampling.draw import Draw
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.own_loader import Deliveries
+from dpfix.sampling.ranks import ALONE, Ranks
 from dpfix.training.accounting import Accounting
 
 SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")

@@ -29,10 +29,10 @@ from dpfix.training.follow.beside import (
 from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
 from dpfix.training.follow.collation import Collation
 from dpfix.training.follow.delivery import BatchLayout
+from dpfix.training.follow.due_sum import norms_left_on, wrong_sum
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.gradient_reads import GradientReads
 from dpfix.training.follow.judge import Coupling, coupled, exchanges, other_reduction, replacements
-from dpfix.training.follow.due_sum import norms_left_on, wrong_sum
 from dpfix.training.follow.model import PlainModel
 from dpfix.training.follow.numbers import NumberWatch
 from dpfix.training.follow.outside import Outside, Strangers, comes_from, fed_with

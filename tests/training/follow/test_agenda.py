@@ -26,6 +26,12 @@ def test_words_that_did_not_come_before_are_nothing_new(monkeypatch: pytest.Monk
     assert checked(words(40, vocabulary), monkeypatch) == [*range(FIRST)]
 
 
+def test_numbers_of_which_there_are_many_are_soon_no_labels_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    times = [torch.randint(0, 1000, (4,), generator=draw) for _ in range(200)]
+    assert len(checked(times, monkeypatch)) <= 24
+
+
 def test_a_word_that_stands_for_ignored_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = words(40, 30_000)
     batches[20][3, 7:] = -100

@@ -260,6 +260,17 @@ def cropped(items: list[Any]) -> Any:
     return padded([(x * torch.tensor([float(random.random() < 0.9) for _ in x])[:, None], y) for x, y in items])
 
 
+def masked_and_padded(items: list[Any]) -> Any:
+    """As for masked language models: places are taken out by chance in the padded batch."""
+    x, y = padded(items)
+    return x * (torch.rand(x.shape[:2]) > 0.2)[..., None], y
+
+
+def masked_and_padded_on_the_left(items: list[Any]) -> Any:
+    x, y = padded_on_the_left(items)
+    return x * (torch.rand(x.shape[:2]) > 0.2)[..., None], y
+
+
 def longest_first_and_noisy(items: list[Any]) -> Any:
     return padded([(x * np.random.uniform(0.9, 1.1), y) for x, y in sorted(items, key=lambda item: -len(item[0]))])
 
@@ -326,12 +337,14 @@ RIGHT: list[tuple[Any, Any, Any]] = [
     (noisy, vectors, plain),
     (noisy_one_by_one, vectors, plain),
     (Own(), vectors, plain),
+    (cropped, sequences, plain),
+    (masked_and_padded, sequences, plain),
+    (masked_and_padded_on_the_left, sequences, plain),
     (with_longest, sequences, of_names),
     (with_order, sequences, first_two),
 ]
 LOOKED_AT: list[tuple[Any, Any]] = [
     *((collate, items) for collate, items, _ in RIGHT),
-    (cropped, sequences),
     (longest_first_and_noisy, sequences),
     (Counting(), vectors),
     (emptied, lambda: [{"x": x, "y": y} for x, y in vectors()]),
@@ -341,6 +354,17 @@ LOOKED_AT: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize(("collate", "items", "loss"), RIGHT, ids=[c.__name__ for c, *_ in RIGHT])
 def test_right_collation_is_left_alone(collate: Any, items: Any, loss: Any) -> None:
     assert train(collate, items(), loss, steps=16, checks=1.0).moved
+
+
+class OverPadding(Averaged):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean(1)
+
+
+def test_padding_that_the_model_lets_in_is_seen_behind_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Averaged", OverPadding)
+    with pytest.raises(dpfix.CoupledModelError, match="padding"):
+        train(masked_and_padded, sequences(), plain)
 
 
 @pytest.mark.parametrize(("collate", "items"), LOOKED_AT, ids=[c.__name__ for c, *_ in LOOKED_AT])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import dpfix
 from dpfix.instrument import precision
+from dpfix.instrument.clipping import FLAT
 from dpfix.instrument.fixed_randomness import FixedRandomness
-from dpfix.instrument.precision import exact_products, in_full_precision, products_are_rounded
+from dpfix.instrument.precision import exact_products, products_are_rounded
 from dpfix.instrument.unfused import Unfused
+from dpfix.training.follow.due_sum import wrong_sum
+from dpfix.training.guards.real_steps import RealSteps
+from dpfix.training.step_guard import StepGuard
+from tests.helpers import setting, train
 
 KINDS = (
     torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
@@ -84,12 +92,67 @@ def test_an_error_inside_puts_the_settings_back() -> None:
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-def test_what_clips_and_what_is_compared_is_exact() -> None:
+def test_what_is_compared_is_exact() -> None:
     medium()
-    assert not in_full_precision(products_are_rounded)()
     with FixedRandomness():
         assert not products_are_rounded()
     assert products_are_rounded()
+
+
+def test_what_clips_is_exact_and_what_is_compared_with_the_loops_own_step_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    clip, summed = StepGuard.clip, RealSteps.summed
+    monkeypatch.setattr(StepGuard, "clip", lambda *args: (seen.append(products_are_rounded()), clip(*args))[1])
+    monkeypatch.setattr(RealSteps, "summed", lambda *args: (seen.append(products_are_rounded()), summed(*args))[1])
+    training = dpfix.make_private_safe(**setting())
+    medium()
+    train(training, 1)
+    assert seen == [False, True]
+
+
+class Rounding:
+    """A plain model whose gradients are rounded as far as the settings allow; its only parameter has one number."""
+
+    step = SimpleNamespace(calls=(), gradients=())
+    counts = ()
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+
+    def graph(self) -> float:
+        return 1.0 + self.error if products_are_rounded() else 1.0
+
+    def is_of_step(self, graph: object, closeness: float | None = None) -> bool:
+        return graph is not None
+
+    def weights(self, of_each: list[float]) -> list[float]:
+        return of_each
+
+    def gradient(self, graph: float, weights: list[float]) -> dict[str, torch.Tensor]:
+        return {"weight": torch.tensor([graph * sum(weights)])}
+
+
+@pytest.mark.parametrize(
+    ("allow", "error", "factor", "refused"),
+    [
+        (medium, 0.03, 0.97, False),  # the engine rounds the other way than the plain model
+        (medium, 0.03, 1.5, True),
+        (medium, 0.0, 0.97, True),
+        (lambda: None, 0.0, 0.97, True),
+        (lambda: None, 0.0, 1.0, False),
+    ],
+)
+def test_rounding_is_no_wrong_sum_and_hides_none(
+    allow: Callable[[], None], error: float, factor: float, refused: bool
+) -> None:
+    allow()
+    norms = torch.ones(4, 1)
+    found = {"weight": torch.tensor([4.0 * factor])}
+    plan: Any = SimpleNamespace(scale=lambda *args: 1.0, clipping=FLAT)
+    wrong = wrong_sum(Rounding(error), plan, found, norms, 2.0, [0])  # type: ignore[arg-type]
+    assert bool(wrong) is refused
 
 
 class Backends(TorchFunctionMode):
