@@ -51,7 +51,7 @@ def test_parts_release_what_whole_batches_do(mode: str, sampling: str) -> None:
         assert torch.allclose(a, b, atol=1e-6)
     assert parts.privacy_engine.accountant.history == whole.privacy_engine.accountant.history
     assert parts.get_epsilon(1e-3) == whole.get_epsilon(1e-3)
-    assert "at most 3 samples at a time" in str(parts.report)
+    assert "at most 3 samples at a time" in parts.report.details()
 
 
 def test_opacus_manager_splits_further() -> None:
