@@ -89,6 +89,7 @@ def make_private_safe(
     norm: str = "group",
     no_grad_regions: bool = True,
     cache: bool = True,
+    max_physical_batch_size: int | str | None = None,
     checks: float = SHARE,
     strict: bool = False,
     budget: Budget | None = None,
@@ -134,6 +135,7 @@ def make_private_safe(
         norm: what replaces BatchNorm: ``"group"``, ``"instance"``, ``"layer"``, or ``"folded"`` for a pretrained model.
         no_grad_regions: run module calls that no gradient comes back to (``detach``) without a graph.
         cache: remember in the user's cache directory which engine was fastest for this model; it is audited all the same.
+        max_physical_batch_size: samples in memory at a time, or ``"auto"``; batches come in parts, the loop is the same.
         checks: share of the training time that checks of random real steps may take. The first steps, and steps on which
             anything new is seen, are checked in any case; nothing is released in a step that fails.
         strict: refuse a loop whose loss cannot be followed, instead of warning once.
@@ -224,9 +226,6 @@ def make_private_safe_with_epsilon(
     """As :func:`make_private_safe`, with the noise that reaches a privacy budget after some epochs.
 
     Args:
-        module: see :func:`make_private_safe`.
-        optimizer: see :func:`make_private_safe`.
-        data_loader: see :func:`make_private_safe`.
         target_epsilon: the budget after ``epochs`` epochs.
         target_delta: its delta; smaller than 1 / number of samples (of persons with ``privacy_unit``).
         epochs: number of passes over the returned loader.

@@ -15,6 +15,7 @@ from dpfix.audit.isolation import check_ordinary, weighted_by_rows
 from dpfix.audit.persistent_state import check_inside, check_outside, modules_outside, undone_after
 from dpfix.audit.reference import Trial, Trials, reference
 from dpfix.choose import select
+from dpfix.choose.physical import told_physical, with_physical
 from dpfix.errors import CoupledModelError, DPFixError, LossError, NoEngineError, StateWrittenError, TrainingStepError
 from dpfix.instrument.fixed_randomness import DRAWS
 from dpfix.instrument.function_modes import switch_off_all, unfollowed
@@ -97,7 +98,7 @@ class Prepared:
             self.plan.engine,
             self.evidence,
             self.proofs,
-            settings(request, noise_multiplier, self.plan.clipping, secure=secure),
+            settings(request, noise_multiplier, self.plan, secure=secure),
             versions(),
             self.layers,
         )
@@ -162,7 +163,8 @@ def _prepare(request: Request, surgery: Surgery, outside: list[nn.Module]) -> Pr
         if not waits:
             raise
         check_validator(request, findings)
-        plan, later = undecided(request), decided_later(request, unknown)
+        plan = replace(undecided(request), physical=told_physical(request))
+        later = decided_later(request, unknown)
         proofs = (Proof("", "the engine is decided on the first real step; this report is complete after it"),)
         placeholder = Placeholder(samples.singles[0])
         found, repairs = (*findings, later), tuple(findings)
@@ -283,6 +285,7 @@ def _audited(
     placeholder = _placeholder(harder.emptied() or ordinary, plan)
     proofs += harder.drawn_otherwise()
     plan, evidence = _choose(request, subject, trials, plan)
+    plan = with_physical(request, subject, samples, plan)
     proofs += select.proofs(plan, evidence, trials)
     findings += _advice(request, subject, record)
     return Prepared(

@@ -59,6 +59,7 @@ class Plan:
         per_person: whether a sample is a person, the rows of whose items are averaged.
         own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
         clipping: how the gradient of a sample is clipped.
+        physical: samples that the loader delivers together at most; ``None`` for whole batches.
     """
 
     engine: str = ""
@@ -80,6 +81,7 @@ class Plan:
     per_person: bool = False
     own_engines: bool = False
     clipping: Scheme = FLAT
+    physical: int | None = None
 
     @property
     def followed_by_row(self) -> bool:

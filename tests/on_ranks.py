@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -25,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset, random_split
 
 import dpfix
+from dpfix.choose import physical
 
 CLIP, RATE = 0.5, 0.5
 OWNERS = [i % 7 if i < 30 else 7 + i % 11 for i in range(60)]
@@ -98,10 +101,17 @@ def summed(model: nn.Module, batch: Any) -> Tensor:
     return step(model, batch) * len(batch[0])
 
 
-def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any]:
-    """Some steps: what was drawn here, the weights before and after each, and what was accounted."""
+def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module | None = None) -> dict[str, Any]:
+    """Some steps: what was drawn here, the weights before and after each, and what was accounted.
+
+    Args:
+        managed: samples at a time, if a ``BatchMemoryManager`` is used.
+        called: the model that the loop calls; the returned one if not given.
+    """
     training = dpfix.make_private_safe(**given)
     model, optimizer, loader = training
+    if not given.get("wrap_model", True):
+        model = given["module"]  # what comes back are Opacus's hooks on it
     states, draws, drawn = [weights(model)], [], []
 
     def released(_: Any) -> None:
@@ -110,13 +120,13 @@ def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any
 
     optimizer.attach_step_hook(released)
     batches: Any = loader
-    if physical:
-        manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer)
+    if managed:
+        manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=managed, optimizer=optimizer)
         batches = manager.__enter__()
     while len(draws) < steps:
         for batch in batches:
             optimizer.zero_grad()
-            given.get("training_step", step)(model, batch).backward()
+            given.get("training_step", step)(called or model, batch).backward()
             if loader.ledger.pending():  # not what an empty part of a batch delivers
                 drawn += batch[2].tolist()
             optimizer.step()
@@ -129,6 +139,7 @@ def train(given: dict[str, Any], steps: int, physical: int = 0) -> dict[str, Any
         "states": states,
         "draws": draws,
         "engine": training.plan.engine,
+        "physical": training.plan.physical,
         "history": training.privacy_engine.accountant.history,
         "epsilon": training.get_epsilon(1e-3),
         "report": training.report.details(),
@@ -149,7 +160,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found = {mode: train(call(grad_sample_mode=mode), 4) for mode in ("auto", "vmap", "microbatch", "hooks")}
     found["Opacus"] = {"positions": opacus}
     found["few samples"] = train(call(batch_size=2), 12)
-    found["memory manager"] = train(call(batch_size=20), 3, physical=4)
+    found["memory manager"] = train(call(batch_size=20), 3, managed=4)
     found["sum"] = train(call(loss_reduction="sum", training_step=summed, grad_sample_mode="auto"), 3)
     found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
     found |= {name: train(call(**options), 3) for name, options in CLIPPING.items()}
@@ -159,14 +170,64 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["persons"] = train(call(batch_size=4, privacy_unit=OWNERS), 6)
     found["one person"] = train(call(batch_size=1, privacy_unit=OWNERS), 12)
     found["persons, distributed sampler"] = train(call(data_loader=loader, privacy_unit=OWNERS), 3)
-    found["persons, memory manager"] = train(call(batch_size=18, privacy_unit=OWNERS), 2, physical=2)
+    found["persons, memory manager"] = train(call(batch_size=18, privacy_unit=OWNERS), 2, managed=2)
+    return found
+
+
+def habitual(module: nn.Module | None = None, **options: Any) -> DistributedDataParallel:
+    """A network in torch's wrapper, whose first forward pass still waits for its backward pass, as after a look at a shape."""
+    model = DistributedDataParallel(module or network(), **options)
+    model(digits(2)[:][0])
+    return model
+
+
+def by_habit(rank: int, size: int) -> dict[str, Any]:
+    """Trainings of a model in torch's own wrapper."""
+    found = {mode: train(call(module=habitual(), grad_sample_mode=mode), 3) for mode in ("vmap", "hooks")}
+    found["memory manager"] = train(call(module=habitual(), batch_size=20), 3, managed=4)
+    found["parts"] = train(call(module=habitual(), batch_size=20, max_physical_batch_size=4), 3)
+    physical.free_memory = lambda device, ranks: 10**6 // (1 + rank)
+    found["parts found"] = train(call(module=habitual(), batch_size=20, max_physical_batch_size="auto"), 3)
+    found["noise"] = train(call(module=habitual(), noise_multiplier=2.0, seed=None), 6)
+    found["without a wrapper"] = train(call(module=habitual(), wrap_model=False), 3)
+    kept = habitual(gradient_as_bucket_view=True)
+    found["the script's own object is called"] = train(call(module=kept), 3, called=kept)
+    with kept.no_sync():
+        found["kept"] = {"module": isinstance(kept.module, nn.Sequential), "ranks": "reducer" in vars(kept)}
+    return found
+
+
+def weighted(model: nn.Module, batch: Any) -> Tensor:
+    """The mean of the losses of the samples, each with a weight."""
+    return (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[3]).mean()
+
+
+LEFT_OUT = range(8)
+"""Samples that are left out, one after the other."""
+
+
+def leave_one_out(rank: int, size: int) -> dict[str, Any]:
+    """The first step of one draw, with everybody and with one sample that counts for nothing."""
+    found = {}
+    for left_out in (-1, *LEFT_OUT):
+        weight = torch.full((60,), 100.0)
+        weight[left_out if left_out >= 0 else 60 :][:1] = 0.0
+        loader = DataLoader(TensorDataset(*digits().tensors, weight), batch_size=20)
+        given = call(module=habitual(), data_loader=loader, training_step=weighted, grad_sample_mode="vmap")
+        found[str(left_out)] = train(given, 1)
     return found
 
 
 def attempt(
-    given: Callable[[], dict[str, Any]], make_private: Callable[..., Any] = dpfix.make_private_safe
+    given: Callable[[], dict[str, Any]],
+    make_private: Callable[..., Any] = dpfix.make_private_safe,
+    averages: bool = False,
 ) -> dict[str, Any]:
-    """What a call says that cannot work, and whether everything is as before."""
+    """What a call says that cannot work, and whether everything is as before.
+
+    Args:
+        averages: whether the model is in torch's wrapper, and has to go on averaging the gradients of the ranks.
+    """
     arguments = given()
     model, before, state = arguments["module"], weights(arguments["module"]), torch.get_rng_state()
     names = [name for name, _ in model.named_modules()]
@@ -175,8 +236,19 @@ def attempt(
     except dpfix.DPFixError as error:
         kept = all(torch.equal(v, before[k]) for k, v in weights(model).items())
         kept = kept and [name for name, _ in model.named_modules()] == names
+        if averages:
+            model(torch.full((1, 1, 8, 8), float(distributed.get_rank()))).sum().backward()
+            gradient = next(model.parameters()).grad
+            kept = kept and type(model) is DistributedDataParallel and bool(gradient.eq(of_rank_0(gradient)).all())
         return {"error": type(error).__name__, "text": str(error), "kept": kept and state.equal(torch.get_rng_state())}
     return {"error": "", "text": "", "kept": False}
+
+
+def of_rank_0(value: Tensor) -> Tensor:
+    """The tensor that rank 0 has."""
+    value = value.clone()
+    distributed.broadcast(value, 0)
+    return value
 
 
 class OneRank(nn.Module):
@@ -247,7 +319,13 @@ def refusals(rank: int, size: int) -> dict[str, Any]:
     sampler = DistributedSampler(digits(), num_replicas=size + 1, rank=rank)
     sampled = DataLoader(sampler.dataset, batch_size=4, sampler=sampler)
     return {
-        "torch's wrapper": attempt(lambda: call(module=DistributedDataParallel(network()))),
+        "torch's wrapper inside": attempt(lambda: call(module=nn.Sequential(DistributedDataParallel(network())))),
+        "a group of its own": attempt(
+            lambda: call(module=DistributedDataParallel(network(), process_group=distributed.new_group()))
+        ),
+        "coupled on rank 1 in torch's wrapper": attempt(
+            lambda: call(module=habitual(OneRank(rank == 1))), averages=True
+        ),
         "inside": attempt(lambda: call(module=nn.Sequential(DPDDP(network())))),
         "coupled on rank 1": attempt(lambda: call(module=DPDDP(OneRank(rank == 1)))),
         "wrong argument on rank 1": attempt(lambda: call(max_grad_norm=-1.0 if rank == 1 else 1.0)),
@@ -407,6 +485,63 @@ def budgets(rank: int, size: int) -> dict[str, Any]:
     return {"steps": steps, "refused": refused, "before": before, "after": after, "spent": dpfix.Budget(file).spent()}
 
 
+def death(rank: int, size: int) -> dict[str, Any]:
+    """Rank 1 ends in the middle of the training."""
+    training = dpfix.make_private_safe(**call(module=habitual(), batch_size=20))
+    model, _, loader = training
+    loop(training, islice(loader, 1))
+    if rank == 1:
+        os._exit(0)  # torchrun would end the others at once if it were told of a failure
+    before, began = weights(model), time.monotonic()
+    try:
+        loop(training, loader)
+    except dpfix.DPFixError as error:
+        kept = all(torch.equal(v, before[k]) for k, v in weights(model).items())
+        told = {"error": type(error).__name__, "text": str(error), "kept": kept, "took": time.monotonic() - began}
+        torch.save(told, Path(sys.argv[2]) / f"{rank}.pt")
+    os._exit(0)
+
+
+def checkpoint(rank: int, size: int) -> dict[str, Any]:
+    """Go on from the checkpoint of the folder, if there is one; after three steps, one is saved."""
+    training = dpfix.make_private_safe(**call(module=habitual(), batch_size=20))
+    model, optimizer, loader = training
+    file = Path(sys.argv[2]) / "checkpoint.pt"
+    objects = {"path": file, "module": model, "optimizer": optimizer, "data_loader": loader}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if goes_on := file.exists():
+            training.privacy_engine.load_checkpoint(**objects)
+    states, draws = [weights(model)], list[list[int]]()
+    while len(draws) < 3:
+        for batch in loader:
+            optimizer.zero_grad()
+            step(model, batch).backward()
+            draws.append(batch[2].tolist() if loader.ledger.pending() else [])
+            optimizer.step()
+            states.append(weights(model))
+            if len(draws) == 3 and (goes_on or len(states) == 4):
+                break
+    distributed.barrier()
+    if rank == 0 and not goes_on:
+        training.privacy_engine.save_checkpoint(**objects)
+    distributed.barrier()
+    history = training.privacy_engine.accountant.history
+    return {"run": {"states": states, "draws": draws}, "history": history, "told": [str(w.message) for w in told]}
+
+
+SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "trainings": trainings,
+    "by habit": by_habit,
+    "leave one out": leave_one_out,
+    "refusals": refusals,
+    "misuses": misuses,
+    "budgets": budgets,
+    "death": death,
+    "checkpoint": checkpoint,
+}
+
+
 def main() -> None:
     """Run a scenario on this rank."""
     scenario, folder = sys.argv[1], Path(sys.argv[2])
@@ -415,7 +550,7 @@ def main() -> None:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)  # the same on every rank, as most scripts do
     warnings.simplefilter("ignore")
-    found = {"trainings": trainings, "refusals": refusals, "misuses": misuses, "budgets": budgets}[scenario](rank, size)
+    found = SCENARIOS[scenario](rank, size)
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

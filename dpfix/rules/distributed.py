@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import distributed, nn
@@ -8,15 +9,20 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from dpfix.report.finding import Finding, Severity
+from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
+from dpfix.sampling.ranks import TakenOver, forget_forward, in_default_group
 from dpfix.scan.scan import Scan
 
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
 _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
 _INSTEAD = (
-    "wrap the module inside it with opacus.distributed.DifferentiallyPrivateDistributedDataParallel, and make the same call "
-    "on every rank."
+    "wrap the whole model with torch.nn.parallel.DistributedDataParallel, or with Opacus's "
+    "DifferentiallyPrivateDistributedDataParallel, and make the same call on every rank."
+)
+_TAKEN_OVER = (
+    "the object is now Opacus's DifferentiallyPrivateDistributedDataParallel around the same model. Nothing is exchanged during "
+    "backward; optimizer.step() adds up the clipped sums of the ranks, once per batch."
 )
 
 
@@ -29,17 +35,26 @@ class Distributed(Rule):
     Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
     clipped. Fully sharded parameters are in no process as a whole.
 
-    Example: ``model = DistributedDataParallel(model)``.
+    Example: ``model = DistributedDataParallel(model)`` around the whole model is taken over: the clipped sums of the ranks
+    are added up instead. Around a part of it, it is refused.
 
-    Use instead: ``model = DifferentiallyPrivateDistributedDataParallel(model)`` from ``opacus.distributed``, with the same
-    call on every rank: the clipped sums of the ranks are added up.
+    Use instead: a wrapper around the whole model, with the same call on every rank.
     """
 
     title = "a model wrapped for several processes or devices"
     severity = Severity.BREAKS_GUARANTEE
+    outcomes = {
+        Fixability.EXACT: "torch's ``DistributedDataParallel`` around the whole model, over all processes. The object becomes "
+        "Opacus's wrapper of the same model, whether the loop calls it or the returned model.",
+        Fixability.REFUSED: "all others.",
+    }
 
     @override
     def find(self, scan: Scan) -> Iterator[Finding]:
+        whole = scan.module
+        if isinstance(whole, DistributedDataParallel) and not _problem("", whole)[0]:
+            fact = f"module: {type(whole).__name__} averages the gradients of the ranks."
+            yield self.finding(Fixability.EXACT, fact, _SUMMED, fix=_TAKEN_OVER)
         for path, module in scan.modules():
             why, help = _problem(path, module)
             if not why:
@@ -51,6 +66,11 @@ class Distributed(Rule):
                 path,
             )
             return  # the outermost one
+
+    @override
+    def fix(self, module: nn.Module, scan: Scan) -> Mapping[str, Any]:
+        forget_forward(module)
+        return {"__class__": TakenOver}
 
     VALID = (
         lambda: {"module": nn.Sequential(nn.Linear(6, 3))},
@@ -70,5 +90,28 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
             )
     if isinstance(module, (FullyShardedDataParallel, FSDPModule)):
         return _SHARDED, _INSTEAD
+    if isinstance(module, DistributedDataParallel):
+        return _problem_of_torch(path, module)
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
-    return (_SUMMED, _INSTEAD) if several or isinstance(module, DistributedDataParallel) else ("", "")
+    return (_SUMMED, _INSTEAD) if several else ("", "")
+
+
+def _problem_of_torch(path: str, module: DistributedDataParallel) -> tuple[str, str]:
+    if path:
+        return _SUMMED, _INSTEAD
+    if not in_default_group(module):
+        return (
+            "its processes are not those of the default process group, in which clipped sums are added up.",
+            "leave process_group and device_mesh out of DistributedDataParallel(...).",
+        )
+    if vars(module).get("mixed_precision") is not None:
+        return (
+            "with mixed_precision it computes with copies of the parameters, whose gradients do not belong to samples.",
+            "leave mixed_precision out, and run the model under torch.autocast.",
+        )
+    if vars(module).get("_delay_all_reduce_params"):
+        return (
+            "with delay_all_reduce_named_params it exchanges gradients in hooks of the parameters' own.",
+            "leave delay_all_reduce_named_params and param_to_hook_all_reduce out.",
+        )
+    return "", ""

@@ -35,7 +35,7 @@ class PrivateDataLoader(DPDataLoader):
 
     Attributes:
         nominal: batch size and ``drop_last`` of the user's loader. Scripts count steps with them; draws differ in size.
-        most: samples in a physical batch at most, in the loader of a ``BatchMemoryManager``.
+        most: samples in a physical batch at most; ``None`` where draws are handed out as a whole.
         sampling: how batches are drawn; see :data:`dpfix.scan.options.SAMPLINGS`.
     """
 
@@ -115,6 +115,14 @@ class PrivateDataLoader(DPDataLoader):
         parts = copy.copy(self)
         vars(parts).update(most=most, _iterator=None)
         return parts
+
+    def whole(self) -> PrivateDataLoader:
+        """A loader of the same draws that hands out each of them as a whole; this one, if it does."""
+        if self.most is None:
+            return self
+        whole = copy.copy(self)
+        vars(whole).update(most=None, _iterator=None)
+        return whole
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
-from dpfix.errors import RankError
+from dpfix.errors import MisuseError, RankError
 
 T = TypeVar("T")
 
@@ -47,9 +50,10 @@ class Ranks:
         """The ranks that train a model.
 
         Returns:
-            Those of the default process group for Opacus's distributed wrapper, this process alone otherwise.
+            Those of the default process group for Opacus's distributed wrapper and for torch's, this process alone otherwise.
         """
-        if isinstance(module, DifferentiallyPrivateDistributedDataParallel) and distributed.is_initialized():
+        wrapped = isinstance(module, DifferentiallyPrivateDistributedDataParallel) or in_default_group(module)
+        if wrapped and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
@@ -68,7 +72,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         everyone: list[Any] = [None] * self.size
-        distributed.all_gather_object(everyone, value)
+        with all_answer():
+            distributed.all_gather_object(everyone, value)
         failed = {r: v.text for r, v in enumerate(everyone) if isinstance(v, _Failure)}
         if failed and not isinstance(value, _Failure):
             rank, text = next(iter(failed.items()))
@@ -88,7 +93,8 @@ class Ranks:
         """
         mine = torch.tensor(values, dtype=torch.float64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(everyone, mine)
+        with all_answer():
+            distributed.all_gather(everyone, mine)
         return [one.tolist() for one in everyone]
 
     def first(self, value: T) -> T:
@@ -128,14 +134,107 @@ class Ranks:
                     raise RankError(
                         f"the ranks do not train the same thing: {name} {what} on rank {rank}.",
                         "Every rank has to make the same call, with the same model, the whole dataset and the same arguments;",
-                        "load weights before DifferentiallyPrivateDistributedDataParallel(model), which sends those of rank 0 "
-                        "to the others.",
+                        "load weights before the distributed wrapper is made, which sends those of rank 0 to the others.",
                         path=name,
                     )
 
 
 ALONE = Ranks()
-"""One process, as always but under Opacus's distributed wrapper."""
+"""One process, as always but under a distributed wrapper."""
+
+
+@contextmanager
+def all_answer() -> Iterator[None]:
+    """While the ranks exchange something: one that has ended, or is stuck, ends the others.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RankError: a rank does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of the back end; torch's DistBackendError is one
+        first = str(error).strip().partition("\n")[0]
+        raise RankError(
+            f"another rank no longer answers, so this one stops and releases nothing more. The back end says: {first}",
+            "That rank has ended, or has not come to this exchange within the timeout of the process group.",
+            "Its own output says why. Start all ranks again, from the last checkpoint if there is one; "
+            "torch.distributed.init_process_group(timeout=...) sets how long a rank is waited for.",
+            path="torch.distributed",
+        ) from error
+
+
+def in_default_group(module: nn.Module) -> bool:
+    """Whether this is torch's ``DistributedDataParallel``, and over all processes."""
+    return isinstance(module, DistributedDataParallel) and module.process_group is distributed.group.WORLD
+
+
+class TakenOver(DifferentiallyPrivateDistributedDataParallel):
+    """What torch's ``DistributedDataParallel`` becomes in private training: the same object, exchanging no gradients.
+
+    The script goes on with the object that it has: ``module``, ``state_dict`` and inputs that are moved to the device are as
+    before, and what a loop says about the exchange has no effect, since the optimizer makes it once per batch.
+    """
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = vars(self)
+        if given.get("device_ids"):
+            device = torch.device(given["device_type"], given["device_ids"][0])
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), (args, kwargs))
+        return self.module(*args, **kwargs)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Nothing is exchanged during ``backward``, in this block or outside."""
+        return nullcontext()
+
+    def join(self, *_: Any, **__: Any) -> AbstractContextManager[None]:
+        """All ranks have equally many batches."""
+        return nullcontext()
+
+    def register_comm_hook(self, *_: Any, **__: Any) -> None:
+        """There is no exchange for it.
+
+        Raises:
+            MisuseError: always.
+        """
+        raise MisuseError(
+            "register_comm_hook was called on a model in private training, whose gradients are not exchanged.",
+            "Clipped sums are added up in optimizer.step(), once per batch.",
+            "Leave the call out.",
+            path="module",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in (*_EXCHANGE, "process_group")}
+
+
+_EXCHANGE = ("reducer", "logger")
+"""Attributes of torch's wrapper that exchange gradients when ``backward`` reaches the parameters."""
+
+
+def forget_forward(module: nn.Module) -> None:
+    """Torch's wrapper no longer waits for the backward pass of an earlier forward pass, and exchanges nothing until the next."""
+    reset = getattr(vars(module).get("reducer"), "_reset_state", None)  # not in every torch
+    if reset is not None:
+        reset()
+
+
+def end_exchange(model: Any) -> None:
+    """Take the exchange of gradients off the parameters of a wrapper that was taken over, which nobody can undo.
+
+    Args:
+        model: what a call was given; the wrapper may stand inside another one.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, TakenOver) and "reducer" in vars(module):
+            vars(module)["reducer"]._remove_autograd_hooks()
+            for hook in vars(module).get("_accum_grad_hooks", ()):  # of torch's reducer for compiled backward passes
+                hook.remove()
+            for name in _EXCHANGE:
+                vars(module).pop(name, None)
 
 
 def new_seed(generator: torch.Generator) -> int:

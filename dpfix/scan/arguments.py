@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -102,6 +102,13 @@ def check_values(
     check_choice("norm", privacy.norm, NORMS)
     check_choice("sampling", privacy.sampling, SAMPLINGS)
     check_choice("clipping", privacy.clipping, CLIPPING)
+    if privacy.sampling == "fixed" and performance.max_physical_batch_size is not None:
+        raise ArgumentError(
+            f"max_physical_batch_size={performance.max_physical_batch_size!r} with a loader that goes on drawing by itself:",
+            "only a loader of dpfix's can deliver its batches in parts.",
+            "Use Opacus's BatchMemoryManager around the loop, or leave out poisson_sampling=False and sampling='fixed'.",
+            path="max_physical_batch_size",
+        )
     if (noise := number(noise_multiplier)) is None or noise < 0:
         raise ArgumentError(
             f"noise_multiplier={shown(noise_multiplier)} must be a finite number >= 0:",
@@ -175,6 +182,25 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
             "the ranks agree on their draws by a seed, which is not cryptographic.",
             "Train on one process, or without secure_mode.",
             path="privacy_engine",
+        )
+
+
+def check_whole_batches(arguments: Mapping[str, Any], trainer: str) -> None:
+    """Batches are not delivered in parts to who counts a step for each that it gets.
+
+    Args:
+        arguments: of the call.
+        trainer: who counts, in words.
+
+    Raises:
+        ArgumentError: they are to be.
+    """
+    if arguments.get("max_physical_batch_size") is not None:
+        raise ArgumentError(
+            f"max_physical_batch_size={shown(arguments['max_physical_batch_size'])} with {trainer}:",
+            "it counts a step for every part of a batch, and ends a pass after len(loader) of them, of which there may be more.",
+            "Leave it out, with a smaller batch size, or write the loop yourself with make_private_safe.",
+            path="max_physical_batch_size",
         )
 
 

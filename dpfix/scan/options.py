@@ -72,12 +72,14 @@ class PerformanceOptions:
         batch_first: whether Opacus's engines find the samples in dimension 0; wrongly said, they fail the audit.
         no_grad_regions: whether module calls that no gradient comes back to run without a graph.
         cache: whether the order of the engines is remembered for the next run.
+        max_physical_batch_size: samples that are delivered together at most, ``"auto"``, or ``None`` for whole batches.
     """
 
     grad_sample_mode: str
     batch_first: bool
     no_grad_regions: bool
     cache: bool
+    max_physical_batch_size: Any
 
     @property
     def opacus_only(self) -> bool:

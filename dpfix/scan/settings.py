@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpfix.instrument.clipping import Scheme, together
+from dpfix.instrument.clipping import together
+from dpfix.plan import Plan
 from dpfix.sampling.people import People, people_of
 from dpfix.sampling.rate import batch_size, index_set, largest_batch, sample_rate
 from dpfix.scan.request import Request
 
 
-def settings(request: Request, noise_multiplier: float | None, clipping: Scheme, *, secure: bool) -> dict[str, str]:
+def settings(request: Request, noise_multiplier: float | None, plan: Plan, *, secure: bool) -> dict[str, str]:
     """The privacy settings in force.
 
     Args:
         request: the call.
         noise_multiplier: ``None`` in a diagnosis.
-        clipping: how gradients are clipped.
+        plan: how gradients are clipped, and batches delivered.
         secure: whether the noise is cryptographic.
 
     Returns:
@@ -27,10 +28,12 @@ def settings(request: Request, noise_multiplier: float | None, clipping: Scheme,
     several = {} if request.views == 1 else {"views per sample": str(request.views)}
     if request.ranks.size > 1:
         several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
+    if plan.physical is not None:
+        several["physical batches"] = f"at most {plan.physical} samples at a time; a batch is released once, as a whole"
     return {
         "noise multiplier": "not set" if noise_multiplier is None else f"{noise_multiplier:g}",
         "clip norm": _clip_norm(privacy.max_grad_norm),
-        "clipping": clipping.words(),
+        "clipping": plan.clipping.words(),
         **({"samples": str(len(index_set(loader)))} if people is None else _persons(people)),
         "sampling": _sampling(request),
         "expected batch size": f"{batch_size(loader):g}" + ("" if people is None else " persons"),

@@ -139,7 +139,22 @@ def plain_privacy(privacy: PrivacyOptions) -> PrivacyOptions:
 def plain_performance(performance: PerformanceOptions) -> PerformanceOptions:
     """The options with plain values; a boolean has to be one."""
     names = ("batch_first", "no_grad_regions", "cache")
-    return replace(performance, **{name: truth(name, getattr(performance, name)) for name in names})
+    most = _samples_together(performance.max_physical_batch_size)
+    truths = {name: truth(name, getattr(performance, name)) for name in names}
+    return replace(performance, max_physical_batch_size=most, **truths)
+
+
+def _samples_together(value: Any) -> int | str | None:
+    given = plain(value)
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return given
+    if isinstance(given, Integral) and not isinstance(given, bool) and int(given) > 0:
+        return int(given)
+    raise ArgumentError(
+        f"max_physical_batch_size={shown(value)} is neither a whole number above 0 nor 'auto'.",
+        help="Pass how many samples fit into memory at a time, 'auto' to have that estimated, or leave it out.",
+        path="max_physical_batch_size",
+    )
 
 
 def _number_or_as_given(value: Any) -> Any:

@@ -11,6 +11,7 @@ from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
+from dpfix.sampling.ranks import end_exchange
 from dpfix.training.guards.optimizers import WATCHED
 from dpfix.training.wrapped import on_wrapped
 from dpfix.weights import origins
@@ -43,9 +44,10 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             try:
                 made = on_inner(*args, **kwargs)
                 give_back()
-                return made
             except BaseException:
                 before.put_back()
                 raise
+            end_exchange(module)
+            return made
 
     return whole

@@ -26,6 +26,7 @@ from dpfix.training.checkpoint_check import Objects, check, plain_state
 from dpfix.training.checkpoint_file import ENTRY, damaged
 from dpfix.training.clipping import way_to_clip
 from dpfix.training.earlier import without_entry
+from dpfix.training.guards.ranks import compare_ranks, number_of_ranks
 from dpfix.training.lineage import remember
 from dpfix.training.put_back import put_back_on_error
 from dpfix.training.releases import book_of, read_state, settled
@@ -62,6 +63,7 @@ def save(
         "privacy": _privacy(optimizer),
         "adaptive": _adaptive(optimizer),
         "clipping": way_to_clip(optimizer),
+        "ranks": number_of_ranks(optimizer),
         "releases": book_of(engine).state(),
     }
     checkpoint_file.write(content, path, options)
@@ -133,6 +135,7 @@ def _restore_states(
 
 def _restore_added(added: Mapping[str, Any], objects: Objects, undo: list[Callable[[], None]]) -> None:
     optimizer = objects.optimizer
+    compare_ranks(added.get("ranks"), optimizer)
     _restore_regions(added.get("plan"), optimizer)
     _restore_privacy(optimizer, added["privacy"])
     _compare_clipping(optimizer, added.get("clipping"))

@@ -231,7 +231,9 @@ def _private_loader(
     )
     ledger.position.reproducible = decided.randomness.seed is not None
     drawing = Drawing(ledger, decided.randomness.draws, decided.ranks, decided.sampling)
-    return PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
+    private = PrivateDataLoader(loader, collate, drawing, privacy_engine.secure_rng)
+    private.most = decided.plan.physical
+    return private
 
 
 def _shell(module: nn.Module, ranks: Ranks) -> nn.Module:

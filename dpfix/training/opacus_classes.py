@@ -30,6 +30,7 @@ from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
 from dpfix.training.normal_noise import add_normal
+from dpfix.training.out_of_memory import say_size
 from dpfix.training.own_methods import own_method
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
@@ -69,6 +70,8 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                     self.guard.guarded.accounting.count(self)  # already done, unless its step hook has been taken off
                 self.guard.after_step(released)
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    say_size(error, self.guard.guarded.ledger)
                 self.guard.ranks.tell_others(self, error)
                 raise
             return released
@@ -175,7 +178,11 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
 
         @torch.compiler.disable  # a compiled model goes on step by step: the compiler would trace the engine at every size
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+            try:
+                return super().forward(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                say_size(error, self.guard.guarded.ledger)
+                raise
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)

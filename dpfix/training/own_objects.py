@@ -9,7 +9,7 @@ from torch import nn
 
 from dpfix.errors import ArgumentError
 from dpfix.rules import compiled
-from dpfix.sampling.loader import augmentation_of
+from dpfix.sampling.loader import PrivateDataLoader, augmentation_of
 from dpfix.sampling.ranks import Ranks
 from dpfix.scan.arguments import check_objects
 from dpfix.scan.request import Request
@@ -17,11 +17,14 @@ from dpfix.training import in_training
 
 
 def as_trained(request: Request) -> Request:
-    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views."""
+    """The model without ``torch.compile``; the loader of an earlier call goes on delivering views, of whole batches."""
     privacy = request.privacy
     if privacy.augmentation is None:
         privacy = replace(privacy, augmentation=augmentation_of(request.data_loader))
-    return replace(request, module=compiled.unwrap(request.module), privacy=privacy)
+    loader = request.data_loader
+    if isinstance(loader, PrivateDataLoader):
+        loader = loader.whole()
+    return replace(request, module=compiled.unwrap(request.module), data_loader=loader, privacy=privacy)
 
 
 def out_of_earlier(request: Request) -> Request:

@@ -299,6 +299,13 @@ def test_a_refused_trainer_is_as_it_was(tmp_path: Path) -> None:
     assert trainer.optimizer is None
 
 
+def test_a_trainer_gets_no_parts_of_batches(tmp_path: Path) -> None:
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(model=bert(), args=args, train_dataset=two_classes(), data_collator=padded)
+    with pytest.raises(dpfix.ArgumentError, match="it counts a step for every part of a batch"):
+        huggingface.make_private(trainer, noise_multiplier=1.0, max_grad_norm=1.0, max_physical_batch_size=2)
+
+
 def test_a_late_callback_is_refused_before_anything_moves(tmp_path: Path) -> None:
     model = bert()
     args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1)

@@ -244,6 +244,8 @@ def test_a_second_optimizer_that_sees_the_data_is_refused(tmp_path: Path) -> Non
 def test_arguments_that_are_the_trainers_are_refused() -> None:
     with pytest.raises(dpfix.ArgumentError, match="data_loader is an argument of PrivateCallback"):
         PrivateCallback(noise_multiplier=1.0, max_grad_norm=1.0, data_loader=loader())
+    with pytest.raises(dpfix.ArgumentError, match="it counts a step for every part of a batch"):
+        PrivateCallback(noise_multiplier=1.0, max_grad_norm=1.0, max_physical_batch_size=2)
 
 
 @pytest.mark.parametrize("poisson", [True, False])

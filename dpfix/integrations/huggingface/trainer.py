@@ -16,6 +16,7 @@ from dpfix.errors import ArgumentError, LossError, MisuseError, TrainingStepErro
 from dpfix.integrations.huggingface.losses import MeansInside, SampleBySample, loss_of
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.sampling.unit_names import column
+from dpfix.scan.arguments import check_whole_batches
 from dpfix.training.result import PrivateTraining
 
 Way = MeansInside | SampleBySample
@@ -35,6 +36,7 @@ class TrainerInPrivate:
 
     def __init__(self, trainer: Any, arguments: Mapping[str, Any], delta: float | None) -> None:
         _check(trainer)
+        check_whole_batches(arguments, "a Trainer")
         self.private: PrivateTraining | None = None
         self._trainer, self._arguments, self._delta = trainer, dict(arguments), delta
         self._model: nn.Module | None = None

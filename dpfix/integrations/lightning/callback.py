@@ -14,7 +14,7 @@ from dpfix.instrument.source import warn_user
 from dpfix.integrations.lightning.step import TrainingStep
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import index_set
-from dpfix.scan.arguments import check_delta
+from dpfix.scan.arguments import check_delta, check_whole_batches
 from dpfix.training.lasting import Lasting, check_target
 from dpfix.training.loader_owner import replace_loader
 from dpfix.training.result import PrivateTraining
@@ -64,6 +64,7 @@ class PrivateCallback(Callback):
         module: str | None = None,
         **arguments: Any,
     ) -> None:
+        check_whole_batches(arguments, "a Trainer")
         if filled := [name for name in FILLED_IN if name in arguments]:
             raise ArgumentError(
                 f"{filled[0]} is an argument of PrivateCallback.",

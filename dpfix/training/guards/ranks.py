@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from opacus.optimizers import DPOptimizer
 from typing_extensions import override
 
 from dpfix.errors import RankError
+from dpfix.instrument.source import warn_user
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 
 _COMPARED = (
@@ -62,3 +65,28 @@ class RanksAgree(Check):
         """A step that fails here is released nowhere."""
         if self.needed and not isinstance(error, RankError):  # the others have that one too
             self._guarded.ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
+
+
+def number_of_ranks(optimizer: Any) -> int:
+    """How many processes train with an optimizer; 1 for one that is not private."""
+    guard = getattr(optimizer, "guard", None)
+    return 1 if guard is None else guard.guarded.ranks.size
+
+
+def compare_ranks(saved: int | None, optimizer: Any) -> None:
+    """Warn where a checkpoint goes on with another number of ranks.
+
+    Args:
+        saved: their number when it was saved; ``None`` in a file that does not say it.
+        optimizer: goes on.
+    """
+    here = number_of_ranks(optimizer)
+    if saved is not None and saved != here:
+        warn_user(
+            f"checkpoint: it was saved by a training on {_in_words(saved)}, and goes on with {_in_words(here)}. Batches, "
+            "clipping, noise and accounting are those of one training; random layers, and who works on which sample, are not."
+        )
+
+
+def _in_words(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
