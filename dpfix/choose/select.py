@@ -26,6 +26,9 @@ from dpfix.scan.options import PerformanceOptions
 BUDGET_SECONDS = 3.0
 """Once an engine has passed, further ones are tried for this long."""
 
+SMALLEST_MEASURED = 2
+"""Samples in the smaller one of two batches whose memory is measured, at least."""
+
 _NOT_TRIED = "not tried"
 _CANNOT_GIVE_WAY = (
     f"{_NOT_TRIED}, it could not give way if the loop called the model in another way (training_step= tells it), or trained "
@@ -112,9 +115,7 @@ class _Search:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
-            timed, size = [e for e in passed if seconds[e.name]], timing.timed_size(self.batch_size)
-            for name, bytes_held in timing.held(timed, subject, ordinary.samples, plan, size).items():
-                evidence[name] = replace(evidence[name], memory=bytes_held)
+            evidence |= self._held([e for e in passed if seconds[e.name]], evidence)
             if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
@@ -129,6 +130,18 @@ class _Search:
                 return plan.with_engine(engine)
             evidence[engine.name] = problem
         return None
+
+    def _held(self, engines: Sequence[Engine], evidence: Mapping[str, EngineEvidence]) -> dict[str, EngineEvidence]:
+        """The evidence for timed engines with the memory of their step, and of a smaller one: it grows in a straight line."""
+        size = timing.timed_size(self.batch_size)
+        sizes = [size, size // 2] if size >= 2 * SMALLEST_MEASURED else [size]
+        samples = self.trials.ordinary.samples
+        whole, *half = (timing.held(engines, self.subject, samples, self.plan, number) for number in sizes)
+        found = {name: replace(evidence[name], memory=held) for name, held in whole.items()}
+        for name in whole.keys() & (half[0].keys() if half else ()):
+            each = (whole[name] - half[0][name]) / (size - size // 2)
+            found[name] = replace(found[name], memory_per_sample=max(0.0, each))
+        return found
 
     def _timed(
         self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float | None]

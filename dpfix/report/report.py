@@ -24,6 +24,7 @@ class EngineEvidence:
         samples: how many there are in that probe step; 0 if it was not timed.
         reason: what kept it out, or empty.
         memory: bytes of tensors that such a step holds at once, on top of what was there; ``None`` if it was not measured.
+        memory_per_sample: bytes that every further sample adds to it; ``None`` if it was not measured.
     """
 
     engine: str
@@ -33,6 +34,7 @@ class EngineEvidence:
     reason: str = ""
     samples: int = 0
     memory: int | None = None
+    memory_per_sample: float | None = None
 
     def __str__(self) -> str:
         if not self.passed:

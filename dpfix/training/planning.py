@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dpfix.errors import ArgumentError
-from dpfix.report.report import Report
+from dpfix.report.report import EngineEvidence, Report
+from dpfix.report.units import size as in_words
 from dpfix.sampling.rate import BY_CHANCE, accounted_compositions
 from dpfix.scan.arguments import check_budget, check_choice, check_delta
 from dpfix.scan.options import SAMPLINGS
@@ -36,6 +37,8 @@ class PlannedTraining:
         epsilon: what is spent at the end.
         entry: what the accountant counts: noise, rate, number of releases.
         seconds: expected time of all steps; ``None`` before :meth:`TrainingPlans.timed`.
+        memory: bytes that the tensors of a step are expected to hold beside the model, if the whole batch is in memory at once;
+            ``None`` where it was not measured.
     """
 
     batch_size: int
@@ -45,6 +48,7 @@ class PlannedTraining:
     epsilon: float
     entry: Entry
     seconds: float | None = None
+    memory: float | None = None
 
     @property
     def noise_to_batch(self) -> float:
@@ -76,16 +80,19 @@ class TrainingPlans:
     rows: tuple[PlannedTraining, ...]
 
     def __str__(self) -> str:
-        timed = any(row.seconds is not None for row in self.rows)
+        timed, held = (any(getattr(row, of) is not None for row in self.rows) for of in ("seconds", "memory"))
         lines = [
             f"{self.samples} samples, {self.epochs:g} epochs, epsilon {self.target_epsilon:g} at delta {self.target_delta:g}, "
             f"sampling {self.sampling!r}",
             f"{'batch size':>10s} {'rate':>10s} {'steps':>8s} {'noise':>8s} {'noise/batch':>12s} {'epsilon':>8s}"
-            + f" {'time':>9s}" * timed,
+            + f" {'time':>9s}" * timed
+            + f" {'memory':>9s}" * held,
         ]
         lines += [
             f"{r.batch_size:10d} {r.sampling_rate:10.3g} {r.steps:8d} {r.noise_multiplier:8.3f} {r.noise_to_batch:12.3g} "
-            f"{r.epsilon:8.3f}" + ("" if r.seconds is None else f" {_duration(r.seconds):>9s}")
+            f"{r.epsilon:8.3f}"
+            + ("" if r.seconds is None else f" {_duration(r.seconds):>9s}")
+            + ("" if r.memory is None else f" {in_words(r.memory):>9s}")
             for r in self.rows
         ]
         if self.target_delta >= 1 / self.samples:
@@ -93,23 +100,33 @@ class TrainingPlans:
         return "\n".join(lines)
 
     def timed(self, timing: Report | float) -> TrainingPlans:
-        """The same plans with the time that they take on this machine.
+        """The same plans with the time and the memory that they take on this machine.
 
         What is counted is the work of the engine, forward to clipped sum, for every sample in turn. Loading the data, noise, the
-        optimizer and the checks of real steps come on top.
+        optimizer and the checks of real steps come on top. Memory is that of the tensors of one step on the whole batch, beside
+        the model and the optimizer's state: a straight line through two batch sizes at which the engine was measured.
+        ``max_physical_batch_size=`` of the call bounds it.
 
         Args:
             timing: the report of :func:`dpfix.diagnose` or of a private training of the model, in which engines were timed on a
                 probe without the values of the data; or seconds per sample.
 
         Returns:
-            Plans whose rows have ``seconds``.
+            Plans whose rows have ``seconds``, and ``memory`` where a report has measured it.
 
         Raises:
             ArgumentError: no engine was timed, or the number is not positive.
         """
-        each = _seconds_per_sample(timing)
-        return replace(self, rows=tuple(replace(r, seconds=r.steps * r.batch_size * each) for r in self.rows))
+        timed = _timed_engine(timing)
+        each = timing if timed is None else (timed.seconds or math.nan) / timed.samples
+
+        def measured(row: PlannedTraining) -> PlannedTraining:
+            memory = None
+            if timed is not None and timed.memory is not None and timed.memory_per_sample is not None:
+                memory = max(0.0, timed.memory + timed.memory_per_sample * (row.batch_size - timed.samples))
+            return replace(row, seconds=row.steps * row.batch_size * each, memory=memory)
+
+        return replace(self, rows=tuple(map(measured, self.rows)))
 
     def picture(self, path: str | Path) -> None:
         """Draw epsilon over steps for every batch size, and the noise-to-batch ratio over the batch size.
@@ -185,22 +202,24 @@ def plan(
             path="batch_sizes",
         )  # fmt: skip
     rows = []
-    for size in [_whole("batch_sizes", size, 1, population) for size in sizes]:
-        rate, batches = size / population, math.ceil(population / size)
+    for batch in [_whole("batch_sizes", size, 1, population) for size in sizes]:
+        rate, batches = batch / population, math.ceil(population / batch)
         releases = accounted_compositions(batches, sampling, passes)
         budget = Target(epsilon, delta, rate if sampling in BY_CHANCE else 1.0, releases)
         noise = noise_for(budget, new_accountant("prv"))
         entry = noise, budget.sample_rate, releases
-        rows.append(PlannedTraining(size, rate, math.ceil(passes * batches), noise, _epsilon(entry, delta), entry))
+        rows.append(PlannedTraining(batch, rate, math.ceil(passes * batches), noise, _epsilon(entry, delta), entry))
     return TrainingPlans(population, passes, epsilon, delta, sampling, tuple(rows))
 
 
-def _seconds_per_sample(timing: Any) -> float:
+def _timed_engine(timing: Any) -> EngineEvidence | None:
+    """What a report says of its engine's step; ``None`` where a number of seconds was given."""
     if not isinstance(timing, Report):
-        return number_in("timing", timing, (0, math.inf), "Pass a report, or seconds per sample.", open_at="low")
+        number_in("timing", timing, (0, math.inf), "Pass a report, or seconds per sample.", open_at="low")
+        return None
     for tried in timing.evidence:
         if tried.engine == timing.engine and tried.seconds and tried.samples:
-            return tried.seconds / tried.samples
+            return tried
     raise ArgumentError(
         f"timing: the report of {timing.model} has no time of its engine ({timing.engine or 'not chosen yet'}).",
         "Engines are timed where several are right.",

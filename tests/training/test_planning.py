@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from tests.helpers import points, setting
+from tests.helpers import points, setting, sgd
 
 GIVEN: dict[str, Any] = {
     "samples": 24, "epochs": 4, "batch_sizes": [4, 8, 24], "target_epsilon": 3.0, "target_delta": 1e-3,
@@ -87,7 +89,8 @@ def test_the_time_comes_from_the_report(call: str, tmp_path: Path, monkeypatch: 
     plans = PLANS.timed(report)
     for row in plans.rows:
         assert row.seconds == pytest.approx(row.steps * row.batch_size * engine.seconds / 8)
-    assert str(plans).splitlines()[1].split()[-1] == "time"
+    head = str(plans).splitlines()[1].split()
+    assert head[-1] == ("memory" if call == "training" else "time") and "time" in head
     assert "time" not in str(PLANS)
 
 
@@ -95,6 +98,29 @@ def test_the_time_comes_from_a_number() -> None:
     assert PLANS.timed(0.5).rows[1].seconds == 12 * 8 * 0.5
     shown = [str(PLANS.timed(seconds)).splitlines()[2].split()[-2:] for seconds in (0.5, 5.0, 500.0)]
     assert shown == [["48", "s"], ["8", "min"], ["13.3", "h"]]
+
+
+def test_memory_is_what_a_step_on_a_larger_batch_holds() -> None:
+    """The line through 8 and 16 samples tells what the same engine holds with 32."""
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def evidence_for(batch_size: int) -> dict[str, Any]:
+        loader = DataLoader(points(64), batch_size=batch_size)
+        report = dpfix.diagnose(module=model, data_loader=loader, optimizer=sgd(model), criterion=nn.CrossEntropyLoss())
+        return {tried.engine: replace(report, engine=tried.engine) for tried in report.evidence if tried.memory}
+
+    small, large = evidence_for(16), evidence_for(32)
+    assert {"bookkeeping", "vmap"} <= small.keys()
+    row = dpfix.PlannedTraining(32, 0.5, 2, 1.0, 1.0, (1.0, 0.5, 2))
+    for engine in small.keys() & large.keys():
+        (planned,) = dpfix.TrainingPlans(64, 1, 3.0, 1e-3, "poisson", (row,)).timed(small[engine]).rows
+        (wanted,) = [tried.memory for tried in large[engine].evidence if tried.engine == engine]
+        assert planned.memory == pytest.approx(wanted, rel=0.1), engine
+
+
+def test_a_number_says_nothing_of_memory() -> None:
+    plans = PLANS.timed(0.5)
+    assert plans.rows[0].memory is None and "memory" not in str(plans)
 
 
 def test_a_report_without_a_time_is_refused() -> None:
