@@ -37,7 +37,13 @@ class Population:
         if people is not None:
             indices, whose = people.indices_and_persons(indices)
             self.units = _units(people, indices, whose)
+        self._items, self._persons = len(np.unique(indices)), people is not None
         self._parts = [_Part(*part) for part in _parts(items_behind(loader.dataset), indices, whose)]
+
+    @property
+    def units_of_all(self) -> tuple[str, ...]:
+        """As ``units``, where persons are drawn and every record is; else none: those of a fold say nothing of another fold."""
+        return (self.units or ("alone",)) if self._persons and self._items == self.samples else ()
 
     @property
     def samples(self) -> int:

@@ -53,7 +53,7 @@ class Spender:
     Args:
         account: of the budget of the data.
         samples: number of records of the training's data set.
-        unit: whose privacy the training is about, in words.
+        unit: whose privacy the training is about, in words, and digests of the persons.
         model: class name of the model.
         earlier: other trainings whose releases the model holds; those that the file does not know are written too.
 
@@ -277,10 +277,20 @@ class Spender:
         if content.samples is None:
             content = replace(content, samples=self._samples, unit=self._unit)
         fits = self._samples <= content.samples if content.parts else self._samples == content.samples  # type: ignore[operator]
-        if not fits or (content.unit and content.unit != self._unit):
+        words, persons = _parted(content.unit)
+        mine, own = _parted(self._unit)
+        if fits and words == mine and persons and own and not content.parts and not persons & own:
+            raise BudgetError(
+                f"{self.account.file.path.name} is the budget of other persons: {mine} puts the items of this data set together "
+                "otherwise than the trainings before did.",
+                "What was released about one person then and what is released now does not add up to a number about either.",
+                "Name the persons as before, or take another file and add both epsilons up.",
+                path="budget",
+            )
+        if not fits or (words and words != mine):
             raise BudgetError(
                 f"{self.account.file.path.name} is the budget of {content.samples} samples (unit: "
-                f"{content.unit or self._unit}), and data_loader reads a data set of {self._samples} (unit: {self._unit}).",
+                f"{words or mine}), and data_loader reads a data set of {self._samples} (unit: {mine}).",
                 "A budget speaks about one data set.",
                 "Name the file of this data set. Where both are parts of one data set, say once how many records that has: "
                 "dpfix.Budget(path, samples=...).",
@@ -291,7 +301,7 @@ class Spender:
             known = content.trainings.get(r.name)
             if r.steps and r.name != self.name and (known is None or known.steps < r.steps):
                 unknown[r.name] = Line("(trained before)", "", tuple(counted(history_of([r]))))
-        return replace(content, unit=content.unit or self._unit).with_lines(unknown)
+        return replace(content, unit=content.unit if persons else self._unit).with_lines(unknown)
 
 
 def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: Sequence[Releases]) -> Spender | None:
@@ -326,10 +336,19 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: S
     held = (*book_of(engine).trainings.values(), *lineage_of(request.module), *earlier)
     known = sorted(held, key=lambda r: r.steps)
     same = {r.name: r for r in known if r.data is None or here.same_data_as(r.data)}  # the longest one of every name
-    unit = unit_in_words(request.data_loader)
+    unit = " ".join((unit_in_words(request.data_loader) + _PERSONS * bool(here.units_of_all), *here.units_of_all))
     spender = Spender(budget._account, here.samples, unit, type(request.module).__name__, same.values())
     spender.apart = same.keys() - book_of(engine).trainings.keys() - {r.name for r in earlier}
     return spender
+
+
+_PERSONS = "; persons"
+"""Stands in a file between the words for a unit and the digests of who has which items, if every item was drawn from."""
+
+
+def _parted(unit: str) -> tuple[str, set[str]]:
+    words, _, digests = unit.partition(_PERSONS)
+    return words, set(digests.split())
 
 
 def _at_exit() -> None:
