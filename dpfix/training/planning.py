@@ -118,7 +118,7 @@ class TrainingPlans:
             ArgumentError: no engine was timed, or the number is not positive.
         """
         timed = _timed_engine(timing)
-        each = timing if timed is None else (timed.seconds or math.nan) / timed.samples
+        each: Any = timing if timed is None else (timed.seconds or math.nan) / timed.samples
 
         def measured(row: PlannedTraining) -> PlannedTraining:
             memory = None
