@@ -228,13 +228,13 @@ def end_exchange(model: Any) -> None:
     Args:
         model: what a call was given; the wrapper may stand inside another one.
     """
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, TakenOver) and "reducer" in vars(module):
-            vars(module)["reducer"]._remove_autograd_hooks()
-            for hook in vars(module).get("_accum_grad_hooks", ()):  # of torch's reducer for compiled backward passes
-                hook.remove()
-            for name in _EXCHANGE:
-                vars(module).pop(name, None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in [m for m in modules if isinstance(m, TakenOver) and "reducer" in vars(m)]:
+        vars(module)["reducer"]._remove_autograd_hooks()
+        for hook in vars(module).get("_accum_grad_hooks", ()):  # of torch's reducer for compiled backward passes
+            hook.remove()
+        for name in _EXCHANGE:
+            vars(module).pop(name, None)
 
 
 def new_seed(generator: torch.Generator) -> int:

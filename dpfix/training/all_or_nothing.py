@@ -44,10 +44,10 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
             try:
                 made = on_inner(*args, **kwargs)
                 give_back()
+                end_exchange(module)  # last, since it cannot be undone
+                return made
             except BaseException:
                 before.put_back()
                 raise
-            end_exchange(module)
-            return made
 
     return whole
