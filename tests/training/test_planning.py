@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dpfix
+from dpfix.choose import select
 from tests.helpers import points, setting, sgd
 
 GIVEN: dict[str, Any] = {
@@ -100,8 +101,9 @@ def test_the_time_comes_from_a_number() -> None:
     assert shown == [["48", "s"], ["8", "min"], ["13.3", "h"]]
 
 
-def test_memory_is_what_a_step_on_a_larger_batch_holds() -> None:
+def test_memory_is_what_a_step_on_a_larger_batch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line through 8 and 16 samples tells what the same engine holds with 32."""
+    monkeypatch.setattr(select, "BUDGET_SECONDS", 60.0)
     model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
 
     def evidence_for(batch_size: int) -> dict[str, Any]:
