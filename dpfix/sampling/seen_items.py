@@ -53,9 +53,11 @@ class SeenItems:
     def moved_from(self, index: int, item: Any) -> int | None:
         """The index at which an item was before, if that was another one; ``None`` if that cannot be said."""
         before = self._numbers.get(index)
+        if before is None and len(self._numbers) >= MOST:
+            return None
         if (
-            len(self._numbers) >= MOST if before is None else os.urandom(1)[0] % ONE_IN
-        ):  # workers begin alike in every pass
+            before is not None and os.urandom(1)[0] % ONE_IN
+        ):  # torch's generator begins alike in the workers of every pass
             return None
         now = _numbers(item)
         if now is None or now == before:
