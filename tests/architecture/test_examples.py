@@ -7,11 +7,13 @@ rules, which run in ``tests/rules``.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpfix.engines.bookkeeping import ENGINE
 from tests.architecture.readers_objects import STAND_INS
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,15 @@ WHOLE_TRAININGS = {
 """Pages that train from beginning to end, and show the statement to publish."""
 NOT_RUN: dict[str, int] = {}
 """How many blocks of a page are marked as such that cannot run, by ``<!-- not run: why -->`` above them."""
+
+
+@pytest.fixture(autouse=True)
+def rules_are_taken_back() -> Iterator[None]:
+    """A layer rule that a page registers is none of the tests that follow."""
+    before = dict(ENGINE._registered)
+    yield
+    ENGINE._registered.clear()
+    ENGINE._registered.update(before)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*treespec")
