@@ -101,7 +101,7 @@ def _kept(subject: Subject, batch: Any, plan: Plan) -> int:
 
 
 def _bytes(parameters: Sequence[torch.Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.nbytes for p in parameters)
 
 
 def free_memory(device: torch.device, ranks: int = 1) -> int:

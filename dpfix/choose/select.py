@@ -134,14 +134,16 @@ class _Search:
     def _held(self, engines: Sequence[Engine], evidence: Mapping[str, EngineEvidence]) -> dict[str, EngineEvidence]:
         """The evidence for timed engines with the memory of their step, and of a smaller one: it grows in a straight line."""
         size = timing.timed_size(self.batch_size)
-        sizes = [size, size // 2] if size >= 2 * SMALLEST_MEASURED else [size]
-        samples = self.trials.ordinary.samples
-        whole, *half = (timing.held(engines, self.subject, samples, self.plan, number) for number in sizes)
-        found = {name: replace(evidence[name], memory=held) for name, held in whole.items()}
-        for name in whole.keys() & (half[0].keys() if half else ()):
-            each = (whole[name] - half[0][name]) / (size - size // 2)
-            found[name] = replace(found[name], memory_per_sample=max(0.0, each))
-        return found
+        smaller = size // 2
+
+        def held_by(samples: int) -> dict[str, int]:
+            return timing.held(engines, self.subject, self.trials.ordinary.samples, self.plan, samples)
+
+        whole, half = held_by(size), held_by(smaller) if smaller >= SMALLEST_MEASURED else {}
+        each = {name: max(0.0, (whole[name] - half[name]) / (size - smaller)) for name in whole.keys() & half.keys()}
+        return {
+            name: replace(evidence[name], memory=held, memory_per_sample=each.get(name)) for name, held in whole.items()
+        }
 
     def _timed(
         self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float | None]

@@ -49,7 +49,7 @@ def in_order(
     Returns:
         Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
     """
-    numbers = sum(p.numel() * p.element_size() for p in subject.trained().values())
+    numbers = sum(p.nbytes for p in subject.trained().values())
     lean = {e.name for e in engines if not e.materialises}
     large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
     timed = [e for e in engines if e.name in lean or not large]

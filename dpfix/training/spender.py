@@ -336,7 +336,9 @@ def spender_for(budget: Any, request: Request, engine: PrivacyEngine, earlier: S
     held = (*book_of(engine).trainings.values(), *lineage_of(request.module), *earlier)
     known = sorted(held, key=lambda r: r.steps)
     same = {r.name: r for r in known if r.data is None or here.same_data_as(r.data)}  # the longest one of every name
-    unit = " ".join((unit_in_words(request.data_loader) + _PERSONS * bool(here.units_of_all), *here.units_of_all))
+    unit, digests = unit_in_words(request.data_loader), here.units_of_all
+    if digests:
+        unit += f"{_PERSONS} {' '.join(digests)}"
     spender = Spender(budget._account, here.samples, unit, type(request.module).__name__, same.values())
     spender.apart = same.keys() - book_of(engine).trainings.keys() - {r.name for r in earlier}
     return spender

@@ -130,7 +130,7 @@ class Recorder:
             return
         report = self._training.report
         self.told.training["engine"] = report.engine
-        self.told.report, self.told.html = {"engine": report.engine, "text": str(report), "json": report.to_json()}, ""
+        self.told.report = {"engine": report.engine, "text": str(report), "json": report.to_json()}
         self.told.html = report.to_html()
         known = [one.finding for one in self.told.located]
         self.told.located += [Located(f, *self._line) for f in report.findings if f not in known]
