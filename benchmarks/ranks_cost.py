@@ -37,6 +37,7 @@ from benchmarks.common.process import peak_bytes, quiet, wall_seconds
 
 MODELS = ("MLP", "CNN", "transformer", "GPT-2 6x512", "LoRA on GPT-2")
 KINDS = ("ordinary", "private")
+Step = Callable[[nn.Module, Any], Tensor]
 FEW = 5
 """Rounds in which an exchange is repeated."""
 
@@ -128,7 +129,7 @@ def ordinary(name: str, rank: int, size: int, rounds: int) -> Seen:
 
 def private(name: str, rank: int, size: int, rounds: int) -> Seen:
     model, data, part = made(name, rank, size)
-    training = call(name, model, data, rank, size)
+    training = call(model, data, CONTESTS[name].step, rank, size)
     optimizer = training[1]
     step = stepping(name, training[0], optimizer, part)
     optimizer.noise_multiplier = 0.0
@@ -147,14 +148,14 @@ def private(name: str, rank: int, size: int, rounds: int) -> Seen:
     return Seen(times, sums, alone, len(others), peak_bytes(step), released, trained(model))
 
 
-def call(name: str, model: nn.Module, data: Batch, rank: int, size: int) -> dpfix.PrivateTraining:
+def call(model: nn.Module, data: Batch, step: Step, rank: int = 0, size: int = 1) -> dpfix.PrivateTraining:
     """The call, with a loader that has the whole batch in one piece."""
     samples = TensorDataset(*data)
     sampler = DistributedSampler(samples, size, rank, shuffle=False, drop_last=True) if size > 1 else None
     return dpfix.make_private_safe(
         module=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3),
         data_loader=DataLoader(samples, batch_size=len(samples) // size, sampler=sampler), max_grad_norm=1.0,
-        training_step=CONTESTS[name].step, poisson_sampling=False, grad_sample_mode="bookkeeping", cache=False,
+        training_step=step, poisson_sampling=False, grad_sample_mode="bookkeeping", cache=False,
         noise_multiplier=1.0,
     )  # fmt: skip
 

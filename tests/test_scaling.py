@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
-from benchmarks.common import cost
+from benchmarks import scaling_model
+from benchmarks.common import cost, tables
 from benchmarks.common.models import Transformer
 from benchmarks.common.process import products
 from dpfix.engines.bookkeeping.contributions import Contribution, Kept
 from dpfix.engines.bookkeeping.embedding import Lookup
 
 SAMPLES = 3
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
 def trained(model: nn.Module, inputs: torch.Tensor, **options: Any) -> tuple[dpfix.PrivateTraining, torch.Tensor]:
@@ -151,3 +154,9 @@ class Logits(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=ids).logits
+
+
+def test_what_the_page_says_of_layers_is_what_the_formulas_say() -> None:
+    """``python -m benchmarks.scaling_model --write docs/scaling.md`` writes the tables anew."""
+    written = tables.written(PAGE).splitlines()
+    assert [line for line in (*scaling_model.kinds(), *scaling_model.ways()) if line not in written] == []

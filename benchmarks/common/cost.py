@@ -32,7 +32,7 @@ class Cost:
         sums: operations of the clipped sum, in book-keeping.
         held: bytes that book-keeping holds until the norms of all layers are known, in float32.
         single: bytes of the per-sample gradient.
-        read: bytes that book-keeping reads and writes for norm and sum.
+        read: bytes that book-keeping reads and writes beyond an ordinary step, with copies of bfloat16 in float32.
     """
 
     forward: float = 0
@@ -83,9 +83,9 @@ def product(positions: int, wide: int, high: int, *, trained: bool = True, input
     if not trained:
         return passes
     norms, sums, held, read = {
-        "kept": (once, 2 * wide * high, size, factors + 3 * size),
-        "Gram": (2 * positions**2 * (wide + high), once, factors, 2 * factors + 6 * FLOAT * positions**2),
-        "factors": (0, once, factors, 2 * factors),
+        "kept": (once, 2 * wide * high, size, 1.5 * factors + 3 * size),
+        "Gram": (2 * positions**2 * (wide + high), once, factors, 2.5 * factors + 6 * FLOAT * positions**2),
+        "factors": (0, once, factors, 2.5 * factors),
     }[way(positions, wide, high)]
     return passes + Cost(weights=once, norms=norms, sums=sums, held=held, single=size, read=read)
 
@@ -93,13 +93,13 @@ def product(positions: int, wide: int, high: int, *, trained: bool = True, input
 def lookup(positions: int, rows: int, wide: int) -> Cost:
     """``nn.Embedding``: no products; norms and sum go over the places where a token stands."""
     factors = FLOAT * positions * wide
-    return Cost(held=factors, single=FLOAT * rows * wide, read=5 * factors)
+    return Cost(held=factors, single=FLOAT * rows * wide, read=2.5 * factors)
 
 
 def scale(positions: int, wide: int, *, shift: bool = False) -> Cost:
     """A normalisation's scale, and its shift: one number per feature and sample is kept."""
     kept = FLOAT * wide * (1 + shift)
-    return Cost(held=kept, single=kept, read=3 * FLOAT * positions * wide + 2 * kept)
+    return Cost(held=kept, single=kept, read=3 * kept)
 
 
 def attention(positions: int, wide: int) -> Cost:
