@@ -37,9 +37,10 @@ from benchmarks.common.process import peak_bytes, quiet, wall_seconds
 
 MODELS = ("MLP", "CNN", "transformer", "GPT-2 6x512", "LoRA on GPT-2")
 KINDS = ("ordinary", "private")
-Step = Callable[[nn.Module, Any], Tensor]
 FEW = 5
 """Rounds in which an exchange is repeated."""
+Step = Callable[[nn.Module, Any], Tensor]
+"""A training step: from model and batch to the loss."""
 
 
 @dataclass(frozen=True)
