@@ -35,7 +35,7 @@ from benchmarks.common import tables
 from benchmarks.common.contests import CONTESTS, Batch
 from benchmarks.common.process import peak_bytes, quiet, wall_seconds
 
-MODELS = ("MLP", "CNN", "transformer", "GPT-2 6x512", "LoRA on GPT-2")
+MODELS = ("MLP", "CNN", "transformer")
 KINDS = ("ordinary", "private")
 FEW = 5
 """Rounds in which an exchange is repeated."""
