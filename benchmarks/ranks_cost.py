@@ -13,6 +13,7 @@ batch: the largest difference in a parameter, relative to the largest number in 
 from __future__ import annotations
 
 import argparse
+import io
 import multiprocessing
 import os
 import statistics
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import dpfix
 from benchmarks.common import tables
 from benchmarks.common.contests import CONTESTS, Batch
+from benchmarks.common.cost import FLOAT
 from benchmarks.common.process import peak_bytes, quiet, wall_seconds
 
 MODELS = ("MLP", "CNN", "transformer")
@@ -118,14 +120,16 @@ def ordinary(name: str, rank: int, size: int, rounds: int) -> Seen:
         step()
     sent.clear()
     step()
-    buckets = [torch.zeros(count // 4) for count in sent]
+    counts = list(sent)
+    buckets = [torch.zeros(count // FLOAT) for count in counts]
 
     def exchange() -> None:
         for bucket in buckets:
             distributed.all_reduce(bucket)
 
-    times, alone, messages = together(step, size, rounds), together(exchange, size, FEW), list(buckets)
-    return Seen(times, [b.nbytes for b in messages], alone, 0, peak_bytes(step), {}, trained(model))
+    times, alone = together(step, size, rounds), together(exchange, size, FEW)
+    buckets.clear()
+    return Seen(times, counts, alone, 0, peak_bytes(step), {}, trained(model))
 
 
 def private(name: str, rank: int, size: int, rounds: int) -> Seen:
@@ -136,7 +140,8 @@ def private(name: str, rank: int, size: int, rounds: int) -> Seen:
     optimizer.noise_multiplier = 0.0
     step()
     inside = model.module if size > 1 else model
-    released = {n: p.grad.clone() for n, p in inside.named_parameters() if p.grad is not None} if rank == 0 else {}
+    released = io.BytesIO()  # no tensors while the peak is measured
+    torch.save({n: p.grad for n, p in inside.named_parameters() if p.grad is not None} if rank == 0 else {}, released)
     optimizer.noise_multiplier = 1.0
     step()
     optimizer.guard.real_steps.agenda.due = lambda seen: (
@@ -146,7 +151,9 @@ def private(name: str, rank: int, size: int, rounds: int) -> Seen:
         step()
     exchange = optimizer.reduce_gradients if size > 1 else int
     times, alone = together(step, size, rounds), together(exchange, size, FEW)
-    return Seen(times, sums, alone, len(others), peak_bytes(step), released, trained(model))
+    return Seen(
+        times, sums, alone, len(others), peak_bytes(step), torch.load(io.BytesIO(released.getvalue())), trained(model)
+    )
 
 
 def call(model: nn.Module, data: Batch, step: Step, rank: int = 0, size: int = 1) -> dpfix.PrivateTraining:
