@@ -72,8 +72,10 @@ def test_a_right_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_refused_script(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, code: str, place: str
 ) -> None:
-    status, told = checked(capsys, script, "--sarif", str(tmp_path / "told.sarif"))
+    files = ["--sarif", str(tmp_path / "told.sarif"), "--html", str(tmp_path / "page.html")]
+    status, told = checked(capsys, script, *files)
     assert (status, codes(told, "error")) == (2, [code])
+    assert f"<b>{code}</b>" in (tmp_path / "page.html").read_text()
     sarif = json.loads((tmp_path / "told.sarif").read_text())
     assert problems(sarif) == []
     (error,) = [result for result in sarif["runs"][0]["results"] if result["level"] == "error"]
@@ -83,8 +85,10 @@ def test_a_refused_script(
     assert text[found["region"]["startLine"] - 1].strip() == place
 
 
-def test_a_data_set_that_remembers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, told = checked(capsys, "memory", steps=3)
+def test_a_data_set_that_remembers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, told = checked(capsys, "memory", "--html", str(tmp_path / "page.html"), steps=3)
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>DPF047</b>" in page and "refused: 1 finding stops private training<" in page
     assert (status, codes(told, "error")) == (2, ["DPF047"])
     assert told["repeatable"]
     assert max(replay["largest"] / replay["bound"] for replay in told["replays"]) > 1.01
@@ -106,6 +110,12 @@ def test_a_script_without_a_private_step(
     status, told = checked(capsys, script)
     assert (status, told["findings"]) == (3, [])
     assert words in told["error"]
+
+
+def test_a_page_of_a_script_that_is_killed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, told = checked(capsys, "killed", "--html", str(tmp_path / "page.html"))
+    assert (status, told["status"]) == (3, "failed")
+    assert "dpfix report for Sequential" in (tmp_path / "page.html").read_text()
 
 
 def test_a_slow_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,10 +87,10 @@ def _run(options: argparse.Namespace) -> int:
     _write(options.json, found.as_dict() | {"exit_code": code})
     _write(options.sarif, sarif(found, Path.cwd(), code))
     if options.html is not None:
-        if not found.told.html:
+        if found.report is None:
             print(f"dpfix check: there is no report, and {options.html} is not written", file=sys.stderr)
         else:
-            options.html.write_text(found.told.html)
+            options.html.write_text(found.report.to_html(), encoding="utf-8")
     return code
 
 
