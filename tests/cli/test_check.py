@@ -15,7 +15,6 @@ from dpfix.cli.check.replay import changes
 from dpfix.cli.check.result import CheckResult, Replay, Status
 from dpfix.cli.check.run import Step, Told
 from dpfix.cli.check.sandbox import Workplace
-from tests.cli.sarif_subset import problems
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -55,7 +54,6 @@ def test_a_right_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 < exchanged["largest"] <= 2
     assert told["training"]["rate"] == pytest.approx(0.2)
     assert len(told["steps"]) == 3
-    assert problems(sarif) == []
     assert "dpfix report for Sequential" in Path(files[2]).read_text()
     after = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     assert after == before  # its results and checkpoint lie elsewhere
@@ -77,7 +75,6 @@ def test_a_refused_script(
     assert (status, codes(told, "error")) == (2, [code])
     assert f"<b>{code}</b>" in (tmp_path / "page.html").read_text()
     sarif = json.loads((tmp_path / "told.sarif").read_text())
-    assert problems(sarif) == []
     (error,) = [result for result in sarif["runs"][0]["results"] if result["level"] == "error"]
     found = error["locations"][0]["physicalLocation"]
     assert found["artifactLocation"] == {"uri": f"{script}.py", "uriBaseId": "%SRCROOT%"}
@@ -123,7 +120,6 @@ def test_a_slow_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (status, told["status"]) == (3, "failed")
     assert "ended after 1 s (--timeout) with 0 private steps" in told["error"]
     sarif = json.loads((tmp_path / "told.sarif").read_text())
-    assert problems(sarif) == []
     assert not sarif["runs"][0]["invocations"][0]["executionSuccessful"]
 
 
