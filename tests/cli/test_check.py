@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,6 @@ from dpfix.cli.check.replay import changes
 from dpfix.cli.check.result import CheckResult, Replay, Status
 from dpfix.cli.check.run import Step, Told
 from dpfix.cli.check.sandbox import Workplace
-
-SCRIPTS = Path(__file__).parent / "scripts"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The scripts in a folder of their own, which is the working folder."""
-    place = tmp_path / "project"
-    shutil.copytree(SCRIPTS, place, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.chdir(place)
-    return place
 
 
 def checked(capsys: pytest.CaptureFixture[str], script: str, *more: str, steps: int = 2) -> tuple[int, dict[str, Any]]:
@@ -48,7 +36,10 @@ def test_a_right_script(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert printed.err == ""  # progress is shown on terminals only
     assert "dpfix check right.py: nothing found that breaks the guarantee\n" in printed.out
     assert "moves the released sum by 1.00 C, allowed 1 C, in 3 steps" in printed.out
-    told, sarif = (json.loads(Path(file).read_text()) for file in files[:2])
+    told = json.loads(Path(files[0]).read_text())
+    assert json.loads(Path(files[1]).read_text())["runs"][0]["invocations"] == [
+        {"executionSuccessful": True, "exitCode": 0}
+    ]
     left_out, exchanged = told["replays"]
     assert left_out["largest"] == pytest.approx(1, abs=1e-3)
     assert 0 < exchanged["largest"] <= 2

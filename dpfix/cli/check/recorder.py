@@ -153,10 +153,9 @@ class Recorder:
     ) -> None:
         if issubclass(category, DPFixWarning):
             found = Finding.advice("DPF048", str(message), "dpfix warned about it while the script ran.")
-            place = self.job.original(filename)
-            self.told.located.append(
-                Located(replace(found, severity=Severity.BLOCKS_TRAINING), place, lineno if place else 0)
-            )
+            file = self.job.original(filename)
+            place = (file, lineno) if file else self.place_of(sys._getframe(1))
+            self.told.located.append(Located(replace(found, severity=Severity.BLOCKS_TRAINING), *place))
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
     # ------------------------------------------------------------------ what is read
