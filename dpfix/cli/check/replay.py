@@ -176,6 +176,7 @@ class Runs:
             "DPFIX_CACHE_DIR": str(self._folder / "cache"),  # so that all runs have the engine of the first
             "TMPDIR": str(here / "tmp"),
             "MLFLOW_TRACKING_URI": (here / "mlruns").as_uri(),
+            "MLFLOW_ALLOW_FILE_STORE": "true",
         }  # fmt: skip
         output = here / "output.txt"
         began = time.monotonic()
