@@ -604,8 +604,8 @@ Every row is one small script. Plain Opacus gets the model after `ModuleValidato
 - The name in brackets is the engine that computed the per-sample gradients. dpfix times the ones that are
   right and takes the fastest, so another machine may show another name.
 - `VNet` is measured with its dropout set to 0, so that sums of different batches can be compared.
-- The three scripts in the README are measured in the same way by `python -m benchmarks.real_scripts`: at seven clip norms from 0.01
-  to 10, after a hundred steps of ordinary training, in which the gradients of samples come to point the same way.
+- The three scripts in the README are measured in the same way by `python -m benchmarks.real_scripts`: at seven clip norms
+  from 0.01 to 10, after a hundred steps of ordinary training, in which the gradients of samples come to point the same way.
 
 {table}
 """
