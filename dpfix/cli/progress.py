@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Say: TypeAlias = Callable[[str, float | None], None]
 """Told what is being done, and which part of everything is done: from 0 to 1, or ``None`` if that is not known."""
@@ -32,12 +33,12 @@ def progress(what: str) -> Iterator[Say]:
 
 @contextmanager
 def _bar() -> Iterator[Say]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+    rich: Any = import_module("rich.progress")
+    console: Any = import_module("rich.console").Console(stderr=True)
+    text = rich.TextColumn("{task.description}", markup=False)
+    columns = (rich.SpinnerColumn(), text, rich.BarColumn(), rich.TimeElapsedColumn())
+    alone = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    with rich.Progress(*columns, console=console, **alone) as bar:
         task = bar.add_task("", total=None)
 
         def say(text: str, done: float | None) -> None:
