@@ -42,6 +42,7 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports
 
 bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the audit, speed of the engines
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.opacus_comparison --write $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.real_scripts --write
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.coupled --write docs/coupled.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.legacy_weights --write docs/weights.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.audit_cost --write docs/checks.md
