@@ -21,8 +21,9 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## train MONAI's VNet with and without differential privacy (a few minutes)
+demo: $(VENV)/.installed-demo  ## train on brain volumes, and per patient, with and without differential privacy (a few minutes)
 	$(BIN)/python examples/vnet.py --out demo_output $(ARGS)
+	$(BIN)/python examples/volumes.py $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
