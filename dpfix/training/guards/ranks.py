@@ -78,12 +78,14 @@ class WrappedBefore(Check):
     """
 
     def __init__(self, guarded: Guarded) -> None:
+        self._of = id(guarded.module)  # a copy of the model has the hook, too, and is in no training
         self._hook = guarded.module.register_forward_pre_hook(self._look)
 
     def _look(self, module: Any, args: Any) -> None:
         around = DistributedDataParallel._get_active_ddp_module()
         if (
             around is not None
+            and id(module) == self._of
             and torch.is_grad_enabled()
             and module.training
             and distributed.get_world_size(around.process_group) > 1
