@@ -56,6 +56,7 @@ from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, opacus_make_private, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining, planned
+from dpfix.training.sharded import as_whole, refuse_changes
 from dpfix.training.spender import spender_for
 
 
@@ -165,9 +166,11 @@ def make_private_safe(
         check_randomness(request.privacy, engine.secure_mode)
         check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with no_meta_default(), Surgery(request.scan) as surgery:
-            prepared = prepare(request, surgery)
-            request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
+        whole = as_whole(request)
+        with no_meta_default(), Surgery(whole.scan) as surgery:
+            prepared = prepare(whole, surgery)
+            refuse_changes(request, prepared.findings)
+            request.ranks.check_same(prepared.what_is_trained(whole, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
             refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, request.rate, 1)])
             spender = spender_for(budget, request, engine, earlier.releases)
@@ -253,7 +256,7 @@ def make_private_safe_with_epsilon(
         check_randomness(request.privacy, engine.secure_mode)
         tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
         accuracy = Accuracy.of(delta, **search)
-        refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
+        refuse(() if request.ranks.sharded else run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
         earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
         spender = spender_for(arguments.get("budget"), request, engine, earlier.releases)
         history = earlier.history(engine) if spender is None else spender.together(earlier.history(engine))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from dpfix.instrument.sharded import Shards
 from dpfix.plan import Plan
 
 
@@ -43,8 +44,10 @@ class Handle(ABC):
         counts: gives the rows of every sample in the present batch; nothing where all have the same number.
         clips: whether :meth:`clip_and_accumulate` clips without per-sample gradients on ``grad_sample``.
         several_iterations: whether several backward passes may come before one step.
+        shards: the parameters of a model that is spread over processes; ``None`` for others.
     """
 
+    shards: Shards | None = None
     model: nn.Module
     counts: Callable[[], tuple[int, ...]]
     clips: bool = False

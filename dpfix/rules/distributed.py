@@ -16,6 +16,9 @@ from dpfix.scan.scan import Scan
 
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
 _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
+_FSDP2 = (
+    "call torch.distributed.fsdp.fully_shard on the whole model too, after its parts, and give make_private_safe that model; or "
+)
 _INSTEAD = (
     "wrap the whole model with torch.nn.parallel.DistributedDataParallel, or with Opacus's "
     "DifferentiallyPrivateDistributedDataParallel, and make the same call on every rank."
@@ -88,8 +91,10 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
                 "there is no process group, so the ranks cannot be added up.",
                 "call torch.distributed.init_process_group() first, or pass the module inside it.",
             )
-    if isinstance(module, (FullyShardedDataParallel, FSDPModule)):
-        return _SHARDED, _INSTEAD
+    if isinstance(module, FSDPModule):
+        return _SHARDED, _FSDP2 + _INSTEAD
+    if isinstance(module, FullyShardedDataParallel):
+        return _SHARDED, f"use torch.distributed.fsdp.fully_shard; or {_INSTEAD}"
     if isinstance(module, DistributedDataParallel):
         return _problem_of_torch(path, module)
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1

@@ -151,6 +151,8 @@ class Randomness:
         if isinstance(secure, Cryptographic):
             return cls(secure, secure)
         noise, draws = (Stream(None if seed is None else (seed, use)) for use in (0, 1))
+        if ranks.sharded:  # each adds noise to parameters of its own, and equal noise on two would show
+            noise = Stream(None if seed is None else (seed, 0, ranks.rank))
         if secure is not None:
             return cls(noise, secure, seed)
         if ranks.size > 1:

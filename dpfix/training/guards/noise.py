@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from dpfix.errors import NoiseError
+from dpfix.instrument.sharded import local
 from dpfix.report.finding import Finding
 from dpfix.training.adaptive_clipping import noise_of_sums
 from dpfix.training.guards.check import Check, Guarded
@@ -44,7 +45,7 @@ class ProvenNoise(Check):
     ``noise_multiplier * max_grad_norm`` (the largest clip norm of the logical batch), is evidence for
     :class:`~dpfix.training.noise_evidence.SizeEvidence` and :class:`~dpfix.training.noise_evidence.Repeats`. Together they
     refuse right noise with probability 1e-9 in a training, however long it is. On several ranks, rank 0 adds the noise; that
-    the others add none is checked exactly.
+    the others add none is checked exactly. Where parameters are spread over the ranks, each looks at the noise on its own parts.
 
     Catches: noise that is missing on one parameter (in the first step, if it has 8 numbers), scaled by the batch size, added
     twice (in the first step of a model with 400 numbers), 5 % too small or too large (in 4 steps of a model with 4096
@@ -56,11 +57,12 @@ class ProvenNoise(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        parameters = {name: p for name, p in guarded.parameters.items() if p.numel()}
+        parameters = {name: part for name, p in guarded.parameters.items() if (part := local(p)).numel()}
         self.needed = bool(parameters)
         if self.needed:
             self._numbers = Numbers(parameters)
-            self._names, self._parameters = self._numbers.names, self._numbers.parameters
+            self._names = self._numbers.names
+            self._parameters = [guarded.parameters[name] for name in self._names]
             self._size = SizeEvidence(len(self._parameters))
             self._repeats = Repeats(self._numbers.starts, self._numbers.counts)
         self._summed, self._clip_norm = False, 0.0
@@ -97,7 +99,7 @@ class ProvenNoise(Check):
         std = noise_of_sums(optimizer) * self._clip_norm
         if not summed or std == 0:
             return
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
         if len(gradients) < len(self._parameters):
             part = next(i for i, p in enumerate(self._parameters) if p.grad is None)
             self._refuse_size(part, "not known, because p.grad is None,")
@@ -106,7 +108,7 @@ class ProvenNoise(Check):
             scale = float(optimizer.expected_batch_size) * optimizer.accumulated_iterations  # type: ignore[arg-type]
         self._numbers.copy(gradients, after=True)
         values = self._numbers.values()  # the clipped sum, and what the optimizer has made of it
-        if self._guarded.ranks.rank:
+        if self._guarded.ranks.rank and self._guarded.shards is None:
             self._check_none(values[1] * scale - values[0], values[0])
         elif std >= SIZES[0] * max(1.0, scale) and std <= SIZES[1] * min(1.0, scale):
             sums, largest = values[0], LARGEST_SUM * std

@@ -1,0 +1,220 @@
+"""What every rank runs in the tests of models that ``fully_shard`` has spread; started by torchrun from ``test_sharded.py``.
+
+``torchrun --nproc-per-node N -m tests.on_shards SCENARIO FOLDER`` writes what rank r saw to ``FOLDER/r.pt``.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpfix
+from tests.on_ranks import digits
+
+CLIP, RATE = 0.5, 0.5
+WORDS, LENGTH = 23, 6
+
+
+def mlp() -> nn.Module:
+    """Widths that two ranks and four cannot share evenly; a rank of four has nothing of the last bias."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 15), nn.ReLU(), nn.Linear(15, 10), nn.Tanh(), nn.Linear(10, 10))
+
+
+class Transformer(nn.Module):
+    """Torch's own encoder, whose attention holds its parameters itself, and a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 12)
+        self.places = nn.Parameter(torch.randn(LENGTH, 12) / 4)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class RootMeanSquare(nn.Module):
+    """A normalisation as language models bring it themselves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+class Block(nn.Module):
+    """Attention with fewer keys than queries (GQA), and a gated network."""
+
+    def __init__(self, width: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.before, self.after = RootMeanSquare(width), nn.RMSNorm(width)
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * self.size, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((width, 20), (width, 20), (20, width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.before(x)
+        q = self.q(seen).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (t.unsqueeze(1).expand(-1, self.heads, -1, -1) for t in self.kv(seen).chunk(2, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        seen = self.after(x)
+        return x + self.down(F.silu(self.gate(seen)) * self.up(seen))
+
+
+class Llama(nn.Module):
+    """A small language model with one table for the words that come in and go out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 12)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.norm = nn.RMSNorm(12)
+        self.head = nn.Linear(12, WORDS, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def sentences(samples: int = 60) -> TensorDataset:
+    """Words, a label and the index."""
+    g = torch.Generator().manual_seed(3)
+    ids, labels = torch.randint(WORDS, (samples, LENGTH), generator=g), torch.randint(10, (samples,), generator=g)
+    return TensorDataset(ids, labels, torch.arange(samples))
+
+
+def classified(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def next_word(model: nn.Module, batch: Any) -> Tensor:
+    """Every sample's mean over its words, averaged."""
+    out = model(batch[0][:, :-1])
+    return F.cross_entropy(out.transpose(1, 2), batch[0][:, 1:])
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[..., Tensor]]] = {
+    "MLP": (mlp, digits, classified),
+    "transformer": (Transformer, sentences, classified),
+    "Llama": (Llama, sentences, next_word),
+}
+"""Name -> model, data, step."""
+
+
+def made(name: str) -> nn.Module:
+    """A model with the same weights in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return MODELS[name][0]()
+
+
+def sharded(module: nn.Module, **options: Any) -> nn.Module:
+    """Layer by layer, or block by block, and the rest; a table that is tied stays with the rest."""
+    options = {"mesh": init_device_mesh("cpu", (distributed.get_world_size(),))} | options
+    for child in getattr(module, "blocks", module.children()):
+        if any(True for _ in child.parameters()):
+            fully_shard(child, **options)
+    return fully_shard(module, **options)
+
+
+def call(name: str = "MLP", batch_size: int = 6, **changes: Any) -> dict[str, Any]:
+    """Arguments of a call."""
+    _, data, step = MODELS[name]
+    model = changes.pop("module", None)
+    model = sharded(made(name)) if model is None else model
+    given: dict[str, Any] = {
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=RATE),
+        "data_loader": DataLoader(data(), batch_size=batch_size),
+        "noise_multiplier": 0.0,
+        "max_grad_norm": CLIP,
+        "training_step": step,
+        "cache": False,
+        "seed": 0,
+    }
+    return given | changes
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights by their names in the network."""
+    return {
+        k.removeprefix("_module."): v.full_tensor() if isinstance(v, DTensor) else v.clone()
+        for k, v in model.state_dict().items()
+    }
+
+
+def train(given: dict[str, Any], steps: int, between: Callable[[nn.Module], Any] | None = None) -> dict[str, Any]:
+    """Some steps: what was drawn here, the weights before and after each, and what was accounted."""
+    training = dpfix.make_private_safe(**given)
+    model, optimizer, loader = training
+    step = given["training_step"]
+    states, draws = [weights(model)], []
+    while len(draws) < steps:
+        for batch in loader:
+            optimizer.zero_grad()
+            step(model, batch).backward()
+            draws.append(batch[2].tolist() if loader.ledger.pending() else [])
+            optimizer.step()
+            states.append(weights(model))
+            if between is not None:
+                between(model)
+            if len(draws) == steps:
+                break
+    return {
+        "states": states,
+        "draws": draws,
+        "engine": training.plan.engine,
+        "history": training.privacy_engine.accountant.history,
+        "epsilon": training.get_epsilon(1e-3),
+        "report": training.report.details(),
+        "checked": optimizer.guard.real_steps.agenda.checked,
+    }
+
+
+def trainings(rank: int, size: int) -> dict[str, Any]:
+    """Trainings that work."""
+    found = {name: train(call(name), 4) for name in MODELS}
+    return found
+
+
+SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {"trainings": trainings}
+
+
+def main() -> None:
+    """Run a scenario on this rank."""
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(0)  # the same on every rank, as most scripts do
+    warnings.simplefilter("ignore")
+    found = SCENARIOS[scenario](rank, size)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
