@@ -28,9 +28,9 @@ def is_sharded(module: Any) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Any) -> Any:
     """What this process has of a tensor: the tensor itself, unless it is spread over several."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def as_shard_of(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def whole_values(module: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _together(parameters: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
-    spread = {id(p): p for p in parameters if isinstance(p, DTensor)}
+    spread: dict[int, Any] = {id(p): p for p in parameters if isinstance(p, DTensor)}
     return {key: p.detach().full_tensor() for key, p in spread.items()}
 
 
@@ -95,6 +95,7 @@ class Shards:
 
     def __init__(self, module: nn.Module) -> None:
         hide_shards(module)
+        self._module = module
         self.parameters = dict(module.named_parameters(remove_duplicate=False))
         self.names = {id(p): name for name, p in reversed(self.parameters.items())}
         self._shard_of: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -132,6 +133,9 @@ class Shards:
     def shard_of(self, whole: nn.Parameter) -> nn.Parameter:
         """The shard of a whole parameter that the model was called with.
 
+        Returns:
+            What the optimizer has.
+
         Raises:
             KeyError: it is none of them.
         """
@@ -142,10 +146,24 @@ class Shards:
             self.due, self.own = False, {}
             self.values = _together(self.parameters.values())
 
+    def can_look(self, wanted: bool) -> bool:
+        """Whether a real step can be looked at.
+
+        Args:
+            wanted: whether this process wants to; if the step is not one of those that all look at, the next one is.
+
+        Returns:
+            Whether the parameters have been put together for this step.
+        """
+        self.wanted = wanted
+        return self.values is not None
+
     def whole(self) -> dict[int, torch.Tensor]:
         """The values of :attr:`values` by identity of all that the model may hold: shards, and whole parameters."""
         values = self.values or {}
-        return values | {key: values[id(shard)] for key, (_, shard) in self._shard_of.items() if id(shard) in values}
+        held = {id(p): self.parameters[name] for name, p in self._module.named_parameters(remove_duplicate=False)}
+        held |= {key: shard for key, (_, shard) in self._shard_of.items()}
+        return values | {key: values[id(shard)] for key, shard in held.items() if id(shard) in values}
 
     def forget_values(self) -> None:
         """The step is over: the whole parameters are not needed any more."""
@@ -202,7 +220,7 @@ def _places(module: nn.Module) -> Iterator[tuple[nn.Module, list[Place]]]:
 
 
 def _apart(module: nn.Module, args: Any, output: Any) -> Any:
-    """What the model returns, one step in the graph behind FSDP's own hooks: whoever asks for gradients up to it sets off none."""
+    """What the model returns, one step behind FSDP's hooks in the graph: whoever takes gradients up to it sets off none."""
 
     def moved(_: Any, leaf: Any) -> Any:
         return leaf.view_as(leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf

@@ -17,7 +17,7 @@ from dpfix.scan.scan import Scan
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
 _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
 _FSDP2 = (
-    "call torch.distributed.fsdp.fully_shard on the whole model too, after its parts, and give make_private_safe that model; or "
+    "call torch.distributed.fsdp.fully_shard on the whole model too, after its parts, before make_private_safe; or "
 )
 _INSTEAD = (
     "wrap the whole model with torch.nn.parallel.DistributedDataParallel, or with Opacus's "

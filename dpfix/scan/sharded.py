@@ -22,32 +22,28 @@ def check_shards(request: Request) -> None:
     for problem in _problems(request.module):
         raise ModelError(problem)
     performance, privacy = request.performance, request.privacy
-    if performance.grad_sample_mode not in ("auto", "bookkeeping"):
-        raise _argument(
-            "grad_sample_mode",
-            performance.grad_sample_mode,
+    mode, most = performance.grad_sample_mode, performance.max_physical_batch_size
+    if mode not in ("auto", "bookkeeping"):
+        raise ArgumentError(
+            f"grad_sample_mode={mode!r} with a model on which fully_shard was called:",
             "only the engine 'bookkeeping' needs no more than one whole layer at a time.",
             "Leave grad_sample_mode out, or wrap the model with DistributedDataParallel instead.",
+            path="grad_sample_mode",
         )
-    if performance.max_physical_batch_size is not None:
-        raise _argument(
-            "max_physical_batch_size",
-            performance.max_physical_batch_size,
+    if most is not None:
+        raise ArgumentError(
+            f"max_physical_batch_size={most!r} with a model on which fully_shard was called:",
             "the ranks put layers together at the same calls of the model, and would have different numbers of parts.",
             "Leave it out; more ranks, or torch.utils.checkpoint in the model, save memory.",
+            path="max_physical_batch_size",
         )
     if privacy.noise_generator is not None:
-        raise _argument(
-            "noise_generator",
-            privacy.noise_generator,
-            "every rank adds noise to its own part of the parameters; a generator with the same seed on all of them would add "
-            "the same noise to several parts.",
+        raise ArgumentError(
+            "noise_generator= with a model on which fully_shard was called:",
+            "every rank adds noise to its own part of the parameters, and generators with one seed would add the same to each.",
             "Leave it out, or pass seed= for an experiment that is to be repeated.",
+            path="noise_generator",
         )
-
-
-def _argument(name: str, value: object, why: str, help: str) -> ArgumentError:
-    return ArgumentError(f"{name}={value!r} with a model on which fully_shard was called:", why, help, path=name)
 
 
 def _problems(module: nn.Module) -> Iterator[Finding]:

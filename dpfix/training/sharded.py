@@ -17,14 +17,17 @@ from torch.optim import Optimizer
 
 from dpfix.errors import ModelError
 from dpfix.instrument.sharded import as_shard_of, hide_shards, whole_values
+from dpfix.repair.surgery import Surgery
 from dpfix.report.finding import Finding, Fixability
+from dpfix.rules import RULES
+from dpfix.scan.arguments import check_ranks
 from dpfix.scan.request import Request
 from dpfix.scan.sharded import check_shards
 from dpfix.training.normal_noise import add_normal
 from dpfix.weights.copies import plain_copy
 
 
-def as_whole(request: Request) -> Request:
+def as_whole(request: Request, secure_mode: bool) -> Request:
     """The call as it is checked: on a copy of a model that is spread, whose parameters are put together.
 
     Returns:
@@ -32,8 +35,9 @@ def as_whole(request: Request) -> Request:
 
     Raises:
         ModelError: the model cannot be trained as it is spread.
-        ArgumentError: what was asked for is not possible with it.
+        ArgumentError: what was asked for is not possible with it, or on several processes.
     """
+    check_ranks(request.ranks, request.privacy, secure_mode)
     if not request.ranks.sharded:
         return request
     check_shards(request)
@@ -55,28 +59,36 @@ def _on(module: nn.Module, spread: nn.Module, optimizer: Optimizer) -> Optimizer
     return like
 
 
-def refuse_changes(request: Request, findings: Iterable[Finding]) -> None:
-    """The checks have found nothing that has to be changed in the model: it is spread already.
+def repair_spread(request: Request, repairs: Iterable[Finding]) -> None:
+    """Make the changes to a model that is spread which were made to its copy, where they leave the parameters as they are.
 
     Args:
         request: the call as it was made.
-        findings: of the checks.
+        repairs: findings that were repaired.
 
     Raises:
-        ModelError: they have.
+        ModelError: a repair replaces a layer, or changes what is trained.
     """
-    changes = [f for f in findings if f.fixability in (Fixability.EXACT, Fixability.CHANGES_MODEL)]
-    if request.ranks.sharded and changes:
-        first = changes[0]
+    changes = [f for f in repairs if f.fixability in (Fixability.EXACT, Fixability.CHANGES_MODEL)]
+    if not request.ranks.sharded or not changes:
+        return
+    rules = {rule.code: rule for rule in RULES if rule.sets_attributes}
+    found = [(rules[f.code], f) for f in changes if f.code in rules]
+    other = next((f for f in changes if all(f is not kept for _, kept in found)), None)
+    if other is not None:
         raise ModelError(
             Finding.refusal(
                 "DPF053",
-                f"{first.fact} This has to be changed ({first.code}), and fully_shard was called on the model already.",
-                first.why,
-                f"Change the model before fully_shard is called on it, and build the optimizer after: {first.fix or first.help}",
-                path=first.path,
+                f"{other.fact} This has to be changed ({other.code}), and fully_shard was called on the model already.",
+                other.why,
+                "change the model before fully_shard is called on it, and build the optimizer after that "
+                f"({other.fix or other.help}).",
+                path=other.path,
             )
         )
+    with Surgery(request.scan) as surgery:
+        surgery.repair(tuple(found))
+        surgery.commit()
 
 
 def add_noise_to_shards(optimizer: Any) -> None:

@@ -147,7 +147,7 @@ def _is_ours(hook: Any) -> bool:
 
 def _of_own_class(child: nn.Module) -> nn.Module:
     """An empty module of the class that a module had before ``fully_shard``."""
-    cls = next(c for c in type(child).__mro__ if not issubclass(c, FSDPModule))
+    cls: Any = next(c for c in type(child).__mro__ if not issubclass(c, FSDPModule))
     return cls.__new__(cls)
 
 

@@ -25,7 +25,6 @@ from dpfix.instrument.sharded import Shards, is_sharded
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
 
-
 Weighted = tuple[Contribution, torch.Tensor]
 """What one iteration has brought for a parameter, and the factors of the samples."""
 

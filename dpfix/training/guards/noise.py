@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
-from torch import nn
 from typing_extensions import override
 
 from dpfix.errors import NoiseError
@@ -198,7 +197,7 @@ class Numbers:
         starts: where they begin in the array.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         all_sizes = np.array([p.numel() for p in parameters.values()])
         run = PRINT
         while 2 * run < all_sizes.max() and np.minimum(all_sizes, 4 * run).sum() <= LOOKED_AT:

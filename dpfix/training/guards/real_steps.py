@@ -223,7 +223,8 @@ class RealSteps(Check):
         seen = set(follower.seen)
         for delivery in {d for c in models for d in c.deliveries}:
             seen |= self._novelty.of(delivery)
-        if not self._is_due(seen):
+        due, shards = self.agenda.due(seen), self._guarded.shards
+        if not (due if shards is None else shards.can_look(due)):
             return
         try:
             with self.agenda.check():
@@ -239,14 +240,6 @@ class RealSteps(Check):
             raise
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
-
-    def _is_due(self, seen: set[Any]) -> bool:
-        """Whether this step is checked; where parameters are spread over processes, those steps are for which all put them together."""
-        due, shards = self.agenda.due(seen), self._guarded.shards
-        if shards is None:
-            return due
-        shards.wanted = due
-        return shards.values is not None
 
     def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
