@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from dpfix.training import sharded as noise
 from tests.on_ranks import digits
 
 CLIP, RATE = 0.5, 0.5
@@ -193,13 +195,153 @@ def train(given: dict[str, Any], steps: int, between: Callable[[nn.Module], Any]
     }
 
 
+def refused(act: Callable[[], Any]) -> str:
+    """The class of error and the text of what fails."""
+    try:
+        act()
+    except dpfix.DPFixError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def loop(training: dpfix.PrivateTraining, batches: Iterable[Any], step: Callable[..., Tensor] = classified) -> None:
+    """The training loop."""
+    for batch in batches:
+        training[1].zero_grad()
+        step(training[0], batch).backward()
+        training[1].step()
+
+
+def misuse(act: Callable[[dpfix.PrivateTraining], None], **changes: Any) -> dict[str, Any]:
+    """How a first step ends, and whether it was released."""
+    training = dpfix.make_private_safe(**call(batch_size=20, **changes))
+    before = weights(training[0])
+    told = refused(lambda: act(training))
+    kept = all(torch.equal(v, before[k]) for k, v in weights(training[0]).items())
+    return {"told": told, "kept": kept}
+
+
+def evaluation(model: nn.Module) -> None:
+    """FSDP leaves the root's parameters whole after it."""
+    model.eval()
+    with torch.no_grad():
+        model(digits(3)[:][0])
+    model.train()
+
+
+def with_frozen() -> nn.Module:
+    model = made("MLP")
+    for p in (*model[1].parameters(), model[5].bias):
+        p.requires_grad_(False)
+    return sharded(model)
+
+
 def trainings(rank: int, size: int) -> dict[str, Any]:
-    """Trainings that work."""
-    found = {name: train(call(name), 4) for name in MODELS}
+    """Trainings that work, and what is refused."""
+    found: dict[str, Any] = {name: train(call(name), 4) for name in MODELS}
+    found["noise"] = train(call(noise_multiplier=2.0, seed=None), 5)
+    found["few samples"] = train(call(batch_size=2), 8)
+    found["evaluation"] = train(call(batch_size=20), 2, evaluation)
+    found["frozen"] = train(call(module=with_frozen()), 2)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
+    found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
+    return found | {"refused": refusals(rank, size), "misused": misuses(rank, size)}
+
+
+def refusals(rank: int, size: int) -> dict[str, str]:
+    """Calls that have to fail on every rank."""
+    mesh = init_device_mesh("cpu", (size,))
+
+    def ignoring() -> nn.Module:
+        model = made("MLP")
+        return fully_shard(model, mesh=mesh, ignored_params={model[5].bias})
+
+    def in_part() -> nn.Module:
+        model = made("MLP")
+        fully_shard(model[1], mesh=mesh)
+        return model
+
+    own = torch.Generator()
+    halved = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    asked: dict[str, Callable[[], dict[str, Any]]] = {
+        "engine": lambda: call(grad_sample_mode="vmap"),
+        "parts": lambda: call(max_physical_batch_size=2),
+        "generator": lambda: call(noise_generator=own),
+        "generator on rank 1": lambda: call(noise_generator=own if rank else None),
+        "ignored": lambda: call(module=ignoring()),
+        "in part": lambda: call(module=in_part()),
+        "batch norm": lambda: call(module=sharded(halved)),
+        "order": lambda: call(poisson_sampling=False),
+        "noise": lambda: call(noise_multiplier=1.0 + rank),
+    }
+    return {name: refused(lambda given=given: dpfix.make_private_safe(**given())) for name, given in asked.items()}
+
+
+def misuses(rank: int, size: int) -> dict[str, dict[str, Any]]:
+    """Steps that are released on no rank."""
+
+    def coupled(model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0])
+        return F.cross_entropy(out - out.mean(0), batch[1])
+
+    def penalty(training: dpfix.PrivateTraining) -> None:
+        inner = training[0]._module
+        batch = next(iter(training[2]))
+        training[1].zero_grad()
+        out = training[0](batch[0])
+        inner[5].unshard()
+        (F.cross_entropy(out, batch[1]) + inner[5].weight.square().sum()).backward()
+        training[1].step()
+
+    def no_noise(training: dpfix.PrivateTraining) -> None:
+        add = noise.add_normal
+        noise.add_normal = add if rank == 0 else lambda *_: None  # type: ignore[assignment]
+        try:
+            loop(training, training[2])
+        finally:
+            noise.add_normal = add
+
+    def in_parts(training: dpfix.PrivateTraining) -> None:
+        made = BatchMemoryManager(data_loader=training[2], max_physical_batch_size=2, optimizer=training[1])
+        with made as batches:
+            loop(training, batches)
+
+    def clip_norm(training: dpfix.PrivateTraining) -> None:
+        training[1].max_grad_norm = CLIP / (1 + rank)
+        loop(training, training[2])
+
+    return {
+        "loss": misuse(lambda t: loop(t, t[2], coupled if rank == 1 else classified)),
+        "penalty": misuse(penalty),
+        "no noise": misuse(no_noise, noise_multiplier=1.0),
+        "parts": misuse(in_parts),
+        "clip norm": misuse(clip_norm),
+    }
+
+
+LEFT_OUT = range(6)
+
+
+def leave_one_out(rank: int, size: int) -> dict[str, Any]:
+    """One step on all samples, and steps in which the gradient of one is zero; others are a hundred times as large."""
+
+    def weighted(model: nn.Module, batch: Any) -> Tensor:
+        return (F.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[3]).mean()
+
+    found = {}
+    for left_out in (-1, *LEFT_OUT):
+        times = torch.ones(60)
+        times[::3] = 100.0
+        if left_out >= 0:
+            times[left_out] = 0.0
+        data = TensorDataset(*digits().tensors, times)
+        loader = DataLoader(data, batch_size=20)
+        found[str(left_out)] = train(call(data_loader=loader, training_step=weighted), 1)
     return found
 
 
-SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {"trainings": trainings}
+SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {"trainings": trainings, "leave one out": leave_one_out}
 
 
 def main() -> None:
