@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.fsdp_memory [--models deep ...] [--processes 1 2 4] [--rounds 9] [--write docs/sharded.md]``
 
-A batch is shared out among 1, 2 and 4 processes (``gloo``), each with one thread; one process holds the plain model. *peak*: largest
+A batch is shared out among 1, 2 and 4 processes (``gloo``), one thread each; one process has the plain model. *peak*: largest
 number of bytes that tensors of a rank hold during a warm step, on the rank with most. *step*: seconds on the wall of the
 slowest rank, median of the rounds. *ordinary*: FSDP2 without privacy. *dpfix*: ``make_private_safe``, steps that are not
 checked, and *checked* the peak of one that is. *Opacus*: ``grad_sample_mode="ghost_fsdp"`` with ``FSDP2Wrapper``.

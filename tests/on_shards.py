@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -320,6 +321,50 @@ def misuses(rank: int, size: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def adam(model: nn.Module) -> dict[str, Any]:
+    return {"module": model, "optimizer": torch.optim.Adam(model.parameters(), lr=0.01)}
+
+
+def states(optimizer: Any) -> list[Tensor]:
+    """What Adam has of every parameter."""
+    held = (optimizer.state[p] for group in optimizer.param_groups for p in group["params"])
+    found = (value for state in held for _, value in sorted(state.items()))
+    return [value.full_tensor() if isinstance(value, DTensor) else value.clone() for value in found]
+
+
+def save(rank: int, size: int) -> dict[str, Any]:
+    """Some steps, and the state after them."""
+    training = dpfix.make_private_safe(**call(noise_multiplier=2.0, batch_size=20, **adam(sharded(made("MLP")))))
+    loop(training, training[2])
+    checkpoint.save({"training": training}, checkpoint_id=Path(sys.argv[2]) / "saved")
+    file = refused(
+        lambda: training.privacy_engine.save_checkpoint(
+            path=Path(sys.argv[2]) / "file.pt", module=training[0], optimizer=training[1]
+        )
+    )
+    return seen_of(training) | {"file": file}
+
+
+def seen_of(training: dpfix.PrivateTraining) -> dict[str, Any]:
+    history = list(training.privacy_engine.accountant.history)
+    return {"weights": weights(training[0]), "adam": states(training[1]), "history": history}
+
+
+def go_on(rank: int, size: int) -> dict[str, Any]:
+    """Go on from the state, on a model that is spread where there are several ranks."""
+    model = made("MLP")
+    with torch.no_grad():
+        model[1].weight.zero_()
+    model = sharded(model) if size > 1 else model
+    training = dpfix.make_private_safe(**call(noise_multiplier=2.0, batch_size=20, **adam(model)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        checkpoint.load({"training": training}, checkpoint_id=Path(sys.argv[2]) / "saved")
+    found = seen_of(training) | {"told": [str(w.message) for w in told]}
+    loop(training, training[2])
+    return found | {"then": seen_of(training)}
+
+
 LEFT_OUT = range(6)
 
 
@@ -341,7 +386,12 @@ def leave_one_out(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
-SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {"trainings": trainings, "leave one out": leave_one_out}
+SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "trainings": trainings,
+    "leave one out": leave_one_out,
+    "save": save,
+    "go on": go_on,
+}
 
 
 def main() -> None:

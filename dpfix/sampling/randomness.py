@@ -69,6 +69,10 @@ class Stream:
             found = self._generators.setdefault((device, lane), seeded(device, (*self._entropy, *place)))
         return found
 
+    def branch(self, number: int) -> None:
+        """Go on with other numbers, which follow from what all did until now and a number."""
+        self._begin((*self._entropy, number))
+
     def anew(self) -> Stream:
         """What a copy of a training draws from."""
         return type(self)()
