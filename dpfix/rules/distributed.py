@@ -19,6 +19,7 @@ _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines n
 _FSDP2 = (
     "call torch.distributed.fsdp.fully_shard on the whole model too, after its parts, before make_private_safe; or "
 )
+_BEFORE = "look at the model before fully_shard is called on it; make_private_safe takes it afterwards."
 _INSTEAD = (
     "wrap the whole model with torch.nn.parallel.DistributedDataParallel, or with Opacus's "
     "DifferentiallyPrivateDistributedDataParallel, and make the same call on every rank."
@@ -32,7 +33,8 @@ _TAKEN_OVER = (
 class Distributed(Rule):
     """Models wrapped for several processes or devices, in a way that sums gradients before they are clipped.
 
-    What: torch's ``DistributedDataParallel``, fully sharded modules, ``DataParallel`` over several devices, and Opacus's
+    What: torch's ``DistributedDataParallel``, fully sharded modules (``fully_shard`` on the whole model is not one of them in
+    ``make_private_safe``), ``DataParallel`` over several devices, and Opacus's
     ``DifferentiallyPrivateDistributedDataParallel`` anywhere but around the whole model.
 
     Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
@@ -92,7 +94,7 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
                 "call torch.distributed.init_process_group() first, or pass the module inside it.",
             )
     if isinstance(module, FSDPModule):
-        return _SHARDED, _FSDP2 + _INSTEAD
+        return _SHARDED, _FSDP2 + _INSTEAD if path else _BEFORE
     if isinstance(module, FullyShardedDataParallel):
         return _SHARDED, f"use torch.distributed.fsdp.fully_shard; or {_INSTEAD}"
     if isinstance(module, DistributedDataParallel):

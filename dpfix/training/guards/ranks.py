@@ -27,7 +27,7 @@ class RanksAgree(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        self.needed = guarded.ranks.size > 1
+        self.needed = guarded.ranks.size > 1 or guarded.ranks.sharded
 
     @override
     def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
