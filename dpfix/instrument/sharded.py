@@ -91,6 +91,7 @@ class Shards:
         due: whether they are put together in the next call of the model; the same on all processes.
         values: the whole parameters by identity of their shards, while they are put together.
         own: this process's own sums by name, in a step that is looked at.
+        mixed: whether whole parameters have another type than their shards.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -103,7 +104,7 @@ class Shards:
         self.wanted, self.due = False, True
         self.values: dict[int, torch.Tensor] | None = None
         self.own: dict[str, torch.Tensor] = {}
-        self.mixed = False
+        self.mixed, self._version = False, -1
         self._watching: list[RemovableHandle] = []
         self._handles = [module.register_forward_hook(_apart), module.register_forward_pre_hook(self._put_together)]
         for root, places in _places(module):
@@ -144,7 +145,7 @@ class Shards:
     def _put_together(self, module: nn.Module, args: Any) -> None:
         if self.due and module.training and torch.is_grad_enabled():
             self.due, self.own = False, {}
-            self.values = _together(self.parameters.values())
+            self.values, self._version = _together(self.parameters.values()), self._versions()
 
     def can_look(self, wanted: bool) -> bool:
         """Whether a real step can be looked at.
@@ -153,10 +154,13 @@ class Shards:
             wanted: whether this process wants to; if the step is not one of those that all look at, the next one is.
 
         Returns:
-            Whether the parameters have been put together for this step.
+            Whether the parameters have been put together for this step; after one that was refused they may be others.
         """
         self.wanted = wanted
-        return self.values is not None
+        return self.values is not None and self._version == self._versions()
+
+    def _versions(self) -> int:
+        return sum(p._version for p in self.parameters.values())
 
     def whole(self) -> dict[int, torch.Tensor]:
         """The values of :attr:`values` by identity of all that the model may hold: shards, and whole parameters."""

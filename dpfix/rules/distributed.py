@@ -6,9 +6,11 @@ from typing import Any
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from dpfix.instrument.sharded import is_sharded
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.sampling.ranks import TakenOver, forget_forward, in_default_group
@@ -60,6 +62,14 @@ class Distributed(Rule):
         if isinstance(whole, DistributedDataParallel) and not _problem("", whole)[0]:
             fact = f"module: {type(whole).__name__} averages the gradients of the ranks."
             yield self.finding(Fixability.EXACT, fact, _SUMMED, fix=_TAKEN_OVER)
+        spread = [] if is_sharded(whole) else [n for n, p in whole.named_parameters() if isinstance(p, DTensor)]
+        if spread and not any(is_sharded(module) for module in whole.modules()):
+            yield self.refusal(
+                f"parameter `{spread[0]}` of {type(whole).__name__} is a DTensor ({len(spread)} such parameter(s)).",
+                _SHARDED,
+                _INSTEAD,
+                spread[0],
+            )
         for path, module in scan.modules():
             why, help = _problem(path, module)
             if not why:
