@@ -148,6 +148,7 @@ class Engine(ABC):
         owns_gradients: whether gradients never arrive at trained parameters themselves; what does went past the engine.
         materialises: whether per-sample gradients of the whole batch are kept until the step.
         needs_wrapper: whether it works through Opacus's wrapper only.
+        takes_shards: whether it needs no more than one whole layer at a time, as models have that are spread over processes.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Engine(ABC):
     owns_gradients: bool = True
     materialises: bool = True
     needs_wrapper: bool = False
+    takes_shards: bool = False
 
     @property
     def remembered(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from dpfix.engines import BY_NAME, FOR_SHARDS
 from dpfix.errors import ArgumentError, ModelError
 from dpfix.report.finding import Finding
 from dpfix.scan.request import Request
@@ -23,10 +24,10 @@ def check_shards(request: Request) -> None:
         raise ModelError(problem)
     performance, privacy = request.performance, request.privacy
     mode, most = performance.grad_sample_mode, performance.max_physical_batch_size
-    if mode not in ("auto", "bookkeeping"):
+    if mode in BY_NAME and not BY_NAME[mode].takes_shards:
         raise ArgumentError(
             f"grad_sample_mode={mode!r} with a model on which fully_shard was called:",
-            "only the engine 'bookkeeping' needs no more than one whole layer at a time.",
+            f"only the engine {FOR_SHARDS!r} needs no more than one whole layer at a time.",
             "Leave grad_sample_mode out, or wrap the model with DistributedDataParallel instead.",
             path="grad_sample_mode",
         )

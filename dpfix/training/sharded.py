@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dpfix.engines import FOR_SHARDS
 from dpfix.errors import ModelError
 from dpfix.instrument.sharded import as_shard_of, hide_shards, whole_values
 from dpfix.repair.surgery import Surgery
@@ -45,7 +46,7 @@ def as_whole(request: Request, secure_mode: bool) -> Request:
     hide_shards(request.module)
     module = plain_copy(request.module, whole_values(request.module))
     optimizer = _on(module, request.module, request.optimizer)
-    performance = replace(request.performance, grad_sample_mode="bookkeeping", no_grad_regions=False)
+    performance = replace(request.performance, grad_sample_mode=FOR_SHARDS, no_grad_regions=False)
     return replace(request, module=module, optimizer=optimizer, performance=performance)
 
 
