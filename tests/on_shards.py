@@ -247,6 +247,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
     found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
+    found |= {"saved": save(rank, size), "gone on": go_on(rank, size)}
     return found | {"refused": refusals(rank, size), "misused": misuses(rank, size)}
 
 
