@@ -8,6 +8,8 @@ well.
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +35,18 @@ class SizeEvidence:
     """A sequential test of standard deviation 1, valid however often one looks.
 
     For every part (a parameter, or all together) and every wrong standard deviation r, ``n`` numbers with sum of squares
-    ``s`` multiply a bet by their likelihood ratio ``r**-n * exp(s / 2 * (1 - r**-2))``, whose mean is 1 under right noise. At
-    step t a new stake of ``1 / (t (t + 1))`` comes in, so that noise that becomes wrong late is found as well:
+    ``s`` multiply a bet by their likelihood ratio ``L = r**-n * exp(s / 2 * (1 - r**-2))``, whose mean is 1 under right
+    noise. At step t a new stake of ``1 / (t (t + 1))`` comes in, so that noise that becomes wrong late is found as well. With
+    stakes added, ``(M_(t-1) + 1 / (t (t + 1))) * L_t`` plus the stakes still to come is a nonnegative martingale that begins
+    at 1. So is the mean over parts and r (half of the weight on all together, half shared by the parameters), and by Ville's
+    inequality it ever exceeds ``1 / false_alarm`` with probability ``false_alarm`` at most. The test looks at what is
+    smaller, the largest term of the mean, with the larger of bet and stake in place of their sum:
 
-        M_t = (M_(t-1) + 1 / (t (t + 1))) * L_t.
+        M_t = max(M_(t-1), 1 / (t (t + 1))) * L_t.
 
-    ``M_t`` plus the stakes still to come is a nonnegative martingale that begins at 1. So is the mean over parts and r (half
-    of the weight on all together, half shared by the parameters), and by Ville's inequality it ever exceeds
-    ``1 / false_alarm`` with probability ``false_alarm`` at most. The test looks at the largest term of the mean, which
-    is smaller. Which coordinates the numbers come from may depend on anything but the noise. (Ville 1939; mixtures over
-    starting times: Shin, Ramdas, Rinaldo 2022, "E-detectors", https://arxiv.org/abs/2203.03532.)
+    Steps may be told together, with the stake of the first of them alone: whatever decides which ones, leaving out stakes
+    makes it smaller still. Which coordinates the numbers come from may depend on anything but the noise. (Ville 1939;
+    mixtures over starting times: Shin, Ramdas, Rinaldo 2022, "E-detectors", https://arxiv.org/abs/2203.03532.)
 
     Wrong noise that is r times as large multiplies the right bet by ``exp(n (r**2 - 1 - log(r**2)) / 2)`` in the mean. Noise
     that becomes wrong at step t is therefore found after about
@@ -65,26 +69,28 @@ class SizeEvidence:
         self._least = float(self._limits.min())
         self._bets = np.full((parts + 1, len(ratios)), -np.inf)  # logarithms
         self._yields = np.stack([-np.log(ratios), (1 - ratios**-2) / 2])
-        self._seen = np.zeros((parts + 1, 2, 1))
+        self._seen = np.zeros((parts + 1, 2))
         self.steps = 0
 
-    def add(self, numbers: NDArray[np.float64], squares: NDArray[np.float64]) -> tuple[int, float] | None:
-        """The noise of a step.
+    def add(self, numbers: NDArray[np.int64], squares: NDArray[np.float64], steps: int = 1) -> tuple[int, float] | None:
+        """The noise of a step, or of several.
 
         Args:
             numbers: how many numbers there are of every parameter.
             squares: sums of their squares.
+            steps: how many steps they are from.
 
         Returns:
             The part that is wrong (``parts`` for all together) and about which multiple of the right standard deviation it
             has; ``None`` if nothing is known to be wrong.
         """
-        self.steps += 1
+        first = self.steps + 1
+        self.steps += steps
         seen, bets = self._seen, self._bets
-        seen[:-1, 0, 0], seen[:-1, 1, 0] = numbers, squares
+        seen[:-1, 0], seen[:-1, 1] = numbers, squares
         np.add.reduce(seen[:-1], 0, out=seen[-1])
-        np.logaddexp(bets, -math.log(self.steps * (self.steps + 1.0)), out=bets)
-        bets += (seen * self._yields).sum(1)
+        np.maximum(bets, -math.log(first * (first + 1.0)), out=bets)
+        bets += seen @ self._yields
         if bets.max() < self._least:  # false for a NaN, too
             return None
         over = bets - self._limits
@@ -111,15 +117,13 @@ class Repeats:
     either kind).
 
     Args:
-        starts: where the numbers of every parameter begin in the arrays given to :meth:`add`.
-        sizes: how many each has.
+        sizes: how many numbers every parameter has.
     """
 
-    def __init__(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        first = np.concatenate([start + np.arange(min(n, PRINT)) for start, n in zip(starts, sizes, strict=True)])
-        self._parts: list[int] = np.flatnonzero(sizes >= PRINT).tolist()
-        rows = [first[:PRINT], *(starts[part] + np.arange(PRINT) for part in self._parts)]
-        self._places = np.stack(rows) if len(first) >= PRINT else None
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._some = sum(min(n, PRINT) for n in sizes) >= PRINT
+        ends = np.cumsum([min(n, PRINT) for n in sizes]).tolist()
+        self._parts = [(part, end - PRINT) for part, (n, end) in enumerate(zip(sizes, ends, strict=True)) if n >= PRINT]
         self.forget()
 
     def forget(self) -> None:
@@ -127,30 +131,29 @@ class Repeats:
         self._by_step: dict[bytes, Seen] = {}
         self._by_part: dict[bytes, Seen] = {}
 
-    def add(self, noise: NDArray[np.float64], known: NDArray[np.bool_] | None, step: int) -> tuple[Seen, Seen] | None:
+    def add(self, noise: Sequence[float], step: int) -> tuple[Seen, Seen] | None:
         """The noise of a step.
 
         Args:
-            noise: the numbers, those at the same places of the parameters in every step first.
-            known: which of them are known precisely enough; all if ``None``.
+            noise: the first 8 numbers of every parameter, or all it has; a NaN where they are not known precisely enough.
             step: number of the release.
 
         Returns:
             Where noise is that was seen, and where it was seen before; ``None`` if there is no such noise.
         """
-        if self._places is None:
+        if not self._some:
             return None
-        cells = (noise[self._places] * CELLS).astype(np.int32).tobytes()
-        prints = [cells[at : at + _BYTES] for at in range(0, len(cells), _BYTES)]
-        usable = None if known is None else [bool(row.all()) for row in known[self._places]]
-        if usable is None or usable[0]:
-            before = self._by_step.setdefault(prints[0], (step, self._parts[0] if self._parts else 0))
+        cells = [int(x * CELLS) if -_MOST < x < _MOST else _UNKNOWN for x in noise]
+        first = cells[:PRINT]
+        if _UNKNOWN not in first:
+            before = self._by_step.setdefault(_bytes(*first), (step, self._parts[0][0] if self._parts else 0))
             if before[0] != step:
                 return (step, before[1]), before
-        for row, part in enumerate(self._parts, 1):
-            if usable is None or usable[row]:
+        for part, start in self._parts:
+            cells_of_part = cells[start : start + PRINT]
+            if _UNKNOWN not in cells_of_part:
                 here = step, part
-                before = self._by_part.setdefault(prints[row], here)
+                before = self._by_part.setdefault(_bytes(*cells_of_part), here)
                 if before is not here:
                     return here, before
         for seen in (self._by_step, self._by_part):
@@ -159,4 +162,7 @@ class Repeats:
         return None
 
 
-_BYTES = 4 * PRINT
+_UNKNOWN = 2**31 - 1
+_MOST = 2.0**20
+"""Standard deviations: no right noise is larger, and cells of what is smaller are 32-bit integers."""
+_bytes = struct.Struct(f"{PRINT}i").pack

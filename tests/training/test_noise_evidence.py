@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,10 +24,27 @@ def first_alarm(
     return None
 
 
-def test_false_alarms_are_as_rare_as_said() -> None:
+def in_blocks(
+    evidence: SizeEvidence, steps: int, draw: np.random.Generator, ratio: float = 1.0, since: int = 0
+) -> int | None:
+    """The same, told eight steps at a time, and earlier where one stands out: the worst that seeing them allows."""
+    first, together = 1, np.zeros(len(COUNTS))
+    for step in range(1, steps + 1):
+        squares = draw.chisquare(COUNTS) * (ratio**2 if step > since else 1)
+        together += squares
+        if step - first == 7 or abs(squares.sum() - COUNTS.sum()) > np.sqrt(2 * COUNTS.sum()):
+            many = step + 1 - first
+            if evidence.add(many * COUNTS, together, many) is not None:
+                return step
+            first, together = step + 1, np.zeros(len(COUNTS))
+    return None
+
+
+@pytest.mark.parametrize("alarm", [first_alarm, in_blocks])
+def test_false_alarms_are_as_rare_as_said(alarm: Callable[..., int | None]) -> None:
     """With a bound that can be simulated: 20 %, over 1,000 trainings of 200 steps."""
     draw = np.random.default_rng(1)
-    alarms = sum(first_alarm(SizeEvidence(len(COUNTS), 0.2), 200, draw) is not None for _ in range(1000))
+    alarms = sum(alarm(SizeEvidence(len(COUNTS), 0.2), 200, draw) is not None for _ in range(1000))
     assert 0 < alarms <= 200, "none at all would mean that the test sees nothing"
 
 
@@ -51,17 +69,20 @@ def test_a_very_long_training_of_right_noise_gives_no_alarm() -> None:
 
 @pytest.mark.parametrize("ratio", [0.95, 1.05, 0.5, 1.4142, 0.9])
 @pytest.mark.parametrize("since", [0, 100, 3000])
-def test_wrong_noise_is_found_after_the_numbers_that_are_said(ratio: float, since: int) -> None:
+@pytest.mark.parametrize(("alarm", "late"), [(first_alarm, 1), (in_blocks, 8)])
+def test_wrong_noise_is_found_after_the_numbers_that_are_said(
+    ratio: float, since: int, alarm: Callable[..., int | None], late: int
+) -> None:
     def numbers(t: int) -> float:
         yielded = (ratio**2 - 1 - math.log(ratio**2)) / 2
         return (math.log(1 / FALSE_ALARM) + math.log(2 * len(RATIOS)) + 2 * math.log(t)) / yielded
 
     draw = np.random.default_rng(3)
     needed = [
-        first_alarm(SizeEvidence(len(COUNTS)), since + 200, draw, ratio, since) - since  # type: ignore[operator]
+        alarm(SizeEvidence(len(COUNTS)), since + 200, draw, ratio, since) - since  # type: ignore[operator]
         for _ in range(5)
     ]
-    assert np.mean(needed) <= 1.5 * numbers(since + 1) / COUNTS.sum() + 1
+    assert np.mean(needed) <= 1.5 * numbers(since + 1) / COUNTS.sum() + late
 
 
 def test_deviations_that_no_decision_depends_on_are_never_found() -> None:
@@ -76,20 +97,23 @@ def test_a_number_that_is_none_is_an_alarm() -> None:
 
 # ------------------------------------------------------------------ repeats
 
-SIZES = np.array([3, 20, 20])
-STARTS = np.array([0, 3, 23])
-ALL = None
+SIZES = (3, 20, 20)
+"""Numbers of three parameters, of which the first 3, 8 and 8 are compared."""
+
+
+def right(draw: np.random.Generator, std: float = 1.0) -> list[float]:
+    return (std * draw.standard_normal(19)).tolist()
 
 
 def test_noise_that_comes_again_is_found_in_spite_of_rounding() -> None:
     draw = np.random.default_rng(5)
     missed = 0
     for _ in range(300):
-        repeats, noise = Repeats(STARTS, SIZES), draw.standard_normal(43)
-        assert repeats.add(noise, ALL, 1) is None
+        repeats, noise = Repeats(SIZES), right(draw)
+        assert repeats.add(noise, 1) is None
         for step in range(2, 20):
-            assert repeats.add(draw.standard_normal(43), ALL, step) is None
-        again = repeats.add(noise + 1e-7 * draw.standard_normal(43), ALL, 20)
+            assert repeats.add(right(draw), step) is None
+        again = repeats.add([a + b for a, b in zip(noise, right(draw, 1e-7), strict=True)], 20)
         missed += again is None
         assert again is None or (again[0][0], again[1][0]) == (20, 1)
     assert missed <= 1
@@ -97,16 +121,16 @@ def test_noise_that_comes_again_is_found_in_spite_of_rounding() -> None:
 
 def test_a_part_that_comes_again_is_found_and_named() -> None:
     draw = np.random.default_rng(6)
-    repeats, first, second = Repeats(STARTS, SIZES), draw.standard_normal(43), draw.standard_normal(43)
-    second[23:] = first[3:23]
-    assert repeats.add(first, ALL, 1) is None
-    assert repeats.add(second, ALL, 2) == ((2, 2), (1, 1))
+    repeats, first, second = Repeats(SIZES), right(draw), right(draw)
+    second[11:] = first[3:11]
+    assert repeats.add(first, 1) is None
+    assert repeats.add(second, 2) == ((2, 2), (1, 1))
 
 
 def test_numbers_that_are_not_known_are_not_compared() -> None:
-    repeats, drowned = Repeats(STARTS, SIZES), np.zeros(43)
+    repeats, drowned = Repeats(SIZES), [math.nan] * 19
     for step in range(3):
-        assert repeats.add(drowned, np.zeros(43, dtype=bool), step) is None
+        assert repeats.add(drowned, step) is None
 
 
 def test_independent_noise_shares_cells_as_rarely_as_said() -> None:
@@ -119,8 +143,8 @@ def test_independent_noise_shares_cells_as_rarely_as_said() -> None:
 def test_no_more_fingerprints_are_kept_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last ones are kept: noise comes again within them, and is known; memory ends there."""
     monkeypatch.setattr("dpfix.training.noise_evidence.KEPT", 20)
-    draw, repeats = np.random.default_rng(3), Repeats(STARTS, SIZES)
-    noises = [draw.standard_normal(43) for _ in range(50)]
-    assert [repeats.add(noise, None, step) for step, noise in enumerate(noises, 1)] == [None] * 50
+    draw, repeats = np.random.default_rng(3), Repeats(SIZES)
+    noises = [right(draw) for _ in range(50)]
+    assert [repeats.add(noise, step) for step, noise in enumerate(noises, 1)] == [None] * 50
     assert max(map(len, (repeats._by_step, repeats._by_part))) <= 20
-    assert repeats.add(noises[-5], None, 51) is not None
+    assert repeats.add(noises[-5], 51) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +26,15 @@ LOOKED_AT = 4096
 AHEAD = 64
 """Steps whose places are drawn at once."""
 
+TOGETHER = 8
+"""Steps whose numbers are judged together."""
+
+ONE_BY_ONE = 16
+"""First steps of a training, which are judged one by one."""
+
+STANDS_OUT = 5.0
+"""Standard deviations by which sums of squares may be too large or too small without standing out."""
+
 LARGEST_SUM = 2.0**10
 """Multiple of the noise's standard deviation: where the clipped sum is larger, rounding could disturb the test."""
 
@@ -46,12 +56,16 @@ class ProvenNoise(Check):
     refuse right noise with probability 1e-9 in a training, however long it is. On several ranks, rank 0 adds the noise; that
     the others add none is checked exactly. Where parameters are spread over the ranks, each looks at the noise on its own parts.
 
-    Catches: noise that is missing on one parameter (in the first step, if it has 8 numbers), scaled by the batch size, added
-    twice (in the first step of a model with 400 numbers), 5 % too small or too large (in 4 steps of a model with 4096
-    numbers, in inverse proportion for smaller ones), drawn again from a seed that was used, or shared by two parameters (in
-    the step in which it happens). Nothing is looked at in a step without noise, and no number whose clipped sum is more than
-    1024 standard deviations large. Costs: two small copies per parameter; about 0.3 ms for a small
-    model, and 6 us more for every further parameter.
+    The first 8 numbers of every parameter are looked at in every step, for repeats and for noise that is missing or of
+    another size. All numbers are judged in each of the first 16 steps, then in every eighth for the eight together, and at
+    once in a step whose first numbers stand out.
+
+    Catches: noise that is missing on one parameter (in its first step, if it has 8 numbers), scaled by the batch size (in its
+    first step), added twice, 5 % too small or too large (in 4 steps of a model with 4096 numbers among the first steps, up to 16
+    later; in inverse proportion for smaller ones), drawn again from a seed that was used, or shared by two parameters (in the
+    step in which it happens). Nothing is looked at in a step without noise, and no number whose clipped sum is more than 1024
+    standard deviations large. Costs: two small copies per parameter; about 0.2 ms for a small model, and 6 us more for every
+    further parameter.
     """
 
     def __init__(self, guarded: Guarded) -> None:
@@ -63,7 +77,7 @@ class ProvenNoise(Check):
             self._names = self._numbers.names
             self._parameters = [guarded.parameters[name] for name in self._names]
             self._size = SizeEvidence(len(self._parameters))
-            self._repeats = Repeats(self._numbers.starts, self._numbers.counts)
+            self._repeats = Repeats(self._numbers.counts.tolist())
         self._summed, self._clip_norm = False, 0.0
         self._wrong_size: Finding | None = None
 
@@ -106,16 +120,11 @@ class ProvenNoise(Check):
         if optimizer.loss_reduction == "mean":
             scale = float(optimizer.expected_batch_size) * optimizer.accumulated_iterations  # type: ignore[arg-type]
         self._numbers.copy(gradients, after=True)
-        values = self._numbers.values()  # the clipped sum, and what the optimizer has made of it
         if self._guarded.ranks.rank and self._guarded.shards is None:
-            self._check_none(values[1] * scale - values[0], values[0])
+            before, after = self._numbers.values()
+            self._check_none(after * scale - before, before)
         elif std >= SIZES[0] * max(1.0, scale) and std <= SIZES[1] * min(1.0, scale):
-            sums, largest = values[0], LARGEST_SUM * std
-            noise = values[1]
-            noise *= scale
-            noise -= sums
-            noise /= std
-            self._check(noise, None if max(sums.max(), -sums.min()) <= largest else np.abs(sums) <= largest)
+            self._check(1 / std, scale / std)
 
     def _check_none(self, added: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
         """Noise is that of rank 0 alone."""
@@ -123,23 +132,49 @@ class ProvenNoise(Check):
         if more.any():
             self._refuse_size(self._numbers.part_of(int(np.argmax(more))), "not zero, although rank 0 alone adds noise")
 
-    def _check(self, noise: NDArray[np.float64], known: NDArray[np.bool_] | None) -> None:
-        """Look at noise in units of its standard deviation, where it is known, or all of it."""
+    def _check(self, of_sum: float, of_result: float) -> None:
+        """Look at the noise of a step.
+
+        Args:
+            of_sum: what the numbers of the clipped sum have to be multiplied by to be in units of the standard deviation.
+            of_result: the same for what the optimizer has made of it.
+        """
         if self._wrong_size is not None:
             self._refuse(self._wrong_size)
-        starts, counts = self._numbers.starts, self._numbers.counts
-        if known is not None:
-            counts = np.add.reduceat(known.astype(np.int64), starts)
-            noise = np.where(known, noise, 0.0)
-        squares = np.add.reduceat(noise * noise, starts)
-        wrong = self._size.add(counts, squares)
-        if wrong is not None:
-            part, ratio = wrong
-            size = "missing, or less than 1 % of" if ratio < 0.01 else f"about {ratio:g} times"
-            self._refuse_size(part, f"{size} noise_multiplier * max_grad_norm")
-        repeated = self._repeats.add(noise, known, self._guarded.progress.released + 1)
+        noise = [
+            after * of_result - before * of_sum if abs(before * of_sum) <= LARGEST_SUM else math.nan
+            for before, after in zip(*self._numbers.first_ones(), strict=True)
+        ]
+        waiting = self._numbers.keep(of_sum, of_result)
+        alone = self._size.steps < ONE_BY_ONE or self._stand_out(noise)
+        if alone or waiting == TOGETHER:
+            self._judge(alone)
+        repeated = self._repeats.add(noise, self._guarded.progress.released + 1)
         if repeated is not None:
             self._refuse_repeat(*repeated)
+
+    def _stand_out(self, noise: Sequence[float]) -> bool:
+        """Whether the first numbers of a parameter, or all of them together, have an unlikely size."""
+        squares = [x * x for x in noise]
+        for start in self._numbers.prints:
+            if not PRINT / 16 <= sum(squares[start : start + PRINT]) <= PRINT + STANDS_OUT * math.sqrt(2 * PRINT):
+                return True  # for a NaN, too
+        return not abs(sum(squares) - len(squares)) <= STANDS_OUT * math.sqrt(2 * len(squares))
+
+    def _judge(self, alone: bool) -> None:
+        """All numbers of the steps that have not been judged yet: of the last one alone, or of all together."""
+        kept = self._numbers.take()
+        for steps in filter(len, (kept[:-1], kept[-1:]) if alone else (kept,)):
+            sums = steps[:, 0]
+            noise = steps[:, 1] - sums
+            known = np.abs(sums) <= LARGEST_SUM
+            noise[~known] = 0.0
+            counts, squares = (np.add.reduceat(of.sum(0), self._numbers.starts) for of in (known, np.square(noise)))
+            wrong = self._size.add(counts, squares, len(steps))
+            if wrong is not None:
+                part, ratio = wrong
+                size = "missing, or less than 1 % of" if ratio < 0.01 else f"about {ratio:g} times"
+                self._refuse_size(part, f"{size} noise_multiplier * max_grad_norm")
 
     def _refuse_size(self, part: int, what: str) -> NoReturn:
         path = self._names[part] if part < len(self._names) else ""
@@ -185,7 +220,7 @@ class Numbers:
     """Some numbers of every parameter: its first ones, and as many next to each other at another place in every step.
 
     A small parameter is read as a whole. One array has the numbers of all parameters; those that are read together stand
-    next to each other.
+    next to each other. There is memory for the numbers of :data:`TOGETHER` steps.
 
     Args:
         parameters: the parameters by name.
@@ -195,6 +230,7 @@ class Numbers:
         parameters: the parameters in this order.
         counts: how many numbers of every parameter are read.
         starts: where they begin in the array.
+        prints: where those of parameters with 8 numbers begin in :meth:`first_ones`.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -219,6 +255,9 @@ class Numbers:
         self._random = np.random.default_rng()  # from the operating system; the script's generators stay as they are
         self._coming: Iterator[list[int]] = iter(())
         self._strides: list[tuple[int, int]] = []
+        self._units: list[tuple[float, float]] = []  # of the steps that are kept
+        few = np.minimum(self.counts, PRINT)
+        self.prints: list[int] = (np.cumsum(few) - few)[few == PRINT].tolist()
 
     def move(self) -> None:
         """Go to other places."""
@@ -248,18 +287,42 @@ class Numbers:
             t.view(whole) if whole else t.as_strided(shape, strides)
             for t, whole, strides in zip(tensors, self._whole, self._strides, strict=True)
         ]
-        for of, out in self._memory.groups[after]:
+        for of, out in self._memory.groups[len(self._units)][after]:
             torch.cat(views[of], out=out)
 
     def values(self) -> NDArray[np.float64]:
-        """Both copies in double precision, the numbers of one parameter after those of another; shape ``[2, numbers]``."""
-        arrays = [buffer.cpu().numpy() if on is None else on for buffer, on in self._memory.buffers]
-        found = [array.astype(np.float64) for array in arrays]
-        return found[0] if len(found) == 1 else np.concatenate(found, 1)
+        """Both copies of this step, the numbers of one parameter after those of another; shape ``[2, numbers]``."""
+        step = len(self._units)
+        self._memory.arrive(step)
+        return self._memory.arrays(slice(step, step + 1))[0]
+
+    def first_ones(self) -> tuple[list[float], list[float]]:
+        """The first 8 numbers of every parameter in both copies of this step, or all it has, one after the other."""
+        step = len(self._units)
+        self._memory.arrive(step)
+        before: list[float] = []
+        after: list[float] = []
+        for numbers, size, places in self._memory.first:
+            base = 2 * step * size
+            for start, end in places:
+                before += numbers[base + start : base + end].tolist()
+                after += numbers[base + size + start : base + size + end].tolist()
+        return before, after
+
+    def keep(self, of_sum: float, of_result: float) -> int:
+        """Keep both copies of this step, to be multiplied by these units; returns the number of steps that are kept."""
+        self._units.append((of_sum, of_result))
+        return len(self._units)
+
+    def take(self) -> NDArray[np.float64]:
+        """What was kept, in its units, which is forgotten then; shape ``[steps, 2, numbers]``."""
+        kept = self._memory.arrays(slice(len(self._units))) * np.array(self._units)[..., np.newaxis]
+        self._units = []
+        return kept
 
 
 class Memory:
-    """Memory for two copies of some numbers of every parameter.
+    """Memory for two copies of some numbers of every parameter in several steps.
 
     Args:
         kinds: device, dtype and whether they are read as a whole, of parameters that are read together, and their number.
@@ -267,24 +330,45 @@ class Memory:
         run: length of a run.
 
     Attributes:
-        buffers: one for every device and dtype, with a row for either copy, and the same memory as an array on the CPU.
-        groups: for either copy, which parameters are read together, and what of a buffer gets their numbers.
+        groups: for every step and either copy, which parameters are read together, and the memory that gets their numbers.
+        first: for every device and dtype: all numbers of all steps on the CPU, how many a copy of a step has, and where
+            those of every parameter that come first begin and end in it.
     """
 
     def __init__(
         self, kinds: Sequence[tuple[tuple[torch.device, torch.dtype, bool], int]], counts: NDArray[np.int64], run: int
     ) -> None:
-        self.buffers: list[tuple[torch.Tensor, NDArray[Any] | None]] = []
-        self.groups: tuple[list[tuple[slice, torch.Tensor]], ...] = ([], [])
-        first = 0
+        self._elsewhere: list[tuple[torch.Tensor, torch.Tensor]] = []  # numbers on another device, and their place here
+        self._here: list[NDArray[Any]] = []
+        self.groups: list[tuple[list[tuple[slice, torch.Tensor]], ...]] = [([], []) for _ in range(TOGETHER)]
+        self.first: list[tuple[memoryview, int, list[tuple[int, int]]]] = []
+        begin = 0
         for (device, dtype), together in itertools.groupby(kinds, key=lambda kind: kind[0][:2]):
-            parts = []
+            parts, all_of = [], begin
             for (_, _, whole), number in together:
-                of = slice(first, first := first + number)
+                of = slice(begin, begin := begin + number)
                 parts.append((of, whole, int(counts[of].sum())))
             sizes = [size for *_, size in parts]
-            buffer = torch.empty(2, sum(sizes), dtype=dtype, device=device)
-            self.buffers.append((buffer, buffer.numpy() if device.type == "cpu" else None))
-            for groups, row in zip(self.groups, buffer, strict=True):
-                for (of, whole, _), out in zip(parts, row.split(sizes), strict=True):
-                    groups.append((of, out if whole else out.view(-1, run)))
+            precise = torch.float64 if dtype == torch.float64 else torch.float32
+            buffer = torch.empty(TOGETHER, 2, sum(sizes), dtype=precise, device=device)
+            for step, groups in zip(buffer, self.groups, strict=True):
+                for group, row in zip(groups, step, strict=True):
+                    for (of, whole, _), out in zip(parts, row.split(sizes), strict=True):
+                        group.append((of, out if whole else out.view(-1, run)))
+            here = buffer if device.type == "cpu" else torch.empty_like(buffer, device="cpu")
+            if here is not buffer:
+                self._elsewhere.append((buffer, here))
+            self._here.append(here.numpy())
+            ends = np.cumsum(counts[all_of:begin])
+            starts = ends - counts[all_of:begin]
+            places = zip(starts.tolist(), np.minimum(ends, starts + PRINT).tolist(), strict=True)
+            self.first.append((self._here[-1].reshape(-1).data, sum(sizes), list(places)))
+
+    def arrive(self, step: int) -> None:
+        """Bring a step's numbers from other devices."""
+        for buffer, here in self._elsewhere:
+            here[step].copy_(buffer[step])
+
+    def arrays(self, steps: slice) -> NDArray[np.float64]:
+        """Numbers of some steps that have arrived, in double precision; shape ``[steps, 2, numbers]``."""
+        return np.concatenate([array[steps] for array in self._here], -1, dtype=np.float64)
