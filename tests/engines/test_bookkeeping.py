@@ -277,7 +277,29 @@ def partly_frozen() -> nn.Module:
     return model
 
 
+class Views(nn.Module):
+    """Several views of a sample, one call of the same layers for each.
+
+    Args:
+        *steps: of every view, the part of the sample's positions that it is: every one, every second, ...
+    """
+
+    def __init__(self, *steps: int, groups: int = 1) -> None:
+        super().__init__()
+        self.steps, self.head = steps, nn.Linear(6, 4)
+        self.first = nn.Conv2d(4, 6, 3, 2, 1, groups=groups, bias=False)
+        self.second = nn.ConvTranspose2d(6, 6, 2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = [x[..., ::step].roll(n, 1) for n, step in enumerate(self.steps)]
+        seen = [torch.tanh(self.second(torch.tanh(self.first(v)))).mean((2, 3)) for v in views]
+        return torch.stack([self.head(v) for v in seen], 1)
+
+
 MODELS: dict[str, Case] = {
+    "two-views": (lambda: Views(1, 1), floats(4, 9, 9)),
+    "three-views-in-groups": (lambda: Views(1, 1, 1, groups=2), floats(4, 7, 6)),
+    "views-of-several-sizes": (lambda: Views(1, 2, 1, 2), floats(4, 8, 8)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)), ids(7, 6)),
     "embedding-padding": (lambda: nn.Sequential(nn.Embedding(7, 5, padding_idx=2), nn.Linear(5, 3)), ids(7, 6)),
     "embedding-single": (lambda: nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3)), ids(7)),

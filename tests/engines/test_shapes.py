@@ -12,6 +12,7 @@ from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.convolution_norms import Correlation, Geometry
 from dpfix.engines.bookkeeping.embedding import Lookup, Tied
 from dpfix.engines.bookkeeping.linear import Outer
+from dpfix.engines.bookkeeping.tied_parameters import add_up
 from tests.engines.comparing import check, floats, ids
 
 small = st.integers(1, 4)
@@ -117,3 +118,28 @@ def test_every_way_to_the_gradients_of_convolutions(rows: int, groups: int) -> N
     for norms in ways:
         torch.testing.assert_close(norms(), gradients.flatten(1).square().sum(1))
     same(form, gradients)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1, 3)])
+def test_calls_of_a_convolution_are_one_with_the_rows_of_all(rows: tuple[int, ...]) -> None:
+    """No gradient of a single sample is made, which for all samples may be much larger than what the calls kept."""
+    torch.manual_seed(0)
+    calls, wanted = [], torch.zeros(3, 64, 48, 3, 3, dtype=torch.float64)
+    for of_call in rows:
+        x = torch.randn(3 * of_call, 48, 2, 2, dtype=torch.float64)
+        g = torch.randn(3 * of_call, 64, 2, 2, dtype=torch.float64)
+        calls.append(Correlation(x, g, wanted.shape[1:], Geometry((1, 1), (1, 1), (1, 1), 1), of_call))
+        wanted += calls[-1].per_sample()
+    together = add_up(calls)
+    assert isinstance(together, Correlation) and together.rows == sum(rows)
+    same(together, wanted)
+
+
+def test_calls_of_a_convolution_on_several_sizes_add_up() -> None:
+    torch.manual_seed(0)
+    geometry, shape = Geometry((1, 1), (1, 1), (1, 1), 1), torch.Size((6, 4, 3, 3))
+    calls = [
+        Correlation(*(torch.randn(3, n, size, size, dtype=torch.float64) for n in (4, 6)), shape, geometry)
+        for size in (4, 5, 4)
+    ]
+    same(add_up(calls), torch.stack([c.per_sample() for c in calls]).sum(0))

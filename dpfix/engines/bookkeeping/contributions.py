@@ -7,8 +7,9 @@ and the gradients themselves only when they are asked for (a parameter that is u
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -32,6 +33,22 @@ class Measured:
 
 class Contribution(ABC):
     """The per-sample gradients of one parameter from one call."""
+
+    @property
+    def kind(self) -> Hashable:
+        """What those to the same parameter and samples have in common that can be joined; only itself by default."""
+        return id(self)
+
+    def joined(self, others: Sequence[Any]) -> Contribution:
+        """The sum of several calls.
+
+        Args:
+            others: further contributions of the same kind.
+
+        Returns:
+            Their sum.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def squared_norms(self) -> torch.Tensor:
@@ -101,6 +118,18 @@ class Kept(Contribution):
 
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = full_precision(gradients)
+
+    @property
+    @override
+    def kind(self) -> Hashable:
+        return Kept
+
+    @override
+    def joined(self, others: Sequence[Kept]) -> Kept:
+        total = self.gradients.clone()
+        for other in others:
+            total += other.gradients
+        return Kept(total)
 
     @override
     def squared_norms(self) -> torch.Tensor:

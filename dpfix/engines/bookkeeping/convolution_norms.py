@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,22 @@ class Correlation(Contribution):
         self.x, self.g, self.shape, self.geometry = full_precision(x), full_precision(g), shape, geometry
         self.rows, self.samples = rows, len(x) // rows
         self._autotune = Autotune() if autotune is None else autotune
+
+    @property
+    @override
+    def kind(self) -> Hashable:
+        return Correlation, self.shape, self.geometry, self.x.shape[1:], self.g.shape[1:]
+
+    @override
+    def joined(self, others: Sequence[Correlation]) -> Contribution:
+        """One call with all their rows."""
+        every = [self, *others]
+        x, g = (
+            torch.cat(parts, 1).flatten(0, 1)
+            for parts in zip(*((c._by_sample(c.x), c._by_sample(c.g)) for c in every), strict=True)
+        )
+        rows = sum(c.rows for c in every)
+        return Correlation(x, g, self.shape, self.geometry, rows, self._autotune).chosen()
 
     # ---------------------------------------------------------------- norms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +55,14 @@ class Lookup(Contribution):
     def picked(self, samples: torch.Tensor, double: bool) -> Lookup:
         return Lookup(self.ids[samples], chosen(self.g, samples, double), self.rows)
 
-    def joined(self, others: list[Lookup]) -> Lookup:
-        """The sum of several calls: one with all their positions.
+    @property
+    @override
+    def kind(self) -> Hashable:
+        return Lookup
 
-        Args:
-            others: further ones with the same samples and table.
-
-        Returns:
-            Their sum.
-        """
+    @override
+    def joined(self, others: Sequence[Lookup]) -> Lookup:
+        """One call with all their positions."""
         every = [self, *others]
         return Lookup(torch.cat([o.ids for o in every], 1), torch.cat([o.g for o in every], 1), self.rows)
 

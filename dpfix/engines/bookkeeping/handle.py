@@ -201,9 +201,10 @@ class BookkeepingHandle(Handle):
     ) -> torch.Tensor | None:
         every, groups, parts = [], self._groups(parameters), dict[nn.Parameter, list[Weighted]]()
         for samples, found in self._iterations.arrived():
-            whole = {p: add_up(found[p]) for p in parameters if p in found}
+            take = found.__getitem__ if keep else found.pop  # what is not needed any more is given up piece by piece
+            whole = {p: add_up(take(p)) for p in parameters if p in found}
             if not keep:
-                found.clear()  # what is not needed any more is given up piece by piece
+                found.clear()
             norms, factors = self._measured(whole, groups, max_grad_norm, samples)
             every.append(norms)
             left_out = None if bool(torch.isfinite(norms).all()) else ~torch.isfinite(norms).all(1)

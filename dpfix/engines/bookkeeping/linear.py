@@ -7,6 +7,8 @@ follows Bu et al., "Differentially Private Optimization on Large Model at Small 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import nn
 from typing_extensions import override
@@ -70,15 +72,14 @@ class Outer(Contribution):
         a, g = (chosen(t, samples, double) for t in (self.a, self.g))
         return Outer(a, g, self.shape, directly=True)
 
-    def joined(self, others: list[Outer]) -> Outer:
-        """The sum of several calls: one with all their positions.
+    @property
+    @override
+    def kind(self) -> Hashable:
+        return Outer, self.a.shape[2], self.g.shape[2]
 
-        Args:
-            others: further ones with the same samples and parameter.
-
-        Returns:
-            Their sum.
-        """
+    @override
+    def joined(self, others: Sequence[Outer]) -> Outer:
+        """One call with all their positions."""
         every = [self, *others]
         return Outer(torch.cat([o.a for o in every], 1), torch.cat([o.g for o in every], 1), self.shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from dpfix.engines.bookkeeping.contributions import Apart, Contribution, Kept, Part
 from dpfix.engines.bookkeeping.embedding import Lookup, Tied
@@ -19,25 +19,20 @@ def add_up(parts: Sequence[Contribution]) -> Contribution:
     Returns:
         Their sum.
     """
+    kinds: dict[Hashable, list[Contribution]] = {}
+    for part in parts:
+        kinds.setdefault(part.kind, []).append(part)
+    parts = [first.joined(others) if others else first for first, *others in kinds.values()]
     if len(parts) == 1:
         return parts[0]
-    products = [p for p in parts if isinstance(p, Outer)]
-    lookups = [p for p in parts if isinstance(p, Lookup)]
-    pieces = [p for p in parts if isinstance(p, Part)]
-    if len(products) + len(lookups) == len(parts):
-        product = products[0].joined(products[1:]) if products else None
-        lookup = lookups[0].joined(lookups[1:]) if lookups else None
-        if product is not None and lookup is not None:
-            return Tied(lookup, product)
-        return product or lookup or parts[0]
-    if len(pieces) == len(parts):
-        places = _by_place(pieces)
+    if all(isinstance(p, Part) for p in parts):
+        places = _by_place([p for p in parts if isinstance(p, Part)])
         if all(a.last <= b.first for a, b in itertools.pairwise(places)):
             return Apart(places)
-    total = parts[0].per_sample().clone()
-    for part in parts[1:]:
-        total += part.per_sample()
-    return Kept(total)
+    match sorted(parts, key=lambda p: isinstance(p, Outer)):
+        case [Lookup() as lookup, Outer() as product]:
+            return Tied(lookup, product)
+    return Kept(parts[0].per_sample()).joined([Kept(p.per_sample()) for p in parts[1:]])
 
 
 def _by_place(parts: Sequence[Part]) -> list[Part]:
