@@ -35,7 +35,6 @@ from dpfix.scan.arguments import (
     check_names,
     check_objects,
     check_randomness,
-    check_ranks,
     check_values,
     check_wrapping,
 )
@@ -56,6 +55,7 @@ from dpfix.training.own_objects import as_trained, out_of_earlier
 from dpfix.training.privacy_engine import CheckpointingEngine, check_given_engine, opacus_make_private, secure_source
 from dpfix.training.releases import refuse_mixture
 from dpfix.training.result import PrivateTraining, planned
+from dpfix.training.sharded import as_whole, repair_spread
 from dpfix.training.spender import spender_for
 
 
@@ -150,8 +150,7 @@ def make_private_safe(
         DPFixError: something keeps the guarantee from holding; the subclass and the message say what and where.
         RankError: another of the processes that make this call together cannot, or makes another call.
     """
-    given = Request(module, optimizer, data_loader, criterion, training_step, *options_of(locals()))
-    request = out_of_earlier(given)
+    request = out_of_earlier(Request(module, optimizer, data_loader, criterion, training_step, *options_of(locals())))
     engine, carried = _engine(privacy_engine, secure_mode, accountant), list[Finding]()
 
     def report_of(prepared: Prepared) -> Report:
@@ -163,11 +162,11 @@ def make_private_safe(
         noise_multiplier, wrap_model = float(plain(noise_multiplier)), truth("wrap_model", wrap_model)
         truth("rand_on_empty", rand_on_empty)
         check_randomness(request.privacy, engine.secure_mode)
-        check_ranks(request.ranks, request.privacy, engine.secure_mode)
         check_wrapping(request.performance, wrap_model)
-        with no_meta_default(), Surgery(request.scan) as surgery:
-            prepared = prepare(request, surgery)
-            request.ranks.check_same(prepared.what_is_trained(request, noise_multiplier))
+        with no_meta_default(), Surgery((whole := as_whole(request, engine.secure_mode)).scan) as surgery:
+            prepared = prepare(whole, surgery)
+            repair_spread(request, prepared.findings)
+            request.ranks.check_same(prepared.what_is_trained(whole, noise_multiplier))
             earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
             refuse_mixture(engine.accountant, [*earlier.history(engine), (noise_multiplier, request.rate, 1)])
             spender = spender_for(budget, request, engine, earlier.releases)
@@ -253,7 +252,9 @@ def make_private_safe_with_epsilon(
         check_randomness(request.privacy, engine.secure_mode)
         tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
         accuracy = Accuracy.of(delta, **search)
-        refuse(run_rules(request.scan, RULES))  # what can be refused at once is, before the search for the noise
+        refuse(
+            () if request.ranks.sharded else run_rules(request.scan, RULES)
+        )  # what can be refused at once is, before the search for the noise
         earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
         spender = spender_for(arguments.get("budget"), request, engine, earlier.releases)
         history = earlier.history(engine) if spender is None else spender.together(earlier.history(engine))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -140,5 +141,6 @@ def _allocations(recorded: profile, name: str = "") -> Iterator[tuple[int, bool]
 
 
 def _live_bytes() -> int:
-    tensors = (t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor))
+    # of a tensor that is spread over processes, the part that is here is another object
+    tensors = (t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor) and type(t) is not DTensor)
     return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())

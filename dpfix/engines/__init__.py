@@ -29,6 +29,9 @@ BY_HAND = ByHand()
 BY_NAME: Mapping[str, Engine] = {**ENGINES, "ew": ExpandedWeights(), BY_HAND.name: BY_HAND}
 """Every engine that can be asked for; those that are not in :data:`ENGINES` are never chosen by themselves."""
 
+FOR_SHARDS = next(name for name, engine in ENGINES.items() if engine.takes_shards)
+"""The engine of models that are spread over processes."""
+
 UNDECIDED = Undecided()
 """Where the first real call is to decide; nobody can ask for it."""
 
@@ -38,4 +41,4 @@ def engine_of(plan: Plan) -> Engine:
     return BY_NAME[plan.engine] if plan.engine else UNDECIDED
 
 
-__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "UNDECIDED", "Engine", "Handle", "Verdict", "engine_of"]
+__all__ = ["BY_HAND", "BY_NAME", "ENGINES", "FOR_SHARDS", "UNDECIDED", "Engine", "Handle", "Verdict", "engine_of"]

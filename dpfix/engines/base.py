@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from dpfix.instrument.sharded import Shards
 from dpfix.plan import Plan
 
 
@@ -43,8 +44,10 @@ class Handle(ABC):
         counts: gives the rows of every sample in the present batch; nothing where all have the same number.
         clips: whether :meth:`clip_and_accumulate` clips without per-sample gradients on ``grad_sample``.
         several_iterations: whether several backward passes may come before one step.
+        shards: the parameters of a model that is spread over processes; ``None`` for others.
     """
 
+    shards: Shards | None = None
     model: nn.Module
     counts: Callable[[], tuple[int, ...]]
     clips: bool = False
@@ -145,6 +148,7 @@ class Engine(ABC):
         owns_gradients: whether gradients never arrive at trained parameters themselves; what does went past the engine.
         materialises: whether per-sample gradients of the whole batch are kept until the step.
         needs_wrapper: whether it works through Opacus's wrapper only.
+        takes_shards: whether it needs no more than one whole layer at a time, as models have that are spread over processes.
     """
 
     name: str
@@ -154,6 +158,7 @@ class Engine(ABC):
     owns_gradients: bool = True
     materialises: bool = True
     needs_wrapper: bool = False
+    takes_shards: bool = False
 
     @property
     def remembered(self) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
+from dpfix.instrument.sharded import local
 
 Key = tuple[str, str]
 """``(module path, name)`` of a piece of state."""
@@ -91,7 +92,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = a.detach(), b.detach()
+    a, b = local(a.detach()), local(b.detach())
     if torch.equal(a, b):
         return True
     real = [torch.view_as_real(t) if t.is_complex() else t for t in (a, b)]

@@ -8,6 +8,7 @@ from dpfix.plan import Plan
 from dpfix.repair.lazy import is_lazy
 from dpfix.report.finding import Finding
 from dpfix.rules.batch_norm import fixed_norms
+from dpfix.sampling.ranks import ALONE
 from dpfix.scan.clipping import scheme_of
 from dpfix.scan.request import Request
 
@@ -21,7 +22,7 @@ def may_decide_again(request: Request) -> bool:
     """Whether a real call may decide anew how the model is trained."""
     mode, privacy = request.performance.grad_sample_mode, request.privacy
     return (
-        request.ranks.size == 1
+        request.ranks == ALONE
         and (mode == "auto" or (BY_NAME[mode].audited and not BY_NAME[mode].attached_by_opacus))
         and not isinstance(privacy.max_grad_norm, dict)  # by parameters that are trained
         and privacy.augmentation is None

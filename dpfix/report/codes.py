@@ -42,6 +42,7 @@ CODES: Mapping[str, str] = {
     "DPF050": "the data set shows persons with several items, and privacy is accounted for one item",
     "DPF051": "a certificate does not fit: its seal, what it says twice, or the epsilon of its releases",
     "DPF052": "the budget of the data does not allow a release, or its file cannot be used",
+    "DPF053": "a model that `fully_shard` has spread over processes cannot be trained as it is spread",
     # refusals given in words, by class of error
     "DPF100": "a refusal of no narrower class",
     "DPF101": "a value of the call cannot be used",

@@ -115,7 +115,7 @@ def _problems(scan: Scan) -> Iterator[_Problem]:
     elif (nothing := _nothing_to_deliver(loader)) is not None:
         yield nothing
     else:
-        ranks = Ranks.of(scan.module)
+        ranks = scan.ranks or Ranks.of(scan.module)
         problems = _order_on_ranks(loader, ranks)
         if scan.privacy.poisson_sampling:
             problems = _sampler(loader, ranks, ordered=scan.privacy.sampling == "shuffle")

@@ -6,9 +6,11 @@ from typing import Any
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from dpfix.instrument.sharded import is_sharded
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
 from dpfix.sampling.ranks import TakenOver, forget_forward, in_default_group
@@ -16,6 +18,10 @@ from dpfix.scan.scan import Scan
 
 _SUMMED = "it adds up the gradients of the ranks while backward runs, before they are clipped."
 _SHARDED = "no process holds a whole parameter, and dpfix's proofs and engines need one that does."
+_FSDP2 = (
+    "call torch.distributed.fsdp.fully_shard on the whole model too, after its parts, before make_private_safe; or "
+)
+_BEFORE = "look at the model before fully_shard is called on it; make_private_safe takes it afterwards."
 _INSTEAD = (
     "wrap the whole model with torch.nn.parallel.DistributedDataParallel, or with Opacus's "
     "DifferentiallyPrivateDistributedDataParallel, and make the same call on every rank."
@@ -29,7 +35,8 @@ _TAKEN_OVER = (
 class Distributed(Rule):
     """Models wrapped for several processes or devices, in a way that sums gradients before they are clipped.
 
-    What: torch's ``DistributedDataParallel``, fully sharded modules, ``DataParallel`` over several devices, and Opacus's
+    What: torch's ``DistributedDataParallel``, fully sharded modules (``fully_shard`` on the whole model is not one of them in
+    ``make_private_safe``), ``DataParallel`` over several devices, and Opacus's
     ``DifferentiallyPrivateDistributedDataParallel`` anywhere but around the whole model.
 
     Why bad: torch's wrappers average gradients over the ranks while ``backward`` runs, before any sample's gradient was
@@ -55,6 +62,14 @@ class Distributed(Rule):
         if isinstance(whole, DistributedDataParallel) and not _problem("", whole)[0]:
             fact = f"module: {type(whole).__name__} averages the gradients of the ranks."
             yield self.finding(Fixability.EXACT, fact, _SUMMED, fix=_TAKEN_OVER)
+        spread = [] if is_sharded(whole) else [n for n, p in whole.named_parameters() if isinstance(p, DTensor)]
+        if spread and not any(is_sharded(module) for module in whole.modules()):
+            yield self.refusal(
+                f"parameter `{spread[0]}` of {type(whole).__name__} is a DTensor ({len(spread)} such parameter(s)).",
+                _SHARDED,
+                _INSTEAD,
+                spread[0],
+            )
         for path, module in scan.modules():
             why, help = _problem(path, module)
             if not why:
@@ -88,8 +103,10 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
                 "there is no process group, so the ranks cannot be added up.",
                 "call torch.distributed.init_process_group() first, or pass the module inside it.",
             )
-    if isinstance(module, (FullyShardedDataParallel, FSDPModule)):
-        return _SHARDED, _INSTEAD
+    if isinstance(module, FSDPModule):
+        return _SHARDED, _FSDP2 + _INSTEAD if path else _BEFORE
+    if isinstance(module, FullyShardedDataParallel):
+        return _SHARDED, f"use torch.distributed.fsdp.fully_shard; or {_INSTEAD}"
     if isinstance(module, DistributedDataParallel):
         return _problem_of_torch(path, module)
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1

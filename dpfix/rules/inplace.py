@@ -31,6 +31,7 @@ class InPlace(Rule):
 
     title = "a module works in place"
     severity = Severity.BLOCKS_TRAINING
+    sets_attributes = True
     outcomes = {
         Fixability.EXACT: "the same values go into a new tensor; the report cites the largest difference of the outputs "
         "on a probe, in both modes.",

@@ -49,6 +49,7 @@ class Rule(ABC):
         title: what is found, in a few words.
         error: the exception that its refusals raise.
         severity: effect of its findings on the guarantee; where nothing has to be done, it is advice.
+        sets_attributes: whether its fixes leave layers and parameters what they are.
         outcomes: every fixability that its findings may have, each with what the page says about it.
         VALID: calls that the rule leaves alone. Tests and the page are made of them.
         INVALID: calls in which it finds something; together with ``VALID`` they show every outcome.
@@ -60,6 +61,7 @@ class Rule(ABC):
     title: ClassVar[str]
     error: ClassVar[type[DPFixError]] = ModelError
     severity: ClassVar[Severity]
+    sets_attributes: ClassVar[bool] = False
     outcomes: ClassVar[Mapping[Fixability, str]] = {Fixability.REFUSED: "not fixed."}
     VALID: ClassVar[Cases]
     INVALID: ClassVar[Cases] = ()

@@ -13,6 +13,7 @@ from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from dpfix.errors import MisuseError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
 from dpfix.sampling.own_loader import deliveries_of
@@ -52,6 +53,7 @@ class PrivateDataLoader(DPDataLoader):
         self.sample_rate = sample_rate(loader)
         self.nominal = _nominal(loader)
         self.distributed = drawing.ranks.size > 1
+        self.sharded = drawing.ranks.sharded
         self.ledger = drawing.ledger
         self.sampling = drawing.sampling
         sampler: Any = unrecorded(loader.batch_sampler)
@@ -111,7 +113,17 @@ class PrivateDataLoader(DPDataLoader):
 
         Returns:
             The loader, which shares everything else with this one.
+
+        Raises:
+            MisuseError: the ranks have to call the model equally often.
         """
+        if self.sharded:
+            raise MisuseError(
+                f"the batches are to come in parts of {most} samples, and fully_shard was called on the model:",
+                "the ranks put layers together at the same calls of the model, and would have different numbers of parts.",
+                "Leave BatchMemoryManager out; more ranks, or torch.utils.checkpoint in the model, save memory.",
+                path="data_loader",
+            )
         parts = copy.copy(self)
         vars(parts).update(most=most, _iterator=None)
         return parts

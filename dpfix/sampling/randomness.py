@@ -69,6 +69,10 @@ class Stream:
             found = self._generators.setdefault((device, lane), seeded(device, (*self._entropy, *place)))
         return found
 
+    def branch(self, number: int) -> None:
+        """Go on with other numbers, which follow from what all did until now and a number."""
+        self._begin((*self._entropy, number))
+
     def anew(self) -> Stream:
         """What a copy of a training draws from."""
         return type(self)()
@@ -151,6 +155,8 @@ class Randomness:
         if isinstance(secure, Cryptographic):
             return cls(secure, secure)
         noise, draws = (Stream(None if seed is None else (seed, use)) for use in (0, 1))
+        if ranks.sharded:  # each adds noise to parameters of its own, and equal noise on two would show
+            noise = Stream(None if seed is None else (seed, 0, ranks.rank))
         if secure is not None:
             return cls(noise, secure, seed)
         if ranks.size > 1:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from dpfix.errors import MisuseError, RankError
+from dpfix.instrument.sharded import is_sharded
 
 T = TypeVar("T")
 
@@ -40,21 +41,25 @@ class Ranks:
     Attributes:
         rank: its number; 0 adds the noise and chooses the engine.
         size: number of processes.
+        sharded: whether each has its own part of every parameter, and adds the noise to it.
     """
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Ranks:
         """The ranks that train a model.
 
         Returns:
-            Those of the default process group for Opacus's distributed wrapper and for torch's, this process alone otherwise.
+            Those of the default process group for Opacus's distributed wrapper, for torch's and for a model on which
+            ``fully_shard`` was called, this process alone otherwise.
         """
+        sharded = is_sharded(module)
         wrapped = isinstance(module, DifferentiallyPrivateDistributedDataParallel) or in_default_group(module)
-        if wrapped and distributed.is_initialized():
-            return cls(distributed.get_rank(), distributed.get_world_size())
+        if (wrapped or sharded) and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size(), sharded)
         return cls()
 
     def exchange(self, value: T) -> list[T]:

@@ -52,7 +52,8 @@ class Request:
     @property
     def scan(self) -> Scan:
         """The objects as the rules see them."""
-        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance, self.mixing)
+        known = self.ranks if self.ranks.sharded else None
+        return Scan(self.module, self.optimizer, self.data_loader, self.privacy, self.performance, self.mixing, known)
 
     @property
     def rate(self) -> float:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dpfix.instrument.batch_norm_calls import Mixing
 from dpfix.instrument.source import describe_module
+from dpfix.sampling.ranks import Ranks
 from dpfix.scan.options import PerformanceOptions, PrivacyOptions
 
 
@@ -27,6 +28,7 @@ class Scan:
         privacy: what was asked for that decides what is released.
         performance: what was asked for that decides how it is computed.
         mixing: what a run has shown of modules that call ``batch_norm``, by path.
+        ranks: the processes that train together, where the module does not tell; ``None`` where it does.
     """
 
     module: nn.Module
@@ -35,6 +37,7 @@ class Scan:
     privacy: PrivacyOptions
     performance: PerformanceOptions
     mixing: Mapping[str, Mixing] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
     @cached_property
     def aliases(self) -> Mapping[nn.Module, tuple[str, ...]]:

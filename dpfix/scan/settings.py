@@ -27,7 +27,8 @@ def settings(request: Request, noise_multiplier: float | None, plan: Plan, *, se
     loader, privacy, people = request.data_loader, request.privacy, people_of(request.data_loader)
     several = {} if request.views == 1 else {"views per sample": str(request.views)}
     if request.ranks.size > 1:
-        several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; rank 0 adds the noise"
+        who = "each adds the noise to its part of the parameters" if request.ranks.sharded else "rank 0 adds the noise"
+        several["ranks"] = f"{request.ranks.size}, each works on its part of every batch; {who}"
     if plan.physical is not None:
         several["physical batches"] = f"at most {plan.physical} samples at a time; a batch is released once, as a whole"
     return {

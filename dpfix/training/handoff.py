@@ -189,7 +189,7 @@ def hand_off(
     accounting.own_loader = own_loader
     if decided.spender is not None and ranks.rank == 0:  # all ranks together make one release
         accounting.spend_from(decided.spender)
-    guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks, own_loader=own_loader)
+    guarded = Guarded(module, plan, trained, handle, accounting, ledger, ranks, own_loader, handle.shards)
     guard = StepGuard(guarded, private_optimizer, decided.following)
     make_class = private_wrapper_class if wrap_model else private_hooks_class
     _specialise(prepared, make_class(type(prepared)), guard)
@@ -238,7 +238,7 @@ def _private_loader(
 
 def _shell(module: nn.Module, ranks: Ranks) -> nn.Module:
     shell = ParameterShell(dict(module.named_parameters()))
-    if ranks.size > 1:  # which optimizer Opacus takes depends on it
+    if ranks.size > 1 and not ranks.sharded:  # which optimizer Opacus takes depends on it
         return DifferentiallyPrivateDistributedDataParallel(shell)
     return shell
 
@@ -260,7 +260,7 @@ def _account(
 ) -> Accounting:
     """Rate and expected batch size of the sampler's own index set, instead of Opacus's ``1 / len(loader)``."""
     # Opacus's distributed optimizer divides by the number of ranks itself.
-    expected = batch_size(loader) / decided.ranks.size
+    expected = batch_size(loader) / (1 if decided.ranks.sharded else decided.ranks.size)
     optimizer.expected_batch_size = int(expected) if float(expected).is_integer() else expected  # type: ignore[assignment]
     if type(privacy_engine).get_epsilon is PrivacyEngine.get_epsilon:
         privacy_engine.get_epsilon = MethodType(answer_of, privacy_engine)

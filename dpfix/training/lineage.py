@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dpfix.instrument.sharded import local
 from dpfix.training.releases import Releases
 
 SAMPLED = 256
@@ -102,14 +103,14 @@ def _digest(parameter: nn.Parameter) -> bytes | None:
 
 
 def _sampled(parameter: nn.Parameter) -> torch.Tensor:
-    flat = parameter.detach().flatten()
+    flat = local(parameter.detach()).flatten()
     return flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
 
 
 def _telling(parameter: nn.Parameter) -> bytes | None:
     """The digest, if no other parameter would have it by chance, as new biases and scales have."""
     digest = _digest(parameter)
-    if digest is None or parameter.numel() < SMALLEST:
+    if digest is None or local(parameter).numel() < SMALLEST:
         return None
     sampled = _sampled(parameter)
     return None if bool((sampled == sampled[0]).all()) else digest

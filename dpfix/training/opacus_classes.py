@@ -32,6 +32,7 @@ from dpfix.training.lineage import note
 from dpfix.training.normal_noise import add_normal
 from dpfix.training.out_of_memory import say_size
 from dpfix.training.own_methods import own_method
+from dpfix.training.sharded import add_noise_to_shards
 from dpfix.training.step_guard import StepGuard
 from dpfix.weights.copies import plain_copy
 
@@ -97,7 +98,9 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
         def add_noise(self) -> None:
             self.guard.before_noise(self)
             noise = self.randomness.noise
-            if isinstance(noise, Cryptographic):
+            if self.guard.guarded.shards is not None:
+                add_noise_to_shards(self)
+            elif isinstance(noise, Cryptographic):
                 add_cryptographic_noise(self, noise)
             elif plain and self.noise_multiplier > 0:
                 add_noise_at_once(self, keep_sums=not self.guard.engine_clips)

@@ -16,6 +16,7 @@ from dpfix.sampling.randomness import Given
 from dpfix.training import checkpoint
 from dpfix.training.accounting import answer_of
 from dpfix.training.pld_accountant import new_accountant
+from dpfix.training.shared_state import refuse_files
 
 
 class CheckpointingEngine(PrivacyEngine):
@@ -87,10 +88,14 @@ class CheckpointingEngine(PrivacyEngine):
             grad_clip_scheduler: a scheduler of Opacus.
             checkpoint_dict: further entries of tensors and plain values.
             torch_save_kwargs: further arguments of ``torch.save``.
+
+        Raises:
+            CheckpointError: ``fully_shard`` was called on the model.
         """
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         more, saving = checkpoint_dict or {}, torch_save_kwargs or {}
         objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        refuse_files(optimizer)
         checkpoint.save(self, path, objects, more, saving)
 
     def load_checkpoint(  # type: ignore[override]
@@ -127,6 +132,7 @@ class CheckpointingEngine(PrivacyEngine):
         strict = bool((module_load_dict_kwargs or {}).get("strict", True))
         loading = torch_load_kwargs or {}
         objects = checkpoint.Objects(module, optimizer, data_loader, schedulers)
+        refuse_files(optimizer)
         return checkpoint.load(self, path, objects, strict, loading)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpfix.training.epsilon import Accuracy, spent, steps_without_noise
 from dpfix.training.epsilon_curve import epsilon_curve
 from dpfix.training.progress import Progress
 from dpfix.training.releases import book_of, settled
+from dpfix.training.shared_state import load_into, state_of
 
 PASSES_SHOWN = 10
 """Passes over the data that a page looks ahead where nobody has said how long the training is."""
@@ -114,6 +116,30 @@ class PrivateTraining(tuple[Any, ...]):
     def plan(self) -> Plan:
         """How the model is being trained; a no-grad region that gradient has reached is no longer in it."""
         return self[1].guard.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, the optimizer's state and what was released, for ``torch.distributed.checkpoint``.
+
+        ``torch.distributed.checkpoint.save({"training": private}, checkpoint_id=folder)`` calls it, on every process.
+
+        Returns:
+            Every process's part of a model on which ``fully_shard`` was called, the whole of others.
+        """
+        return state_of(self[1])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with any number of processes; make the same call before.
+
+        ``torch.distributed.checkpoint.load({"training": private}, checkpoint_id=folder)`` calls it, on every process. The budget
+        goes on; noise and draws are new ones, and a pass over the loader begins.
+
+        Args:
+            state_dict: the state.
+
+        Raises:
+            CheckpointError: it does not say what was released, or is of other units.
+        """
+        load_into(self[1], state_dict)
 
     def get_epsilon(
         self, delta: float, *, alphas: Any = None, eps_error: float | None = None, delta_error: float | None = None

@@ -25,6 +25,7 @@ from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree, WrappedBefore
 from dpfix.training.guards.real_steps import Following, RealSteps
 from dpfix.training.guards.scratch import ScratchPutBack
+from dpfix.training.guards.shards import ShardsHeld
 
 
 class StepGuard:
@@ -71,6 +72,7 @@ class StepGuard:
             ClearedGradients(),
             NoGradScaler(),
             StepsInside(),
+            ShardsHeld(guarded),
             SameStructure(guarded),
             SameGroups(guarded),
             FixedNorms(guarded),
@@ -187,8 +189,11 @@ class StepGuard:
         optimizer.count(self._norms)  # type: ignore[attr-defined]
 
     def _add_nothing(self) -> None:
+        shards = self.guarded.shards
         for p in self._trained:
-            if getattr(p, "summed_grad", None) is None:
+            if shards is not None:
+                shards.add(p, None)
+            elif getattr(p, "summed_grad", None) is None:
                 p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
 
     def summed(self) -> None:

@@ -27,7 +27,7 @@ PAGES = {
 }
 NEEDS = {"docs/lightning.md": "lightning", "docs/huggingface.md": "transformers"}
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-ENVIRONMENT = {"docs/ranks.md": ONE_RANK}
+ENVIRONMENT = {"docs/ranks.md": ONE_RANK, "docs/sharded.md": ONE_RANK}
 """What ``torchrun`` tells a page."""
 WHOLE_TRAININGS = {
     "README.md",
@@ -40,6 +40,7 @@ WHOLE_TRAININGS = {
     "docs/people.md",
     "docs/quickstart.md",
     "docs/ranks.md",
+    "docs/sharded.md",
 }
 """Pages that train from beginning to end, and show the statement to publish."""
 NOT_RUN: dict[str, int] = {}

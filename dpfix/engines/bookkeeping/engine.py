@@ -44,6 +44,7 @@ class Bookkeeping(Engine):
     name = "bookkeeping"
     opacus_mode = "no_op"
     materialises = False
+    takes_shards = True
 
     def __init__(self) -> None:
         self._own: tuple[LayerRule, ...] = (Linear(), Convolution(), Embedding(), *NORMS, PReLU())

@@ -195,7 +195,8 @@ class LayerForward(ReplacedForward):
 
     def _applied(self, call: RootCall, x: torch.Tensor, where: Rows | None) -> torch.Tensor:
         weight, bias = (getattr(self.module, name, None) for name in ("weight", "bias"))
-        apply = Apply(call, self.handle.anchor, self.sources)
+        own = self.sources if self.handle.shards is None else sources(self.module)
+        apply = Apply(call, self.handle.anchor, own)
         return apply(self.rule, self.module, x, where, weight=weight, bias=bias)
 
     def _placed(self, x: torch.Tensor, layout: SampleDim | None, samples: int) -> tuple[torch.Tensor, Rows]:

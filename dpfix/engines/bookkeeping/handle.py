@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,7 @@ from typing_extensions import override
 
 from dpfix.engines.base import Handle, no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.cancellation import Parts, certain
+from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.iteration import LayerIteration, RootCall
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
@@ -19,8 +21,12 @@ from dpfix.engines.replaced import Replaced
 from dpfix.errors import PlanBrokenError
 from dpfix.instrument.memento import Modes
 from dpfix.instrument.parameter_uses import MARK, function_in, used_in
+from dpfix.instrument.sharded import Shards, is_sharded
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
+
+Weighted = tuple[Contribution, torch.Tensor]
+"""What one iteration has brought for a parameter, and the factors of the samples."""
 
 
 class BookkeepingHandle(Handle):
@@ -43,6 +49,7 @@ class BookkeepingHandle(Handle):
         self._active: RootCall | None = None
         self._last: RootCall | None = None
         self._replaced: list[Replaced] = []
+        self.shards = Shards(module) if is_sharded(module) else None
 
     def put_in(self, replaced: Replaced) -> None:
         """Let something stand in for a module's ``forward`` until :meth:`detach`."""
@@ -59,6 +66,10 @@ class BookkeepingHandle(Handle):
 
     # -------------------------------------------------------------- calls
 
+    def held(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Parameters by name as the model holds them now: whole ones, where it is spread over processes."""
+        return {name: p if self.shards is None else self.model.get_parameter(name) for name, p in parameters.items()}
+
     def call_layout(self, args: Any, kwargs: Any) -> CallLayout:
         """How a call of the model carries its samples."""
         return known_layout(self.plan.calls, self.model, args, kwargs, self.counts())
@@ -72,6 +83,7 @@ class BookkeepingHandle(Handle):
         """
         samples = samples_in(layout, self.model, args, kwargs)
         call, before = RootCall(samples, self._iterations.present(), self._iterations.late), self._active
+        call.shards = self.shards
         calls, modes = dict(call.iteration.calls), Modes()
         try:
             self._active = self._last = call
@@ -187,7 +199,7 @@ class BookkeepingHandle(Handle):
     def clip_and_accumulate(
         self, parameters: list[nn.Parameter], max_grad_norm: float, *, keep: bool = True
     ) -> torch.Tensor | None:
-        every, groups = [], self._groups(parameters)
+        every, groups, parts = [], self._groups(parameters), dict[nn.Parameter, list[Weighted]]()
         for samples, found in self._iterations.arrived():
             take = found.__getitem__ if keep else found.pop  # what is not needed any more is given up piece by piece
             whole = {p: add_up(take(p)) for p in parameters if p in found}
@@ -204,10 +216,21 @@ class BookkeepingHandle(Handle):
                     if part is not None:
                         if left_out is not None:
                             part = part.without(left_out.to(p.device))
-                        _accumulate(p, part.weighted_sum(times.to(p.device)).to(p.dtype))
-                    elif getattr(p, "summed_grad", None) is None:
-                        p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
+                        parts.setdefault(p, []).append((part, times.to(p.device)))
+        for p in parameters:
+            self._add(p, parts.pop(p, []))
         return torch.cat(every) if every else None
+
+    def _add(self, p: nn.Parameter, parts: list[Weighted]) -> None:
+        """Add what the iterations have brought for a parameter to its sum."""
+        sums = (part.weighted_sum(times).to(p.dtype) for part, times in parts)
+        if self.shards is not None:
+            self.shards.add(p, functools.reduce(torch.Tensor.add_, sums) if parts else None)
+            return
+        for total in sums:
+            _accumulate(p, total)
+        if getattr(p, "summed_grad", None) is None:
+            p.summed_grad = torch.zeros_like(p, requires_grad=False)  # type: ignore[attr-defined]
 
     def _measured(
         self, whole: Parts, groups: list[list[nn.Parameter]], max_grad_norm: float, samples: int

@@ -11,6 +11,7 @@ from typing_extensions import override
 from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.frozen_parameters import Frozen
 from dpfix.engines.iterations import Iteration
+from dpfix.instrument.sharded import Shards
 
 
 class LayerIteration(Iteration):
@@ -43,6 +44,9 @@ class LayerIteration(Iteration):
 class RootCall:
     """One call of the model.
 
+    Attributes:
+        shards: the parameters of a model that is spread over processes, under which its whole ones are reported.
+
     Args:
         iteration: where it reports.
         late: told before it reports, since the iteration may be thought to be over by then.
@@ -51,6 +55,7 @@ class RootCall:
     def __init__(self, samples: int, iteration: LayerIteration, late: Callable[[LayerIteration], None]) -> None:
         self.samples, self.iteration, self._late = samples, iteration, late
         self.inside_vmap = False
+        self.shards: Shards | None = None
 
     def reporter(self, samples: int) -> Callable[[nn.Parameter, Contribution], None]:
         """Where a layer call with some number of samples reports.
@@ -58,13 +63,15 @@ class RootCall:
         Returns:
             A function that takes a parameter and a contribution.
         """
-        iteration, late = self.iteration, self._late
+        iteration, late, shards = self.iteration, self._late, self.shards
 
         def report(parameter: nn.Parameter, contribution: Contribution) -> None:
             late(iteration)
             if isinstance(parameter, Frozen):
                 parameter.arrived()
                 return
+            if shards is not None:
+                parameter = shards.shard_of(parameter)
             iteration.found.setdefault(samples, {}).setdefault(parameter, []).append(contribution)
 
         return report

@@ -71,10 +71,11 @@ class OwnUses(ParameterUses):
     """
 
     def __init__(self, forward: OwnParametersForward, call: RootCall) -> None:
-        super().__init__({id(p): name for name, p in forward.parameters.items()})
+        parameters = forward.handle.held(forward.parameters)
+        super().__init__({id(p): name for name, p in parameters.items()})
         self.forward, self.call = forward, call
-        self.leaves = {p: p.detach().requires_grad_() for p in forward.parameters.values()}
-        for name, p in forward.parameters.items():
+        self.leaves = {p: p.detach().requires_grad_() for p in parameters.values()}
+        for name, p in parameters.items():
             self.leaves[p].register_post_accumulate_grad_hook(partial(_past, name))
         self.parameters = {leaf: p for p, leaf in self.leaves.items()}
 

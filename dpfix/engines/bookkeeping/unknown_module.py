@@ -64,7 +64,8 @@ class UnknownModuleForward(ReplacedForward):
     def recorded(self, call: RootCall, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = self.handle.layout(self.path, number)
         samples, report = call.samples, call.reporter(call.samples)
-        expanded = {n: Expand.apply(self.handle.anchor, (p,), samples, report) for n, p in self.parameters.items()}
+        parameters = self.handle.held(self.parameters)
+        expanded = {n: Expand.apply(self.handle.anchor, (p,), samples, report) for n, p in parameters.items()}
         weight = self.handle.plan.weight(samples, self.handle.counts())
         with call.mapping():
             return self._mapped(expanded, layout, samples, weight, args, kwargs)

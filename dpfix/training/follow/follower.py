@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from dpfix.errors import MisuseError
 from dpfix.instrument import pytree
 from dpfix.instrument.function_modes import FollowingMode, reads_gradient, switch_off, switch_on
+from dpfix.instrument.sharded import is_sharded
 from dpfix.layout.calls import CallLayout, find_layout, samples_in
 from dpfix.training.follow.after_step import AfterStep
 from dpfix.training.follow.calls import (
@@ -44,14 +45,12 @@ from dpfix.training.follow.delivery import BatchLayout, Delivery, Source
 from dpfix.training.follow.hook import Hook
 from dpfix.training.follow.kept import Kept
 from dpfix.training.follow.outside import refuse_write
-from dpfix.training.follow.under_way import Origins, UnderWay, origin_of
+from dpfix.training.follow.under_way import MOST_AHEAD, Origins, UnderWay, origin_of
 
 MOST_CALLS = 20_000
 """Functions between a delivery and ``backward()``; what is more is a loop that never calls it."""
 MOST_BYTES = 2**31
 """Results of these functions, which are held until then."""
-MOST_AHEAD = 2
-"""Deliveries without a step before the last one for which what was done to them is kept."""
 
 
 class Follower(FollowingMode):
@@ -105,7 +104,7 @@ class Follower(FollowingMode):
         """Follow the model; the arguments are those of the class."""
         self._layouts, self._on_backward = layouts, on_backward
         self._hooks += [
-            self._module.register_forward_pre_hook(Hook(self._enter), prepend=True),
+            self._module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True),
             self._module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
         ]
         if self._resting:
@@ -227,7 +226,8 @@ class Follower(FollowingMode):
 
     # -------------------------------------------------------------- the model
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._given = (args, kwargs) if is_sharded(module) else None
         self._was_on = not self.over
         switch_off(self)
         self._after_step.pause()
@@ -238,8 +238,8 @@ class Follower(FollowingMode):
         if output is None:  # it failed
             if self._was_on:
                 self.resume()
-            self._after_step.resume()
-            return
+            return self._after_step.resume()
+        (args, kwargs), self._given = self._given or (args, kwargs), None  # FSDP's own hooks turn and move them
         grad = torch.is_grad_enabled() and bool(pytree.gradient_tensors(output))
         if not grad and not self._was_on:  # an evaluation, of which nothing is held
             self.earlier.add(pytree.tensors(output) if self.earlier.among((args, kwargs)) else (), of_model=True)

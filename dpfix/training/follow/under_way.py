@@ -14,6 +14,8 @@ from dpfix.training.follow.delivery import BatchLayout, Delivery, Source, Source
 
 MOST_DELIVERIES = 64
 """Deliveries without a step that are remembered while nothing shows whether the script still has them."""
+MOST_AHEAD = 2
+"""Deliveries without a step before the last one for which what was done to them is kept."""
 
 Origins = dict[int, set[Delivery]]
 """The deliveries that a tensor comes from, by its id."""

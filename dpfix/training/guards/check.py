@@ -11,12 +11,16 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from dpfix.engines.base import Handle
+from dpfix.engines.bookkeeping.contributions import full_precision
+from dpfix.instrument import pytree
+from dpfix.instrument.sharded import Shards
 from dpfix.plan import Plan
 from dpfix.sampling.draw import Draw
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.ranks import ALONE, Ranks
 from dpfix.training.accounting import Accounting
+from dpfix.weights.copies import plain_copy
 
 SCHEDULED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
 """Attributes of a private optimizer that schedulers, and adaptive clipping, change while training."""
@@ -50,6 +54,7 @@ class Guarded:
         ledger: what the private loader drew; ``None`` without Poisson sampling.
         own_loader: what the script's own loader hands out; ``None`` with Poisson sampling.
         ranks: the processes that train together.
+        shards: the parameters of a model that is spread over processes; ``None`` for others.
         progress: how far the training has come.
     """
 
@@ -61,6 +66,7 @@ class Guarded:
     ledger: DrawLedger | None = None
     ranks: Ranks = ALONE
     own_loader: Deliveries | None = None
+    shards: Shards | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -73,6 +79,21 @@ class Guarded:
         """Whether the batch is that of an empty draw, which stands in with one person of any number of rows."""
         return self.ledger is not None and self.plan.followed_by_row and self.ledger.pending() == 0
 
+    def plain_copy(self) -> nn.Module:
+        """A copy of the model as it is, without anything of private training."""
+        if self.shards is None:
+            return plain_copy(self.module)
+        copied = plain_copy(self.module, self.shards.whole())
+        if self.shards.mixed:
+            copied.register_forward_pre_hook(_in_full_precision, with_kwargs=True)
+        return copied
+
+    def own_sums(self) -> dict[str, torch.Tensor]:
+        """The clipped sum of what this process works on, by parameter name."""
+        if self.shards is not None:
+            return self.shards.own
+        return {n: p.summed_grad.detach() for n, p in self.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
+
     def forget_sum(self) -> None:
         """Drop the clipped sum; a draw of which a part is lost in this way cannot be released."""
         progress = self.progress
@@ -80,6 +101,15 @@ class Guarded:
             progress.draw.whole.discarded = True
         for p in self.parameters.values():
             p.summed_grad = None  # type: ignore[attr-defined]
+
+
+def _in_full_precision(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What FSDP has turned into half precision, for a model that is not spread."""
+
+    def turned(_: Any, leaf: Any) -> Any:
+        return full_precision(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.map_leaves(turned, args), pytree.map_leaves(turned, kwargs)
 
 
 class Check:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from dpfix.engines import engine_of
 from dpfix.errors import NonFiniteGradientError, PlanBrokenError
 from dpfix.instrument.grad_watch import GradWatch
+from dpfix.instrument.sharded import local
 from dpfix.instrument.source import warn_user
 from dpfix.training.guards.check import Check, Guarded
 
@@ -33,11 +34,13 @@ class ThroughTheEngine(Check):
         self._name = guarded.name
         self._watch = watch
         self._owned = engine_of(guarded.plan).owns_gradients
+        self._past = [] if guarded.shards is None else guarded.shards.past
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        if self._owned and self._watch.arrived:
-            name = self._watch.arrived[0]
+        arrived = self._watch.arrived or self._past
+        if self._owned and arrived:
+            name = arrived[0]
             raise PlanBrokenError(
                 f"gradient reached parameter `{name}` of {self._name} past the model's forward: by a penalty on weights in "
                 "the loss, or a part of the model called directly.",
@@ -147,7 +150,7 @@ class FiniteSum(Check):
         left_out = sum(not math.isfinite(value) for value in values)
         self._left_out += left_out
         parameters = self._guarded.parameters.items()
-        if left_out and (bad := [name for name, p in parameters if not bool(torch.isfinite(p).all())]):
+        if left_out and (bad := [name for name, p in parameters if not bool(torch.isfinite(local(p)).all())]):
             self._refuse(
                 f"parameter `{bad[0]}` of {self._guarded.name} is not finite ({len(bad)} parameter(s))", bad[0]
             )

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
-from torch import nn
 from typing_extensions import override
 
 from dpfix.errors import NoiseError
+from dpfix.instrument.sharded import local
 from dpfix.report.finding import Finding
 from dpfix.training.adaptive_clipping import noise_of_sums
 from dpfix.training.guards.check import Check, Guarded
@@ -54,7 +54,7 @@ class ProvenNoise(Check):
     ``noise_multiplier * max_grad_norm`` (the largest clip norm of the logical batch), is evidence for
     :class:`~dpfix.training.noise_evidence.SizeEvidence` and :class:`~dpfix.training.noise_evidence.Repeats`. Together they
     refuse right noise with probability 1e-9 in a training, however long it is. On several ranks, rank 0 adds the noise; that
-    the others add none is checked exactly.
+    the others add none is checked exactly. Where parameters are spread over the ranks, each looks at the noise on its own parts.
 
     The first 8 numbers of every parameter are looked at in every step, for repeats and for noise that is missing or of
     another size. All numbers are judged in each of the first 16 steps, then in every eighth for the eight together, and at
@@ -70,11 +70,12 @@ class ProvenNoise(Check):
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        parameters = {name: p for name, p in guarded.parameters.items() if p.numel()}
+        parameters = {name: part for name, p in guarded.parameters.items() if (part := local(p)).numel()}
         self.needed = bool(parameters)
         if self.needed:
             self._numbers = Numbers(parameters)
-            self._names, self._parameters = self._numbers.names, self._numbers.parameters
+            self._names = self._numbers.names
+            self._parameters = [guarded.parameters[name] for name in self._names]
             self._size = SizeEvidence(len(self._parameters))
             self._repeats = Repeats(self._numbers.counts.tolist())
         self._summed, self._clip_norm = False, 0.0
@@ -111,7 +112,7 @@ class ProvenNoise(Check):
         std = noise_of_sums(optimizer) * self._clip_norm
         if not summed or std == 0:
             return
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
         if len(gradients) < len(self._parameters):
             part = next(i for i, p in enumerate(self._parameters) if p.grad is None)
             self._refuse_size(part, "not known, because p.grad is None,")
@@ -119,7 +120,7 @@ class ProvenNoise(Check):
         if optimizer.loss_reduction == "mean":
             scale = float(optimizer.expected_batch_size) * optimizer.accumulated_iterations  # type: ignore[arg-type]
         self._numbers.copy(gradients, after=True)
-        if self._guarded.ranks.rank:
+        if self._guarded.ranks.rank and self._guarded.shards is None:
             before, after = self._numbers.values()
             self._check_none(after * scale - before, before)
         elif std >= SIZES[0] * max(1.0, scale) and std <= SIZES[1] * min(1.0, scale):
@@ -232,7 +233,7 @@ class Numbers:
         prints: where those of parameters with 8 numbers begin in :meth:`first_ones`.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         all_sizes = np.array([p.numel() for p in parameters.values()])
         run = PRINT
         while 2 * run < all_sizes.max() and np.minimum(all_sizes, 4 * run).sum() <= LOOKED_AT:

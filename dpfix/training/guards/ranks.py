@@ -24,12 +24,18 @@ class RanksAgree(Check):
     """All ranks are about to release parts of one batch, clipped to one norm, and none has failed.
 
     Catches: ranks that are at different batches or have different schedulers, and a step that is refused on one rank only.
-    Costs: nothing on one process; two exchanges of eight numbers per release otherwise.
+    Costs: nothing on one process; two exchanges of eight numbers per release otherwise, and a third one where parameters are
+    spread over the ranks: a rank that has failed takes no part in adding up the sums.
     """
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        self.needed = guarded.ranks.size > 1
+        self.needed = guarded.ranks.size > 1 or guarded.ranks.sharded
+
+    @override
+    def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
+        if self._guarded.shards is not None:
+            self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
 
     @override
     def before_noise(self, optimizer: DPOptimizer) -> None:
@@ -52,7 +58,11 @@ class RanksAgree(Check):
 
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
-        self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
+        shards = self._guarded.shards
+        wanted = float(shards is not None and shards.wanted)
+        everyone = self._exchange([0.0, wanted, *[0.0] * (len(_COMPARED) - 1)], optimizer)
+        if shards is not None:
+            shards.wanted, shards.due = False, any(values[1] for values in everyone)
 
     def _exchange(self, mine: list[float], optimizer: DPOptimizer) -> list[list[float]]:
         everyone = self._guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)

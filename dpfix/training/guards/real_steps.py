@@ -40,7 +40,6 @@ from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
 from dpfix.training.guards.check import Check, Guarded
-from dpfix.weights.copies import plain_copy
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class RealSteps(Check):
             model.counts = guarded.ledger.counts
         if norms is None or len(norms) != model.clipped_as_one:
             return
-        clipped = {n: p.summed_grad.detach() for n, p in guarded.parameters.items() if p.summed_grad is not None}  # type: ignore[attr-defined]
+        clipped = guarded.own_sums()
         with self.agenda.check():
             wrong = wrong_sum(model, guarded.plan, clipped, norms, float(optimizer.max_grad_norm), chosen)
         if wrong:
@@ -224,7 +223,8 @@ class RealSteps(Check):
         seen = set(follower.seen)
         for delivery in {d for c in models for d in c.deliveries}:
             seen |= self._novelty.of(delivery)
-        if not self.agenda.due(seen):
+        due, shards = self.agenda.due(seen), self._guarded.shards
+        if not (due if shards is None else shards.can_look(due)):
             return
         try:
             with self.agenda.check():
@@ -262,7 +262,7 @@ class RealSteps(Check):
         real = RealStep.of(loss, outer, models, place, guarded.handle.paused)
         if real.samples < 2:
             return
-        model = PlainModel(plain_copy(guarded.module), real)
+        model = PlainModel(guarded.plain_copy(), real)
         way, replay = self._way(real, model)
         model.step = real = real.completed(way.repeat(None))
         found = coupled(way, real, draw, in_order=guarded.plan.followed_by_row)
