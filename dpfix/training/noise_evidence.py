@@ -44,9 +44,9 @@ class SizeEvidence:
 
         M_t = max(M_(t-1), 1 / (t (t + 1))) * L_t.
 
-    Steps may be told together, with the stake of the first of them alone: whatever decides which ones, leaving out stakes
-    makes it smaller still. Which coordinates the numbers come from may depend on anything but the noise. (Ville 1939;
-    mixtures over starting times: Shin, Ramdas, Rinaldo 2022, "E-detectors", https://arxiv.org/abs/2203.03532.)
+    It may be asked later than the steps were made. Which coordinates the numbers come from may depend on anything but the
+    noise. (Ville 1939; mixtures over starting times: Shin, Ramdas, Rinaldo 2022, "E-detectors",
+    https://arxiv.org/abs/2203.03532.)
 
     Wrong noise that is r times as large multiplies the right bet by ``exp(n (r**2 - 1 - log(r**2)) / 2)`` in the mean. Noise
     that becomes wrong at step t is therefore found after about
@@ -72,24 +72,22 @@ class SizeEvidence:
         self._seen = np.zeros((parts + 1, 2))
         self.steps = 0
 
-    def add(self, numbers: NDArray[np.int64], squares: NDArray[np.float64], steps: int = 1) -> tuple[int, float] | None:
-        """The noise of a step, or of several.
+    def add(self, numbers: NDArray[np.int64], squares: NDArray[np.float64]) -> tuple[int, float] | None:
+        """The noise of a step.
 
         Args:
             numbers: how many numbers there are of every parameter.
             squares: sums of their squares.
-            steps: how many steps they are from.
 
         Returns:
             The part that is wrong (``parts`` for all together) and about which multiple of the right standard deviation it
             has; ``None`` if nothing is known to be wrong.
         """
-        first = self.steps + 1
-        self.steps += steps
+        self.steps += 1
         seen, bets = self._seen, self._bets
         seen[:-1, 0], seen[:-1, 1] = numbers, squares
         np.add.reduce(seen[:-1], 0, out=seen[-1])
-        np.maximum(bets, -math.log(first * (first + 1.0)), out=bets)
+        np.maximum(bets, -math.log(self.steps * (self.steps + 1.0)), out=bets)
         bets += seen @ self._yields
         if bets.max() < self._least:  # false for a NaN, too
             return None

@@ -27,10 +27,13 @@ AHEAD = 64
 """Steps whose places are drawn at once."""
 
 TOGETHER = 8
-"""Steps whose numbers are judged together."""
+"""Steps that are judged one after another in the last of them, after the first steps of a training."""
 
-ONE_BY_ONE = 16
-"""First steps of a training, which are judged one by one."""
+AT_ONCE = 16
+"""First steps of a training, which are judged at once."""
+
+FEW = 4096
+"""Where a parameter has fewer than 8 numbers, the part of their likely sum of squares below which noise may be missing."""
 
 STANDS_OUT = 5.0
 """Standard deviations by which sums of squares may be too large or too small without standing out."""
@@ -57,12 +60,12 @@ class ProvenNoise(Check):
     the others add none is checked exactly. Where parameters are spread over the ranks, each looks at the noise on its own parts.
 
     The first 8 numbers of every parameter are looked at in every step, for repeats and for noise that is missing or of
-    another size. All numbers are judged in each of the first 16 steps, then in every eighth for the eight together, and at
-    once in a step whose first numbers stand out.
+    another size. All numbers of a step are judged at once in the first 16 steps, and where those first numbers stand out;
+    otherwise in every eighth step for the last eight, one after another, so that what only they show is found up to 7 steps late.
 
-    Catches: noise that is missing on one parameter (in its first step, if it has 8 numbers), scaled by the batch size (in its
-    first step), added twice, 5 % too small or too large (in 4 steps of a model with 4096 numbers among the first steps, up to 16
-    later; in inverse proportion for smaller ones), drawn again from a seed that was used, or shared by two parameters (in the
+    Catches: noise that is missing on one parameter (in its first step, if it has 6 numbers), scaled by the batch size, added
+    twice (in the first step of a model with 400 numbers), 5 % too small or too large (in 4 steps of a model with 4096
+    numbers, in inverse proportion for smaller ones), drawn again from a seed that was used, or shared by two parameters (in the
     step in which it happens). Nothing is looked at in a step without noise, and no number whose clipped sum is more than 1024
     standard deviations large. Costs: two small copies per parameter; about 0.2 ms for a small model, and 6 us more for every
     further parameter.
@@ -101,6 +104,8 @@ class ProvenNoise(Check):
     def summed(self, norms: torch.Tensor | None) -> None:
         sums = [p.summed_grad for p in self._parameters]  # type: ignore[attr-defined]
         self._summed = False
+        if self._numbers.waiting == TOGETHER:  # the step that should have judged them was interrupted
+            self._judge()
         if all(total is not None for total in sums):
             self._numbers.move()
             self._numbers.copy(sums, after=False)
@@ -146,9 +151,8 @@ class ProvenNoise(Check):
             for before, after in zip(*self._numbers.first_ones(), strict=True)
         ]
         waiting = self._numbers.keep(of_sum, of_result)
-        alone = self._size.steps < ONE_BY_ONE or self._stand_out(noise)
-        if alone or waiting == TOGETHER:
-            self._judge(alone)
+        if waiting == TOGETHER or self._size.steps < AT_ONCE or self._stand_out(noise):
+            self._judge()
         repeated = self._repeats.add(noise, self._guarded.progress.released + 1)
         if repeated is not None:
             self._refuse_repeat(*repeated)
@@ -156,21 +160,23 @@ class ProvenNoise(Check):
     def _stand_out(self, noise: Sequence[float]) -> bool:
         """Whether the first numbers of a parameter, or all of them together, have an unlikely size."""
         squares = [x * x for x in noise]
-        for start in self._numbers.prints:
-            if not PRINT / 16 <= sum(squares[start : start + PRINT]) <= PRINT + STANDS_OUT * math.sqrt(2 * PRINT):
+        for start, end, least, most in self._numbers.likely:
+            if not least <= sum(squares[start:end]) <= most:
                 return True  # for a NaN, too
         return not abs(sum(squares) - len(squares)) <= STANDS_OUT * math.sqrt(2 * len(squares))
 
-    def _judge(self, alone: bool) -> None:
-        """All numbers of the steps that have not been judged yet: of the last one alone, or of all together."""
+    def _judge(self) -> None:
+        """All numbers of the steps that have not been judged yet, one step after another."""
         kept = self._numbers.take()
-        for steps in filter(len, (kept[:-1], kept[-1:]) if alone else (kept,)):
-            sums = steps[:, 0]
-            noise = steps[:, 1] - sums
-            known = np.abs(sums) <= LARGEST_SUM
-            noise[~known] = 0.0
-            counts, squares = (np.add.reduceat(of.sum(0), self._numbers.starts) for of in (known, np.square(noise)))
-            wrong = self._size.add(counts, squares, len(steps))
+        sums = kept[:, 0]
+        noise = kept[:, 1] - sums
+        known = np.abs(sums) <= LARGEST_SUM
+        noise[~known] = 0.0
+        counts, squares = (
+            np.add.reduceat(of, self._numbers.starts, 1) for of in (known.astype(np.int64), np.square(noise))
+        )
+        for of_step in zip(counts, squares, strict=True):
+            wrong = self._size.add(*of_step)
             if wrong is not None:
                 part, ratio = wrong
                 size = "missing, or less than 1 % of" if ratio < 0.01 else f"about {ratio:g} times"
@@ -230,7 +236,8 @@ class Numbers:
         parameters: the parameters in this order.
         counts: how many numbers of every parameter are read.
         starts: where they begin in the array.
-        prints: where those of parameters with 8 numbers begin in :meth:`first_ones`.
+        likely: where those of every parameter begin and end in :meth:`first_ones`, and between what the sum of their squares
+            likely is, in units of the noise's variance.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -257,7 +264,15 @@ class Numbers:
         self._strides: list[tuple[int, int]] = []
         self._units: list[tuple[float, float]] = []  # of the steps that are kept
         few = np.minimum(self.counts, PRINT)
-        self.prints: list[int] = (np.cumsum(few) - few)[few == PRINT].tolist()
+        ends = np.cumsum(few)
+        least = few / np.where(few == PRINT, 16, FEW)
+        most = few + STANDS_OUT * np.sqrt(2 * few)
+        self.likely = list(zip(*(of.tolist() for of in (ends - few, ends, least, most)), strict=True))
+
+    @property
+    def waiting(self) -> int:
+        """How many steps are kept."""
+        return len(self._units)
 
     def move(self) -> None:
         """Go to other places."""
@@ -316,9 +331,8 @@ class Numbers:
 
     def take(self) -> NDArray[np.float64]:
         """What was kept, in its units, which is forgotten then; shape ``[steps, 2, numbers]``."""
-        kept = self._memory.arrays(slice(len(self._units))) * np.array(self._units)[..., np.newaxis]
-        self._units = []
-        return kept
+        units, self._units = self._units, []
+        return self._memory.arrays(slice(len(units))) * np.array(units)[..., np.newaxis]
 
 
 class Memory:

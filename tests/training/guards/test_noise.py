@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpfix
-from dpfix.training.guards.noise import Numbers
+from dpfix.training.guards.noise import Numbers, ProvenNoise
 from tests.helpers import points
 from tests.training.steps import loss_of, start, values
 
@@ -163,6 +163,58 @@ def test_noise_that_becomes_wrong_late_is_found_at_once() -> None:
         step(training, batch)
     after_noise(training, scaled(0.0, only=3))
     assert steps_until_refused((module, training), "`2.bias`", 1) == 1
+
+
+class Sometimes:
+    """Changes the noise of the steps for which something holds."""
+
+    def __init__(self, change: Change, when: Callable[[int], bool]) -> None:
+        self.change, self.when, self.step = change, when, 0
+
+    def __call__(self, params: list[nn.Parameter], sums: list[Tensor]) -> None:
+        self.step += 1
+        if self.when(self.step):
+            self.change(params, sums)
+
+
+def found_after(change: Change, when: Callable[[int], bool], made: nn.Module) -> int:
+    """Steps from the first one with wrong noise, the 21st, to the one that is refused."""
+    private = begin(model=made)
+    after_noise(private[1], Sometimes(change, lambda step: step > 20 and when(step - 21)))
+    return steps_until_refused(private, "noise_multiplier * max_grad_norm", 70) - 20
+
+
+@pytest.mark.parametrize("every", [1, 2, 8])
+def test_noise_that_is_missing_on_seven_numbers_is_found_at_once(every: int) -> None:
+    tiny = nn.Sequential(nn.Linear(6, 7), nn.ELU(), nn.Linear(7, 3))
+    assert found_after(scaled(0.0, only=1), lambda step: step % every == 0, tiny) == 1
+
+
+@pytest.mark.parametrize("wrong", [(0.7, 1.229), (0.5, 1.0)], ids=["sizes that average out", "every second step"])
+def test_noise_of_changing_size_is_found_with_the_step_that_looks_at_all_of_it(wrong: tuple[float, float]) -> None:
+    def change(params: list[nn.Parameter], sums: list[Tensor]) -> None:
+        scaled(wrong[when.step % 2])(params, sums)
+
+    when = Sometimes(change, lambda step: step > 20)
+    private = begin(model=model(80))
+    after_noise(private[1], when)
+    assert steps_until_refused(private, "noise_multiplier * max_grad_norm", 29) <= 28
+
+
+@pytest.mark.filterwarnings("ignore:1 draw.s. of the data_loader were skipped")
+def test_a_step_that_is_interrupted_while_it_judges_is_judged_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = begin()[1]
+    rounds(training, 23)
+    judge = ProvenNoise._judge
+
+    def interrupted(self: ProvenNoise) -> None:
+        monkeypatch.setattr(ProvenNoise, "_judge", judge)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProvenNoise, "_judge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rounds(training, 20)
+    rounds(training, 20)
 
 
 def test_a_training_without_its_noise_stays_refused() -> None:
