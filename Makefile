@@ -15,14 +15,15 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench frameworks soak zoo docs rules opacus-suite clean
+.PHONY: help demo test slow lint format bench bench-ranks frameworks soak zoo docs rules opacus-suite clean
 .SECONDARY:
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## train MONAI's VNet with and without differential privacy (a few minutes)
+demo: $(VENV)/.installed-demo  ## train on brain volumes, and per patient, with and without differential privacy (a few minutes)
 	$(BIN)/python examples/vnet.py --out demo_output $(ARGS)
+	$(BIN)/python examples/volumes.py $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -41,6 +42,7 @@ format: $(VENV)/.installed-dev  ## format the code and sort the imports
 
 bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the audit, speed of the engines
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.opacus_comparison --write $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.real_scripts --write
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.coupled --write docs/coupled.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.legacy_weights --write docs/weights.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.audit_cost --write docs/checks.md
@@ -50,6 +52,10 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.people_digits --write docs/people.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.norms_digits --write docs/norms.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.engine_speed --write
+
+bench-ranks: $(VENV)/.installed-dev  ## measure: a step on 1, 2 and 4 processes, beside torch's DDP; the model of costs
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.ranks_cost --write docs/ranks.md $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.scaling_model --write docs/scaling.md
 
 frameworks: $(VENV)/.installed-dev  ## measure small scripts on Lightning, MONAI, ignite and others (a few minutes)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.frameworks --write docs/frameworks.md $(ARGS)

@@ -1,27 +1,30 @@
-"""The demo: MONAI's VNet, straight from its constructor, trained with and without differential privacy.
+"""The first demo: MONAI's VNet, straight from its constructor, trained with and without differential privacy.
 
 All data ships inside the ``nilearn`` package: the MNI152 T1 volume and its grey- and white-matter probability
-maps. The same training loop runs twice; the private run differs by one call.
+maps. The same training loop runs twice; the private run differs by one call. Learning rate and number of epochs are
+chosen for each side from the same grid, on a validation part of the volume: ``--tune`` does that, and prints the grid.
 
-Run it with ``make demo`` or ``python examples/vnet.py --help``.
+Run it with ``make demo`` or ``python examples/vnet.py --help``. What is protected is a patch, and not a person: see
+``examples/volumes.py`` for patients.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import VNet
-from nilearn import datasets
 from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
@@ -33,14 +36,21 @@ import dpfix
 
 matplotlib.use("Agg")  # a server has no display
 import matplotlib.pyplot as plt
+from tuning import Setting, tune
 
 PATCH = 16  # voxels of 1 mm a side; VNet halves its input four times, so it takes nothing smaller
-SLAB = slice(112, 112 + PATCH)  # y range kept for validation: no training patch reaches into it
+SLABS = {"validation": slice(64, 64 + PATCH), "test": slice(112, 112 + PATCH)}
+"""Ranges of y that no training patch reaches into: settings are chosen on the one, and the other is looked at once."""
 CLASSES = ("other", "grey matter", "white matter")
 
+RATES, EPOCHS = (0.03, 0.1, 0.3), (3, 6)
+CHOSEN = {"private": Setting(0.3, 6), "not private": Setting(0.3, 6)}
+"""What ``--tune`` chooses of these for each side."""
+
 UNIT = """
-A demo of the mechanics: the privacy unit is one patch, one of {} overlapping ones cut from one public
-template volume. With patients' scans the unit would have to be the patient.
+What is protected: one patch of {} that overlap, cut from one public template volume. Patches of a template are
+not patients, and this epsilon says nothing about a person. Settings of both sides were chosen on the validation part,
+which it does not cover. The second demo, examples/volumes.py, trains per patient.
 """
 
 Sample = dict[str, Tensor]
@@ -48,10 +58,11 @@ Sample = dict[str, Tensor]
 
 @dataclass
 class Run:
-    """What one training run leaves behind: a row per epoch and its last prediction of the slab."""
+    """What one training run leaves behind: a row per epoch, and how the test slab is predicted in the end."""
 
     name: str
     rows: list[dict[str, float]] = field(default_factory=list)
+    dice: float = 0.0
     prediction: Tensor = field(default_factory=lambda: torch.empty(0))
     seconds: float = 0.0
 
@@ -63,6 +74,8 @@ def load_volume() -> tuple[Tensor, Tensor]:
         image: ``[x, y, z]`` float32, shifted and scaled by fixed numbers, not by statistics of the data.
         label: ``[x, y, z]`` int64, the likeliest of :data:`CLASSES`.
     """
+    from nilearn import datasets  # here, so that all else can be used without it
+
     names = ("load_mni152_template", "load_mni152_gm_template", "load_mni152_wm_template")
     # 1 mm is the resolution the files have: nothing is downloaded, nothing resampled.
     t1, grey, white = (np.asarray(getattr(datasets, name)(resolution=1).dataobj) for name in names)
@@ -78,12 +91,12 @@ def cut(image: Tensor, label: Tensor, corner: tuple[int, int, int]) -> Sample:
 
 
 def training_patches(image: Tensor, label: Tensor, count: int, seed: int) -> list[Sample]:
-    """Draw ``count`` patches outside the slab, each at least a quarter of grey or white matter."""
+    """Draw ``count`` patches outside the slabs, each at least a quarter of grey or white matter."""
     draw = torch.Generator().manual_seed(seed)
     patches: list[Sample] = []
     while len(patches) < count:
         x, y, z = (int(torch.randint(size - PATCH + 1, (), generator=draw)) for size in image.shape)
-        if y + PATCH > SLAB.start and y < SLAB.stop:
+        if any(y + PATCH > slab.start and y < slab.stop for slab in SLABS.values()):
             continue
         patch = cut(image, label, (x, y, z))
         if (patch["label"] > 0).float().mean() >= 0.25:
@@ -91,10 +104,10 @@ def training_patches(image: Tensor, label: Tensor, count: int, seed: int) -> lis
     return patches
 
 
-def validation_tiles(image: Tensor, label: Tensor) -> Sample:
-    """Cut the slab into tiles that do not overlap: ``[tiles, 1, PATCH, PATCH, PATCH]`` each."""
+def tiles_of(image: Tensor, label: Tensor, slab: slice) -> Sample:
+    """Cut a slab into tiles that do not overlap: ``[tiles, 1, PATCH, PATCH, PATCH]`` each."""
     starts = [range(0, size, PATCH) for size in (image.shape[0], image.shape[2])]
-    tiles = [cut(image, label, (x, SLAB.start, z)) for x in starts[0] for z in starts[1]]
+    tiles = [cut(image, label, (x, slab.start, z)) for x in starts[0] for z in starts[1]]
     return {key: torch.stack([tile[key] for tile in tiles]) for key in ("image", "label")}
 
 
@@ -104,8 +117,8 @@ def middle_slice(tiles: Tensor) -> Tensor:
     return grid.transpose(1, 2).reshape(10 * PATCH, 10 * PATCH).T.flip(0)
 
 
-def validate(model: nn.Module, tiles: Sample) -> tuple[float, Tensor]:
-    """Predict the slab.
+def predict(model: nn.Module, tiles: Sample) -> tuple[float, Tensor]:
+    """Predict a slab.
 
     Returns:
         Dice over the whole slab, averaged over grey and white matter, and the predicted classes.
@@ -131,13 +144,12 @@ def train(
     epochs: int,
     steps: int,
     name: str,
-    epsilon: Callable[[], float],
+    every: int = 1,
 ) -> Run:
-    """Train and record; nothing in here knows about privacy, and both runs come through here."""
+    """Train, and validate after every few epochs; nothing in here knows about privacy, and both sides come through here."""
     # An epoch is a fixed number of steps, as in nnU-Net: a pass over all patches would outlast a demo.
     run, start = Run(name), time.perf_counter()
     model.train()
-    print(f"\n{name}\nepoch    loss    Dice   epsilon")
     with tqdm(total=epochs * steps, desc=name, unit="step") as bar:
         for epoch in range(1, epochs + 1):
             losses = []
@@ -148,10 +160,10 @@ def train(
                 optimizer.step()
                 losses.append(loss.item())
                 bar.update()
-            dice, run.prediction = validate(model, tiles)
-            row = {"epoch": epoch, "loss": float(np.mean(losses)), "dice": dice, "epsilon": epsilon()}
-            run.rows.append(row)
-            bar.write("{epoch:5d} {loss:7.3f} {dice:7.3f} {epsilon:9.2f}".format(**row))
+            if epoch % every == 0 or epoch == epochs:
+                row = {"epoch": epoch, "loss": float(np.mean(losses)), "dice": predict(model, tiles)[0]}
+                run.rows.append(row)
+                bar.write("epoch {epoch}: loss {loss:.3f}, validation Dice {dice:.3f}".format(**row), sys.stderr)
     run.seconds = time.perf_counter() - start
     return run
 
@@ -176,7 +188,7 @@ def ask_opacus(model: nn.Module, loader: DataLoader[Sample]) -> str:
 
 
 def draw(path: Path, runs: list[Run], tiles: Sample) -> None:
-    """Draw the Dice curves, and the middle slice of the slab: image, truth and both predictions."""
+    """Draw the Dice curves, and the middle slice of the test slab: image, truth and both predictions."""
     figure = plt.figure(figsize=(12, 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
     curves = above.subplots()
@@ -202,11 +214,10 @@ def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=6, help="epochs")
+    add("--tune", action="store_true", help="train the whole grid for both sides, and print what is chosen")
     add("--steps", type=int, default=5, help="steps per epoch")
     add("--patches", type=int, default=4000, help="training samples")
     add("--batch-size", type=int, default=16, help="expected batch size")
-    add("--lr", type=float, default=0.1, help="learning rate of both runs")
     add("--noise-multiplier", type=float, default=0.5, help="noise as a multiple of the clip norm")
     add("--max-grad-norm", type=float, default=1.0, help="clip norm of a sample's gradient")
     add("--delta", type=float, default=1e-5, help="delta of the guarantee")
@@ -215,50 +226,88 @@ def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(None if arguments is None else list(arguments))
 
 
-def fresh(
-    patches: list[Sample], args: argparse.Namespace
-) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Sample]]:
-    """Build what a training script has: model, optimizer and loader, the same for every call."""
-    torch.manual_seed(args.seed)
-    model = VNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    return model, optimizer, DataLoader(patches, batch_size=args.batch_size, shuffle=True)
+class Demo:
+    """Data and settings, from which both sides are trained.
+
+    Args:
+        args: the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        image, label = load_volume()
+        self.patches = training_patches(image, label, args.patches, args.seed)
+        self.tiles = {part: tiles_of(image, label, slab) for part, slab in SLABS.items()}
+        self.criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def fresh(self, lr: float) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Sample]]:
+        """Build what a training script has: model, optimizer and loader, the same for every call."""
+        torch.manual_seed(self.args.seed)
+        model = VNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES))
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        return model, optimizer, DataLoader(self.patches, batch_size=self.args.batch_size, shuffle=True)
+
+    def private(self, lr: float) -> dpfix.PrivateTraining:
+        """The one call that makes it private."""
+        model, optimizer, loader = self.fresh(lr)
+        return dpfix.make_private_safe(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=self.args.noise_multiplier,
+            max_grad_norm=self.args.max_grad_norm,
+            criterion=self.criterion,
+        )
+
+    def train(self, objects: Iterable[Any], name: str, epochs: int, every: int = 1) -> Run:
+        """Train model, optimizer and loader."""
+        tiles, steps = self.tiles["validation"], self.args.steps
+        return train(
+            *objects, criterion=self.criterion, tiles=tiles, epochs=epochs, steps=steps, name=name, every=every
+        )
+
+    def dice_by_epochs(self, side: str, lr: float) -> Mapping[int, float]:
+        """One line of the grid."""
+        objects = self.private(lr) if side == "private" else self.fresh(lr)
+        run = self.train(objects, side, EPOCHS[-1], EPOCHS[0])
+        return {int(row["epoch"]): row["dice"] for row in run.rows}
+
+    def run(self) -> None:
+        """Train both sides with what was chosen for them."""
+        args, start = self.args, time.perf_counter()
+        model, _, loader = self.fresh(0.1)
+        print("Plain Opacus, this model:\n ", ask_opacus(model, loader))
+        print("Plain Opacus, after its own ModuleValidator.fix:\n ", ask_opacus(ModuleValidator.fix(model), loader))
+        print(UNIT.format(args.patches))
+        runs = []
+        private = self.private(CHOSEN["private"].lr)
+        print(f"{private.report}\n\nRepaired, proven and timed in {time.perf_counter() - start:.0f} s.\n")
+        for side, setting in CHOSEN.items():
+            objects = private if side == "private" else self.fresh(setting.lr)
+            run = self.train(objects, side, setting.epochs, every=2)
+            run.dice, run.prediction = predict(next(iter(objects)), self.tiles["test"])
+            epsilon = private.get_epsilon(args.delta) if objects is private else float("inf")
+            print(
+                f"{side}: learning rate {setting.lr:g}, {setting.epochs} epochs, epsilon {epsilon:.2f}, "
+                f"validation Dice {run.rows[-1]['dice']:.3f}, test Dice {run.dice:.3f}, {run.seconds:.0f} s"
+            )
+            runs.append(run)
+        draw(args.out, runs, self.tiles["test"])
+        print(f"\n{private.statement(args.delta)}")
 
 
 def main() -> None:
     """Run the demo."""
+    start = time.perf_counter()
     args = parse()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     warnings.filterwarnings("ignore", message="Secure RNG turned off")  # the statement says so
-    image, label = load_volume()
-    patches = training_patches(image, label, args.patches, args.seed)
-    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
-    settings = {"criterion": criterion, "tiles": validation_tiles(image, label)}
-    settings |= {"epochs": args.epochs, "steps": args.steps}
-
-    model, optimizer, loader = fresh(patches, args)
-    print("Plain Opacus, this model:\n ", ask_opacus(model, loader))
-    print("Plain Opacus, after its own ModuleValidator.fix:\n ", ask_opacus(ModuleValidator.fix(model), loader))
-    print(UNIT.format(args.patches))
-
-    start = time.perf_counter()
-    result = dpfix.make_private_safe(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=args.noise_multiplier,
-        max_grad_norm=args.max_grad_norm,
-        criterion=criterion,
-    )
-    print(f"{result.report}\n\nRepaired, proven and timed in {time.perf_counter() - start:.0f} s.")
-    private = train(*result, name="private", epsilon=lambda: result.get_epsilon(args.delta), **settings)
-    statement = result.statement(args.delta)
-
-    ordinary = train(*fresh(patches, args), name="not private", epsilon=lambda: float("inf"), **settings)
-    draw(args.out, [private, ordinary], settings["tiles"])
-    for run in (private, ordinary):
-        print(f"{run.name}: Dice {run.rows[-1]['dice']:.3f} after {run.seconds:.0f} s")
-    print(f"\n{statement}")
+    demo = Demo(args)
+    if args.tune:
+        tune(demo.dice_by_epochs, RATES)
+    else:
+        demo.run()
+    print(f"\nAll in all {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
 
 
 if __name__ == "__main__":

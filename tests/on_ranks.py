@@ -181,6 +181,31 @@ def habitual(module: nn.Module | None = None, **options: Any) -> DistributedData
     return model
 
 
+def sent(work: Callable[[], Any]) -> int:
+    """How many messages the ranks exchange in some work, whoever sends them."""
+    with torch.autograd.profiler.profile() as recorded:
+        work()
+    return sum(event.name.startswith("gloo:") for event in recorded.function_events or ())
+
+
+def messages() -> dict[str, Any]:
+    """Messages of a batch in parts: of every model call and backward pass, of every step, and of torch's own wrapper."""
+    model, optimizer, loader = dpfix.make_private_safe(
+        **call(module=habitual(), batch_size=20, max_physical_batch_size=4)
+    )
+    parts, released, last = [], [], []
+    optimizer.attach_step_hook(lambda _: last.append(len(parts)))
+    for batch in loader:
+        optimizer.zero_grad()
+        backward = sent(lambda batch=batch: step(model, batch).backward())
+        before = len(last)
+        parts.append((backward, sent(optimizer.step)))
+        released.append(len(last) > before)
+    own = DistributedDataParallel(network())
+    ordinary = sent(lambda: step(own, digits(4)[:]).backward())
+    return {"parts": parts, "released": released, "ordinary": ordinary, "tensors": len(list(own.parameters()))}
+
+
 def by_habit(rank: int, size: int) -> dict[str, Any]:
     """Trainings of a model in torch's own wrapper."""
     found = {mode: train(call(module=habitual(), grad_sample_mode=mode), 3) for mode in ("vmap", "hooks")}
@@ -190,6 +215,7 @@ def by_habit(rank: int, size: int) -> dict[str, Any]:
     found["parts found"] = train(call(module=habitual(), batch_size=20, max_physical_batch_size="auto"), 3)
     found["noise"] = train(call(module=habitual(), noise_multiplier=2.0, seed=None), 6)
     found["without a wrapper"] = train(call(module=habitual(), wrap_model=False), 3)
+    found["messages"] = messages()
     kept = habitual(gradient_as_bucket_view=True)
     found["the script's own object is called"] = train(call(module=kept), 3, called=kept)
     with kept.no_sync():
@@ -370,7 +396,7 @@ class Gated(nn.Module):
         return self.net(seen + (other.detach() if self.cuts else other))
 
 
-def loop(training: dpfix.PrivateTraining, batches: Iterable[Any]) -> None:
+def loop(training: Any, batches: Iterable[Any]) -> None:
     """The training loop."""
     for batch in batches:
         training[1].zero_grad()
@@ -381,12 +407,13 @@ def loop(training: dpfix.PrivateTraining, batches: Iterable[Any]) -> None:
 def misuse(given: dict[str, Any], act: Callable[[dpfix.PrivateTraining], None]) -> dict[str, Any]:
     """How a step ends that one rank does not make as the others do, and whether it was released."""
     training = dpfix.make_private_safe(**given)
-    before = [weights(training[0])]
-    training[0].register_forward_pre_hook(lambda *_: before.append(weights(training[0])))
+    model = training[0] if given.get("wrap_model", True) else given["module"]
+    before = [weights(model)]
+    model.register_forward_pre_hook(lambda *_: before.append(weights(model)))
     try:
         act(training)
     except dpfix.DPFixError as error:
-        kept = all(torch.equal(v, before[-1][k]) for k, v in weights(training[0]).items())
+        kept = all(torch.equal(v, before[-1][k]) for k, v in weights(model).items())
         return {"error": type(error).__name__, "text": str(error), "kept": kept}
     return {"error": "", "text": "", "kept": False}
 
@@ -427,6 +454,13 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
             next(iter(training[2]))
         loop(training, training[2])
 
+    def wrap(training: dpfix.PrivateTraining) -> None:
+        wrapped = DistributedDataParallel(training[0])
+        loop((wrapped, *tuple(training)[1:]), training[2])
+
+    def wrap_inside(training: dpfix.PrivateTraining) -> None:
+        loop((DistributedDataParallel(plain), *tuple(training)[1:]), training[2])
+
     def noise_of(number: int) -> Callable[[dpfix.PrivateTraining], None]:
         """All ranks add noise as that rank does."""
 
@@ -436,8 +470,12 @@ def misuses(rank: int, size: int) -> dict[str, Any]:
 
         return act
 
-    gated = Gated()
+    gated, plain = Gated(), network(0)
     found = {
+        "wrapped afterwards": misuse(call(module=network(0), grad_sample_mode="bookkeeping"), wrap),
+        "wrapped afterwards, hooks": misuse(
+            call(module=plain, grad_sample_mode="hooks", wrap_model=False), wrap_inside
+        ),
         "region": misuse(call(module=DPDDP(gated)), region),
         "left out": misuse(call(batch_size=20), leave_out),
         "not finite": misuse(call(batch_size=20), not_finite),
@@ -530,6 +568,20 @@ def checkpoint(rank: int, size: int) -> dict[str, Any]:
     return {"run": {"states": states, "draws": draws}, "history": history, "told": [str(w.message) for w in told]}
 
 
+def with_accelerate(rank: int, size: int) -> dict[str, Any]:
+    """A model that accelerate has prepared before the call, and one that it prepares afterwards."""
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), network(0)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))
+    found = {"before": train(call(module=prepared, optimizer=optimizer, grad_sample_mode="bookkeeping"), 3)}
+
+    def afterwards(training: dpfix.PrivateTraining) -> None:
+        loop((accelerator.prepare(training[0]), training[1], training[2]), training[2])
+
+    return found | {"afterwards": misuse(call(module=network(0), grad_sample_mode="bookkeeping"), afterwards)}
+
+
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "trainings": trainings,
     "by habit": by_habit,
@@ -539,6 +591,7 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "budgets": budgets,
     "death": death,
     "checkpoint": checkpoint,
+    "accelerate": with_accelerate,
 }
 
 

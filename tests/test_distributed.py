@@ -142,12 +142,36 @@ def test_the_ranks_agree_on_the_size_of_physical_batches(by_habit: Seen) -> None
     assert len(sizes["parts found"]) == 1 and None not in sizes["parts found"]
 
 
+def test_nothing_is_sent_before_a_batch_is_released(by_habit: Seen) -> None:
+    """Neither while backward runs nor in the steps of the other physical batches; then one message for every parameter."""
+    for rank in by_habit:
+        seen = rank["messages"]
+        assert seen["ordinary"] > 0, "the messages of torch's wrapper are not seen: the test shows nothing"
+        assert True in seen["released"] and False in seen["released"]
+        for (backward, stepped), released in zip(seen["parts"], seen["released"], strict=True):
+            assert (backward, stepped) == (0, seen["tensors"] + 2 if released else 0)
+
+
 def test_torchs_wrapper_stays_the_scripts_object(by_habit: Seen) -> None:
     assert all(rank["kept"] == {"module": True, "ranks": False} for rank in by_habit)
 
 
 def test_the_noise_of_a_model_in_torchs_wrapper_is_added_once(by_habit: Seen) -> None:
     assert noise_in(by_habit, "noise") == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.slow
+def test_what_accelerate_prepares_before_the_call_is_trained_on_all_ranks(tmp_path: Path) -> None:
+    """And what it prepares afterwards is refused."""
+    pytest.importorskip("accelerate")
+    seen = launch("accelerate", tmp_path)
+    for drawn, before, after in steps(seen, "before"):
+        for key, total in wanted(before, drawn).items():
+            moved = before[key].double() - after[key].double()
+            assert torch.allclose(moved, on_ranks.RATE / 6 * total, rtol=1e-4, atol=1e-6), key
+    for rank in seen:
+        assert rank["afterwards"]["error"] == "MisuseError" and rank["afterwards"]["kept"]
+        assert "prepare the model before the call" in rank["afterwards"]["text"]
 
 
 @pytest.mark.parametrize("ranks", SOME_RANKS)
@@ -323,6 +347,8 @@ def test_what_one_rank_cannot_do_no_rank_does(refused: Seen, name: str, errors: 
         ("peek", ("RankError",) * 2, "the pass over the data_loader is "),
         ("noise on every rank", ("RankError", "NoiseError"), ""),
         ("noise on no rank", ("NoiseError", "RankError"), ""),
+        ("wrapped afterwards", ("MisuseError",) * 2, "was put around it after the call"),
+        ("wrapped afterwards, hooks", ("MisuseError",) * 2, "was put around it after the call"),
     ],
 )
 def test_a_step_that_one_rank_does_not_make_is_released_nowhere(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 def quiet() -> None:
@@ -63,6 +64,28 @@ def operations(work: Callable[[], Any]) -> int:
     with _Count() as count:
         work()
     return count.calls
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        if func.overloadpacket in flop_registry:
+            kind = next(t.dtype for t in args if isinstance(t, Tensor))
+            count = flop_registry[func.overloadpacket](*args, **given, out_val=result)
+            self.found[kind] = self.found.get(kind, 0) + count
+        return result
+
+
+def products(work: Callable[[], Any]) -> dict[torch.dtype, int]:
+    """Operations in products of matrices, as ``torch.utils.flop_counter`` counts them, by the type of the factors."""
+    with _Products() as seen:
+        work()
+    return seen.found
 
 
 def resident_bytes() -> int:

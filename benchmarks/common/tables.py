@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-BEGINS, ENDS = "<!-- table begins -->", "<!-- table ends -->"
-"""What a script writes into a page stands between these."""
+MARK = "table"
+"""What a script writes into a page stands between two comments with this word, or another one where there are several."""
 
 
 def row(*cells: object) -> str:
@@ -18,18 +18,24 @@ def head(*titles: str) -> list[str]:
     return [row(*titles), "|" + "---|" * len(titles)]
 
 
-def written(page: Path) -> str:
+def written(page: Path, mark: str = MARK) -> str:
     """What a script has written into a page."""
-    return page.read_text().partition(BEGINS)[2].partition(ENDS)[0].strip()
+    begins, ends = _comments(mark)
+    return page.read_text().partition(begins)[2].partition(ends)[0].strip()
 
 
-def write(page: Path, lines: Iterable[str]) -> None:
+def write(page: Path, lines: Iterable[str], mark: str = MARK) -> None:
     """Put lines into a page, in the place of those that are there."""
-    before, begins, rest = page.read_text().partition(BEGINS)
-    _, ends, after = rest.partition(ENDS)
-    if not begins or not ends:
-        raise ValueError(f"{page} has no line {BEGINS}, and {ENDS} after it")
-    page.write_text(before + "\n".join([BEGINS, *lines, ENDS]) + after)
+    begins, ends = _comments(mark)
+    before, found, rest = page.read_text().partition(begins)
+    _, end, after = rest.partition(ends)
+    if not found or not end:
+        raise ValueError(f"{page} has no line {begins}, and {ends} after it")
+    page.write_text(before + "\n".join([begins, *lines, ends]) + after)
+
+
+def _comments(mark: str) -> tuple[str, str]:
+    return f"<!-- {mark} begins -->", f"<!-- {mark} ends -->"
 
 
 def short(text: str, length: int, end: str = " ...") -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dpfix.cli.parsers import Commands
+from dpfix.cli.progress import progress
 
 
 def add(commands: Commands) -> None:
@@ -23,7 +24,8 @@ def add(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from dpfix.integrations.nnunet.doctor import diagnose_installation
 
-    remarks = diagnose_installation(dataset=options.dataset, plans=options.plans)
+    with progress("dpfix nnunet doctor: the installation"):
+        remarks = diagnose_installation(dataset=options.dataset, plans=options.plans)
     print("\n".join(map(str, remarks)) or "nothing to remark")
     return int(any(remark.wrong for remark in remarks))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpfix.cli.parsers import Commands
+from dpfix.cli.progress import progress
 
 
 def add(commands: Commands) -> None:
@@ -34,14 +35,15 @@ def add(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from dpfix.training.planning import plan
 
-    plans = plan(
-        samples=options.samples,
-        epochs=options.epochs,
-        batch_sizes=options.batch_size,
-        target_epsilon=options.epsilon,
-        target_delta=options.delta,
-        sampling=options.sampling,
-    )
+    with progress("dpfix plan: the noise of every batch size"):
+        plans = plan(
+            samples=options.samples,
+            epochs=options.epochs,
+            batch_sizes=options.batch_size,
+            target_epsilon=options.epsilon,
+            target_delta=options.delta,
+            sampling=options.sampling,
+        )
     if options.seconds_per_sample is not None:
         plans = plans.timed(options.seconds_per_sample)
     if options.picture is not None:

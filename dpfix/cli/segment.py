@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dpfix.cli.parsers import Commands
+from dpfix.cli.progress import progress
 
 
 def add(commands: Commands) -> None:
@@ -28,13 +29,14 @@ def add(commands: Commands) -> None:
 def _ensemble(options: argparse.Namespace) -> int:
     from dpfix.segmentation import ensemble_folders
 
-    written = ensemble_folders(
-        options.folders,
-        options.output,
-        kind=options.kind,
-        regions_class_order=options.regions_class_order,
-        weights=options.weights,
-        save_probabilities=options.save_probabilities,
-    )
+    with progress(f"dpfix segment ensemble: writing to {options.output}"):
+        written = ensemble_folders(
+            options.folders,
+            options.output,
+            kind=options.kind,
+            regions_class_order=options.regions_class_order,
+            weights=options.weights,
+            save_probabilities=options.save_probabilities,
+        )
     print(f"{len(written)} case(s) from {len(options.folders)} model(s) written to {options.output}")
     return 0

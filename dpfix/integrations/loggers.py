@@ -21,7 +21,8 @@ def log_epsilon(
         private: the training.
         to: a ``SummaryWriter``; ``wandb`` or a run of it; ``mlflow``; a logger of Lightning; or a function of metrics and step.
         delta: see :meth:`PrivateTraining.get_epsilon`.
-        step: what stands on the axis; the number of private steps if not given.
+        step: what stands on the axis; if not given, the number of private steps, and in Weights & Biases, which ignores what
+            comes after a later step, its own step.
         prefix: in front of the names, for example ``"privacy/"``.
 
     Returns:
@@ -30,7 +31,7 @@ def log_epsilon(
     Raises:
         ArgumentError: ``to`` is no logger.
     """
-    write = _writer(to)
+    write = _writer(to, step)
     statement = private.statement(delta)
     metrics = {"epsilon": statement.epsilon, "delta": statement.delta, "private_steps": float(statement.steps)}
     named = {f"{prefix}{name}": value for name, value in metrics.items()}
@@ -38,8 +39,8 @@ def log_epsilon(
     return named
 
 
-def _writer(to: Any) -> Callable[[Mapping[str, float], int], Any]:
-    """How metrics are written to a logger, by what it can."""
+def _writer(to: Any, asked: int | None) -> Callable[[Mapping[str, float], int], Any]:
+    """How metrics are written to a logger, by what it can; ``asked`` is the step that the caller asked for."""
     if hasattr(to, "add_scalar"):  # TensorBoard
 
         def one_by_one(metrics: Mapping[str, float], step: int) -> None:
@@ -50,7 +51,7 @@ def _writer(to: Any) -> Callable[[Mapping[str, float], int], Any]:
     if hasattr(to, "log_metrics"):  # MLflow, and loggers of Lightning
         return lambda metrics, step: to.log_metrics(dict(metrics), step=step)
     if hasattr(to, "log"):  # Weights & Biases
-        return lambda metrics, step: to.log(dict(metrics), step=step)
+        return lambda metrics, step: to.log(dict(metrics), step=asked)
     if callable(to):
         return to
     raise ArgumentError(

@@ -75,7 +75,8 @@ def verdict(report: Report) -> str:
     """Whether the model can be trained privately, and what that rests on."""
     stopped, shown = len(report.refusals), sum(bool(proof.claim) for proof in report.proofs)
     if stopped:
-        return f"refused: {_count(stopped, 'finding stops', 'findings stop')} private training; nothing was changed"
+        unchanged = "" if report.engine else "; nothing was changed"
+        return f"refused: {_count(stopped, 'finding stops', 'findings stop')} private training{unchanged}"
     if not report.engine:
         return "not decided yet: the first real step decides"
     if not shown or any(e.engine == report.engine and e.max_error is None for e in report.evidence):

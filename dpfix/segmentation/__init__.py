@@ -1,4 +1,4 @@
-"""Segmentation: probabilities averaged once, regions and labels, Dice per case."""
+"""Segmentation: probabilities averaged once, regions and labels, voxels to ignore, Dice per case."""
 
 from dpfix.segmentation.ensemble import (
     EnsembledCases,
@@ -7,11 +7,13 @@ from dpfix.segmentation.ensemble import (
 )
 from dpfix.segmentation.folders import ensemble_folders
 from dpfix.segmentation.inference import predict_probabilities
+from dpfix.segmentation.labelled import LabelledVoxelsLoss
 from dpfix.segmentation.regions import Regions, region_dice
 from dpfix.segmentation.values import check_probabilities
 
 __all__ = [
     "EnsembledCases",
+    "LabelledVoxelsLoss",
     "Regions",
     "check_probabilities",
     "ensemble_folders",

@@ -15,6 +15,7 @@ from dpfix.errors import ArgumentError, SegmentationError
 from dpfix.segmentation.ensemble import EnsembledCases, ensemble_probabilities, segmentation_from_probabilities
 from dpfix.segmentation.images import write_segmentation
 from dpfix.segmentation.members import SAME_CLASSES
+from dpfix.segmentation.regions import Regions
 
 
 def ensemble_folders(
@@ -45,7 +46,7 @@ def ensemble_folders(
         The label maps that were written.
 
     Raises:
-        ArgumentError: a folder does not exist, or the kind is not known.
+        ArgumentError: a folder does not exist, or the kind is not known, or that of regions without their order.
     """
     paths = [Path(folder) for folder in folders]
     for path in paths:
@@ -60,8 +61,9 @@ def ensemble_folders(
         regions_class_order = dataset.get("regions_class_order")
     if kind == "regions" and regions_class_order is None:
         raise ArgumentError(
-            "regions_class_order is not known: no dataset.json with it in the first folder.",
-            help="Pass the label of every region.",
+            "regions_class_order is not known.",
+            _why_no_order(paths[0], dataset),
+            "Or pass the label of every region, in the order of the classes: regions_class_order=, --regions-class-order.",
             path="regions_class_order",
         )
     cases: EnsembledCases = ensemble_probabilities(paths, kind=kind, weights=weights)
@@ -72,6 +74,16 @@ def ensemble_folders(
     ending = dataset.get("file_ending", ".nii.gz")
     order = regions_class_order if kind == "regions" else None
     return [_write(cases, case, target, ending, order, save_probabilities) for case in _shown(cases, progress)]
+
+
+def _why_no_order(folder: Path, dataset: Mapping[str, Any]) -> str:
+    if not dataset:
+        return f"{folder} has no dataset.json."
+    try:
+        Regions.from_dataset_json(dataset)
+    except SegmentationError as error:
+        return f"{folder}: {error}"
+    return ""
 
 
 def _write(

@@ -82,7 +82,8 @@ def _check_sums(values: np.ndarray, kind: str, name: str) -> None:
         raise SegmentationError(
             f"{name} was taken for labels, but its {classes} classes sum up to {low:.4g} to {high:.4g} per voxel instead of "
             "1.",
-            help="Pass kind='regions' if the model was trained on regions.",
+            help="If the model was trained on regions, pass kind='regions', and for a label map regions_class_order=, the label "
+            "of every region.",
             path=name,
         )
     if kind == "regions" and classes > 1 and low > 0.999 and high < 1.001:

@@ -169,6 +169,13 @@ def _transparent_wrapper_class(cls: type[Any]) -> type[Any]:
             note(self._module.parameters())
             return _not_in_training, (plain_copy(self._module), self.loss_reduction, self.training)
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            begun = memo.get(id(self._module))  # a model that holds its own wrapper is being copied
+            if begun is not None:
+                return begun
+            made, given = self.__reduce_ex__(4)
+            return made(*given)
+
     return _named_like(Transparent, cls)
 
 

@@ -22,7 +22,7 @@ from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.noise import ProvenNoise
 from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer, StepsInside
 from dpfix.training.guards.parameter_writes import ParameterWrites
-from dpfix.training.guards.ranks import RanksAgree
+from dpfix.training.guards.ranks import RanksAgree, WrappedBefore
 from dpfix.training.guards.real_steps import Following, RealSteps
 from dpfix.training.guards.scratch import ScratchPutBack
 from dpfix.training.guards.shards import ShardsHeld
@@ -93,6 +93,7 @@ class StepGuard:
             self.regions,
             WithinBudget(guarded),
             self.ranks,
+            WrappedBefore(guarded),
             self.others,
         )
         known: tuple[Any, ...] = () if earlier is None else earlier.checks

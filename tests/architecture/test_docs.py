@@ -14,7 +14,7 @@ from types import ModuleType
 import opacus
 import pytest
 
-from benchmarks import opacus_comparison
+from benchmarks import opacus_comparison, real_scripts
 from benchmarks.common import tables
 from dpfix.report.statement import NOT_COVERED
 from dpfix.rules import RULES
@@ -134,6 +134,8 @@ def test_readme_shows_the_measured_table() -> None:
     table = tables.written(ROOT / "README.md")
     assert table and table in (ROOT / "docs/comparison.md").read_text()
     assert [row for row, *_ in opacus_comparison.SETUPS if f"| {row} |" not in table] == []
+    scripts = tables.written(ROOT / "README.md", real_scripts.MARK)
+    assert [row for row, *_ in real_scripts.SCRIPTS if f"| {row} |" not in scripts] == []
     assert "**wrong**" not in table
 
 

@@ -24,7 +24,7 @@ def test_the_page_has_every_part_and_nothing_wrong() -> None:
 
 def test_sections_are_replaced_one_by_one(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{tables.BEGINS}\n{tables.ENDS}\nafter\n")
+    page.write_text("before\n<!-- table begins -->\n<!-- table ends -->\nafter\n")
     soak.write(page, {"Noise": ["", "old", ""]})
     soak.write(page, {"Kills while saving": ["", "none", ""], "Noise": ["", "new", ""]})
     assert tables.written(page) == "## Kills while saving\n\nnone\n\n## Noise\n\nnew"

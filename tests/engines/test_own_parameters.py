@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.engines.bookkeeping.own_parameters import OwnParametersForward
@@ -283,58 +281,3 @@ def test_a_use_that_was_not_shown_stops_the_step(way: str) -> None:
             STEP.loss(model, probe.batch).backward()
     finally:
         handle.detach()
-
-
-# ------------------------------------------------------------------ operations
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-class ViT(nn.Module):
-    """A vision transformer whose root owns the token and the positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.norm, self.head = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 4)
-        self.cls, self.pos = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.randn(1, 5, 16))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
-
-
-def operations(samples: int) -> int:
-    torch.manual_seed(0)
-    model = ViT().double().train()
-    plan, _ = plan_for(model, probe_of(floats(3, 8, 8)))
-    handle = Bookkeeping().attach(model, plan)
-    try:
-        counted = Operations()
-        for mode in (nullcontext(), counted):  # the first step tries ways out
-            with mode:
-                STEP.loss(model, (torch.randn(samples, 3, 8, 8, dtype=torch.float64),)).backward()
-                handle.clip_and_accumulate(list(model.parameters()), 1.0)
-                handle.finish()
-        return counted.count
-    finally:
-        handle.detach()
-
-
-def test_operations_do_not_depend_on_the_number_of_samples() -> None:
-    assert operations(4) == operations(32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,13 @@ def private(data: Any, clip_norm: float, **changes: Any) -> tuple[nn.Module, dpf
     model = Net()
     arguments: dict[str, Any] = {
         "data_loader": DataLoader(data, batch_size=len(data)),
+        "training_step": step,
         "noise_multiplier": 0.0,
         "poisson_sampling": False,
     }
     training = dpfix.make_private_safe(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        training_step=step,
         max_grad_norm=clip_norm,
         wrap_model=False,
         **(arguments | changes),
@@ -198,6 +199,43 @@ def test_an_empty_draw_adds_noise_and_is_counted() -> None:
                 empty += 1
                 assert 0.1 < float(moved.std()) < 3
     assert training.statement(1e-2).steps == steps
+
+
+def mean_of_labelled(output: list[Tensor], target: list[Tensor]) -> Tensor:
+    """As nnU-Net with an ignore label: the mean over all voxels of its batch that are labelled, 0 if there is none."""
+    truth, ignored = target[0][:, :1].to(output[0]), target[0][:, 1:]
+    each = nn.functional.binary_cross_entropy_with_logits(output[0], truth, reduction="none")
+    return (each * ~ignored).sum() / (~ignored).sum().clip(min=1e-8)
+
+
+def unlabelled_batch(patients: int, patches: int = 2) -> dict[str, Any]:
+    """Patients of whom everything, nothing, a part of one patch, ... is labelled."""
+    torch.manual_seed(3)
+    data, ignored = torch.randn(patients, patches, 1, 8, 8), torch.zeros(patients, patches, 1, 8, 8, dtype=torch.bool)
+    ignored[1], ignored[2, 0], ignored[3, :, :, 1:] = True, True, True
+    return {"data": data, "target": [torch.cat([data > 0, ignored], 2), torch.zeros(patients, patches, 1, 4, 4)]}
+
+
+def test_ignored_voxels_of_a_patient_are_nobody_elses() -> None:
+    """The sum that is released is that of the patients' gradients, each over the labelled voxels of her own."""
+
+    def of_labelled(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return mean_over_patients(mean_of_labelled, model(batch["data"].flatten(0, 1)), batch["target"])
+
+    batch = unlabelled_batch(4)
+    data = [{"data": batch["data"][i], "target": [t[i] for t in batch["target"]]} for i in range(4)]
+    model, (_, optimizer, loader) = private(data, 0.01, training_step=of_labelled)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    for drawn in loader:
+        optimizer.zero_grad()
+        of_labelled(model, drawn).backward()
+        optimizer.step()
+    moved = (before - torch.cat([p.detach().flatten() for p in model.parameters()])) * 4
+    torch.manual_seed(5)
+    alone = [{"data": batch["data"][i : i + 1], "target": [t[i : i + 1] for t in batch["target"]]} for i in range(4)]
+    total = clipped_sum(gradients_one_by_one(Net(), of_labelled, alone), 0.01)
+    expected = torch.cat([g.flatten() for g in total.values()]).float()
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_batch_dice_over_patients_would_be_refused() -> None:
@@ -368,6 +406,29 @@ def test_doctor_reads_plans(version: Callable[[str], None], tmp_path: Path) -> N
     assert wrong == [r for r in remarks if "3d_cascade_fullres" in r]
     assert any("2d has batch_dice" in r for r in remarks) and any("ignore label" in r for r in remarks)
     assert "nowhere" in str(diagnose_installation(environment, tmp_path, "nowhere")[-1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "said"),
+    [
+        ({"WT": [1, 2, 3, 4], "TC": [1, 2, 3], "ET": 1}, [4, 2, 1], None),
+        ({"a": 1, "b": [2]}, None, None),
+        ({"WT": [1, 2], "TC": [2], "ignore": 3}, None, r"no regions_class_order.*\"regions_class_order\": \[1, 2\]"),
+        ({"TC": [2], "WT": [1, 2]}, [2, 1], "label 2 comes back as 1"),
+    ],
+)
+def test_doctor_reads_regions(
+    tmp_path: Path, labels: dict[str, Any], order: list[int] | None, said: str | None
+) -> None:
+    (tmp_path / "nnUNetPlans.json").write_text("{}")
+    given = {"labels": {"background": 0, **labels}} | ({} if order is None else {"regions_class_order": order})
+    (tmp_path / "dataset.json").write_text(json.dumps(given))
+    remarks = [r for r in diagnose_installation({}, tmp_path) if "label" in r.text and "ignore label" not in r.text]
+    if said is None:
+        assert remarks == []
+    else:
+        assert len(remarks) == 1 and re.search(said, remarks[0].text)
+        assert remarks[0].wrong == (order is None)  # nnU-Net stops without one; labels that are lost are worth knowing
 
 
 def test_doctor_on_the_command_line(

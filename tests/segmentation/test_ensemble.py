@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -17,7 +18,17 @@ import dpfix
 from dpfix.__main__ import main
 from dpfix.segmentation import check_probabilities, ensemble_probabilities, segmentation_from_probabilities
 from dpfix.segmentation.folders import ensemble_folders
-from tests.segmentation.exports import LABELS, ORDER, SHAPE, activated, export, probabilities, properties, truth
+from tests.segmentation.exports import (
+    LABELS,
+    ORDER,
+    REGIONS,
+    SHAPE,
+    activated,
+    export,
+    probabilities,
+    properties,
+    truth,
+)
 
 RECORDED = Path(__file__).parent / "nnunetv2.npz"
 """Exports, and what nnunetv2 2.8.1 and 2.6.4 make of them: written by ``benchmarks/nnunet_ensembling.py``."""
@@ -258,6 +269,27 @@ def test_other_labels_are_refused(folders: list[Path], tmp_path: Path) -> None:
     )
     with pytest.raises(dpfix.SegmentationError, match="model_1 has regions_class_order"):
         ensemble_folders(folders, tmp_path / "out")
+
+
+def test_a_missing_order_is_said_so(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in folders:
+        (folder / "dataset.json").write_text(json.dumps({"labels": REGIONS, "file_ending": ".nii.gz"}))
+    command = ["segment", "ensemble", *map(str, folders), "-o", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "region 'whole' = [1, 2, 3], and no regions_class_order" in said
+    assert '"regions_class_order": [1, 2, 3]' in said and "--regions-class-order" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--regions-class-order", "1", "2", "3"]) == 0
+    for folder in folders:
+        (folder / "dataset.json").unlink()
+    with pytest.raises(dpfix.ArgumentError, match=r"regions_class_order is not known.*model_0 has no dataset.json"):
+        ensemble_folders(folders, tmp_path / "out", kind="regions")
+
+
+def test_regions_without_an_order_are_no_labels() -> None:
+    with pytest.raises(dpfix.SegmentationError, match=r"sum up to .*regions_class_order=, the label of every region"):
+        segmentation_from_probabilities(members()[0])
 
 
 def test_folders_without_properties(folders: list[Path], tmp_path: Path) -> None:

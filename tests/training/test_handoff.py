@@ -69,3 +69,14 @@ def test_a_copy_of_a_bare_model_is_not_in_training(duplicate: Callable[[nn.Modul
     other = dpfix.make_private_safe(**setting(copied, optimizer=sgd(copied, 0.1), wrap_model=False))
     assert holder_of(copied) is other[0] and holder_of(model) is training[0]
     assert train((model, *training[1:]), 2) == 2
+
+
+def test_a_model_may_hold_its_own_wrapper() -> None:
+    """As Lightning modules do that are made private in configure_optimizers; what is copied for checks holds the copy."""
+    given = setting(mlp())
+    del given["criterion"]
+    training = dpfix.make_private_safe(**given)
+    given["module"].dp = {"model": training[0]}
+    assert train(training, 2) == 2
+    copied = copy.deepcopy(training[0])
+    assert copied._module.dp["model"] is copied._module and copied._module is not given["module"]

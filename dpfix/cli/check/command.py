@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dpfix.cli.check.factory import check_model
-from dpfix.cli.check.replay import Asked, Say, check_script
+from dpfix.cli.check.replay import Asked, check_script
 from dpfix.cli.check.result import CheckResult
 from dpfix.cli.check.sandbox import Workplace
 from dpfix.cli.check.sarif import sarif
 from dpfix.cli.check.words import words
 from dpfix.cli.parsers import Commands
+from dpfix.cli.progress import progress
 from dpfix.errors import ArgumentError
 
 EXIT_CODES = """exit status:
@@ -87,10 +88,10 @@ def _run(options: argparse.Namespace) -> int:
     _write(options.json, found.as_dict() | {"exit_code": code})
     _write(options.sarif, sarif(found, Path.cwd(), code))
     if options.html is not None:
-        if not found.told.html:
+        if found.report is None:
             print(f"dpfix check: there is no report, and {options.html} is not written", file=sys.stderr)
         else:
-            options.html.write_text(found.told.html)
+            options.html.write_text(found.report.to_html(), encoding="utf-8")
     return code
 
 
@@ -107,10 +108,8 @@ def _script(options: argparse.Namespace) -> CheckResult:
     )
     writable = tuple(str(cwd / path) for path in options.writable)
     asked = Asked(workplace, tuple(options.rest), options.steps, options.timeout, options.records, writable)
-    say = _say()
-    found = check_script(asked, say)
-    say("")
-    return found
+    with progress("dpfix check") as say:
+        return check_script(asked, say)
 
 
 def _model(options: argparse.Namespace) -> CheckResult:
@@ -120,18 +119,8 @@ def _model(options: argparse.Namespace) -> CheckResult:
             help="Pass --input with the shape of a batch, 4,3,32,32 say, once for every argument.",
             path="--input",
         )
-    return check_model(options.target, options.input, options.input_dtype)
-
-
-def _say() -> Say:
-    """Shows what is being done on one line of a terminal; elsewhere nothing is shown."""
-    if not sys.stderr.isatty():
-        return lambda text: None
-
-    def say(text: str) -> None:
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    return say
+    with progress("dpfix check: the audit of a model"):
+        return check_model(options.target, options.input, options.input_dtype)
 
 
 def _write(file: str | None, content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ def check_model(target: str, shapes: Sequence[str], dtypes: Sequence[str]) -> Ch
         status="refused" if report.refusals else "enough",
         located=[Located(finding, *place) for finding in report.findings],
         training={"model": report.model, "engine": report.engine, "parameters": sum(p.numel() for p in trained)},
-        report={"engine": report.engine, "text": str(report), "json": report.to_json()},
-        html=report.to_html(),
+        report=asdict(report),
     )
     status = Status.REFUSED if report.refusals else Status.LOOKED_AT
     return CheckResult(Path(target), told, status)

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -56,6 +56,7 @@ class Recorder:
         self.change = job.change
         self._folder, self._base = Path(job.folder), Path(job.base) if job.base else None
         self._training: PrivateTraining | None = None
+        self._report: Report | None = None
         self._dataset: Any = None
         self._indices: list[int] = []
         self._beside: WeakSet[Optimizer] = WeakSet()
@@ -120,8 +121,9 @@ class Recorder:
             "noise_multiplier": float(optimizer.noise_multiplier),
             "max_grad_norm": optimizer.max_grad_norm,
         }
-        self._since = time.perf_counter()
         self.look_at_report()
+        self.told.write(self._folder)  # a script that is killed in its first step has told what the call found
+        self._since = time.perf_counter()
         return self._training
 
     def look_at_report(self) -> None:
@@ -129,9 +131,11 @@ class Recorder:
         if self._training is None:
             return
         report = self._training.report
+        if report == self._report:
+            return
+        self._report = report
         self.told.training["engine"] = report.engine
-        self.told.report = {"engine": report.engine, "text": str(report), "json": report.to_json()}
-        self.told.html = report.to_html()
+        self.told.report = asdict(report)
         known = [one.finding for one in self.told.located]
         self.told.located += [Located(f, *self._line) for f in report.findings if f not in known]
 
@@ -149,10 +153,9 @@ class Recorder:
     ) -> None:
         if issubclass(category, DPFixWarning):
             found = Finding.advice("DPF048", str(message), "dpfix warned about it while the script ran.")
-            place = self.job.original(filename)
-            self.told.located.append(
-                Located(replace(found, severity=Severity.BLOCKS_TRAINING), place, lineno if place else 0)
-            )
+            file = self.job.original(filename)
+            place = (file, lineno) if file else self.place_of(sys._getframe(1))
+            self.told.located.append(Located(replace(found, severity=Severity.BLOCKS_TRAINING), *place))
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
     # ------------------------------------------------------------------ what is read

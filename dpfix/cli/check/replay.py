@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from dpfix.cli.check.neighbour import Change
 from dpfix.cli.check.result import CheckResult, Replay, Status
 from dpfix.cli.check.run import Job, Told
 from dpfix.cli.check.sandbox import OFFLINE, Copied, Workplace
+from dpfix.cli.progress import Say
 from dpfix.errors import ArgumentError
 
-Say = Callable[[str], None]
 TAIL = 2000
 """Characters of what a script has printed that are shown where it fails."""
 
@@ -176,6 +175,7 @@ class Runs:
             "DPFIX_CACHE_DIR": str(self._folder / "cache"),  # so that all runs have the engine of the first
             "TMPDIR": str(here / "tmp"),
             "MLFLOW_TRACKING_URI": (here / "mlruns").as_uri(),
+            "MLFLOW_ALLOW_FILE_STORE": "true",
         }  # fmt: skip
         output = here / "output.txt"
         began = time.monotonic()
@@ -196,7 +196,8 @@ class Runs:
                     if seconds > self._asked.timeout:
                         timed_out = True
                         break
-                    self._say(f"dpfix check: {what}: {seconds:.0f} s")
+                    runs = self._asked.records + 2  # as it is, without each of the records, with one exchanged
+                    self._say(f"dpfix check: {what}: {seconds:.0f} s", min(1.0, (self._number - 1) / runs))
                     time.sleep(0.1)
             finally:
                 _end(process)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpfix.cli.check.neighbour import Change
-from dpfix.cli.check.run import Located, Step, Told
+from dpfix.cli.check.run import Located, Step, Told, report_of
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.report.report import Report
 
 SLACK = 1e-3
 """Part of C by which Opacus's ``1 / (norm + 1e-6)`` and rounding may exceed it."""
@@ -105,6 +106,14 @@ class CheckResult:
         order = list(Level)
         found = [*self.told.located, *self._measured(), *self._of_replays()]
         return tuple(sorted(found, key=lambda one: order.index(Level.of(one.finding))))
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the call with all findings of the check; ``None`` if there is neither."""
+        findings = tuple(one.finding for one in self.located)
+        if self.told.report:
+            return report_of(self.told.report, findings)
+        return Report(self.script.name, findings) if findings else None
 
     @property
     def repeatable(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpfix.cli.check.neighbour import Change
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.report.report import EngineEvidence, Layer, Proof, Report
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Told:
         located: findings of the call, refusals and warnings with their places.
         steps: the releases.
         training: what is known about the training: model, engine, loader, optimizer, noise, and so on.
-        report: the report of the call as of :meth:`dpfix.Report.to_json`.
-        html: the report as a page.
+        report: the report of the call as plain values; empty if there is none.
         drawn: the indices of the first draws.
         others: some indices that were not drawn.
         memory: largest memory of the process, in bytes.
@@ -110,7 +110,6 @@ class Told:
     steps: list[Step] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    html: str = ""
     drawn: list[list[int]] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
     memory: int = 0
@@ -136,3 +135,18 @@ def finding_of(values: dict[str, Any]) -> Finding:
     """The finding that was written down."""
     kinds = {"severity": Severity(values["severity"]), "fixability": Fixability(values["fixability"])}
     return Finding(**{**values, **kinds})
+
+
+def report_of(values: dict[str, Any], findings: tuple[Finding, ...]) -> Report:
+    """The report that was written down.
+
+    Args:
+        values: of its attributes.
+        findings: in the place of its own.
+
+    Returns:
+        The report.
+    """
+    of_parts = {"evidence": EngineEvidence, "proofs": Proof, "layers": Layer}
+    parts = {name: tuple(of(**one) for one in values[name]) for name, of in of_parts.items()}
+    return Report(**{**values, **parts, "findings": findings})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import dpfix
 from dpfix.cli.check.result import CheckResult, Level, Status
@@ -66,8 +67,9 @@ def _result(one: Located, codes: list[str], root: Path) -> dict[str, Any]:
     }
     if one.file:
         file = Path(one.file)
-        inside = file.is_relative_to(root)
-        place: dict[str, Any] = {"uri": file.relative_to(root).as_posix(), "uriBaseId": "%SRCROOT%"}
-        location = {"artifactLocation": place if inside else {"uri": file.as_uri()}}
-        result["locations"] = [{"physicalLocation": {**location, "region": {"startLine": max(1, one.line)}}}]
+        place = {"uri": file.as_uri()}
+        if file.is_relative_to(root):
+            place = {"uri": quote(file.relative_to(root).as_posix()), "uriBaseId": "%SRCROOT%"}
+        region = {"startLine": max(1, one.line)}
+        result["locations"] = [{"physicalLocation": {"artifactLocation": place, "region": region}}]
     return result

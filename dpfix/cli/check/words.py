@@ -59,14 +59,14 @@ def _verdict(found: CheckResult) -> str:
     if errors:
         return "not private" if found.status is Status.LOOKED_AT else "refused"
     known = VERDICTS.get(found.status, "nothing found that breaks the guarantee")
-    return f"{known}, {warnings} warning{'s' * (warnings != 1)}" if warnings else known
+    return f"{known}, {_count(warnings, 'warning')}" if warnings else known
 
 
 def _training(found: CheckResult, told: dict[str, Any]) -> Iterator[str]:
     unit, workers = told["unit"], told["workers"]
     yield (
         f"  sampling     {told['sampling']}, rate {told['rate']:.4g}: about {told['batch_size']:g} of {told['samples']} {unit}s, "
-        f"{told['batches']} batches a pass" + (f", {workers} workers" if workers else "")
+        f"{told['batches']} batches a pass" + (f", {_count(workers, 'worker')}" if workers else "")
     )
     seeded = "; seed= makes it computable" if told["seed"] else ""
     yield f"  noise        {told['noise_multiplier']:g} x C, C = {told['max_grad_norm']} ({told['optimizer']}){seeded}"
@@ -90,7 +90,7 @@ def _replay(replay: Replay) -> str:
         return f"{what}: not comparable, since the loop draws other random numbers for another batch size"
     left = len(replay.told.steps) - len(compared)
     return (
-        f"{what} moves the released sum by {replay.largest:.2f} C, allowed {replay.bound} C, in {len(compared)} steps"
+        f"{what} moves the released sum by {replay.largest:.2f} C, allowed {replay.bound} C, in {_count(len(compared), 'step')}"
         + (f" ({left} drew other random numbers)" if left else "")
     )
 
@@ -111,6 +111,10 @@ def _budget(told: dict[str, Any], epochs: float | None, delta: float | None) -> 
         parts.append(f"{spent(accountant, chosen).epsilon:.3g} after {number:g} pass{'es' * (number != 1)}")
     known = "" if epochs is not None else "; --epochs says how many the script makes"
     return [f"  budget       epsilon {', '.join(parts)} (delta {chosen:g}){known}"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _time(seconds: float) -> str:

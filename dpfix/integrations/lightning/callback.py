@@ -184,8 +184,7 @@ def _check_trainer(trainer: Any, target: float | None) -> None:
             trainer.world_size > 1,
             f"devices: the Trainer trains with {trainer.world_size} processes.",
             "its strategy adds up the gradients of the processes before they are clipped.",
-            "Use devices=1; training in several processes needs make_private_safe and Opacus's "
-            "DifferentiallyPrivateDistributedDataParallel.",
+            "Use devices=1; for several processes, a loop of your own with make_private_safe and DistributedDataParallel.",
         ),
         (
             trainer.accumulate_grad_batches != 1,

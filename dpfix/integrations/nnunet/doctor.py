@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpfix.errors import ArgumentError, BudgetError, UnknownArgumentError
+from dpfix.errors import ArgumentError, BudgetError, SegmentationError, UnknownArgumentError
 from dpfix.integrations.nnunet.settings import PREFIX, read_settings
+from dpfix.segmentation.regions import Regions
 
 TRAINERS = Path(__file__).parent / "trainers"
 """What ``nnUNet_extTrainer`` has to name."""
@@ -118,8 +119,14 @@ def _plans(environment: Mapping[str, str], dataset: Path, name: str) -> Iterator
         read_settings(environment, plans).check_budget()
     except (ArgumentError, BudgetError, UnknownArgumentError) as error:
         yield Remark(True, str(error))
-    labels = json.loads((dataset / "dataset.json").read_text()) if (dataset / "dataset.json").is_file() else {}
-    if "ignore" in labels.get("labels", {}):
+    described = json.loads((dataset / "dataset.json").read_text()) if (dataset / "dataset.json").is_file() else {}
+    labels = described.get("labels", {})
+    if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
+        try:
+            Regions.from_dataset_json(described)
+        except SegmentationError as error:
+            yield Remark(not described.get("regions_class_order"), str(error))
+    if "ignore" in labels:
         yield Remark(
             False, "the data set has an ignore label: the loss is averaged over the labelled voxels of each patient."
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from opacus.optimizers import DPOptimizer
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from dpfix.errors import RankError
+from dpfix.errors import MisuseError, RankError
 from dpfix.instrument.source import warn_user
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 
@@ -75,6 +78,39 @@ class RanksAgree(Check):
         """A step that fails here is released nowhere."""
         if self.needed and not isinstance(error, RankError):  # the others have that one too
             self._guarded.ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
+
+
+class WrappedBefore(Check):
+    """Torch's ``DistributedDataParallel`` is put around the model before the call, not around the model in private training.
+
+    Catches: a wrapper that is made afterwards, also by accelerate's ``prepare``: each rank would draw, add noise and account by
+    itself and exchange nothing, and all of them would release a model. Costs: one comparison in a call of the model.
+    """
+
+    def __init__(self, guarded: Guarded) -> None:
+        self._of = id(guarded.module)  # a copy of the model has the hook, too, and is in no training
+        self._hook = guarded.module.register_forward_pre_hook(self._look)
+
+    def _look(self, module: Any, args: Any) -> None:
+        around = DistributedDataParallel._get_active_ddp_module()
+        if (
+            around is not None
+            and id(module) == self._of
+            and torch.is_grad_enabled()
+            and module.training
+            and distributed.get_world_size(around.process_group) > 1
+        ):
+            raise MisuseError(
+                f"the model is called by a {type(around).__name__} that was put around it after the call.",
+                "Nothing is exchanged: each rank draws batches, adds noise and accounts by itself, and trains another model.",
+                "Wrap the model first, and pass the wrapper to make_private_safe on every rank. With accelerate on several "
+                "processes, prepare the model before the call, and leave the data_loader out of prepare.",
+                path="module",
+            )
+
+    @override
+    def detach(self) -> None:
+        self._hook.remove()
 
 
 def number_of_ranks(optimizer: Any) -> int:
