@@ -53,8 +53,9 @@ bench: $(VENV)/.installed-dev  ## measure: side by side with Opacus, cost of the
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.norms_digits --write docs/norms.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.engine_speed --write
 
-bench-ranks: $(VENV)/.installed-dev  ## measure: a step on 1, 2 and 4 processes, beside torch's DDP; the model of costs
+bench-ranks: $(VENV)/.installed-dev  ## measure: a step on 1, 2 and 4 processes, beside torch's DDP and FSDP; the model of costs
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.ranks_cost --write docs/ranks.md $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.fsdp_memory --write docs/sharded.md
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.scaling_model --write docs/scaling.md
 
 frameworks: $(VENV)/.installed-dev  ## measure small scripts on Lightning, MONAI, ignite and others (a few minutes)
