@@ -197,7 +197,7 @@ def make_private_safe(
                     **options,
                 },
             )
-            request.ranks.exchange("handed off")
+            made[1].guard.guarded.accounting.agree(request.ranks)
             surgery.commit()
     carried += earlier.carry_on(engine, made[1], given=privacy_engine is not None)
     report = report_of(prepared)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -247,8 +248,27 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
     found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
+    found["late"] = coupled_late(rank)
     found |= {"saved": save(rank, size), "gone on": go_on(rank, size)}
     return found | {"refused": refusals(rank, size), "misused": misuses(rank, size)}
+
+
+def coupled(model: nn.Module, batch: Any) -> Tensor:
+    out = model(batch[0])
+    return F.cross_entropy(out - out.mean(0), batch[1])
+
+
+def coupled_late(rank: int) -> dict[str, Any]:
+    """How a training ends whose loss couples samples in one step alone, on one rank, after steps that are looked at anyway."""
+    training = dpfix.make_private_safe(**call(batch_size=20))
+
+    def act() -> None:
+        batches = itertools.chain.from_iterable(training[2] for _ in range(4))
+        for number, batch in enumerate(batches, 1):
+            loop(training, [batch], coupled if (number, rank) == (8, 1) else classified)
+
+    told = refused(act)
+    return {"told": told, "steps": sum(steps for *_, steps in training.privacy_engine.accountant.history)}
 
 
 def refusals(rank: int, size: int) -> dict[str, str]:
@@ -270,6 +290,15 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "engine": lambda: call(grad_sample_mode="vmap"),
         "parts": lambda: call(max_physical_batch_size=2),
         "generator": lambda: call(noise_generator=own),
+        "adaptive": lambda: call(
+            clipping="adaptive",
+            target_unclipped_quantile=0.5,
+            clipbound_learning_rate=0.2,
+            max_clipbound=1.0,
+            min_clipbound=0.1,
+            unclipped_num_std=2.0,
+        ),
+        "secure mode": lambda: call(secure_mode=True, seed=None),
         "generator on rank 1": lambda: call(noise_generator=own if rank else None),
         "ignored": lambda: call(module=ignoring()),
         "in part": lambda: call(module=in_part()),
@@ -282,10 +311,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
 
 def misuses(rank: int, size: int) -> dict[str, dict[str, Any]]:
     """Steps that are released on no rank."""
-
-    def coupled(model: nn.Module, batch: Any) -> Tensor:
-        out = model(batch[0])
-        return F.cross_entropy(out - out.mean(0), batch[1])
 
     def penalty(training: dpfix.PrivateTraining) -> None:
         inner = training[0]._module
@@ -343,7 +368,9 @@ def save(rank: int, size: int) -> dict[str, Any]:
             path=Path(sys.argv[2]) / "file.pt", module=training[0], optimizer=training[1]
         )
     )
-    return seen_of(training) | {"file": file}
+    found = seen_of(training)
+    checkpoint.load({"training": training}, checkpoint_id=Path(sys.argv[2]) / "saved")
+    return found | {"file": file, "loaded again": seen_of(training)["history"]}
 
 
 def seen_of(training: dpfix.PrivateTraining) -> dict[str, Any]:

@@ -131,6 +131,8 @@ REFUSED = {
     "engine": ("ArgumentError", "grad_sample_mode='vmap' with a model on which fully_shard was called"),
     "parts": ("ArgumentError", "max_physical_batch_size=2 with a model on which fully_shard was called"),
     "generator": ("ArgumentError", "pass seed= for an experiment"),
+    "adaptive": ("ArgumentError", "clipping='adaptive' with a model on which fully_shard was called"),
+    "secure mode": ("ArgumentError", "secure_mode=True with a model on which fully_shard was called"),
     "generator on rank 1": ("RankError", "rank 1 of"),
     "ignored": ("ModelError", "parameter `5.bias` is on every rank as a whole"),
     "in part": ("ModelError", "call torch.distributed.fsdp.fully_shard on the whole model too"),
@@ -165,6 +167,11 @@ def test_a_step_that_one_rank_cannot_make_is_released_nowhere(trained: Seen, nam
     assert all(rank["misused"][name]["kept"] for rank in trained)
 
 
+def test_a_step_of_another_kind_is_looked_at_before_it_is_released(trained: Seen) -> None:
+    assert "CoupledLossError" in trained[1]["late"]["told"] and trained[0]["late"]["told"].startswith("RankError: ")
+    assert all(rank["late"]["steps"] in (7, 8) for rank in trained), "the draw of the refused step may count as lost"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_sample_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path: Path, ranks: int) -> None:
@@ -193,6 +200,9 @@ def check_gone_on(before: dict[str, Any], after: dict[str, Any], *, same_ranks: 
 def test_a_training_goes_on_from_torchs_checkpoint(trained: Seen) -> None:
     for rank in trained:
         check_gone_on(rank["saved"], rank["gone on"], same_ranks=True)
+        assert rank["saved"]["loaded again"] == rank["saved"]["history"], (
+            "in the same processes nothing was released in between"
+        )
         told = rank["saved"]["file"]
         assert told.startswith("CheckpointError") and "torch.distributed.checkpoint.save" in told
 

@@ -87,10 +87,10 @@ class Shards:
         parameters: its shards by every name that they have.
         past: names of parameters that gradient has reached past the engine since :meth:`clear`. It is thrown away where it
             arrives: the processes would add it up without clipping.
-        wanted: whether this process wants to look at a real step, for which it needs the whole parameters.
-        due: whether they are put together in the next call of the model; the same on all processes.
-        values: the whole parameters by identity of their shards, while they are put together.
-        own: this process's own sums by name, in a step that is looked at.
+        values: the whole parameters by identity of their shards, from a training call of the model to the end of a step. Whether
+            the step has to be looked at is known later, and to each process for itself.
+        looking: whether this process looks at the step.
+        own: this process's own sums by name, in a step that it looks at.
         mixed: whether whole parameters have another type than their shards.
     """
 
@@ -101,7 +101,7 @@ class Shards:
         self.names = {id(p): name for name, p in reversed(self.parameters.items())}
         self._shard_of: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self.past: list[str] = []
-        self.wanted, self.due = False, True
+        self.looking = False
         self.values: dict[int, torch.Tensor] | None = None
         self.own: dict[str, torch.Tensor] = {}
         self.mixed, self._version = False, -1
@@ -143,21 +143,17 @@ class Shards:
         return self._shard_of[id(whole)][1]
 
     def _put_together(self, module: nn.Module, args: Any) -> None:
-        if self.due and module.training and torch.is_grad_enabled():
-            self.due, self.own = False, {}
+        if module.training and torch.is_grad_enabled():
             self.values, self._version = _together(self.parameters.values()), self._versions()
 
-    def can_look(self, wanted: bool) -> bool:
-        """Whether a real step can be looked at.
-
-        Args:
-            wanted: whether this process wants to; if the step is not one of those that all look at, the next one is.
+    def can_look(self) -> bool:
+        """Whether the step can be looked at; it is looked at then.
 
         Returns:
-            Whether the parameters have been put together for this step; after one that was refused they may be others.
+            Whether the parameters are those that were put together for it.
         """
-        self.wanted = wanted
-        return self.values is not None and self._version == self._versions()
+        self.looking, self.own = self.values is not None and self._version == self._versions(), {}
+        return self.looking
 
     def _versions(self) -> int:
         return sum(p._version for p in self.parameters.values())
@@ -171,7 +167,7 @@ class Shards:
 
     def forget_values(self) -> None:
         """The step is over: the whole parameters are not needed any more."""
-        self.values, self.own = None, {}
+        self.values, self.looking, self.own = None, False, {}
 
     # ------------------------------------------------------------------ sums
 
@@ -185,7 +181,7 @@ class Shards:
         assert isinstance(shard, DTensor)
         if total is None:
             total = torch.zeros(shard.shape, dtype=shard.dtype, device=shard.device)
-        if self.values is not None:
+        if self.looking:
             self.own[self.names[id(shard)]] = total
         spread = DTensor.from_local(total, shard.device_mesh, [Partial("sum")], run_check=False)
         part = spread.redistribute(placements=shard.placements).to_local()

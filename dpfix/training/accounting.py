@@ -29,6 +29,7 @@ from dpfix.sampling.draw import Draw
 from dpfix.sampling.ledger import DrawLedger, Pass
 from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.population import Population
+from dpfix.sampling.ranks import Ranks
 from dpfix.scan.arguments import check_delta, check_names
 from dpfix.training.earlier import ENTRY, entry_of, refuse_units_of, steps_shown, with_entry, without_entry
 from dpfix.training.epsilon import ACCURACY, Accuracy, spent
@@ -94,6 +95,13 @@ class Accounting:
         remember(self._parameters, [self._own])
         if self.spender is not None:
             self.spend_from(self.spender)
+
+    def agree(self, ranks: Ranks) -> None:
+        """The ranks make one training, by the name that it has on the first: a state that one of them saves is that of all."""
+        trainings = book_of(self.engine).trainings
+        del trainings[self._own.name]
+        self._own.name = ranks.exchange(self._own.name)[0]
+        trainings[self._own.name] = self._own
 
     def _begin_in_fork(self) -> None:
         """What the first process has counted are its own releases: those of a fork have noise of their own."""

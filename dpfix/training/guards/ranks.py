@@ -58,11 +58,7 @@ class RanksAgree(Check):
 
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
-        shards = self._guarded.shards
-        wanted = float(shards is not None and shards.wanted)
-        everyone = self._exchange([0.0, wanted, *[0.0] * (len(_COMPARED) - 1)], optimizer)
-        if shards is not None:
-            shards.wanted, shards.due = False, any(values[1] for values in everyone)
+        self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
 
     def _exchange(self, mine: list[float], optimizer: DPOptimizer) -> list[list[float]]:
         everyone = self._guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)

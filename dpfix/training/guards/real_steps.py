@@ -223,8 +223,11 @@ class RealSteps(Check):
         seen = set(follower.seen)
         for delivery in {d for c in models for d in c.deliveries}:
             seen |= self._novelty.of(delivery)
-        due, shards = self.agenda.due(seen), self._guarded.shards
-        if not (due if shards is None else shards.can_look(due)):
+        if not self.agenda.due(seen):
+            return
+        shards = self._guarded.shards
+        if shards is not None and not shards.can_look():
+            self._not_followed("parameters of the spread model have changed since it was called")
             return
         try:
             with self.agenda.check():
