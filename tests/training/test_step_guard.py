@@ -19,6 +19,7 @@ from dpfix.training.guards.model import FixedNorms
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.ranks import RanksAgree
 from dpfix.training.guards.scratch import ScratchPutBack
+from dpfix.training.guards.shards import ShardsHeld
 from tests.cases import mlp
 from tests.helpers import points, sgd
 from tests.reference import clipped_sum, gradients_one_by_one, relative_error
@@ -42,7 +43,7 @@ def test_a_check_with_nothing_to_look_at_is_not_asked() -> None:
         for act in (*guard._before_step, *guard._before_noise, *guard._after_step, *guard._cleared)
     }
     assert {type(c) for c in guard.checks if not c.needed} == {
-        FixedNorms, FrozenUnreached, RanksAgree, RegionsUntouched, ScratchPutBack, WithinBudget,
+        FixedNorms, FrozenUnreached, RanksAgree, RegionsUntouched, ScratchPutBack, ShardsHeld, WithinBudget,
     }  # fmt: skip
     assert not asked & {type(c) for c in guard.checks if not c.needed}
 
