@@ -12,11 +12,8 @@ checked, and *checked* the peak of one that is. *Opacus*: ``grad_sample_mode="gh
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dpfix
 from benchmarks.common import tables
-from benchmarks.common.process import peak_bytes, quiet, wall_seconds
+from benchmarks.common.process import on_ranks, peak_bytes, wall_seconds
 
 SAMPLES, CLIP, RATE = 16, 1.0, 1.0
 WIDTH, DEPTH = 768, 12
@@ -106,16 +103,12 @@ def spread(model: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------ on every rank
 
 
-def on_rank(rank: int, size: int, folder: Path, name: str, kind: str, rounds: int) -> None:
-    """Measure one training; what this rank has seen is written to the folder."""
-    quiet()
-    if size > 1:
-        meeting = f"file://{folder}/meeting"
-        distributed.init_process_group("gloo", meeting, timedelta(minutes=5), size, rank)
+def on_rank(rank: int, size: int, folder: Path, name: str, kind: str, rounds: int) -> dict[str, Any]:
+    """What one rank of a training has seen, the first with the released sum."""
     measure = {"ordinary": ordinary, "dpfix": private, "Opacus": opacus}[kind]
-    torch.save(measure(name, rank, size, rounds, folder / f"{rank}.released"), folder / f"{rank}.pt")
-    if size > 1:
-        distributed.destroy_process_group()
+    released = folder / f"{rank}.released"
+    seen = measure(name, rank, size, rounds, released)
+    return seen | ({"released": torch.load(released)} if rank == 0 and released.exists() else {})
 
 
 def loader_of(name: str, rank: int, size: int) -> DataLoader[Any]:
@@ -211,27 +204,6 @@ def opacus(name: str, rank: int, size: int, rounds: int, released: Path) -> dict
 # ------------------------------------------------------------------ all ranks together
 
 
-def on_ranks(name: str, size: int, kind: str, rounds: int) -> list[dict[str, Any]]:
-    """What every rank of a training has seen.
-
-    Raises:
-        RuntimeError: a rank has failed; its own output says why.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        given = [(rank, size, Path(folder), name, kind, rounds) for rank in range(size)]
-        ranks = [multiprocessing.get_context("spawn").Process(target=on_rank, args=one) for one in given]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"{name}, {kind}, {size} processes: a rank has failed")
-        seen = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
-        if (Path(folder) / "0.released").exists():
-            seen[0]["released"] = torch.load(Path(folder) / "0.released")
-        return seen
-
-
 def due(name: str) -> dict[str, Tensor]:
     """The clipped sum of the batch, from batches of one."""
     model = made(name)
@@ -270,7 +242,7 @@ def main() -> int:
         wanted = due(name)
         size_of = sum(p.numel() for p in made(name).parameters()) * 4 / 1e6
         for size in given.processes:
-            cells = [cell(on_ranks(name, size, kind, given.rounds), wanted) for kind in KINDS]
+            cells = [cell(on_ranks(on_rank, size, name, kind, given.rounds), wanted) for kind in KINDS]
             lines.append(tables.row(f"{name}, {size_of:.0f} MB", size, *cells))
             print(lines[-1], flush=True)
     lines += ["", f"Batch {SAMPLES}, gloo on the processor, float32, torch {torch.__version__}; peak, step, error."]

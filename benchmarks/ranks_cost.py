@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ import dpfix
 from benchmarks.common import tables
 from benchmarks.common.contests import CONTESTS, Batch
 from benchmarks.common.cost import FLOAT
-from benchmarks.common.process import peak_bytes, quiet, wall_seconds
+from benchmarks.common.process import on_ranks, peak_bytes, wall_seconds
 
 MODELS = ("MLP", "CNN", "transformer")
 KINDS = ("ordinary", "private")
@@ -71,17 +68,9 @@ class Seen:
 # ------------------------------------------------------------------ on every rank
 
 
-def on_rank(rank: int, size: int, folder: Path, name: str, kind: str, rounds: int) -> None:
-    """Measure one training; what this rank has seen is written to the folder."""
-    quiet()
-    if size > 1:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(minutes=5)
-        )
-    measure = private if kind == "private" else ordinary
-    torch.save(measure(name, rank, size, rounds), folder / f"{rank}.pt")
-    if size > 1:
-        distributed.destroy_process_group()
+def on_rank(rank: int, size: int, folder: Path, name: str, kind: str, rounds: int) -> Seen:
+    """What one rank of a training has seen."""
+    return (private if kind == "private" else ordinary)(name, rank, size, rounds)
 
 
 def made(name: str, rank: int, size: int) -> tuple[nn.Module, Batch, Batch]:
@@ -206,24 +195,6 @@ def trained(model: nn.Module) -> int:
 # ------------------------------------------------------------------ all ranks together
 
 
-def on_ranks(name: str, size: int, kind: str, rounds: int) -> list[Seen]:
-    """What every rank of a training has seen.
-
-    Raises:
-        RuntimeError: a rank has failed; its own output says why.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        given = [(rank, size, Path(folder), name, kind, rounds) for rank in range(size)]
-        ranks = [multiprocessing.get_context("spawn").Process(target=on_rank, args=one) for one in given]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"{name}, {kind}, {size} processes: a rank has failed")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 def slowest(rounds: Sequence[Sequence[float]]) -> float:
     """The median over the rounds of the slowest rank's seconds."""
     return statistics.median(max(of) for of in zip(*rounds, strict=True))
@@ -248,7 +219,7 @@ def rows(name: str, sizes: Sequence[int], rounds: int) -> Iterator[str]:
     """The lines of one model."""
     alone: dict[str, Tensor] = {}
     for size in sizes:
-        seen = {kind: on_ranks(name, size, kind, rounds) for kind in KINDS}
+        seen = {kind: on_ranks(on_rank, size, name, kind, rounds) for kind in KINDS}
         steps = {kind: slowest([s.steps for s in seen[kind]]) for kind in KINDS}
         peaks = {kind: max(s.peak for s in seen[kind]) / 1e6 for kind in KINDS}
         there = seen["private"][0].released

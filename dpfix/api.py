@@ -252,9 +252,8 @@ def make_private_safe_with_epsilon(
         check_randomness(request.privacy, engine.secure_mode)
         tolerance = tolerance_of(search.pop("epsilon_tolerance", EPSILON_TOLERANCE))
         accuracy = Accuracy.of(delta, **search)
-        refuse(
-            () if request.ranks.sharded else run_rules(request.scan, RULES)
-        )  # what can be refused at once is, before the search for the noise
+        if not request.ranks.sharded:  # what can be refused at once is, before the search for the noise
+            refuse(run_rules(request.scan, RULES))
         earlier = earlier_releases(request.module, request.optimizer, request.data_loader)
         spender = spender_for(arguments.get("budget"), request, engine, earlier.releases)
         history = earlier.history(engine) if spender is None else spender.together(earlier.history(engine))

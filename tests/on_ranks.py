@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -595,7 +595,10 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+Scenarios = Mapping[str, Callable[[int, int], dict[str, Any]]]
+
+
+def main(scenarios: Scenarios) -> None:
     """Run a scenario on this rank."""
     scenario, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -603,11 +606,11 @@ def main() -> None:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)  # the same on every rank, as most scripts do
     warnings.simplefilter("ignore")
-    found = SCENARIOS[scenario](rank, size)
+    found = scenarios[scenario](rank, size)
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)

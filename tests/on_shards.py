@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.training import sharded as noise
-from tests.on_ranks import digits
+from tests.on_ranks import digits, main
 
 CLIP, RATE = 0.5, 0.5
 WORDS, LENGTH = 23, 6
@@ -422,19 +422,5 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Run a scenario on this rank."""
-    scenario, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    torch.manual_seed(0)  # the same on every rank, as most scripts do
-    warnings.simplefilter("ignore")
-    found = SCENARIOS[scenario](rank, size)
-    torch.save(found, folder / f"{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)

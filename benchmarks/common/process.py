@@ -9,11 +9,13 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,3 +146,35 @@ def _live_bytes() -> int:
     # of a tensor that is spread over processes, the part that is here is another object
     tensors = (t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor) and type(t) is not DTensor)
     return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())
+
+
+def on_ranks(work: Callable[..., Any], size: int, *given: Any) -> list[Any]:
+    """What a function returns on each of some processes that train together (gloo).
+
+    Args:
+        work: a function of a module, which takes rank, size, a folder that all share, and what is given.
+        size: number of processes.
+
+    Raises:
+        RuntimeError: one has failed; its own output says why.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        context = multiprocessing.get_context("spawn")
+        ranks = [context.Process(target=_on_rank, args=(work, rank, size, folder, given)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            raise RuntimeError(f"{given}, {size} processes: a rank has failed")
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _on_rank(work: Callable[..., Any], rank: int, size: int, folder: Path, given: tuple[Any, ...]) -> None:
+    quiet()
+    if size > 1:
+        distributed.init_process_group("gloo", f"file://{folder}/meeting", timedelta(minutes=5), size, rank)
+    torch.save(work(rank, size, folder, *given), folder / f"{rank}.pt")
+    if size > 1:
+        distributed.destroy_process_group()

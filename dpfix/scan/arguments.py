@@ -160,16 +160,17 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
     Raises:
         ArgumentError: something of that was asked for.
     """
-    if ranks.size == 1:
+    if ranks.size == 1 and not ranks.sharded:
         return
+    several = "a model on which fully_shard was called" if ranks.sharded else f"{ranks.size} ranks"
     if privacy.clipping in {"per_layer", "adaptive"}:
         raise ArgumentError(
-            f"clipping={privacy.clipping!r} with {ranks.size} ranks:",
-            "Opacus's optimizers for it work on one process.",
+            f"clipping={privacy.clipping!r} with {several}:",
+            "Opacus's optimizers for it hold whole parameters, on one process.",
             "Pass clipping='flat', 'automatic' or 'per_group'.",
             path="clipping",
         )
-    if privacy.sampling in {"shuffle", "truncated"}:
+    if privacy.sampling in {"shuffle", "truncated"} and ranks.size > 1:
         raise ArgumentError(
             f"sampling={privacy.sampling!r} with {ranks.size} ranks:",
             "the ranks share Poisson draws only.",
@@ -178,8 +179,8 @@ def check_ranks(ranks: Ranks, privacy: PrivacyOptions, secure_mode: bool) -> Non
         )
     if secure_mode:
         raise ArgumentError(
-            f"secure_mode=True with {ranks.size} ranks:",
-            "the ranks agree on their draws by a seed, which is not cryptographic.",
+            f"secure_mode=True with {several}:",
+            "the ranks agree on their draws by a seed, and spread models get their noise by one; neither is cryptographic.",
             "Train on one process, or without secure_mode.",
             path="privacy_engine",
         )

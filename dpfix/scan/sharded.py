@@ -13,11 +13,8 @@ from dpfix.report.finding import Finding
 from dpfix.scan.request import Request
 
 
-def check_shards(request: Request, secure_mode: bool) -> None:
+def check_shards(request: Request) -> None:
     """Refuse what cannot be done with parameters that are spread over processes.
-
-    Args:
-        secure_mode: whether the engine's noise is to be cryptographic.
 
     Raises:
         ModelError: of the model.
@@ -40,20 +37,6 @@ def check_shards(request: Request, secure_mode: bool) -> None:
             "the ranks put layers together at the same calls of the model, and would have different numbers of parts.",
             "Leave it out; more ranks, or torch.utils.checkpoint in the model, save memory.",
             path="max_physical_batch_size",
-        )
-    if privacy.clipping in {"per_layer", "adaptive"}:
-        raise ArgumentError(
-            f"clipping={privacy.clipping!r} with a model on which fully_shard was called:",
-            "Opacus's optimizers for it add noise to whole parameters.",
-            "Pass clipping='flat', 'automatic' or 'per_group'.",
-            path="clipping",
-        )
-    if secure_mode:
-        raise ArgumentError(
-            "secure_mode=True with a model on which fully_shard was called:",
-            "every rank adds noise to its own part from a generator that is not cryptographic.",
-            "Train without fully_shard, or without secure_mode.",
-            path="privacy_engine",
         )
     if privacy.noise_generator is not None:
         raise ArgumentError(

@@ -38,11 +38,10 @@ def as_whole(request: Request, secure_mode: bool) -> Request:
         ModelError: the model cannot be trained as it is spread.
         ArgumentError: what was asked for is not possible with it, or on several processes.
     """
-    if request.ranks.sharded:
-        check_shards(request, secure_mode)
     check_ranks(request.ranks, request.privacy, secure_mode)
     if not request.ranks.sharded:
         return request
+    check_shards(request)
     request.ranks.exchange("put together")  # one that has failed takes no part in what follows
     hide_shards(request.module)
     module = plain_copy(request.module, whole_values(request.module))

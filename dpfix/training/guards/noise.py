@@ -150,8 +150,8 @@ class ProvenNoise(Check):
             after * of_result - before * of_sum if abs(before * of_sum) <= LARGEST_SUM else math.nan
             for before, after in zip(*self._numbers.first_ones(), strict=True)
         ]
-        waiting = self._numbers.keep(of_sum, of_result)
-        if waiting == TOGETHER or self._size.steps < AT_ONCE or self._stand_out(noise):
+        self._numbers.keep(of_sum, of_result)
+        if self._numbers.waiting == TOGETHER or self._size.steps < AT_ONCE or self._stand_out(noise):
             self._judge()
         repeated = self._repeats.add(noise, self._guarded.progress.released + 1)
         if repeated is not None:
@@ -233,7 +233,6 @@ class Numbers:
 
     Attributes:
         names: the names in the order of the array.
-        parameters: the parameters in this order.
         counts: how many numbers of every parameter are read.
         starts: where they begin in the array.
         likely: where those of every parameter begin and end in :meth:`first_ones`, and between what the sum of their squares
@@ -250,8 +249,7 @@ class Numbers:
             together.setdefault((p.device, p.dtype, p.numel() <= 2 * run), []).append(name)
         together = dict(sorted(together.items(), key=lambda kind: str(kind[0])))
         self.names = [name for names in together.values() for name in names]
-        self.parameters = [parameters[name] for name in self.names]
-        sizes = np.array([p.numel() for p in self.parameters])
+        sizes = np.array([parameters[name].numel() for name in self.names])
         whole = sizes <= 2 * run
         self.counts = np.where(whole, sizes, 2 * run)
         self.starts = np.cumsum(self.counts) - self.counts
@@ -324,10 +322,9 @@ class Numbers:
                 after += numbers[base + size + start : base + size + end].tolist()
         return before, after
 
-    def keep(self, of_sum: float, of_result: float) -> int:
-        """Keep both copies of this step, to be multiplied by these units; returns the number of steps that are kept."""
+    def keep(self, of_sum: float, of_result: float) -> None:
+        """Keep both copies of this step, to be multiplied by these units."""
         self._units.append((of_sum, of_result))
-        return len(self._units)
 
     def take(self) -> NDArray[np.float64]:
         """What was kept, in its units, which is forgotten then; shape ``[steps, 2, numbers]``."""
