@@ -179,7 +179,7 @@ PROVING = (
     (harder, "check_isolation", "isolate"),
     (harder, "decided_by_rounding", "isolate"),
     (harder, "reference", "isolate"),
-    (select, "_try", "try"),
+    (select._Search, "_try", "try"),
     (timing, "in_order", "time"),
     (select, "_confirm", "confirm"),
 )

@@ -6,13 +6,14 @@ Clipping is the optimizer's own, so what is compared is what would be released.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dpfix.audit.exact import ROUNDING, in_double, own_rounding
 from dpfix.audit.reference import Trial
 from dpfix.audit.released import released_sums
 from dpfix.engines import Engine
 from dpfix.errors import USER_CODE_ERRORS, DPFixError
-from dpfix.instrument.gradients import Gradients, gap, relative_error
+from dpfix.instrument.gradients import Gradients, gap, relative_error, sketched
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
 from dpfix.report.report import EngineEvidence
@@ -40,19 +41,21 @@ def check_engine(
         The evidence: passed, the largest error, or what went wrong.
     """
     plan = plan.with_engine(engine)
-    probe, wanted = trial.samples, trial.wanted
+    wanted = trial.wanted
     clip_norms = clip_norms or wanted.clip_norms
+    kept = sketched if left_out is None else dict  # how far a sample moves a sum is to be known exactly
     try:
-        sums = released_sums(engine, subject, probe, plan, clip_norms, drew=wanted.drew)
+        sums = released_sums(engine, subject, trial, plan, clip_norms, kept)
         fewer = sums[:0]
         if left_out is not None:
-            without = probe.without(left_out)
-            fewer = released_sums(engine, subject, without, plan, clip_norms, drew=wanted.drew)
+            without = replace(trial, samples=trial.samples.without(left_out))
+            fewer = released_sums(engine, subject, without, plan, clip_norms, kept)
     except (DPFixError, *USER_CODE_ERRORS) as error:
         text = " ".join(str(error).split())[:160]
         return EngineEvidence(engine.name, passed=False, reason=f"{type(error).__name__}: {text}")
     errors = [
-        relative_error(found, wanted.clipped_sum(c, plan.clipping)) for found, c in zip(sums, clip_norms, strict=True)
+        relative_error(sketched(found), wanted.clipped_sum(c, plan.clipping))
+        for found, c in zip(sums, clip_norms, strict=True)
     ]
     worst, where = max(errors, key=lambda error: error[0], default=(0.0, ""))
     if not worst <= trial.slack * wanted.tolerance and not _is_rounding(
@@ -86,9 +89,9 @@ def _is_rounding(
         for error, c in zip(errors, clip_norms, strict=True)
     ):
         return False
-    samples, wanted = exact.trial.samples, exact.trial.wanted
+    wanted = exact.trial.wanted
     try:
-        sums = released_sums(engine, exact.subject, samples, plan, clip_norms, drew=wanted.drew)
+        sums = released_sums(engine, exact.subject, exact.trial, plan, clip_norms, sketched)
     except (DPFixError, *USER_CODE_ERRORS):
         return False  # a model or a loss with single precision written into it
     left = [relative_error(s, wanted.clipped_sum(c, plan.clipping))[0] for s, c in zip(sums, clip_norms, strict=True)]

@@ -21,7 +21,7 @@ from dpfix.audit.reference import Trial
 from dpfix.audit.way_out import way_out
 from dpfix.errors import CoupledLossError, CoupledModelError, LossError, TrainingStepError
 from dpfix.instrument import pytree
-from dpfix.instrument.gradients import gap, squared_norm, weighted_sum
+from dpfix.instrument.gradients import gap, weighted_sum
 from dpfix.observe.record import StepRecord
 from dpfix.observe.training_step import Subject
 from dpfix.plan import Plan
@@ -319,7 +319,7 @@ def _errors(record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR) -> _Err
     weights = weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(record.alone)
     mean = sum(weights) / len(weights)
     parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
-    norms = [{name: squared_norm(g) ** 0.5 for name, g in run.gradients.items()} for run in record.alone]
+    norms = [run.norms for run in record.alone]
     size = sum(math.hypot(*of_run.values()) for of_run in norms)
     own, of_all, where = 0.0, 0.0, ""
     for name, value in parts.items():

@@ -5,7 +5,8 @@ The plain model, the user's training step, one sample at a time, ordinary autogr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import torch
 from dpfix.errors import CoupledModelError
 from dpfix.instrument.clipping import FLAT, Scheme
 from dpfix.instrument.fixed_randomness import DRAWS, Draw
-from dpfix.instrument.gradients import Gradients, norm_of, weighted_sum
+from dpfix.instrument.gradients import Gradients, weighted_sum
 from dpfix.observe.probe import Probe
 from dpfix.observe.record import Run, StepRecord
 from dpfix.observe.training_step import Subject
@@ -27,18 +28,24 @@ class Reference:
     """Per-sample gradients from batches of one.
 
     Attributes:
-        gradients: one mapping per sample, for the parameters that are trained.
-        norms: their Euclidean norms, shape ``[samples]``.
+        gradients: one mapping per sample, for the parameters that are trained: sketches, of which only sums and comparisons
+            are taken.
+        norms_of: the Euclidean norm of each gradient, by parameter name, one mapping per sample.
         tolerance: relative error that is allowed for this precision.
         drew: whether something random was drawn in the model or in the loss.
         in_double: the same on a copy of the model in double precision, once it has been run (:mod:`dpfix.audit.exact`).
     """
 
     gradients: tuple[Gradients, ...]
-    norms: torch.Tensor
+    norms_of: tuple[Mapping[str, float], ...]
     tolerance: float
     drew: bool = True
     in_double: list[InDouble | None] = field(default_factory=list, compare=False)
+
+    @cached_property
+    def norms(self) -> torch.Tensor:
+        """The Euclidean norms of the samples' gradients over all parameters, shape ``[samples]``."""
+        return torch.tensor([math.hypot(*norms.values()) for norms in self.norms_of], dtype=torch.float64)
 
     @cached_property
     def clip_norms(self) -> tuple[float, float, float]:
@@ -48,7 +55,7 @@ class Reference:
         return 0.05 * middle, middle, 2 * largest
 
     def clipped_sum(self, clip_norm: float, scheme: Scheme = FLAT) -> Gradients:
-        """``sum_i min(1, C / |g_i|) g_i`` for the clip norm C, in single precision at least, by parameter name.
+        """The sketch of ``sum_i min(1, C / |g_i|) g_i`` for the clip norm C, in single precision at least, by parameter name.
 
         Args:
             scheme: the way to clip, where it is another.
@@ -61,7 +68,8 @@ class Reference:
         total: Gradients = {}
         for (_, names), share in zip(scheme.groups, scheme.shares, strict=True):
             parts = [{n: g[n] for n in names} for g in self.gradients]
-            total |= weighted_sum(parts, [factor(scheme, share * clip_norm, norm_of(part)) for part in parts])
+            norms = [math.hypot(*(of[n] for n in names)) for of in self.norms_of]
+            total |= weighted_sum(parts, [factor(scheme, share * clip_norm, norm) for norm in norms])
         return {n: total[n] for n in self.gradients[0]}
 
 
@@ -148,8 +156,11 @@ def reference_of(
         {n: g if of_it == 1 else g * of_it for n, g in run.gradients.items() if n not in gone}
         for of_it, run in zip(shares, alone, strict=True)
     )
-    norms = torch.tensor([norm_of(g) for g in gradients], dtype=torch.float64)
-    if not bool(torch.isfinite(norms).all()):
+    norms_of = tuple(
+        {n: norm * abs(of_it) for n, norm in run.norms.items() if n not in gone}
+        for of_it, run in zip(shares, alone, strict=True)
+    )
+    if not all(map(math.isfinite, (norm for norms in norms_of for norm in norms.values()))):
         raise CoupledModelError(
             "the gradient of one sample alone is not finite, while DP-SGD needs it for every sample:",
             "the model or the loss in training_step divides by a statistic of the batch (a standard deviation over samples) "
@@ -159,4 +170,4 @@ def reference_of(
         )
     dtypes = {g.dtype for run in alone for g in run.gradients.values()}
     tolerance = 5e-2 if low_precision else 1e-6 if dtypes == {torch.float64} else 2e-3
-    return Reference(gradients, norms, tolerance, drew)
+    return Reference(gradients, norms_of, tolerance, drew)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
+from dpfix.audit.reference import Trial
 from dpfix.engines.base import Engine, Handle, drop_sample_gradients
 from dpfix.engines.no_grad_regions import NoGradRegions
 from dpfix.errors import ModelError
@@ -24,24 +27,31 @@ from dpfix.plan import Plan
 
 
 def released_sums(
-    engine: Engine, subject: Subject, probe: Probe, plan: Plan, clip_norms: tuple[float, ...], *, drew: bool = True
+    engine: Engine,
+    subject: Subject,
+    trial: Trial,
+    plan: Plan,
+    clip_norms: tuple[float, ...],
+    kept: Callable[[Gradients], Gradients] = dict,
 ) -> list[Gradients]:
     """The clipped sums that the optimizer would release for a probe, one per clip norm.
 
     Args:
-        drew: whether the plain step draws anything random, which then has to be fixed by a look at every operation; if it
-            does not, this is done only where the engine draws nevertheless.
+        trial: the probe. If the plain step draws anything random on it, that has to be fixed by a look at every operation; if
+            it does not, this is done only where the engine draws nevertheless.
+        kept: what is kept of a sum; nothing else of it is there when the next one is made.
 
     Returns:
-        One sum by parameter name for every clip norm. The model is afterwards as before.
+        For every clip norm what is kept of its sum, by parameter name. The model is afterwards as before.
 
     Raises:
         ModelError: gradient reached a parameter past the engine, or rows are missing.
     """
-    if not drew:
+    take = partial(clipped_sums, clip_norms=clip_norms, plan=plan, kept=kept)
+    if not trial.wanted.drew:
         with suppress(_DrewError):
-            return _released(engine, subject, probe, plan, clip_norms, fixed=False)
-    return _released(engine, subject, probe, plan, clip_norms, fixed=True)
+            return _released(engine, subject, trial.samples, plan, take, fixed=False)
+    return _released(engine, subject, trial.samples, plan, take, fixed=True)
 
 
 class _DrewError(Exception):
@@ -49,7 +59,7 @@ class _DrewError(Exception):
 
 
 def _released(
-    engine: Engine, subject: Subject, probe: Probe, plan: Plan, clip_norms: tuple[float, ...], *, fixed: bool
+    engine: Engine, subject: Subject, probe: Probe, plan: Plan, take: Callable[..., list[Gradients]], *, fixed: bool
 ) -> list[Gradients]:
     module, parameters = subject.module, subject.trained()
     with traceless(module):
@@ -78,7 +88,7 @@ def _released(
                 )
             if counts != [len(probe)]:
                 raise ModelError(f"per-sample gradients for {counts} rows instead of {len(probe)} samples")
-            return clipped_sums(handle, parameters, clip_norms, plan)
+            return take(handle, parameters)
         finally:
             watch.remove()
             regions.detach()
@@ -87,16 +97,24 @@ def _released(
 
 
 def clipped_sums(
-    handle: Handle, parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
+    handle: Handle,
+    parameters: dict[str, nn.Parameter],
+    clip_norms: tuple[float, ...],
+    plan: Plan,
+    kept: Callable[[Gradients], Gradients] = dict,
 ) -> list[Gradients]:
     """Let the engine clip, or Opacus's optimizer where per-sample gradients were collected, once per clip norm.
 
+    Args:
+        kept: what is kept of a sum.
+
     Returns:
-        The clipped sums by parameter name.
+        For every clip norm what is kept of the clipped sum, by parameter name.
     """
     if handle.clips:
-        return [_clipped_by_engine(handle, parameters, clip_norm) for clip_norm in clip_norms]
-    return _clipped_by_optimizer(parameters, clip_norms, plan)
+        return [kept(_clipped_by_engine(handle, parameters, clip_norm)) for clip_norm in clip_norms]
+    samples: dict[str, Any] = {n: p.grad_sample for n, p in parameters.items()}  # type: ignore[attr-defined]
+    return [kept(_clipped_by_optimizer(samples, parameters, clip_norm, plan)) for clip_norm in clip_norms]
 
 
 def _clipped_by_engine(handle: Handle, parameters: dict[str, nn.Parameter], clip_norm: float) -> Gradients:
@@ -107,25 +125,21 @@ def _clipped_by_engine(handle: Handle, parameters: dict[str, nn.Parameter], clip
 
 
 def _clipped_by_optimizer(
-    parameters: dict[str, nn.Parameter], clip_norms: tuple[float, ...], plan: Plan
-) -> list[Gradients]:
-    """Let Opacus's optimizer clip what the engine left, once per clip norm."""
-    samples: dict[str, Any] = {n: p.grad_sample for n, p in parameters.items()}  # type: ignore[attr-defined]
-    scheme, out = plan.clipping, []
+    samples: dict[str, Any], parameters: dict[str, nn.Parameter], clip_norm: float, plan: Plan
+) -> Gradients:
+    """Let Opacus's optimizer clip what the engine left."""
+    scheme = plan.clipping
     if not scheme.plain:  # what the private optimizer does then
-        names, gradients = list(samples), [g.detach() for g in samples.values()]
-        sums = [scheme.clipped_sums(names, gradients, clip_norm) for clip_norm in clip_norms]
-        return [dict(zip(names, of_one, strict=True)) for of_one in sums]
-    for clip_norm in clip_norms:
-        optimizer = DPOptimizer(
-            torch.optim.SGD(parameters.values(), lr=0.0),
-            noise_multiplier=0.0,
-            max_grad_norm=clip_norm,
-            expected_batch_size=1,
-            loss_reduction=plan.loss_reduction,
-        )
-        for name, p in parameters.items():
-            p.grad_sample = samples[name].detach()  # type: ignore[attr-defined]
-        optimizer.clip_and_accumulate()
-        out.append({name: p.summed_grad.detach() for name, p in parameters.items()})  # type: ignore[attr-defined]
-    return out
+        sums = scheme.clipped_sums(list(samples), [g.detach() for g in samples.values()], clip_norm)
+        return dict(zip(samples, sums, strict=True))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(parameters.values(), lr=0.0),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=1,
+        loss_reduction=plan.loss_reduction,
+    )
+    for name, p in parameters.items():
+        p.grad_sample = samples[name].detach()  # type: ignore[attr-defined]
+    optimizer.clip_and_accumulate()
+    return {name: p.summed_grad.detach() for name, p in parameters.items()}  # type: ignore[attr-defined]

@@ -77,7 +77,7 @@ def key(module: nn.Module, batch: Any, **settings: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def remembered(name: str) -> dict[str, float | None] | None:
+def remembered(name: str) -> dict[str, float] | None:
     """What was remembered under a key.
 
     Returns:
@@ -98,10 +98,10 @@ def remembered(name: str) -> dict[str, float | None] | None:
 
 
 def _is_time(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def remember(name: str, seconds: Mapping[str, float | None]) -> None:
+def remember(name: str, seconds: Mapping[str, float]) -> None:
     """Remember the order of the engines; a folder that cannot be written to is no reason to stop.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dpfix.audit.clipped_sum import SLACK, check_engine
-from dpfix.audit.reference import Trial, Trials
+from dpfix.audit.reference import Trials
 from dpfix.choose import plan_cache, timing
 from dpfix.engines import BY_NAME, ENGINES, Engine
 from dpfix.errors import NoEngineError
@@ -25,6 +25,9 @@ from dpfix.scan.options import PerformanceOptions
 
 BUDGET_SECONDS = 3.0
 """Once an engine has passed, further ones are tried for this long."""
+
+MATERIALISED_BYTES = 2**28
+"""Per-sample gradients of a whole batch may take this much memory, where an engine passed that keeps none."""
 
 SMALLEST_MEASURED = 2
 """Samples in the smaller one of two batches whose memory is measured, at least."""
@@ -107,21 +110,21 @@ class _Search:
             best = next(iter(known))
             why = f"{_NOT_TRIED}, `{best}` was faster when this model was timed before"
             evidence |= {e.name: EngineEvidence(e.name, passed=False, reason=why) for e in candidates}
-            evidence |= self._timed(_try((BY_NAME[best],), subject, ordinary, plan), known)
+            evidence |= self._timed(self._try((BY_NAME[best],)), known)
         else:
-            evidence |= _try(candidates, subject, ordinary, plan)
+            evidence |= self._try(candidates)
         passed = [e for e in candidates if evidence[e.name].passed]
         if len(passed) > 1:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
-            evidence |= self._held([e for e in passed if seconds[e.name]], evidence)
+            evidence |= self._held(passed, evidence)
             if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
         for engine in (*passed, *untried):
             if engine in untried:  # those that passed first fail on the harder probes
-                evidence |= _try((engine,), subject, ordinary, plan)
+                evidence |= self._try((engine,))
                 if not evidence[engine.name].passed:
                     continue
             confirmed = _confirm(engine, subject, self.trials, plan, self.options)
@@ -130,6 +133,28 @@ class _Search:
                 return plan.with_engine(engine)
             evidence[engine.name] = problem
         return None
+
+    def _try(self, engines: Sequence[Engine]) -> dict[str, EngineEvidence]:
+        """The evidence of the engines, one after the other."""
+        subject, trial = self.subject, self.trials.ordinary
+        kept = self.batch_size * sum(p.nbytes for p in subject.trained().values())
+        evidence: dict[str, EngineEvidence] = {}
+        start = time.perf_counter()
+        for engine in engines:
+            passed = [BY_NAME[e.engine] for e in evidence.values() if e.passed]
+            reason = ""
+            if passed and time.perf_counter() - start > BUDGET_SECONDS:
+                reason = f"{_NOT_TRIED}, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
+            elif engine.materialises and kept > MATERIALISED_BYTES and any(not e.materialises for e in passed):
+                reason = f"{_NOT_TRIED}, it would keep {kept / 1e9:.1f} GB of gradients in a step, and one that passed keeps none"
+            elif not (verdict := engine.supports(subject.module, trial.record)):
+                reason = verdict.reason
+            evidence[engine.name] = (
+                EngineEvidence(engine.name, passed=False, reason=reason)
+                if reason
+                else check_engine(engine, subject, trial, self.plan)
+            )
+        return evidence
 
     def _held(self, engines: Sequence[Engine], evidence: Mapping[str, EngineEvidence]) -> dict[str, EngineEvidence]:
         """The evidence for timed engines with the memory of their step, and of a smaller one: it grows in a straight line."""
@@ -145,14 +170,12 @@ class _Search:
             name: replace(evidence[name], memory=held, memory_per_sample=each.get(name)) for name, held in whole.items()
         }
 
-    def _timed(
-        self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float | None]
-    ) -> dict[str, EngineEvidence]:
+    def _timed(self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float]) -> dict[str, EngineEvidence]:
         """The evidence of those that passed, with their times."""
         size = timing.timed_size(self.batch_size)
-        known = {n: s for n, s in seconds.items() if s is not None}
         return {
-            n: replace(e, seconds=known[n], samples=size) if e.passed and n in known else e for n, e in evidence.items()
+            n: replace(e, seconds=seconds[n], samples=size) if e.passed and n in seconds else e
+            for n, e in evidence.items()
         }
 
     def _key(self, candidates: Sequence[Engine]) -> str:
@@ -174,23 +197,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _try(engines: Sequence[Engine], subject: Subject, trial: Trial, plan: Plan) -> dict[str, EngineEvidence]:
-    evidence: dict[str, EngineEvidence] = {}
-    start = time.perf_counter()
-    for engine in engines:
-        if any(e.passed for e in evidence.values()) and time.perf_counter() - start > BUDGET_SECONDS:
-            reason = f"{_NOT_TRIED}, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
-            evidence[engine.name] = EngineEvidence(engine.name, passed=False, reason=reason)
-            continue
-        verdict = engine.supports(subject.module, trial.record)
-        evidence[engine.name] = (
-            check_engine(engine, subject, trial, plan)
-            if verdict
-            else EngineEvidence(engine.name, passed=False, reason=verdict.reason)
-        )
-    return evidence
 
 
 def _confirm(

@@ -27,8 +27,6 @@ ENOUGH_SECONDS = 1.0
 """No further round is begun after this long."""
 NOTICEABLE = 1.05
 """An engine that keeps per-sample gradients has to be this much faster than one that does not."""
-MATERIALISED_BYTES = 2**30
-"""Per-sample gradients of a whole batch may take this much memory, where an engine passed that needs none."""
 
 
 def timed_size(batch_size: float) -> int:
@@ -38,7 +36,7 @@ def timed_size(batch_size: float) -> int:
 
 def in_order(
     engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, batch_size: float
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """The engines from best to worst, by the fastest of several steps: what is slower was disturbed by something else.
 
     Args:
@@ -47,16 +45,11 @@ def in_order(
         plan: everything about the training but the engine.
 
     Returns:
-        Seconds of a step by name; ``None`` for one that was not timed since it would take too much memory.
+        Seconds of a step by name.
     """
-    numbers = sum(p.nbytes for p in subject.trained().values())
+    found = _time(engines, subject, probe, plan, timed_size(batch_size))
     lean = {e.name for e in engines if not e.materialises}
-    large = numbers * batch_size > MATERIALISED_BYTES and bool(lean)
-    timed = [e for e in engines if e.name in lean or not large]
-    seconds = _time(timed, subject, probe, plan, timed_size(batch_size)) if len(timed) > 1 else {}
-    found: dict[str, float | None] = {e.name: seconds.get(e.name) for e in timed}
-    order = sorted(found, key=lambda n: (found[n] or 0.0) * (1 if n in lean else NOTICEABLE))
-    return {n: found[n] for n in order} | {e.name: None for e in engines if e.name not in found}
+    return {n: found[n] for n in sorted(found, key=lambda n: found[n] * (1 if n in lean else NOTICEABLE))}
 
 
 def _time(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, samples: int) -> dict[str, float]:

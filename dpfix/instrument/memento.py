@@ -21,7 +21,7 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils.data import DataLoader, Sampler
 
 from dpfix.instrument.fixed_outside import IN_PLACE, end_all_but
-from dpfix.instrument.module_state import finished, same
+from dpfix.instrument.module_state import copied, finished, same
 from dpfix.instrument.rng import GeneratorStates
 
 Undo = Callable[[], object]
@@ -45,7 +45,7 @@ class Memento:
     def __init__(self, *roots: Any, values: bool = True) -> None:
         self._generators = GeneratorStates.now()
         self._modes = Modes()
-        self._values = [(t, t.detach().clone()) for t in _tensors_of(roots)] if values else []
+        self._values = [(t, copied(t)) for t in _tensors_of(roots)] if values else []
         self._undo: list[Undo] = []
         self._held: dict[int, Any] = {}  # an id is that of the thing only as long as it lives
         todo = deque[Any](roots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -9,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dpfix.instrument import pytree
 from dpfix.instrument.rng import rng_untouched
@@ -19,13 +21,16 @@ Key = tuple[str, str]
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 _ABSENT: Any = object()
 _NOT_STATE = frozenset({"training", "forward"})
+_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of parameters, the copies that somebody still keeps, as weak references."""
 
 
 def state_of(root: nn.Module) -> dict[Key, Any]:
     """Copies of everything a forward pass can write: parameters, buffers and plain attributes.
 
     Returns:
-        Values by ``(module path, name)``; containers of tensors are copied one level deep.
+        Values by ``(module path, name)``; containers of tensors are copied one level deep. Nobody may write into a copy of a
+        parameter (:func:`copied`).
     """
     out: dict[Key, Any] = {}
     for path, module in root.named_modules():
@@ -56,9 +61,31 @@ def _slots(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor, to be read only: copies of a parameter that are kept at one time, and equal, are one copy.
+
+    Returns:
+        A copy.
+    """
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach().clone()
+    known = _COPIES.get(tensor)
+    copy = known() if known is not None else None
+    if copy is None or not _alike(copy, tensor):
+        copy = tensor.detach().clone()
+        _COPIES[tensor] = weakref.ref(copy)
+    return copy
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(local(a), local(b.detach()))
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, _LAZY):
         return value
+    if isinstance(value, nn.Parameter):
+        return copied(value)
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, list):
@@ -142,7 +169,7 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
         module._buffers[name] = _copy(value)  # the snapshot itself must not be written to
     elif name in module._parameters:
         if current is not None:
-            current.data = value  # type: ignore[union-attr]
+            current.data = value.clone()  # type: ignore[union-attr]
     elif isinstance(current, (list, dict)) and type(current) is type(value):
         _refill(current, value)  # the same container: other modules may hold it, too
     else:

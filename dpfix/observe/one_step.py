@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness, outside_states
+from dpfix.instrument.gradients import gap, norms_of, sketched
 from dpfix.instrument.module_state import Key, put_back, traceless, written
 from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.rng import generator_states
@@ -63,7 +65,8 @@ def run_step(
         p.grad = None
     return Run(
         float(loss.detach()),
-        gradients,
+        sketched(gradients),
+        norms_of(gradients),
         used,
         log.calls,
         written(subject.module, before),
@@ -156,14 +159,13 @@ def decided_by_rounding(subject: Subject, probe: Probe, tolerance: float) -> boo
     generator = torch.Generator().manual_seed(0)
     with traceless(subject.module) as before:
         for batch in probe.singles:
-            still = run_step(subject, batch, before).gradients
+            still = run_step(subject, batch, before)
             with torch.no_grad():
                 for p in subject.module.parameters():
                     p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=generator).to(p))
             moved = run_step(subject, batch, before).gradients
             put_back(subject.module, before)
-            size = sum(float(g.double().square().sum()) for g in still.values()) ** 0.5
-            change = sum(float((g - moved[n]).double().square().sum()) for n, g in still.items()) ** 0.5
-            if not change <= tolerance * size:
+            change = math.hypot(*(gap(g, moved[n]) for n, g in still.gradients.items()))
+            if not change <= tolerance * math.hypot(*still.norms.values()):
                 return True
     return False

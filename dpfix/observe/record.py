@@ -22,7 +22,9 @@ class Run:
 
     Attributes:
         loss: value of the loss.
-        gradients: gradient of every trainable parameter, by name; zeros where none arrived.
+        gradients: sketch of the gradient of every trainable parameter, by name; zeros where none arrived. They can be added up
+            and compared (:func:`dpfix.instrument.gradients.sketched`).
+        norms: Euclidean norms of the gradients themselves.
         used: names of the parameters that a gradient reached.
         calls: calls of the root and of the modules that own parameters, by path.
         written: state that the step changed, with its new value.
@@ -39,6 +41,7 @@ class Run:
 
     loss: float
     gradients: Gradients
+    norms: Mapping[str, float]
     used: frozenset[str]
     calls: Mapping[str, list[RecordedCall]]
     written: dict[Key, Any]

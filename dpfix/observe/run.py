@@ -51,7 +51,8 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
             same_as = probe.unchanged[number] if probe.unchanged and draw is DRAWS[0] else None
             if known is not None and same_as is not None and not known.together.drew_outside:
                 run = known.alone[same_as]
-                alone.append(replace(run, gradients={name: run.gradients[name] for name in trainable}))
+                gradients, norms = ({name: of[name] for name in trainable} for of in (run.gradients, run.norms))
+                alone.append(replace(run, gradients=gradients, norms=norms))
                 continue
             earlier = known.together if known is not None else alone[0] if alone else None
             with _batch_runs_too(subject, probe, before) as log_alone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Looked:
         """How far leaving one sample out moves what an engine releases, at most, in units of the clip norm."""
         plan, norms = self.plan.with_engine(engine), self.wanted.clip_norms
         sums = [
-            released_sums(engine, self.subject, samples, plan, norms)
+            released_sums(engine, self.subject, replace(self.trial, samples=samples), plan, norms)
             for samples in (self.samples, self.samples.without(sample))
         ]
         return max(movement(every, fewer, norm) for every, fewer, norm in zip(*sums, norms, strict=True))

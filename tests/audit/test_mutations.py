@@ -343,6 +343,25 @@ def opacus_is_right(looked: Looked, mode: str) -> bool:
     return all(relative_error({n: found[n][i] for n in g}, g) <= 1e-5 for i, g in enumerate(wanted))
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda g: g.index_fill(2, torch.tensor([0]), 0) if g.ndim > 2 else g,
+        lambda g: g.index_fill(1, torch.tensor([1]), 0) if g.ndim > 2 else g,
+        lambda g: g.transpose(1, 2).reshape(g.shape) if g.ndim > 2 else g,
+        lambda g: g.roll(1, -1),
+    ],
+    ids=["a column is missing", "a row is missing", "in another order", "moved by one"],
+)
+def test_an_engine_that_is_wrong_in_a_part_of_a_large_parameter_is_found(broken: Callable[[Tensor], Tensor]) -> None:
+    looked = look(
+        nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 3)).double(),
+        labelled(50),
+    )
+    evidence = looked.check(all_layers(broken))
+    assert not evidence.passed and evidence.max_error is not None and evidence.max_error > 1e-3
+
+
 def check_right_engines(looked: Looked) -> None:
     for i, (ours, independent) in enumerate(
         zip(looked.wanted.gradients, gradients_one_by_one(looked.model, classify, looked.samples.singles), strict=True)

@@ -40,6 +40,19 @@ def probe_of(make: Callable[[int], Any]) -> Probe:
     return Probe(batch, singles, lambda items: items, ())
 
 
+def one_by_one(model: nn.Module, probe: Probe, step: TrainingStep = STEP) -> dict[str, Tensor]:
+    """The gradients of single samples by parameter name, ``[samples, *parameter]`` each."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, list[Tensor]] = {n: [] for n in trained}
+    for single in probe.singles:
+        model.zero_grad()
+        step.loss(model, single).backward()  # reentrant checkpoints know no other way
+        for n, p in trained.items():
+            found[n].append(torch.zeros_like(p) if p.grad is None else p.grad)
+    model.zero_grad()
+    return {n: torch.stack([g.to_dense() for g in of_each]) for n, of_each in found.items()}
+
+
 def plan_for(model: nn.Module, probe: Probe, step: TrainingStep = STEP) -> tuple[Plan, Any]:
     record = observe(Subject(model, step), probe)
     assert not Bookkeeping().supports(model, record).reason
@@ -62,7 +75,7 @@ def check(model: nn.Module, make: Callable[[int], Any], step: TrainingStep = STE
     probe = probe_of(make)
     plan, record = plan_for(model, probe, step)
     names = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in record.unused}
-    wanted = {n: torch.stack([run.gradients[n] for run in record.alone]) for n in names}
+    wanted = one_by_one(model, probe, step)
     norms = torch.stack([g.reshape(SAMPLES, -1).square().sum(1) for g in wanted.values()]).sum(0).sqrt()
     handle = Bookkeeping().attach(model, plan)
     parameters = list(names.values())

@@ -17,7 +17,7 @@ from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.observe.run import observe
 from dpfix.observe.training_step import Subject, TrainingStep, surrogate_loss
 from dpfix.plan import Plan
-from tests.engines.comparing import SAMPLES, Case, check, close, floats, ids, loss_of, plan_for, probe_of
+from tests.engines.comparing import SAMPLES, Case, check, close, floats, ids, loss_of, one_by_one, plan_for, probe_of
 from tests.helpers import setting
 
 
@@ -369,11 +369,11 @@ def test_sum_reduction() -> None:
     model, make = nn.Linear(6, 3).double(), floats(6)
     probe = probe_of(make)
     step = TrainingStep(lambda m, b: m(*b).square().sum(), "test", loss_known=True)
-    record = observe(Subject(model, step), probe)
+    record, wanted = observe(Subject(model, step), probe), one_by_one(model, probe, step)
     handle = Bookkeeping().attach(model, Plan("", "", calls=record.calls, layers=record.layers, loss_reduction="sum"))
     step.loss(model, probe.batch).backward()
     assert handle.collect([model.weight]) == [SAMPLES]
-    close(model.weight.grad_sample, torch.stack([run.gradients["weight"] for run in record.alone]), "weight", 1e-9)
+    close(model.weight.grad_sample, wanted["weight"], "weight", 1e-9)
 
 
 def attached(model: nn.Module, make: Callable[[int], Any]) -> tuple[Any, Any, list[nn.Parameter]]:
@@ -467,13 +467,14 @@ def test_autocast_accumulates_in_single_precision() -> None:
 
     step = TrainingStep(run, "test", loss_known=True)
     probe = probe_of(make)
-    plan, record = plan_for(model, probe, step)
+    plan, _ = plan_for(model, probe, step)
+    wanted = one_by_one(model, probe, step)
     handle = Bookkeeping().attach(model, plan)
     step.loss(model, probe.batch).backward()
     handle.collect(list(model.parameters()))
     for n, p in model.named_parameters():
         assert p.grad_sample.dtype == torch.float32
-        close(p.grad_sample, torch.stack([run.gradients[n] for run in record.alone]), n, 5e-2)
+        close(p.grad_sample, wanted[n], n, 5e-2)
 
 
 def test_a_penalty_on_input_gradients_goes_to_an_engine_that_can_differentiate_twice() -> None:

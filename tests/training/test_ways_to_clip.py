@@ -206,7 +206,7 @@ def test_a_sample_moves_the_sum_by_the_clip_norm_at_most(scheme: str, engine: st
     for clip in (1e-4, 0.1, 1.0):
         for i in range(4):
             sums = [
-                released_sums(ENGINES[engine], found.subject, samples, plan, (clip,))[0]
+                released_sums(ENGINES[engine], found.subject, replace(found.trial, samples=samples), plan, (clip,))[0]
                 for samples in (found.samples, found.samples.without(i))
             ]
             moved.append(movement(*sums, clip))

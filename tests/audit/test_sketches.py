@@ -1,0 +1,114 @@
+"""Sketches of gradients: what is compared by them is seen as large as it is, and nothing larger is kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dpfix
+from dpfix.audit.reference import reference
+from dpfix.instrument.double_precision import DoublePrecision
+from dpfix.instrument.gradients import SKETCH, gap, norm_of, norms_of, sketched
+from dpfix.instrument.held_memory import HeldMemory
+from dpfix.observe.run import observe
+from tests.audit.setups import labelled, look
+from tests.cases import classify
+from tests.helpers import setting
+from tests.reference import clipped_sum, gradients_one_by_one, norm
+
+SHAPES = (
+    (SKETCH + 1,),
+    (64, 64),
+    (2 * SKETCH, 30),
+    (30, 2 * SKETCH),
+    (9, 5, SKETCH),
+    (96, 64, 3, 3),
+    (1500, 768),
+    (64 * SKETCH * 3 + 5,),
+)
+DIFFERENCES: dict[str, Callable[[Tensor], object]] = {
+    "one number": lambda t: t.view(-1)[7].fill_(1),
+    "two alike": lambda t: t.view(-1)[3 :: t.numel() - 4].fill_(1),
+    "opposite": lambda t: (t.view(-1)[0].fill_(1), t.view(-1)[-2].fill_(-1)),
+    "a row": lambda t: t[0].fill_(1),
+    "a column": lambda t: t[..., 0].fill_(1),
+    "all alike": lambda t: t.fill_(1),
+    "noise": lambda t: t.normal_(),
+    "repeated": lambda t: t.copy_(torch.arange(t.numel()).remainder(5).view_as(t) - 2.0),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_difference_is_seen_as_large_as_it_is(shape: tuple[int, ...], difference: Callable[[Tensor], object]) -> None:
+    one = torch.randn(shape, dtype=torch.float64)
+    change = torch.zeros(shape, dtype=torch.float64)
+    difference(change)
+    a, b = sketched({"w": one}), sketched({"w": one + change})
+    assert a["w"].numel() <= SKETCH
+    assert gap(a["w"], b["w"]) == pytest.approx(float(change.norm()), rel=0.15)
+
+
+def test_small_gradients_are_kept() -> None:
+    given = {"w": torch.randn(3, 4), "b": torch.randn(SKETCH)}
+    assert all(kept is given[name] for name, kept in sketched(given).items())
+
+
+def test_sketches_of_half_precision_are_added_up_in_single() -> None:
+    gradient = torch.full((100, 100), 1e-3, dtype=torch.bfloat16)
+    sketch = sketched({"w": gradient})["w"]
+    assert sketch.dtype is torch.float32
+    assert float(sketch.norm()) == pytest.approx(float(gradient.float().norm()), rel=0.15)
+
+
+def test_where_steps_run_in_double_precision_sketches_are_the_same() -> None:
+    gradient = {"w": torch.randn(200, 200)}
+    plain = sketched(gradient)["w"]
+    with DoublePrecision():
+        again = sketched(gradient)["w"]
+    assert again.dtype is torch.float32 and torch.equal(again, plain)
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+
+
+def test_the_reference_is_the_sketch_of_the_clipped_sum() -> None:
+    looked = look(wide(), labelled(50))
+    one_by_one = gradients_one_by_one(looked.model, classify, looked.samples.singles)
+    assert looked.wanted.norms.tolist() == pytest.approx([norm(g) for g in one_by_one])
+    for clip_norm in looked.wanted.clip_norms:
+        wanted = sketched(clipped_sum(one_by_one, clip_norm))
+        found = looked.wanted.clipped_sum(clip_norm)
+        assert norm_of({n: found[n] - wanted[n] for n in wanted}) <= 1e-9 * norm_of(wanted)
+
+
+def test_what_the_record_keeps_of_a_large_parameter_is_a_sketch() -> None:
+    looked = look(wide(), labelled(50))
+    for run in (looked.record.together, *looked.record.alone):
+        assert all(g.numel() <= SKETCH for g in run.gradients.values())
+    again = reference(observe(looked.subject, looked.samples), ())
+    assert math.hypot(*norms_of(again.gradients[0]).values()) == pytest.approx(float(again.norms[0]), rel=0.1)
+
+
+def test_a_call_holds_three_models_at_most() -> None:
+    """What the model is to be again, what an engine releases, and what it releases without a sample; activations are small."""
+    sizes = (64, 1024, 1024, 1024, 10)
+    model = nn.Sequential(*(part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())))
+    data = [(torch.randn(64), i % 10) for i in range(64)]
+    watch = HeldMemory()
+    with watch:
+        training = dpfix.make_private_safe(
+            **setting(
+                model, data_loader=DataLoader(data, batch_size=64), cache=False, criterion=None, training_step=classify
+            )
+        )
+    assert training.plan.engine == "bookkeeping"
+    assert 2 < watch.most / sum(p.nbytes for p in model.parameters()) < 3.4
