@@ -29,6 +29,9 @@ BUDGET_SECONDS = 3.0
 MATERIALISED_BYTES = 2**28
 """Per-sample gradients of a whole batch may take this much memory, where an engine passed that keeps none."""
 
+ENOUGH = 2
+"""Engines that passed, after which those of Opacus are not tried."""
+
 SMALLEST_MEASURED = 2
 """Samples in the smaller one of two batches whose memory is measured, at least."""
 
@@ -101,7 +104,7 @@ class _Search:
     def best(self, candidates: Sequence[Engine], evidence: dict[str, EngineEvidence]) -> Plan | None:
         """The plan with the fastest engine that passes on all probes, if there is one; writes the evidence for each."""
         subject, ordinary, plan = self.subject, self.trials.ordinary, self.plan
-        known, key = None, ""
+        known, key, seconds = None, "", dict[str, float]()
         cached = self.options.cache and len(candidates) > 1 and all(e.remembered for e in candidates)
         if cached:
             key = self._key(candidates)
@@ -118,7 +121,6 @@ class _Search:
             seconds = timing.in_order(passed, subject, ordinary.samples, plan, self.batch_size)
             evidence |= self._timed(evidence, seconds)
             passed = [BY_NAME[n] for n in seconds]
-            evidence |= self._held(passed, evidence)
             if cached:
                 plan_cache.remember(key, seconds)
         untried = [e for e in candidates if evidence[e.name].reason.startswith(_NOT_TRIED)]
@@ -130,6 +132,8 @@ class _Search:
             confirmed = _confirm(engine, subject, self.trials, plan, self.options)
             problem = next((e for e in confirmed if not e.passed), None)
             if problem is None:
+                if seconds and engine in passed:
+                    evidence[engine.name] = self._with_memory(engine, evidence[engine.name])
                 return plan.with_engine(engine)
             evidence[engine.name] = problem
         return None
@@ -145,6 +149,8 @@ class _Search:
             reason = ""
             if passed and time.perf_counter() - start > BUDGET_SECONDS:
                 reason = f"{_NOT_TRIED}, {BUDGET_SECONDS:.0f} s were spent on engines that passed"
+            elif engine.attached_by_opacus and len(passed) >= ENOUGH:
+                reason = f"{_NOT_TRIED}, {' and '.join(f'`{e.name}`' for e in passed)} are right"
             elif engine.materialises and kept > MATERIALISED_BYTES and any(not e.materialises for e in passed):
                 reason = f"{_NOT_TRIED}, it would keep {kept / 1e9:.1f} GB of gradients in a step, and one that passed keeps none"
             elif not (verdict := engine.supports(subject.module, trial.record)):
@@ -156,19 +162,17 @@ class _Search:
             )
         return evidence
 
-    def _held(self, engines: Sequence[Engine], evidence: Mapping[str, EngineEvidence]) -> dict[str, EngineEvidence]:
-        """The evidence for timed engines with the memory of their step, and of a smaller one: it grows in a straight line."""
+    def _with_memory(self, engine: Engine, evidence: EngineEvidence) -> EngineEvidence:
+        """The evidence with the memory of a step, and of a smaller one: it grows in a straight line."""
         size = timing.timed_size(self.batch_size)
         smaller = size // 2
 
-        def held_by(samples: int) -> dict[str, int]:
-            return timing.held(engines, self.subject, self.trials.ordinary.samples, self.plan, samples)
+        def held(samples: int) -> int | None:
+            return timing.held(engine, self.subject, self.trials.ordinary.samples, self.plan, samples)
 
-        whole, half = held_by(size), held_by(smaller) if smaller >= SMALLEST_MEASURED else {}
-        each = {name: max(0.0, (whole[name] - half[name]) / (size - smaller)) for name in whole.keys() & half.keys()}
-        return {
-            name: replace(evidence[name], memory=held, memory_per_sample=each.get(name)) for name, held in whole.items()
-        }
+        whole, half = held(size), held(smaller) if smaller >= SMALLEST_MEASURED else None
+        each = None if whole is None or half is None else max(0.0, (whole - half) / (size - smaller))
+        return replace(evidence, memory=whole, memory_per_sample=each)
 
     def _timed(self, evidence: Mapping[str, EngineEvidence], seconds: Mapping[str, float]) -> dict[str, EngineEvidence]:
         """The evidence of those that passed, with their times."""

@@ -71,26 +71,23 @@ def _time(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan,
     return {name: min(times) for name, times in seen.items()}
 
 
-def held(engines: Sequence[Engine], subject: Subject, probe: Probe, plan: Plan, samples: int) -> dict[str, int]:
+def held(engine: Engine, subject: Subject, probe: Probe, plan: Plan, samples: int) -> int | None:
     """What the tensors of a step hold at once, beside the model.
 
     Args:
-        engines: those that were timed.
         probe: the samples of which batches are made.
         plan: everything about the training but the engine.
         samples: number of samples in the batch.
 
     Returns:
-        Bytes by name; without an engine that does not run under observation.
+        Bytes; ``None`` if the engine does not run under observation.
     """
     batch, counts, before = probe.of_size(samples), probe.counts(plan.row_counter, samples), state_of(subject.module)
-    found = {}
-    for engine in engines:
-        watch = HeldMemory()
-        with suppress(DPFixError, *USER_CODE_ERRORS), traceless(subject.module, before), watch:
-            _seconds(engine, subject, batch, counts, plan)
-            found[engine.name] = watch.most
-    return found
+    watch = HeldMemory()
+    with suppress(DPFixError, *USER_CODE_ERRORS), traceless(subject.module, before), watch:
+        _seconds(engine, subject, batch, counts, plan)
+        return watch.most
+    return None
 
 
 def _seconds(engine: Engine, subject: Subject, batch: object, counts: tuple[int, ...], plan: Plan) -> float:
