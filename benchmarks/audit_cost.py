@@ -7,7 +7,10 @@ For a few models, everything in CPU time of the process:
 * the whole ``make_private_safe`` call, and of it what looks and proves (the record of the training step, the isolation,
   the audit of the engine that is chosen, each also on the harder probes), in ordinary, non-private training steps at the
   batch size of the script;
-* the guards' share of a private step: what runs before, after and inside ``optimizer.step()`` besides the engine;
+* the largest number of bytes that tensors hold in the call, and in an ordinary step, beside what was there before; the
+  difference in models (bytes of all parameters); with the chosen engine alone;
+* the guards' share of a private step: what runs before, after and inside ``optimizer.step()`` besides the engine, once the
+  noise of the first steps was looked at;
 * the share of training time that checks of real steps take, the first steps and the later ones apart.
 
 Engines that are tried and not chosen, and the timing of those that passed, are part of the whole call only.
@@ -39,12 +42,13 @@ from torch.utils.data import DataLoader
 import dpfix
 from benchmarks.common import tables
 from benchmarks.common.models import CharLSTM, TorchTransformer, classify, cnn, mlp, unet
-from benchmarks.common.process import cpu_seconds, quiet
+from benchmarks.common.process import cpu_seconds, most_allocated, quiet
 from dpfix import pipeline
 from dpfix.audit import harder
 from dpfix.choose import select, timing
 from dpfix.sampling.ledger import Pass
 from dpfix.training.follow.agenda import FIRST
+from dpfix.training.guards.noise import AT_ONCE
 
 MOST_STEPS = 12.0
 LARGEST_SHARE = 0.01
@@ -154,8 +158,8 @@ class Clock:
         return timed
 
 
-def ordinary_step(setup: Setup, rounds: int) -> float:
-    """Median CPU seconds of a non-private training step."""
+def ordinary_step(setup: Setup, rounds: int) -> tuple[float, int, int]:
+    """Median CPU seconds of a non-private training step, the bytes that it allocates, and those of the model."""
     model = setup.model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batch = torch.utils.data.default_collate(setup.items(setup.batch_size))
@@ -166,7 +170,9 @@ def ordinary_step(setup: Setup, rounds: int) -> float:
         optimizer.step()
 
     step()
-    return statistics.median(cpu_seconds(step) for _ in range(rounds))
+    seconds = statistics.median(cpu_seconds(step) for _ in range(rounds))
+    optimizer.zero_grad()
+    return seconds, most_allocated(step), sum(p.nbytes for p in model.parameters())
 
 
 PROVING = (
@@ -194,6 +200,9 @@ class Cost:
     observe: float
     isolate: float
     audit: float
+    model: int
+    step_bytes: int
+    call_bytes: int
     engines: int
     engine: str
     private: float
@@ -207,32 +216,31 @@ class Cost:
         return (self.observe + self.isolate + self.audit) / self.step
 
 
-def call(setup: Setup, **options: Any) -> tuple[float, dict[str, float], dpfix.PrivateTraining]:
-    """One ``make_private_safe``: its CPU time, that of its parts, and what it returns."""
+def ready(setup: Setup, **options: Any) -> Callable[[], dpfix.PrivateTraining]:
+    """A ``make_private_safe`` that has only to be called."""
     model = setup.model().train()
     loader: Any = DataLoader(setup.items(2 * setup.batch_size), batch_size=setup.batch_size)  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    clock = Clock()
-    made: list[Any] = []
+    return partial(
+        dpfix.make_private_safe,
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        training_step=setup.loss,
+        cache=False,
+        **options,
+    )
 
-    def work() -> None:
-        made.append(
-            dpfix.make_private_safe(
-                module=model,
-                optimizer=optimizer,
-                data_loader=loader,
-                noise_multiplier=1.0,
-                max_grad_norm=1.0,
-                training_step=setup.loss,
-                cache=False,
-                **options,
-            )
-        )
 
+def call(setup: Setup, **options: Any) -> tuple[float, dict[str, float], dpfix.PrivateTraining]:
+    """One ``make_private_safe``: its CPU time, that of its parts, and what it returns."""
+    work, clock = ready(setup, **options), Clock()
+    made: list[dpfix.PrivateTraining] = []
     gc.collect()
     gc.freeze()  # to go through everything that was imported takes Python 0.3 s, in whichever call it happens to be due
     with _confirmed_at_once(), clock.watching(*PROVING):
-        seconds = cpu_seconds(work)
+        seconds = cpu_seconds(lambda: made.append(work()))
     gc.unfreeze()
     return seconds, clock.seconds, made[0]
 
@@ -259,7 +267,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
     engine = [(handle, name, "engine") for name in of_engine if hasattr(handle, name)]
     guarding = [(guard, name, "guards") for name in of_guard if hasattr(guard, name)]
     batch = torch.utils.data.default_collate(setup.items(setup.batch_size))
-    for number in range(rounds + 1):
+    for number in range(AT_ONCE + rounds):
         clock = Clock()
         guard.guarded.ledger.start()
         Pass(guard.guarded.ledger, delivers=False).drew(setup.batch_size)
@@ -273,7 +281,7 @@ def private_step(setup: Setup, training: dpfix.PrivateTraining, rounds: int) -> 
             seconds = cpu_seconds(step)
         nothing = clock.timed(lambda: None, "nothing")
         nothing()  # what a look at the clock takes, with the caches as the step has left them
-        if number:
+        if number >= AT_ONCE:
             total.append(seconds)
             share.append(clock.seconds["guards"] - clock.calls["guards"] * clock.seconds["nothing"])
     return statistics.median(total), statistics.median(share)
@@ -335,16 +343,20 @@ class _Drawn:
 
 def measure(setup: Setup, rounds: int) -> Cost:
     torch.manual_seed(0)
-    step = ordinary_step(setup, rounds)
+    step, step_bytes, model = ordinary_step(setup, rounds)
     whole, _, first = call(setup)
     chosen = first.plan.engine
     # The same call with the chosen engine alone: what looking and proving cost without the engines that lost.
     _, parts, training = call(setup, grad_sample_mode=chosen)
+    call_bytes = most_allocated(ready(setup, grad_sample_mode=chosen))
     proving = parts.get("try", 0.0) + parts.get("confirm", 0.0)
     private, guarding = private_step(setup, training, rounds)
     engines = len(first.report.evidence)
     checks = checking(setup, call(setup, grad_sample_mode=chosen)[2], rounds)
-    return Cost(step, whole, parts["observe"], parts["isolate"], proving, engines, chosen, private, guarding, *checks)
+    return Cost(
+        step, whole, parts["observe"], parts["isolate"], proving, model, step_bytes, call_bytes, engines, chosen, private,
+        guarding, *checks,
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -356,8 +368,8 @@ def main() -> int:
     quiet()
     lines = tables.head(
         "model", "step, ms", "whole call, steps", "observe", "isolate", "audit", "observe + isolate + audit, steps",
-        "engine", "private step / step", "guards, us", "guards / private step", "checks of the first steps",
-        "checks of later steps",
+        "memory of a step and of the call, MB", "difference, models", "engine", "private step / step", "guards, us",
+        "guards / private step", "checks of the first steps", "checks of later steps",
     )  # fmt: skip
     print("\n".join(lines))
     worst, largest = 0.0, 0.0
@@ -374,6 +386,8 @@ def main() -> int:
                 f"{c.isolate / c.step:.1f}",
                 f"{c.audit / c.step:.1f}",
                 f"{c.proofs:.1f}",
+                f"{c.step_bytes / 1e6:.0f}, {c.call_bytes / 1e6:.0f}",
+                f"{(c.call_bytes - c.step_bytes) / c.model:.1f}" if c.call_bytes > c.step_bytes else "-",
                 c.engine,
                 f"{c.private / c.step:.2f}",
                 f"{1e6 * c.guards:.0f}",

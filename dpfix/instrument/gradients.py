@@ -82,7 +82,7 @@ def _sketch(gradient: torch.Tensor) -> torch.Tensor:
 def _signs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Random signs of the numbers of a block, and of the groups of every block."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (2, _ROWS, size), generator=generator, dtype=torch.int8)
+    signs = torch.randint(0, 2, (2, _ROWS, size), generator=generator, dtype=torch.int8, device="cpu")
     of_numbers, of_blocks = signs.to(device, dtype).mul_(2).sub_(1)
     return of_numbers, of_blocks
 
