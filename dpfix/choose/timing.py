@@ -23,7 +23,7 @@ ROUNDS = 20
 """An engine that was slower than the fastest by one part in two after two rounds, in three after three, is out of the race."""
 IN_A_ROW = 2
 """Steps of an engine in its turn: the first one finds memory as another engine has left it."""
-ENOUGH_SECONDS = 1.0
+ENOUGH_SECONDS = 0.3
 """No further round is begun after this long."""
 NOTICEABLE = 1.05
 """An engine that keeps per-sample gradients has to be this much faster than one that does not."""
