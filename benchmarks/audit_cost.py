@@ -14,7 +14,7 @@ For a few models, everything in CPU time of the process:
 * the share of training time that checks of real steps take, the first steps and the later ones apart.
 
 Engines that are tried and not chosen, and the timing of those that passed, are part of the whole call only.
-The exit status is 1 if observing and proving costs more than 12 steps, or the guards more than 1 % of a step.
+The exit status is 1 if observing and proving costs more than 12 steps, or the guards more than 2 % of a step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from dpfix.training.follow.agenda import FIRST
 from dpfix.training.guards.noise import AT_ONCE
 
 MOST_STEPS = 12.0
-LARGEST_SHARE = 0.01
+LARGEST_SHARE = 0.02  # half of it for the noise, whose proof benchmarks.noise_cost measures by itself
 
 
 @dataclass(frozen=True)
