@@ -11,7 +11,7 @@ from torch import nn
 from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LoaderError, OptimizerError
 from dpfix.instrument.source import warn_user
-from dpfix.integrations.lightning.several import as_called, check_sampler, check_strategy, refuse_state
+from dpfix.integrations.lightning.several import as_called, check_sampler, check_strategy
 from dpfix.integrations.lightning.step import TrainingStep
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import index_set
