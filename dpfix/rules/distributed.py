@@ -106,7 +106,7 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
     if isinstance(module, FSDPModule):
         return _SHARDED, _FSDP2 + _INSTEAD if path else _BEFORE
     if isinstance(module, FullyShardedDataParallel):
-        return _SHARDED, f"use torch.distributed.fsdp.fully_shard; or {_INSTEAD}"
+        return _SHARDED, f"use torch.distributed.fsdp.fully_shard (accelerate: fsdp_version=2); or {_INSTEAD}"
     if isinstance(module, DistributedDataParallel):
         return _problem_of_torch(path, module)
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1

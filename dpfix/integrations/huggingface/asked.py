@@ -30,8 +30,8 @@ def _of_several(trainer: Any) -> Sequence[tuple[bool, str, str, str]]:
             bool(getattr(trainer, "is_fsdp_enabled", False)),
             "fsdp",
             "it spreads the model after it was made private, and what was checked is then another model.",
-            "Leave fsdp out: torchrun alone shares batches out (DistributedDataParallel). A loop of your own takes a model on which "
-            "torch.distributed.fsdp.fully_shard was called.",
+            "Leave fsdp out: torchrun alone shares batches out (DistributedDataParallel). A loop of your own takes a model on "
+            "which torch.distributed.fsdp.fully_shard was called.",
         ),
         (
             bool(getattr(trainer, "is_deepspeed_enabled", False)),

@@ -11,7 +11,7 @@ from torch import nn
 from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LoaderError, OptimizerError
 from dpfix.instrument.source import warn_user
-from dpfix.integrations.lightning.several import as_called, check_sampler, check_strategy
+from dpfix.integrations.lightning.several import as_called, check_sampler, check_strategy, end
 from dpfix.integrations.lightning.step import TrainingStep
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import index_set
@@ -161,14 +161,15 @@ class PrivateCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The model is the plain one again."""
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The model is the plain one again."""
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
-    def _end(self, pl_module: Any) -> None:
+    def _end(self, trainer: Any, pl_module: Any) -> None:
         """The model is the plain one again; what was released stays known."""
+        end(trainer)
         for name in ("load_state_dict", "training_step"):
             vars(pl_module).pop(name, None)
         if self._begun:

@@ -63,38 +63,35 @@ def check_strategy(trainer: Any, path: str | None) -> None:
             path="trainer",
         )
     if SPREAD in kinds:
-        _check_checkpoints(trainer)
+        if any(not getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+            _refuse_state()
+        vars(strategy).update(dict.fromkeys(_OF_CHECKPOINTS, _refuse_state))
 
 
-def _check_checkpoints(trainer: Any) -> None:
-    saving = [c for c in trainer.checkpoint_callbacks if not getattr(c, "save_weights_only", False)]
-    for wrong, fact in (
-        (saving, "ModelCheckpoint saves the optimizer's state"),
-        (trainer.ckpt_path, f"ckpt_path={str(trainer.ckpt_path)!r} is to be loaded"),
-    ):
-        if wrong:
-            raise ArgumentError(
-                f"{fact}, and strategy={type(trainer.strategy).__name__}:",
-                "the strategy makes steps of the optimizer's to get its state, and the history of releases is not saved with it.",
-                "Use enable_checkpointing=False or ModelCheckpoint(save_weights_only=True); torch.distributed.checkpoint.save and "
-                "load take the callback's `private` on all ranks.",
-                path="trainer",
-            )
+_OF_CHECKPOINTS = ("optimizer_state", "load_checkpoint")
+"""Methods of a strategy for spread models that take the state of the optimizer."""
 
 
-def refuse_state(trainer: Any) -> None:
-    """The state of a spread model's optimizer is not Lightning's to save.
+def _refuse_state(*_: Any, **__: Any) -> Any:
+    """Raise, where the strategy would save or load the state of the optimizer.
 
     Raises:
-        ArgumentError: a checkpoint of a model that is spread is being made.
+        ArgumentError: always.
     """
-    if any(cls.__name__ == SPREAD for cls in type(trainer.strategy).__mro__):
-        raise ArgumentError(
-            f"trainer.save_checkpoint with strategy={type(trainer.strategy).__name__}:",
-            "the strategy makes steps of the optimizer's to get its state, and the history of releases is not saved with it.",
-            "Pass weights_only=True, or call torch.distributed.checkpoint.save with the callback's `private` on all ranks.",
-            path="trainer",
-        )
+    raise ArgumentError(
+        "a checkpoint of the Trainer's with the optimizer's state, and strategy=ModelParallelStrategy(...):",
+        "the strategy makes steps of the optimizer's to get that state, and the history of releases is not in it.",
+        "Use enable_checkpointing=False or ModelCheckpoint(save_weights_only=True), and no ckpt_path. "
+        "torch.distributed.checkpoint.save and load take the callback's `private`, on all ranks.",
+        path="trainer",
+    )
+
+
+def end(trainer: Any) -> None:
+    """The training is over: the strategy's methods are its own again."""
+    for name in _OF_CHECKPOINTS:
+        if vars(trainer.strategy).get(name) is _refuse_state:
+            del vars(trainer.strategy)[name]
 
 
 @contextmanager

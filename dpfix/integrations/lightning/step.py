@@ -46,6 +46,9 @@ class TrainingStep(nn.Module):
 
         Args:
             model: this module, or the wrapper of several processes around it.
+
+        Returns:
+            A function of the batch and its number.
         """
 
         @functools.wraps(self._own)
