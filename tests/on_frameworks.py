@@ -57,7 +57,7 @@ class Classifier(lightning.LightningModule):
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
-        self.net = network(seed)
+        self.net: Any = network(seed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -134,8 +134,8 @@ def fit(module: Any, steps: int = 4, loader: Any = None, path: Path | None = Non
     options = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "cache": False, "seed": 0, "delta": 1e-3}
     private = PrivateCallback(**(options | changes.pop("private", {})))
     recorder = Recorder(private)
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    given = {"strategy": "ddp", "devices": distributed.get_world_size(), "accelerator": "cpu", "max_steps": steps}
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    given: Any = {"strategy": "ddp", "devices": distributed.get_world_size(), "accelerator": "cpu", "max_steps": steps}
     further = changes.pop("callbacks", [])
     trainer = lightning.Trainer(**(quiet | given | changes), callbacks=[private, recorder, *further])
     loader = DataLoader(digits(), batch_size=OF_A_RANK, shuffle=True) if loader is None else loader
@@ -163,7 +163,6 @@ def in_parts() -> ModelParallelStrategy:
 def with_lightning(rank: int, folder: Path) -> dict[str, Any]:
     """Trainings by a Trainer, and what it refuses."""
     found = {
-        "ddp": fit(Classifier()),
         "ddp, noise": fit(Classifier(), 6, private={"noise_multiplier": 2.0, "seed": None}),
         "ddp, few samples": fit(Classifier(), 8, DataLoader(digits(), batch_size=1)),
         "ddp, own sampler": fit(
@@ -173,7 +172,6 @@ def with_lightning(rank: int, folder: Path) -> dict[str, Any]:
             use_distributed_sampler=False,
         ),
         "ddp, target": fit(Classifier(), 500, private={"noise_multiplier": 2.0, "target_epsilon": 2.0}),
-        "spread": fit(Spread(), strategy=in_parts()),
         "spread, noise": fit(Spread(), 5, strategy=in_parts(), private={"noise_multiplier": 2.0, "seed": None}),
     }
     saved = {"noise_multiplier": 2.0, "seed": None}
@@ -194,7 +192,6 @@ def refused_by_lightning(rank: int, folder: Path) -> dict[str, str]:
         "module": lambda: fit(Classifier(), private={"module": "net"}),
         "by hand": lambda: fit(ByHand()),
         "own sampler": lambda: fit(Classifier(), loader=picked),
-        "on rank 1": lambda: fit(Classifier(), private={"max_grad_norm": -1.0 if rank == 1 else 1.0}),
         "spread in part": lambda: fit(InPart(), strategy=in_parts()),
         "spread, checkpoints": lambda: fit(Spread(), strategy=in_parts(), **saving),
         "spread, going on": lambda: fit(Spread(), strategy=in_parts(), path=folder / "a.ckpt"),
@@ -206,7 +203,7 @@ def refused_by_lightning(rank: int, folder: Path) -> dict[str, str]:
 
 def fit_alone(module: Any, **changes: Any) -> dict[str, str]:
     """A training without the callback."""
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = lightning.Trainer(strategy="ddp", devices=2, accelerator="cpu", max_steps=2, **quiet, **changes)
     return {"told": told(lambda: trainer.fit(module, DataLoader(digits(), batch_size=OF_A_RANK)))}
 
@@ -231,8 +228,9 @@ LEFT_OUT = range(4)
 # ------------------------------------------------------------------ loops of one's own
 
 
-def call(model: nn.Module, optimizer: Any, loader: Any, **changes: Any) -> dpfix.PrivateTraining:
-    given = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "training_step": step, "cache": False, "seed": 0}
+def call(*objects: Any, **changes: Any) -> dpfix.PrivateTraining:
+    model, optimizer, loader = objects
+    given: Any = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "training_step": step, "cache": False, "seed": 0}
     return dpfix.make_private_safe(module=model, optimizer=optimizer, data_loader=loader, **(given | changes))
 
 
@@ -260,7 +258,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fresh(batch_size: int = OF_A_RANK) -> tuple[nn.Module, Any, Any]:
-    model = network(0)
+    model: Any = network(0)
     model[0][2].inplace = model[3].inplace = False
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     return model, optimizer, DataLoader(digits(), batch_size=batch_size, shuffle=True)
@@ -268,17 +266,11 @@ def fresh(batch_size: int = OF_A_RANK) -> tuple[nn.Module, Any, Any]:
 
 def with_fabric(rank: int) -> dict[str, Any]:
     fabric = lightning.Fabric(accelerator="cpu", devices=distributed.get_world_size(), strategy="ddp")
+    fabric.launch()
     model, optimizer, loader = fresh()
     prepared = (*fabric.setup(model, optimizer), fabric.setup_dataloaders(loader))
     private = call(*prepared)
-    ledger = private[2]._dataloader.ledger
     found = loop(private.with_objects(private[0], private[1], private[2]._dataloader), private, fabric.backward)
-    assert ledger.rounds
-
-    def loader_afterwards() -> None:
-        made, optimizer, loader = fresh()
-        private = call(*fabric.setup(made, optimizer), loader)
-        fabric.setup_dataloaders(private[2])
 
     def afterwards() -> None:
         private = call(*fresh())
@@ -290,10 +282,7 @@ def with_fabric(rank: int) -> dict[str, Any]:
 
 def with_accelerate(rank: int) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
-    found, (model, optimizer, loader) = {}, fresh()
-    private = call(*accelerator.prepare(model, optimizer, loader))
-    found["accelerate, loader too"] = loop(private, private, accelerator.backward)
-    model, optimizer, loader = fresh(6)
+    found, (model, optimizer, loader) = {}, fresh(6)
     private = call(*accelerator.prepare(model, optimizer), loader)
     again = accelerator.prepare(private[2])
     found["accelerate, loader afterwards"] = loop(private, (*tuple(private)[:2], again), accelerator.backward)
@@ -302,7 +291,7 @@ def with_accelerate(rank: int) -> dict[str, Any]:
     found["refused, accelerate afterwards"] = {
         "told": told(lambda: loop(mine, accelerator.prepare(*mine), accelerator.backward))
     }
-    only_loader = accelerator.prepare(fresh()[2])
+    only_loader: Any = accelerator.prepare(fresh()[2])
     found["refused, accelerate, the loader only"] = {"told": told(lambda: call(*fresh()[:2], only_loader))}
     AcceleratorState._reset_state()
     parts = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
@@ -354,10 +343,12 @@ class WithLoss(nn.Module):
 
 
 class Recorded(Trainer):
-    """Tells what was drawn here, and the weights before and after each step."""
+    """Tells what is drawn here."""
+
+    record: Callable[[Any], None]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.draws.append(inputs["index"].tolist() if self.ledger().pending() else [])
+        self.record(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -394,10 +385,13 @@ def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **ch
     own = {"per_device_train_batch_size": OF_A_RANK, "lr_scheduler_type": "constant", "remove_unused_columns": False}
     data = [{"x": x, "labels": int(y), "index": int(i)} for x, y, i in digits()]
 
+    def record(inputs: Any) -> None:
+        draws.append(inputs["index"].tolist() if private.private[2].ledger.pending() else [])
+
     def train() -> None:
         arguments = TrainingArguments(str(folder), **(quiet | own | changes))
         trainer = cls(model, arguments, train_dataset=data, callbacks=[private, states], optimizers=(optimizer, None))
-        trainer.draws, trainer.ledger = draws, lambda: private.private[2].ledger
+        trainer.record = record
         trainer.train(resume_from_checkpoint=resumed)
 
     draws: list[list[int]] = []
@@ -409,15 +403,28 @@ def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **ch
 def with_transformers(rank: int, folder: Path) -> dict[str, Any]:
     saving = {"save_strategy": "steps", "save_steps": 3, "private": {"noise_multiplier": 2.0, "seed": None}}
     return {
-        "transformers": with_trainer(folder),
         "transformers, outputs": with_trainer(folder, OfOutputs),
         "transformers, noise": with_trainer(folder, max_steps=6, **saving),
         "transformers, gone on": with_trainer(
             folder, max_steps=8, resumed=str(folder / "checkpoint-6"), private=saving["private"]
         ),
         "refused, transformers, smoothing": with_trainer(folder, label_smoothing_factor=0.1),
-        "refused, transformers, on rank 1": with_trainer(folder, coupled=rank == 1),
         "refused, transformers, accumulation": with_trainer(folder, gradient_accumulation_steps=2),
+    }
+
+
+def few(rank: int, size: int) -> dict[str, Any]:
+    """One training of each kind."""
+    folder, accelerator = Path(sys.argv[2]), Accelerator(cpu=True)
+    private = call(*accelerator.prepare(*fresh()))
+    wrong = {"max_grad_norm": -1.0 if rank == 1 else 1.0}
+    return {
+        "accelerate, loader too": loop(private, private, accelerator.backward),
+        "ddp": fit(Classifier()),
+        "spread": fit(Spread(), strategy=in_parts()),
+        "transformers": with_trainer(folder),
+        "refused, on rank 1": fit(Classifier(), private=wrong),
+        "refused, transformers, on rank 1": with_trainer(folder, coupled=rank == 1),
     }
 
 
@@ -429,6 +436,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
 
 
 SCENARIOS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
+    "few": few,
     "everything": everything,
     "leave one out": lambda rank, size: leave_one_out(rank, Path(sys.argv[2])),
 }
