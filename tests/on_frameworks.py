@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -378,6 +379,8 @@ class States(TrainerCallback):
 def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **changes: Any) -> dict[str, Any]:
     """A training by a Trainer; ``private`` are arguments of the callback."""
     model, options = WithLoss(coupled), {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "cache": False, "seed": 0}
+    if "label_smoothing_factor" in changes:
+        model.config = SimpleNamespace()
     optimizer, states = torch.optim.SGD(model.parameters(), lr=RATE), States(model)
     private = huggingface.PrivateCallback(**(options | changes.pop("private", {})))
     resumed = changes.pop("resumed", None)
