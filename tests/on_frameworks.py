@@ -303,6 +303,11 @@ def with_accelerate(rank: int) -> dict[str, Any]:
 def with_fsdp(rank: int) -> dict[str, Any]:
     """Accelerate takes FSDP only where there are accelerators; here it is told that there are."""
     AcceleratorState._reset_state()
+    found = {}
+    model, _, loader = fresh(6)
+    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(flat.parameters(), lr=RATE)
+    found["refused, FSDP1"] = {"told": told(lambda: call(flat, optimizer, loader))}
     names = ["Conv2d", "Linear"]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=names
@@ -313,15 +318,11 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     vars(accelerator.state).update(state)
     model, optimizer, loader = fresh(6)
     private = call(*accelerator.prepare(model, optimizer), loader)
-    found = {"accelerate, FSDP2": loop(private, private, accelerator.backward)}
+    found["accelerate, FSDP2"] = loop(private, private, accelerator.backward)
     mine = call(*fresh(6))
     found["refused, FSDP2 afterwards"] = {
         "told": told(lambda: loop(mine, (*accelerator.prepare(mine[0], mine[1]), mine[2]), accelerator.backward))
     }
-    model, _, loader = fresh(6)
-    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    optimizer = torch.optim.SGD(flat.parameters(), lr=RATE)
-    found["refused, FSDP1"] = {"told": told(lambda: call(flat, optimizer, loader))}
     AcceleratorState._reset_state()
     return found
 
@@ -441,6 +442,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
 SCENARIOS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
     "few": few,
     "everything": everything,
+    "fsdp": lambda rank, size: with_fsdp(rank),
     "leave one out": lambda rank, size: leave_one_out(rank, Path(sys.argv[2])),
 }
 

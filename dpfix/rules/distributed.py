@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from dpfix.errors import ModelError
 from dpfix.instrument.sharded import is_sharded
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
@@ -92,6 +93,21 @@ class Distributed(Rule):
         lambda: {"module": nn.DataParallel(nn.Sequential(nn.Linear(6, 3)))},
     )
     remark = "The wrappers need a process group; the test for this rule starts one itself."
+
+
+def refuse_flat(module: nn.Module) -> None:
+    """Refuse a model in FSDP1 before anything of it is read: the memory behind its parameters is freed between calls.
+
+    Args:
+        module: a model.
+
+    Raises:
+        ModelError: there is such a wrapper.
+    """
+    for path, child in module.named_modules():
+        if isinstance(child, FullyShardedDataParallel):
+            fact = f"module: {type(child).__name__} at `{path or 'the root module'}` spreads the model over devices."
+            raise ModelError(Finding.refusal("DPF019", fact, *_problem(path, child), path=path))
 
 
 def _problem(path: str, module: nn.Module) -> tuple[str, str]:
