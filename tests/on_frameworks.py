@@ -312,12 +312,13 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=names
     )
-    accelerator = Accelerator(cpu=True)
-    state = AcceleratorState._shared_state
-    state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-    vars(accelerator.state).update(state)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    for state in (AcceleratorState._shared_state, vars(accelerator.state)):
+        state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     model, optimizer, loader = fresh(6)
-    private = call(*accelerator.prepare(model, optimizer), loader)
+    prepared = accelerator.prepare(model, optimizer)
+    assert accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in prepared[0].parameters())
+    private = call(*prepared, loader)
     found["accelerate, FSDP2"] = loop(private, private, accelerator.backward)
     mine = call(*fresh(6))
     found["refused, FSDP2 afterwards"] = {
