@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -313,17 +313,20 @@ def with_fsdp(rank: int) -> dict[str, Any]:
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=names
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    for state in (AcceleratorState._shared_state, vars(accelerator.state)):
-        state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    accelerator.state.fsdp_plugin = plugin
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
     model, optimizer, loader = fresh(6)
     prepared = accelerator.prepare(model, optimizer)
-    assert accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in prepared[0].parameters())
+    assert accelerator.is_fsdp2, (accelerator.distributed_type, plugin.fsdp_version)
+    assert all(isinstance(p, DTensor) for p in prepared[0].parameters())
     private = call(*prepared, loader)
     found["accelerate, FSDP2"] = loop(private, private, accelerator.backward)
     mine = call(*fresh(6))
     found["refused, FSDP2 afterwards"] = {
         "told": told(lambda: loop(mine, (*accelerator.prepare(mine[0], mine[1]), mine[2]), accelerator.backward))
     }
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     AcceleratorState._reset_state()
     return found
 
@@ -443,7 +446,6 @@ def everything(rank: int, size: int) -> dict[str, Any]:
 SCENARIOS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
     "few": few,
     "everything": everything,
-    "fsdp": lambda rank, size: with_fsdp(rank),
     "leave one out": lambda rank, size: leave_one_out(rank, Path(sys.argv[2])),
 }
 
