@@ -35,9 +35,10 @@ OF_A_RANK = 3
 
 def weights(model: nn.Module, prefix: str = "net.") -> dict[str, Tensor]:
     """The whole weights by their names in the network."""
+    named: list[tuple[str, Any]] = list(model.named_parameters())
     return {
-        name.removeprefix(prefix): p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
-        for name, p in model.named_parameters()
+        name.removeprefix(prefix): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in named
     }
 
 
@@ -83,7 +84,8 @@ class Spread(Classifier):
         self.net[0][2].inplace = self.net[3].inplace = False
 
     def configure_model(self) -> None:
-        mesh = self.device_mesh["data_parallel"]
+        mesh: Any = self.device_mesh
+        mesh = mesh["data_parallel"]
         for part in (self.net[0], self.net[2], self.net[4]):
             fully_shard(part, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
@@ -93,7 +95,8 @@ class InPart(Spread):
     """The last layer is left out."""
 
     def configure_model(self) -> None:
-        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+        mesh: Any = self.device_mesh
+        fully_shard(self.net[0], mesh=mesh["data_parallel"])
 
 
 class ByHand(Classifier):
@@ -107,8 +110,8 @@ class CallInside(Classifier):
 
     def configure_optimizers(self) -> Any:
         self.trainer.fit_loop.setup_data()
-        given = {"module": self, "optimizer": super().configure_optimizers(), "max_grad_norm": CLIP, "cache": False}
-        return dpfix.make_private_safe(**given, data_loader=self.trainer.train_dataloader, noise_multiplier=1.0)[1]
+        loader: Any = self.trainer.train_dataloader
+        return call(self, super().configure_optimizers(), loader, wrap_model=False)[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return step(self, batch)
@@ -385,7 +388,7 @@ def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **ch
     """A training by a Trainer; ``private`` are arguments of the callback."""
     model, options = WithLoss(coupled), {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "cache": False, "seed": 0}
     if "label_smoothing_factor" in changes:
-        model.config = SimpleNamespace()
+        vars(model)["config"] = SimpleNamespace()
     optimizer, states = torch.optim.SGD(model.parameters(), lr=RATE), States(model)
     private = huggingface.PrivateCallback(**(options | changes.pop("private", {})))
     resumed = changes.pop("resumed", None)
