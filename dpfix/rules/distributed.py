@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from dpfix.errors import ModelError
 from dpfix.instrument.sharded import is_sharded
 from dpfix.report.finding import Finding, Fixability, Severity
 from dpfix.rules.rule import Rule
@@ -94,6 +95,21 @@ class Distributed(Rule):
     remark = "The wrappers need a process group; the test for this rule starts one itself."
 
 
+def refuse_flat(module: nn.Module) -> None:
+    """Refuse a model in FSDP1 before anything of it is read: the memory behind its parameters is freed between calls.
+
+    Args:
+        module: a model.
+
+    Raises:
+        ModelError: there is such a wrapper.
+    """
+    for path, child in module.named_modules():
+        if isinstance(child, FullyShardedDataParallel):
+            fact = f"module: {type(child).__name__} at `{path or 'the root module'}` spreads the model over devices."
+            raise ModelError(Finding.refusal("DPF019", fact, *_problem(path, child), path=path))
+
+
 def _problem(path: str, module: nn.Module) -> tuple[str, str]:
     if isinstance(module, DifferentiallyPrivateDistributedDataParallel):
         if path:
@@ -106,7 +122,7 @@ def _problem(path: str, module: nn.Module) -> tuple[str, str]:
     if isinstance(module, FSDPModule):
         return _SHARDED, _FSDP2 + _INSTEAD if path else _BEFORE
     if isinstance(module, FullyShardedDataParallel):
-        return _SHARDED, f"use torch.distributed.fsdp.fully_shard; or {_INSTEAD}"
+        return _SHARDED, f"use torch.distributed.fsdp.fully_shard (accelerate: fsdp_version=2); or {_INSTEAD}"
     if isinstance(module, DistributedDataParallel):
         return _problem_of_torch(path, module)
     several = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1

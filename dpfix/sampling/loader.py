@@ -53,6 +53,8 @@ class PrivateDataLoader(DPDataLoader):
         self.sample_rate = sample_rate(loader)
         self.nominal = _nominal(loader)
         self.distributed = drawing.ranks.size > 1
+        if self.distributed:  # accelerate's prepare would hand every other draw to another rank
+            self._is_accelerate_prepared = True
         self.sharded = drawing.ranks.sharded
         self.ledger = drawing.ledger
         self.sampling = drawing.sampling

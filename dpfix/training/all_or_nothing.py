@@ -11,6 +11,7 @@ from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.memento import Memento
 from dpfix.instrument.module_state import finished
 from dpfix.instrument.turn import TURN
+from dpfix.rules.distributed import refuse_flat
 from dpfix.sampling.ranks import end_exchange
 from dpfix.training.guards.optimizers import WATCHED
 from dpfix.training.wrapped import on_wrapped
@@ -38,6 +39,8 @@ def all_or_nothing(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
     def whole(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with TURN:
             module = kwargs.get("module")
+            if finished(module):
+                refuse_flat(module)
             beside = (kwargs.get("criterion"), kwargs.get("training_step"))
             outside = modules_outside(module, *beside) if finished(module) else []
             before = Memento(*kwargs.values(), *outside, *origins.REMEMBERED, WATCHED)

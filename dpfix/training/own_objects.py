@@ -11,6 +11,7 @@ from dpfix.errors import ArgumentError
 from dpfix.rules import compiled
 from dpfix.sampling.loader import PrivateDataLoader, augmentation_of
 from dpfix.sampling.ranks import Ranks
+from dpfix.sampling.shared_out import for_all_ranks
 from dpfix.scan.arguments import check_objects
 from dpfix.scan.request import Request
 from dpfix.training import in_training
@@ -36,7 +37,10 @@ def out_of_earlier(request: Request) -> Request:
     request = as_trained(request)
     module = end_earlier(request.module)
     optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
-    return replace(request, module=module, optimizer=optimizer, ranks=Ranks.of(module))
+    ranks, loader = Ranks.of(module), request.data_loader
+    if request.privacy.poisson_sampling:
+        loader = for_all_ranks(loader, ranks)
+    return replace(request, module=module, optimizer=optimizer, data_loader=loader, ranks=ranks)
 
 
 def end_earlier(module: nn.Module) -> nn.Module:

@@ -52,6 +52,9 @@ def as_whole(request: Request, secure_mode: bool) -> Request:
 
 def _on(module: nn.Module, spread: nn.Module, optimizer: Optimizer) -> Optimizer:
     """An optimizer like another one, without its state, over the parameters of a copy of its model."""
+    inside = vars(optimizer).get("optimizer")
+    if isinstance(inside, Optimizer):  # of accelerate's wrapper, whose groups are those of the one inside
+        optimizer = inside
     pairs = zip(spread.parameters(), module.parameters(), strict=True)
     ours = {id(theirs): p for theirs, p in pairs}
     like = copy.copy(optimizer)

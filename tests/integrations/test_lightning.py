@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,20 @@ def test_a_target_that_does_not_last_for_a_step_is_refused(tmp_path: Path) -> No
 def test_trainers_that_break_the_accounting_are_refused(changes: Any, text: str, tmp_path: Path) -> None:
     with pytest.raises(dpfix.ArgumentError, match=text):
         fit(tmp_path, Classifier(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("FSDPStrategy", "FSDP1.*Use strategy=ModelParallelStrategy"),
+        ("DeepSpeedStrategy", "with 2 processes.*strategy='ddp'"),
+    ],
+)
+def test_strategies_that_are_not_known_are_refused(name: str, text: str, tmp_path: Path) -> None:
+    """They start on GPUs only; the callback is told of one before it has done anything."""
+    made = SimpleNamespace(strategy=type(name, (), {})(), world_size=2)
+    with pytest.raises(dpfix.ArgumentError, match=text):
+        PrivateCallback(noise_multiplier=1.0, max_grad_norm=1.0).setup(made, Classifier(), "fit")
 
 
 def test_clipping_by_the_trainer_is_switched_off_and_said(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from dpfix.api import make_private_safe
-from dpfix.errors import ArgumentError, LossError, MisuseError, TrainingStepError
+from dpfix.errors import DPFixError, LossError, MisuseError, RankError, TrainingStepError
+from dpfix.integrations.huggingface.asked import check_trainer, on_ranks
 from dpfix.integrations.huggingface.losses import MeansInside, SampleBySample, loss_of
 from dpfix.report.finding import Finding, Fixability, Severity
+from dpfix.sampling.ranks import Ranks
 from dpfix.sampling.unit_names import column
 from dpfix.scan.arguments import check_whole_batches
 from dpfix.training.result import PrivateTraining
@@ -35,7 +37,7 @@ class TrainerInPrivate:
     """
 
     def __init__(self, trainer: Any, arguments: Mapping[str, Any], delta: float | None) -> None:
-        _check(trainer)
+        check_trainer(trainer)
         check_whole_batches(arguments, "a Trainer")
         self.private: PrivateTraining | None = None
         self._trainer, self._arguments, self._delta = trainer, dict(arguments), delta
@@ -107,14 +109,19 @@ class TrainerInPrivate:
             trainer.create_optimizer()
             trainer.model.train()
             self._loss, put_back = loss_of(trainer, self._given_loss)
+            model = on_ranks(trainer)
             own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-            private, way = self._first_right_way(own, loader)
+            private, way = self._first_right_way(model, own, loader)
         except BaseException:
             put_back()
             trainer.optimizer = optimizer
             trainer.model.train(training)
             raise
         self._way, self._model, trainer.optimizer = way, trainer.model, private[1]
+        if model is not trainer.model:  # the Trainer leaves what is wrapped as it is
+            trainer.model_wrapped = trainer.accelerator.prepare_model(
+                model, device_placement=False, evaluation_mode=True
+            )
         self.private = _with(private, _finding(trainer, way)) if way.changed else private
         return self.private
 
@@ -124,29 +131,42 @@ class TrainerInPrivate:
         names = column(self._trainer.train_dataset, unit) if isinstance(unit, str) else None
         return {} if names is None else {"privacy_unit": names}
 
-    def _first_right_way(self, optimizer: Any, loader: Any) -> tuple[PrivateTraining, Way]:
-        refused: list[LossError | TrainingStepError] = []
+    def _first_right_way(self, model: nn.Module, optimizer: Any, loader: Any) -> tuple[PrivateTraining, Way]:
+        """The first way in which the loss is one that can be clipped, the same on all ranks."""
+        ranks, refused = Ranks.of(model), list[DPFixError]()
         for way in (MeansInside(), SampleBySample()):
-            take_off = way.put_on(self._trainer.model)
-            try:
-                private = make_private_safe(
-                    module=self._trainer.model,
-                    optimizer=optimizer,
-                    data_loader=loader,
-                    training_step=_Step(self._trainer, self._loss, way),
-                    wrap_model=False,
-                    **(self._arguments | self._names()),
-                )
-            except (LossError, TrainingStepError) as error:
-                take_off()
-                refused.append(error)
-            except BaseException:
-                take_off()
-                raise
-            else:
-                self._take_off = take_off
-                return private, way
+            with ranks.all_or_none():
+                made = self._in_this_way(way, model, optimizer, loader)
+                again = isinstance(made, (LossError, TrainingStepError))
+                other_way = any(ranks.exchange(again))  # the others only know that a rank has failed
+            if isinstance(made, PrivateTraining):
+                return made, way
+            refused.append(made)
+            if not other_way:
+                raise made
         raise refused[0]
+
+    def _in_this_way(
+        self, way: Way, model: nn.Module, optimizer: Any, loader: Any
+    ) -> PrivateTraining | LossError | TrainingStepError | RankError:
+        take_off = way.put_on(self._trainer.model)
+        try:
+            private = make_private_safe(
+                module=model,
+                optimizer=optimizer,
+                data_loader=loader,
+                training_step=_Step(self._trainer, self._loss, way),
+                wrap_model=False,
+                **(self._arguments | self._names()),
+            )
+        except (LossError, TrainingStepError, RankError) as error:
+            take_off()
+            return error
+        except BaseException:
+            take_off()
+            raise
+        self._take_off = take_off
+        return private
 
 
 def _nothing() -> None:
@@ -198,66 +218,4 @@ def _finding(trainer: Any, way: Way) -> Finding:
         "the loss is the mean over the samples of the mean over each sample's own tokens; evaluation stays as it is",
         "report losses of this training as means per sample; they differ from those of a mean over all tokens.",
         "trainer",
-    )
-
-
-# ------------------------------------------------------------------ what cannot be made private
-
-
-def _check(trainer: Any) -> None:
-    """Refuse what a Trainer was asked for and private training cannot do.
-
-    Raises:
-        ArgumentError: with the way out.
-    """
-    args = trainer.args
-    for asked, fact, why, way in _refusals(args):
-        if asked:
-            raise ArgumentError(f"the Trainer was made with {fact}:", why, way, path="trainer.args")
-    if getattr(trainer, "train_dataset", None) is None:
-        raise ArgumentError(
-            "the Trainer has no train_dataset:", help="Pass train_dataset= to Trainer.", path="trainer.train_dataset"
-        )
-
-
-def _refusals(args: Any) -> Sequence[tuple[bool, str, str, str]]:
-    accumulates = args.gradient_accumulation_steps
-    size = accumulates * args.per_device_train_batch_size
-    return (
-        (
-            accumulates > 1,
-            f"gradient_accumulation_steps={accumulates}",
-            "a step is accounted as one Poisson draw, and a sample may be in several of those that would be added up.",
-            f"Use per_device_train_batch_size={size} and gradient_accumulation_steps=1: the same expected batch size.",
-        ),
-        (
-            bool(args.fp16),
-            "fp16=True",
-            "gradients would be scaled, and clipped at another norm than the accountant counts.",
-            "Use bf16=True, or leave mixed precision out.",
-        ),
-        (
-            args.world_size > 1 or args.n_gpu > 1,
-            f"{args.world_size} processes and {args.n_gpu} devices",
-            "its DataParallel or DistributedDataParallel averages gradients before they are clipped.",
-            "Use one device (CUDA_VISIBLE_DEVICES=0), or a loop of your own with make_private_safe under torchrun.",
-        ),
-        (
-            bool(getattr(args, "auto_find_batch_size", False)),
-            "auto_find_batch_size=True",
-            "another batch size is another sampling rate.",
-            "Set per_device_train_batch_size and leave auto_find_batch_size out.",
-        ),
-        (
-            bool(getattr(args, "packing", False) or getattr(args, "padding_free", False)),
-            "packing or padding_free",
-            "a row of a packed batch holds texts of several samples, and one text more shifts all that follow.",
-            "Use packing=False and padding_free=False: one text is one sample.",
-        ),
-        (
-            bool(getattr(args, "use_liger_kernel", False)),
-            "use_liger_kernel=True",
-            "its fused layers compute gradients of the whole batch only.",
-            "Leave use_liger_kernel out.",
-        ),
     )

@@ -11,6 +11,7 @@ from torch import nn
 from dpfix.api import make_private_safe
 from dpfix.errors import ArgumentError, LoaderError, OptimizerError
 from dpfix.instrument.source import warn_user
+from dpfix.integrations.lightning.several import as_called, check_sampler, check_strategy, end
 from dpfix.integrations.lightning.step import TrainingStep
 from dpfix.report.statement import PrivacyStatement
 from dpfix.sampling.rate import index_set
@@ -93,6 +94,7 @@ class PrivateCallback(Callback):
         """The weights of a checkpoint are loaded when the model is repaired."""
         if stage != "fit":
             return
+        check_strategy(trainer, self._path)
         _check_trainer(trainer, self._target)
 
         def load_later(state: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
@@ -111,16 +113,17 @@ class PrivateCallback(Callback):
         loader = _only_loader(trainer)
         root, told = self._root(trainer, pl_module)
         position, optimizer = _its_optimizer(trainer.strategy.optimizers, root, self._path)
-        self.private = make_private_safe(
-            module=root, optimizer=optimizer, data_loader=loader, wrap_model=False, **{**told, **self._arguments}
-        )
-        self._begun = True
+        with as_called(trainer, root) as model:
+            self.private = make_private_safe(
+                module=model, optimizer=optimizer, data_loader=loader, wrap_model=False, **{**told, **self._arguments}
+            )
+            self._begun = True
         optimizers = list(trainer.strategy.optimizers)
         optimizers[position] = self.private[1]
         trainer.strategy.optimizers = optimizers
         replace_loader(pl_module, loader, self.private[-1])
         if isinstance(root, TrainingStep):
-            vars(pl_module)["training_step"] = root.in_loop()
+            vars(pl_module)["training_step"] = root.in_loop(model)
         if self._loaded is not None:
             (state, strict), self._loaded = self._loaded, None
             pl_module.load_state_dict(state, strict=strict)
@@ -154,18 +157,19 @@ class PrivateCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log epsilon."""
-        pl_module.log("epsilon", self.private.get_epsilon(self.delta), prog_bar=True)
+        pl_module.log("epsilon", self.private.get_epsilon(self.delta), prog_bar=True, sync_dist=True)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The model is the plain one again."""
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The model is the plain one again."""
-        self._end(pl_module)
+        self._end(trainer, pl_module)
 
-    def _end(self, pl_module: Any) -> None:
+    def _end(self, trainer: Any, pl_module: Any) -> None:
         """The model is the plain one again; what was released stays known."""
+        end(trainer)
         for name in ("load_state_dict", "training_step"):
             vars(pl_module).pop(name, None)
         if self._begun:
@@ -180,12 +184,6 @@ def _check_trainer(trainer: Any, target: float | None) -> None:
         ArgumentError: it is set up to do so.
     """
     for wrong, fact, why, help in (
-        (
-            trainer.world_size > 1,
-            f"devices: the Trainer trains with {trainer.world_size} processes.",
-            "its strategy adds up the gradients of the processes before they are clipped.",
-            "Use devices=1; for several processes, a loop of your own with make_private_safe and DistributedDataParallel.",
-        ),
         (
             trainer.accumulate_grad_batches != 1,
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} in the Trainer.",
@@ -230,6 +228,7 @@ def _only_loader(trainer: Any) -> Any:
             "Pass one loader, over a ConcatDataset or a StackDataset.",
             path="data_loader",
         )
+    check_sampler(loaders[0])
     return loaders[0]
 
 

@@ -41,13 +41,20 @@ class TrainingStep(nn.Module):
         with self._beside.kept(self.module):
             return type(self.module).training_step(self.module, *args, **kwargs)
 
-    def in_loop(self) -> Callable[..., Any]:
-        """What stands in for ``training_step`` in the Trainer's loop."""
+    def in_loop(self, model: nn.Module) -> Callable[..., Any]:
+        """What stands in for ``training_step`` in the Trainer's loop.
+
+        Args:
+            model: this module, or the wrapper of several processes around it.
+
+        Returns:
+            A function of the batch and its number.
+        """
 
         @functools.wraps(self._own)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._beside.begin()
-            output = self(*args, **kwargs)
+            output = model(*args, **kwargs)
             self._beside.carry_out(self.module)
             return output
 
