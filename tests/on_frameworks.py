@@ -1,4 +1,4 @@
-"""What every rank runs in the tests of frameworks on several processes; started by torchrun from ``test_on_ranks.py``.
+"""What every rank runs in the tests of frameworks on several processes; started by torchrun from ``test_frameworks_on_ranks.py``.
 
 ``torchrun --nproc-per-node N -m tests.on_frameworks SCENARIO FOLDER`` writes what rank r saw to ``FOLDER/r.pt``.
 """
