@@ -218,10 +218,16 @@ def leave_one_out(rank: int, folder: Path) -> dict[str, Any]:
     for left_out in (-1, *LEFT_OUT):
         weight = torch.full((60,), 100.0)
         weight[left_out if left_out >= 0 else 60 :][:1] = 0.0
-        loader = DataLoader(TensorDataset(*digits().tensors, weight), batch_size=10)
-        for name in ("ddp", "spread"):
-            module, strategy = (Classifier(), "ddp") if name == "ddp" else (Spread(), in_parts())
-            found[f"{name} without {left_out}"] = fit(module, 1, loader, strategy=strategy)
+        data = TensorDataset(*digits().tensors, weight)
+        loader = DataLoader(data, batch_size=10)
+        found[f"ddp without {left_out}"] = fit(Classifier(), 1, loader)
+        found[f"spread without {left_out}"] = fit(Spread(), 1, loader, strategy=in_parts())
+        found[f"transformers without {left_out}"] = with_trainer(
+            folder, max_steps=1, weight=weight, per_device_train_batch_size=10
+        )
+        accelerator = Accelerator(cpu=True)
+        private = call(*accelerator.prepare(*fresh()[:2], loader), training_step=weighted)
+        found[f"accelerate without {left_out}"] = loop(private, private, accelerator.backward, 1)
     return found
 
 
@@ -248,7 +254,7 @@ def loop(
     while len(draws) < steps:
         for batch in loader:
             optimizer.zero_grad()
-            backward(step(model, batch))
+            backward((weighted if len(batch) > 3 else step)(model, batch))
             draws.append(batch[2].tolist() if ledger.pending() else [])
             optimizer.step()
             states.append(whole(inner))
@@ -275,13 +281,16 @@ def with_fabric(rank: int) -> dict[str, Any]:
     prepared = (*fabric.setup(model, optimizer), fabric.setup_dataloaders(loader))
     private = call(*prepared)
     found = loop(private.with_objects(private[0], private[1], private[2]._dataloader), private, fabric.backward)
+    model, optimizer, loader = fresh()
+    loud = call(*fabric.setup(model, optimizer), fabric.setup_dataloaders(loader), noise_multiplier=2.0, seed=None)
+    noise = loop(loud.with_objects(loud[0], loud[1], loud[2]._dataloader), loud, fabric.backward, 5)
 
     def afterwards() -> None:
         private = call(*fresh())
         model, optimizer = fabric.setup(private[0], private[1])
         loop(private, (model, optimizer, private[2]), fabric.backward)
 
-    return {"fabric": found, "refused, fabric afterwards": {"told": told(afterwards)}}
+    return {"fabric": found, "fabric, noise": noise, "refused, fabric afterwards": {"told": told(afterwards)}}
 
 
 def with_accelerate(rank: int) -> dict[str, Any]:
@@ -290,6 +299,8 @@ def with_accelerate(rank: int) -> dict[str, Any]:
     private = call(*accelerator.prepare(model, optimizer), loader)
     again = accelerator.prepare(private[2])
     found["accelerate, loader afterwards"] = loop(private, (*tuple(private)[:2], again), accelerator.backward)
+    loud = call(*accelerator.prepare(*fresh()), noise_multiplier=2.0, seed=None)
+    found["accelerate, noise"] = loop(loud, loud, accelerator.backward, 5)
     model, optimizer, loader = fresh()
     mine = call(model, optimizer, loader)
     found["refused, accelerate afterwards"] = {
@@ -344,11 +355,12 @@ class WithLoss(nn.Module):
         super().__init__()
         self.net, self.coupled = network(0), coupled
 
-    def forward(self, x: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor, index: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         out = self.net(x)
         if self.coupled:
             out = out - out.mean(0)
-        return {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
+        losses = nn.functional.cross_entropy(out, labels, reduction="none")
+        return {"loss": (losses if weight is None else losses * weight).mean(), "logits": out}
 
 
 class Recorded(Trainer):
@@ -394,7 +406,9 @@ def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **ch
     resumed = changes.pop("resumed", None)
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "max_steps": 4}
     own = {"per_device_train_batch_size": OF_A_RANK, "lr_scheduler_type": "constant", "remove_unused_columns": False}
-    data = [{"x": x, "labels": int(y), "index": int(i)} for x, y, i in digits()]
+    data: list[dict[str, Any]] = [{"x": x, "labels": int(y), "index": int(i)} for x, y, i in digits()]
+    for sample, weight in zip(data, changes.pop("weight", ()), strict=False):
+        sample["weight"] = weight
 
     def record(inputs: Any) -> None:
         draws.append(inputs["index"].tolist() if private.private[2].ledger.pending() else [])

@@ -93,7 +93,9 @@ def test_a_sampler_of_the_scripts_own_is_kept(trained: Seen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp, noise", "spread, noise", "transformers, noise"])
+@pytest.mark.parametrize(
+    "name", ["ddp, noise", "spread, noise", "transformers, noise", "accelerate, noise", "fabric, noise"]
+)
 def test_the_noise_is_added_once(trained: Seen, name: str) -> None:
     assert noise_in(trained, name) == pytest.approx(1.0, abs=0.03)
     alone = PRVAccountant()
@@ -160,7 +162,7 @@ def test_what_cannot_be_trained_is_refused_on_all_ranks(trained: Seen, name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "spread"])
+@pytest.mark.parametrize("name", ["ddp", "spread", "transformers", "accelerate"])
 def test_no_sample_moves_the_released_sum_by_more_than_the_clip_norm(left_out: Seen, name: str) -> None:
     """On whichever rank it is, also where its own gradient is a hundred times as large."""
 
