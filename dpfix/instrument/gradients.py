@@ -15,11 +15,13 @@ from functools import lru_cache
 import torch
 
 Gradients = dict[str, torch.Tensor]
-SKETCH = 1021
-"""Numbers in the sketch of a parameter, at most; of one that has no more, all are kept. The norm of a sketch is off by
+_SIZES = (509, 521)
+"""A sketch is made of two, with so many groups each: numbers that fall into one group of the one (a column of a weight whose rows
+are a multiple of its size apart, two numbers that have changed places) are in several of the other."""
+SKETCH = sum(_SIZES)
+"""Numbers in the sketch of a parameter; of one that has no more, all are kept. The norm of a sketch is off by
 ``1 / sqrt(2 * SKETCH)``, or 2 %, in the standard deviation."""
-_SIZES = (SKETCH, 1019)  # primes, of which one divides no stride: no row and no column of a weight falls into one group
-_ROWS = 64  # of a table of signs, each for one number of every group
+_ROWS = 128  # of a table of signs, each for one number of every group
 _CHUNK = 2**18  # numbers that are taken to double precision at a time: fresh memory for more is slower than the sums
 
 
@@ -64,12 +66,15 @@ def sketched(gradients: Mapping[str, torch.Tensor]) -> Gradients:
 
 
 def _sketch(gradient: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    strides = [math.prod(gradient.shape[dim:]) for dim in range(1, gradient.ndim)]
-    size = next((s for s in _SIZES if all(stride % s for stride in strides)), SKETCH)
-    signs, turns = _signs(size, dtype, gradient.device)
-    total = torch.zeros(size, dtype=dtype, device=gradient.device)
-    for number, block in enumerate(gradient.reshape(-1).split(_ROWS * size)):
+    numbers = gradient.reshape(-1)
+    return torch.cat([_in_groups(numbers, size) for size in _SIZES]).div_(math.sqrt(len(_SIZES)))
+
+
+def _in_groups(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    dtype = torch.promote_types(numbers.dtype, torch.float32)
+    signs, turns = _signs(size, dtype, numbers.device)
+    total = torch.zeros(size, dtype=dtype, device=numbers.device)
+    for number, block in enumerate(numbers.split(_ROWS * size)):
         rows = block.numel() // size
         part = (block[: rows * size].view(rows, size) * signs[:rows]).sum(0)
         rest = block[rows * size :]
@@ -78,10 +83,10 @@ def _sketch(gradient: torch.Tensor) -> torch.Tensor:
     return total
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _signs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Random signs of the numbers of a block, and of the groups of every block."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(size)
     signs = torch.randint(0, 2, (2, _ROWS, size), generator=generator, dtype=torch.int8, device="cpu")
     of_numbers, of_blocks = signs.to(device, dtype).mul_(2).sub_(1)
     return of_numbers, of_blocks

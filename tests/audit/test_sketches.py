@@ -22,16 +22,9 @@ from tests.cases import classify
 from tests.helpers import setting
 from tests.reference import clipped_sum, gradients_one_by_one, norm
 
-SHAPES = (
-    (SKETCH + 1,),
-    (64, 64),
-    (2 * SKETCH, 30),
-    (30, 2 * SKETCH),
-    (9, 5, SKETCH),
-    (96, 64, 3, 3),
-    (1500, 768),
-    (64 * SKETCH * 3 + 5,),
-)
+SHAPES = ((SKETCH + 1,), (64, 64), (96, 64, 3, 3), (1500, 768), (200 * SKETCH + 5,))
+GROUPS = (509, 521)
+WITHIN_GROUPS = ((2 * GROUPS[0], 30), (30, 2 * GROUPS[0]), (9, 5, GROUPS[1]), (40, 3 * GROUPS[1]))
 DIFFERENCES: dict[str, Callable[[Tensor], object]] = {
     "one number": lambda t: t.view(-1)[7].fill_(1),
     "two alike": lambda t: t.view(-1)[3 :: t.numel() - 4].fill_(1),
@@ -44,15 +37,40 @@ DIFFERENCES: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+def seen(shape: tuple[int, ...], change: Tensor) -> float:
+    """How large a change of a gradient is by its sketch, relative to its own norm."""
+    one = torch.randn(shape, dtype=torch.float64)
+    a, b = sketched({"w": one}), sketched({"w": one + change})
+    assert a["w"].numel() == SKETCH < one.numel()
+    return gap(a["w"], b["w"]) / float(change.norm())
+
+
 @pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_difference_is_seen_as_large_as_it_is(shape: tuple[int, ...], difference: Callable[[Tensor], object]) -> None:
-    one = torch.randn(shape, dtype=torch.float64)
     change = torch.zeros(shape, dtype=torch.float64)
     difference(change)
-    a, b = sketched({"w": one}), sketched({"w": one + change})
-    assert a["w"].numel() <= SKETCH
-    assert gap(a["w"], b["w"]) == pytest.approx(float(change.norm()), rel=0.15)
+    assert seen(shape, change) == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
+@pytest.mark.parametrize("shape", WITHIN_GROUPS, ids=str)
+def test_what_falls_into_one_group_of_one_half_is_seen_by_the_other(
+    shape: tuple[int, ...], difference: Callable[[Tensor], object]
+) -> None:
+    change = torch.zeros(shape, dtype=torch.float64)
+    difference(change)
+    assert 0.6 < seen(shape, change) < 2.5
+
+
+def test_numbers_that_take_each_others_place_are_seen() -> None:
+    """Two numbers of opposite sign are nothing where both fall into one group with one sign."""
+    draw = torch.Generator().manual_seed(0)
+    changes = torch.zeros(4000, 5000, dtype=torch.float64)
+    for change in changes:
+        place = torch.randperm(5000, generator=draw)[:2]
+        change[place] = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert min(float(sketched({"w": change})["w"].norm()) for change in changes) >= 1 - 1e-9
 
 
 def test_small_gradients_are_kept() -> None:
