@@ -19,8 +19,9 @@ _SIZES = (509, 521)
 """A sketch is made of two, with so many groups each: numbers that fall into one group of the one (a column of a weight whose rows
 are a multiple of its size apart, two numbers that have changed places) are in several of the other."""
 SKETCH = sum(_SIZES)
-"""Numbers in the sketch of a parameter; of one that has no more, all are kept. The norm of a sketch is off by
-``1 / sqrt(2 * SKETCH)``, or 2 %, in the standard deviation."""
+"""Numbers in a sketch. Its norm is off by ``1 / sqrt(2 * SKETCH)``, or 2 %, in the standard deviation."""
+WHOLE = 2**14
+"""Of a gradient that has no more numbers, all are kept: to make a sketch of it takes longer than it saves."""
 _ROWS = 128  # of a table of signs, each for one number of every group
 _CHUNK = 2**18  # numbers that are taken to double precision at a time: fresh memory for more is slower than the sums
 
@@ -59,10 +60,10 @@ def sketched(gradients: Mapping[str, torch.Tensor]) -> Gradients:
         gradients: real numbers, by parameter name.
 
     Returns:
-        The sketches, in single precision at least; a gradient of at most ``SKETCH`` numbers as it is.
+        The sketches, in single precision at least; a gradient of at most ``WHOLE`` numbers as it is.
     """
     with torch._C.DisableTorchFunction():  # where steps run in double precision, numbers would change their type
-        return {name: g if g.numel() <= SKETCH else _sketch(g) for name, g in gradients.items()}
+        return {name: g if g.numel() <= WHOLE else _sketch(g) for name, g in gradients.items()}
 
 
 def _sketch(gradient: torch.Tensor) -> torch.Tensor:

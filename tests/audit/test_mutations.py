@@ -355,7 +355,7 @@ def opacus_is_right(looked: Looked, mode: str) -> bool:
 )
 def test_an_engine_that_is_wrong_in_a_part_of_a_large_parameter_is_found(broken: Callable[[Tensor], Tensor]) -> None:
     looked = look(
-        nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 3)).double(),
+        nn.Sequential(nn.Linear(50, 400), nn.Tanh(), nn.Linear(400, 50), nn.Tanh(), nn.Linear(50, 3)).double(),
         labelled(50),
     )
     evidence = looked.check(all_layers(broken))
