@@ -74,7 +74,8 @@ def _sketch(gradient: torch.Tensor) -> torch.Tensor:
         part = (block[: rows * size].view(rows, size) * signs[:rows]).sum(0)
         rest = block[rows * size :]
         part[: rest.numel()] += rest * signs[-1, : rest.numel()]
-        total.addcmul_(part, turns[number % len(turns)])
+        turn, shift = number % len(turns), number // len(turns)  # the signs begin anew, for other groups
+        total += (part * turns[turn]).roll(shift)
     return total
 
 

@@ -55,6 +55,20 @@ def test_a_difference_is_seen_as_large_as_it_is(shape: tuple[int, ...], differen
     assert gap(a["w"], b["w"]) == pytest.approx(float(change.norm()), rel=0.15)
 
 
+def test_two_halves_of_a_large_parameter_that_change_places_are_seen() -> None:
+    rows = 2 * 1021  # the signs of one half are those of the other
+    gradient = torch.randn(rows, 4096)
+    other = gradient.roll(rows // 2, 0)
+    assert gap(sketched({"w": gradient})["w"], sketched({"w": other})["w"]) == pytest.approx(
+        float((gradient - other).norm()), rel=0.15
+    )
+
+
+def test_the_norm_of_a_large_parameter_with_rows_that_are_alike_is_not_overrated() -> None:
+    gradient = torch.randn(1024).expand(20_000, 1024)
+    assert norm_of(sketched({"w": gradient})) == pytest.approx(float(gradient.norm()), rel=0.15)
+
+
 def test_small_gradients_are_kept() -> None:
     given = {"w": torch.randn(3, 4), "b": torch.randn(SKETCH)}
     assert all(kept is given[name] for name, kept in sketched(given).items())
