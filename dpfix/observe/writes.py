@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from dpfix.errors import TrainingStepError
+from dpfix.instrument.gradients import unchanged
 from dpfix.instrument.module_state import Key, put_back, same
 from dpfix.observe.one_step import run_step
 from dpfix.observe.probe import Probe
@@ -51,7 +50,7 @@ def overwritten_by_every_step(
         return ()  # what the first step left behind breaks the second
     finally:
         put_back(subject.module, before)
-    if any(not torch.allclose(g, first.gradients[n], rtol=1e-3, atol=1e-6) for n, g in again.gradients.items()):
+    if not unchanged(again.gradients, first.gradients):
         return ()
     return tuple(key for key in attributes if key in again.written and same(again.written[key], first.written.get(key)))
 

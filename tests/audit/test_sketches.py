@@ -73,6 +73,20 @@ def test_numbers_that_take_each_others_place_are_seen() -> None:
     assert min(float(sketched({"w": change})["w"].norm()) for change in changes) >= 1 - 1e-9
 
 
+def test_two_halves_of_a_large_parameter_that_change_places_are_seen() -> None:
+    rows = 2 * GROUPS[0]  # in one of the two sketches the signs of the upper half are those of the lower
+    gradient = torch.randn(rows, 128 * 128)
+    other = gradient.roll(rows // 2, 0)
+    assert gap(sketched({"w": gradient})["w"], sketched({"w": other})["w"]) == pytest.approx(
+        float((gradient - other).norm()), rel=0.15
+    )
+
+
+def test_the_norm_of_a_large_parameter_with_rows_that_are_alike_is_not_overrated() -> None:
+    gradient = torch.randn(1024).expand(20_000, 1024)
+    assert norm_of(sketched({"w": gradient})) == pytest.approx(float(gradient.norm()), rel=0.15)
+
+
 def test_small_gradients_are_kept() -> None:
     given = {"w": torch.randn(3, 4), "b": torch.randn(WHOLE)}
     assert all(kept is given[name] for name, kept in sketched(given).items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import dpfix
+from tests.helpers import setting
 from tests.training.steps import every_engine, first_batch, loss_of, start
 
 
@@ -34,3 +37,28 @@ def test_what_forward_keeps_of_a_batch_is_gone_after_the_step(engine: str) -> No
     training[1].step()
     assert model.last is None and model.heads is heads and torch.equal(heads[0], torch.zeros(1))
     assert any(f.code == "DPF025" and "`heads`" in f.fact for f in training.report.findings)
+
+
+class FeelsTheLast(nn.Module):
+    """One number of a gradient of half a million depends on the batch before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 80_000), nn.Linear(80_000, 3)
+        self.last: Tensor | None = None
+        with torch.no_grad():
+            self.body.weight[3, 5] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        out = self.head(hidden.relu())
+        if self.last is not None:
+            out = out + 1e-4 * torch.eye(3)[0] * self.last * self.body.weight[3, 5]
+        self.last = hidden.detach().abs().mean()
+        return out
+
+
+def test_an_attribute_that_moves_one_number_of_a_large_gradient_is_no_scratch() -> None:
+    with pytest.raises(dpfix.StateWrittenError, match="`last`"):
+        dpfix.make_private_safe(**setting(FeelsTheLast()))
