@@ -54,7 +54,7 @@ class FeelsTheLast(nn.Module):
         hidden = self.body(x)
         out = self.head(hidden.relu())
         if self.last is not None:
-            out = out + 1e-4 * torch.eye(3)[0] * self.last * self.body.weight[3, 5]
+            out = out + 1e-2 * torch.eye(3)[0] * self.last * self.body.weight[3, 5]
         self.last = hidden.detach().abs().mean()
         return out
 
