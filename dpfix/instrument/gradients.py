@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 Gradients = dict[str, torch.Tensor]
 _SIZES = (509, 521)
@@ -89,10 +90,11 @@ def _in_groups(numbers: torch.Tensor, size: int) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _signs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Random signs of the numbers of a block, and of the groups of every block."""
-    generator = torch.Generator().manual_seed(size)
-    signs = torch.randint(0, 2, (2, _ROWS, size), generator=generator, dtype=torch.int8, device="cpu")
-    of_numbers, of_blocks = signs.to(device, dtype).mul_(2).sub_(1)
-    return of_numbers, of_blocks
+    with _disable_current_modes():  # they are kept, whatever fixes draws or makes no numbers at the moment
+        generator = torch.Generator().manual_seed(size)
+        signs = torch.randint(0, 2, (2, _ROWS, size), generator=generator, dtype=torch.int8, device="cpu")
+        of_numbers, of_blocks = signs.to(device, dtype).mul_(2).sub_(1)
+        return of_numbers, of_blocks
 
 
 def _squares(t: torch.Tensor) -> float:

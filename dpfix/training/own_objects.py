@@ -38,7 +38,7 @@ def out_of_earlier(request: Request) -> Request:
     module = end_earlier(request.module)
     optimizer = getattr(request.optimizer, "original_optimizer", request.optimizer)
     ranks, loader = Ranks.of(module), request.data_loader
-    if request.privacy.poisson_sampling:
+    if request.privacy.poisson_sampling is not False:  # what is no boolean is told in a moment
         loader = for_all_ranks(loader, ranks)
     return replace(request, module=module, optimizer=optimizer, data_loader=loader, ranks=ranks)
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 import dpfix
 from dpfix.audit.reference import reference
 from dpfix.instrument.double_precision import DoublePrecision
-from dpfix.instrument.gradients import SKETCH, WHOLE, gap, norm_of, norms_of, sketched
+from dpfix.instrument.fixed_randomness import FixedRandomness
+from dpfix.instrument.gradients import SKETCH, WHOLE, _signs, gap, norm_of, norms_of, sketched
 from dpfix.instrument.held_memory import HeldMemory
 from dpfix.observe.run import observe
 from tests.audit.setups import labelled, look
@@ -105,6 +106,15 @@ def test_where_steps_run_in_double_precision_sketches_are_the_same() -> None:
     with DoublePrecision():
         again = sketched(gradient)["w"]
     assert again.dtype is torch.float32 and torch.equal(again, plain)
+
+
+def test_signs_that_are_made_while_draws_are_fixed_are_the_same() -> None:
+    gradient = {"w": torch.randn(200, 200, dtype=torch.float64)}
+    plain = sketched(gradient)["w"]
+    _signs.cache_clear()
+    with FixedRandomness():
+        sketched(gradient)
+    assert torch.equal(sketched(gradient)["w"], plain)
 
 
 def wide() -> nn.Module:
