@@ -58,6 +58,13 @@ def test_per_sample_gradients_of_a_large_batch_are_not_kept_without_need(monkeyp
     assert "it would keep" in reasons["vmap"] and set(reasons) == set(ENGINES)
 
 
+def test_engines_of_opacus_are_not_tried_where_two_of_dpfixs_own_are_right() -> None:
+    tried = dpfix.make_private_safe(**setting(cache=False)).report.evidence
+    passed, reasons = [e.engine for e in tried if e.passed], {e.engine: e.reason for e in tried}
+    assert passed == ["bookkeeping", "vmap"]
+    assert reasons["hooks"] == reasons["functorch"] == "not tried, `bookkeeping` and `vmap` are right"
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
 def test_the_scripts_own_setting_of_fallback_warnings_is_kept(engine: str, enabled: bool) -> None:
