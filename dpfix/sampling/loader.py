@@ -18,7 +18,7 @@ from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
 from dpfix.sampling.own_loader import deliveries_of
 from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches, unrecorded
-from dpfix.sampling.rate import batch_size, index_set, sample_rate
+from dpfix.sampling.rate import batch_size, how_it_reads, index_set, sample_rate
 
 
 class PrivateDataLoader(DPDataLoader):
@@ -61,20 +61,16 @@ class PrivateDataLoader(DPDataLoader):
         sampler: Any = unrecorded(loader.batch_sampler)
         if self.sampling != "shuffle":
             sampler = PoissonSampler(index_set(loader), drawing, sample_rate=self.sample_rate, steps=len(loader))
+        reads = how_it_reads(loader)
+        if cryptographic is not None:
+            reads["generator"] = cryptographic
         # DPDataLoader.__init__ iterates over dataset[0] and wraps collate for empty tensors; neither is wanted.
         DataLoader.__init__(
             self,
             dataset=loader.dataset,
             batch_sampler=sampler,
             collate_fn=collate,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator if cryptographic is None else cryptographic,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
+            **reads,
         )
 
     @property

@@ -26,7 +26,7 @@ from typing_extensions import override
 from dpfix.errors import ArgumentError
 from dpfix.layout.row_count import UnitItems
 from dpfix.report.statement import UNIT
-from dpfix.sampling.rate import index_set
+from dpfix.sampling.rate import how_it_reads, index_set
 from dpfix.sampling.records import record
 from dpfix.sampling.seen_items import SeenItems, changed_places
 from dpfix.sampling.unit_names import Names, NoNameError, check_unchanged
@@ -229,14 +229,7 @@ def loader_of_people(loader: DataLoader[Any], names: Callable[[Any, Sequence[int
         sampler=_sampler(batches.sampler, people),
         drop_last=batches.drop_last,
         collate_fn=Flattened(loader.collate_fn),
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        **how_it_reads(loader),
     )
 
 

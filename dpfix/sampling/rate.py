@@ -152,3 +152,12 @@ def part_sizes(samples: int, most: int) -> list[int]:
     """Sizes of the physical batches of a draw, as ``numpy.array_split`` makes them; an empty draw is one of nothing."""
     parts = max(1, -(-samples // most))
     return [samples // parts + (k < samples % parts) for k in range(parts)]
+
+
+def how_it_reads(loader: DataLoader[Any]) -> dict[str, Any]:
+    """The arguments of a loader that say how it reads: workers, memory, generator; not what it draws, and not how it collates."""
+    names = (
+        "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor",
+        "persistent_workers",
+    )  # fmt: skip
+    return {name: getattr(loader, name) for name in names}

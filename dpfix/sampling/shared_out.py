@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader
 
 from dpfix.sampling.ranks import Ranks
+from dpfix.sampling.rate import how_it_reads
 
 
 def for_all_ranks(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
@@ -34,12 +35,5 @@ def for_all_ranks(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
         sampler=whole.sampler,
         drop_last=whole.drop_last,
         collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        **how_it_reads(loader),
     )
