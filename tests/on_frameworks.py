@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import dpfix
 from dpfix.integrations import huggingface
 from dpfix.integrations.lightning import PrivateCallback
-from tests.on_ranks import CLIP, RATE, digits, main, network, step, weighted
+from tests.on_ranks import CLIP, RATE, digits, main, network, refused, step, weighted
 
 OF_A_RANK = 3
 """Batch size; of two ranks together, 6."""
@@ -40,15 +40,6 @@ def weights(model: nn.Module, prefix: str = "net.") -> dict[str, Tensor]:
         name.removeprefix(prefix): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in named
     }
-
-
-def told(act: Callable[[], Any]) -> str:
-    """The class of error and the text of what fails."""
-    try:
-        act()
-    except dpfix.DPFixError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # ------------------------------------------------------------------ Lightning
@@ -143,7 +134,7 @@ def fit(module: Any, steps: int = 4, loader: Any = None, path: Path | None = Non
     further = changes.pop("callbacks", [])
     trainer = lightning.Trainer(**(quiet | given | changes), callbacks=[private, recorder, *further])
     loader = DataLoader(digits(), batch_size=OF_A_RANK, shuffle=True) if loader is None else loader
-    error = told(lambda: trainer.fit(module, loader, DataLoader(digits(12), 4), ckpt_path=path))
+    error = refused(lambda: trainer.fit(module, loader, DataLoader(digits(12), 4), ckpt_path=path))
     if path is None and changes.get("default_root_dir"):
         trainer.save_checkpoint(Path(changes["default_root_dir"]) / "a.ckpt")
     begun = "private" in vars(private)
@@ -209,7 +200,7 @@ def fit_alone(module: Any, **changes: Any) -> dict[str, str]:
     """A training without the callback."""
     quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = lightning.Trainer(strategy="ddp", devices=2, accelerator="cpu", max_steps=2, **quiet, **changes)
-    return {"told": told(lambda: trainer.fit(module, DataLoader(digits(), batch_size=OF_A_RANK)))}
+    return {"told": refused(lambda: trainer.fit(module, DataLoader(digits(), batch_size=OF_A_RANK)))}
 
 
 def leave_one_out(rank: int, folder: Path) -> dict[str, Any]:
@@ -290,7 +281,7 @@ def with_fabric(rank: int) -> dict[str, Any]:
         model, optimizer = fabric.setup(private[0], private[1])
         loop(private, (model, optimizer, private[2]), fabric.backward)
 
-    return {"fabric": found, "fabric, noise": noise, "refused, fabric afterwards": {"told": told(afterwards)}}
+    return {"fabric": found, "fabric, noise": noise, "refused, fabric afterwards": {"told": refused(afterwards)}}
 
 
 def with_accelerate(rank: int) -> dict[str, Any]:
@@ -304,10 +295,10 @@ def with_accelerate(rank: int) -> dict[str, Any]:
     model, optimizer, loader = fresh()
     mine = call(model, optimizer, loader)
     found["refused, accelerate afterwards"] = {
-        "told": told(lambda: loop(mine, accelerator.prepare(*mine), accelerator.backward))
+        "told": refused(lambda: loop(mine, accelerator.prepare(*mine), accelerator.backward))
     }
     only_loader: Any = accelerator.prepare(fresh()[2])
-    found["refused, accelerate, the loader only"] = {"told": told(lambda: call(*fresh()[:2], only_loader))}
+    found["refused, accelerate, the loader only"] = {"told": refused(lambda: call(*fresh()[:2], only_loader))}
     AcceleratorState._reset_state()
     parts = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
     private = call(*parts.prepare(*fresh(6)))
@@ -321,7 +312,7 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     model, _, loader = fresh(6)
     flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     optimizer = torch.optim.SGD(flat.parameters(), lr=RATE)
-    found["refused, FSDP1"] = {"told": told(lambda: call(flat, optimizer, loader))}
+    found["refused, FSDP1"] = {"told": refused(lambda: call(flat, optimizer, loader))}
     names = ["Conv2d", "Linear"]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=names
@@ -338,7 +329,7 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     found["accelerate, FSDP2"] = loop(private, private, accelerator.backward)
     mine = call(*fresh(6))
     found["refused, FSDP2 afterwards"] = {
-        "told": told(lambda: loop(mine, (*accelerator.prepare(mine[0], mine[1]), mine[2]), accelerator.backward))
+        "told": refused(lambda: loop(mine, (*accelerator.prepare(mine[0], mine[1]), mine[2]), accelerator.backward))
     }
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     AcceleratorState._reset_state()
@@ -420,7 +411,7 @@ def with_trainer(folder: Path, cls: type = Recorded, coupled: bool = False, **ch
         trainer.train(resume_from_checkpoint=resumed)
 
     draws: list[list[int]] = []
-    error = told(train)
+    error = refused(train)
     history = [] if error else list(private.private.privacy_engine.accountant.history)
     return {"told": error, "draws": draws, "states": states.states, "history": history}
 

@@ -223,6 +223,15 @@ def by_habit(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
+def refused(act: Callable[[], Any]) -> str:
+    """The class of error and the text of what fails."""
+    try:
+        act()
+    except dpfix.DPFixError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def weighted(model: nn.Module, batch: Any) -> Tensor:
     """The mean of the losses of the samples, each with a weight."""
     return (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[3]).mean()
@@ -506,8 +515,8 @@ def budgets(rank: int, size: int) -> dict[str, Any]:
         dpfix.Budget(file, epsilon=4.0, delta=1e-3)
     distributed.barrier()
     training = dpfix.make_private_safe(**call(noise_multiplier=1.0, budget=dpfix.Budget(file)))
-    steps, before, refused = 0, weights(training[0]), ""
-    while not refused:
+    steps, before, stopped = 0, weights(training[0]), ""
+    while not stopped:
         for batch in training[2]:
             before = weights(training[0])
             training[1].zero_grad()
@@ -515,12 +524,12 @@ def budgets(rank: int, size: int) -> dict[str, Any]:
             try:
                 training[1].step()
             except dpfix.DPFixError as error:
-                refused = type(error).__name__
+                stopped = type(error).__name__
                 break
             steps += 1
     after = weights(training[0])
     training[0].cleanup()
-    return {"steps": steps, "refused": refused, "before": before, "after": after, "spent": dpfix.Budget(file).spent()}
+    return {"steps": steps, "refused": stopped, "before": before, "after": after, "spent": dpfix.Budget(file).spent()}
 
 
 def death(rank: int, size: int) -> dict[str, Any]:

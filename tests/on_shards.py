@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
 from dpfix.training import sharded as noise
-from tests.on_ranks import digits, main
+from tests.on_ranks import digits, main, refused
 
 CLIP, RATE = 0.5, 0.5
 WORDS, LENGTH = 23, 6
@@ -195,15 +195,6 @@ def train(given: dict[str, Any], steps: int, between: Callable[[nn.Module], Any]
         "report": training.report.details(),
         "checked": optimizer.guard.real_steps.agenda.checked,
     }
-
-
-def refused(act: Callable[[], Any]) -> str:
-    """The class of error and the text of what fails."""
-    try:
-        act()
-    except dpfix.DPFixError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def loop(training: dpfix.PrivateTraining, batches: Iterable[Any], step: Callable[..., Tensor] = classified) -> None:

@@ -47,9 +47,9 @@ def torchrun(*command: str, ranks: int = RANKS) -> str:
     return run.stdout
 
 
-def launch(scenario: str, folder: Path, ranks: int = RANKS) -> Seen:
+def launch(scenario: str, folder: Path, ranks: int = RANKS, module: str = "tests.on_ranks") -> Seen:
     """What every rank saw."""
-    torchrun("-m", "tests.on_ranks", scenario, str(folder), ranks=ranks)
+    torchrun("-m", module, scenario, str(folder), ranks=ranks)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 from opacus.accountants import PRVAccountant
 from torch import Tensor
 
-from tests import on_ranks
+from tests import on_ranks, test_distributed
 from tests.reference import norm
-from tests.test_distributed import RANKS, Seen, noise_in, steps, torchrun, wanted
+from tests.test_distributed import Seen, noise_in, steps, wanted
 
 pytest.importorskip("lightning")
 pytest.importorskip("transformers")
@@ -20,10 +20,7 @@ pytest.importorskip("transformers")
 LEFT_OUT = range(4)
 
 
-def launch(scenario: str, folder: Path) -> Seen:
-    """What every rank saw."""
-    torchrun("-m", "tests.on_frameworks", scenario, str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+launch = partial(test_distributed.launch, module="tests.on_frameworks")
 
 
 @pytest.fixture(scope="module")
