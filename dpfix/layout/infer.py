@@ -14,6 +14,10 @@ from dpfix.layout.rows import Rows
 from dpfix.layout.sample_dim import Layout, SampleDim
 
 
+class ValuesNeededError(Exception):
+    """Where the samples are cannot be told from shapes, and only these are there."""
+
+
 def _lists_of_samples(whole: Any, parts: Sequence[Any], path: pytree.Path = ()) -> list[pytree.Path]:
     """Paths of the lists with one entry per sample: entry i is the one that sample i has alone."""
     singles = isinstance(whole, list) and all(isinstance(p, list) and len(p) == 1 for p in parts)
@@ -86,6 +90,9 @@ def layout_of_layers(together: Any, alone: Sequence[Any], row_counts: tuple[int,
 
     Returns:
         One entry per call, with the reason where a layout could not be told.
+
+    Raises:
+        ValuesNeededError: only the shape of a tensor is there (on the device ``meta``), which does not tell it.
     """
     out = []
     for path, calls in together.items():
@@ -178,6 +185,8 @@ def sample_dim(
 
 
 def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) -> bool:
+    if any(t.is_meta for t in (whole, *parts)):
+        raise ValuesNeededError
     rows = Rows.of(layout, len(parts))
     for sample, part in enumerate(parts):
         taken = rows.take(whole, sample)

@@ -88,6 +88,8 @@ class StepLog:
     Attributes:
         details: whether functions (detach, in-place, uses of parameters) are watched, and which outputs gradient reaches.
         layers: whether the calls of the modules inside are written down; if not, those of the model alone.
+        one_row: number of samples. Inside the model a tensor with so many rows has one for each, and its shape tells all about
+            it: its values are not kept. 0 to keep all values.
         calls: calls of the kept modules, by path.
         order: every module call, in the order in which they returned.
         reached: numbers (in ``order``) of the calls whose output a gradient reached.
@@ -104,6 +106,7 @@ class StepLog:
 
     details: bool = False
     layers: bool = False
+    one_row: int = 0
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     order: list[Returned] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
@@ -121,7 +124,12 @@ class StepLog:
 
     def forget(self) -> None:
         """Begin anew."""
-        vars(self).update(vars(StepLog(self.details, self.layers)))
+        vars(self).update(vars(StepLog(self.details, self.layers, self.one_row)))
+
+    def kept(self, _: pytree.Path, leaf: Any) -> Any:
+        """What is kept of a tensor inside the model: without values it is on the device ``meta``."""
+        told = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and 0 < leaf.shape[0] == self.one_row
+        return _shape_only(_, leaf) if told else _detached(_, leaf)
 
     def entered(self, path: str) -> None:
         """The module at a path is being called."""
@@ -164,7 +172,7 @@ class _Uses(ParameterUses):
         output = func(*args, **kwargs)
         found = result(func, args, output)
         if pytree.gradient_tensors(found):
-            kept = _shape_only if constant else _detached
+            kept = _shape_only if constant else self.log.kept
             call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, found)))
             self.log.calls.setdefault(use, []).append(call)
             if constant:
@@ -334,9 +342,9 @@ def _hooks(path: str, child: nn.Module, log: StepLog, keep: bool, watch: _Watch 
             log.failed = path if log.failed is None else log.failed
             return
         if keep:
-            log.calls.setdefault(path, []).append(
-                RecordedCall(*(pytree.map_leaves(_detached, part) for part in (args, kwargs, output)))
-            )
+            kept = log.kept if path else _detached
+            call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, output)))
+            log.calls.setdefault(path, []).append(call)
         if watch is not None:
             number = log.returned(path, output)
             for t in pytree.gradient_tensors(output):
@@ -361,7 +369,8 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
 
 def _shape_only(_: pytree.Path, leaf: Any) -> Any:
     with torch._C.DisableTorchFunction():
-        return leaf.detach().new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
+        is_tensor = isinstance(leaf, torch.Tensor)
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if is_tensor else leaf
 
 
 def overwritten(sites: Sequence[Site]) -> list[Finding]:

@@ -18,7 +18,8 @@ from dpfix.instrument.fixed_randomness import DRAWS, Draw, FixedRandomness
 from dpfix.instrument.module_state import Key, put_back, traceless
 from dpfix.instrument.own_generators import drawing
 from dpfix.instrument.source import describe_module
-from dpfix.layout.infer import layout_of_calls, layout_of_layers
+from dpfix.layout.calls import LayerLayout
+from dpfix.layout.infer import ValuesNeededError, layout_of_calls, layout_of_layers
 from dpfix.layout.row_count import row_counts
 from dpfix.observe.failures import described_failures
 from dpfix.observe.one_step import draws_for_each, run_like, run_step
@@ -43,7 +44,7 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
         What was seen. The model, every generator and every gradient are afterwards as before, also if the step fails.
     """
     module, first = subject.module, known is None
-    log = StepLog(details=first, layers=first)
+    log = StepLog(details=first, layers=first, one_row=len(probe))
     trainable = list(subject.trained())
     with traceless(module) as before:
         alone: list[Run] = []
@@ -56,29 +57,29 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
                 continue
             earlier = known.together if known is not None else alone[0] if alone else None
             with _batch_runs_too(subject, probe, before) as log_alone:
-                log_alone.layers = first
+                log_alone.layers, log_alone.one_row = first, 1
                 alone.append(run_like(earlier, subject, batch, before, log_alone, draw))
             if alone[-1].written:
                 put_back(module, before)
         earlier = alone[0] if known is None else known.together
         together = run_like(earlier, subject, probe.batch, before, log, draw)
         put_back(module, before)
+        draws = [draw] * len(alone)
         if draws_for_each(alone[0], together):
+            draws = [replace(draw, goes_on=number > 0) for number in range(len(alone))]
             for number, batch in enumerate(probe.singles):
-                going_on = replace(draw, goes_on=number > 0)
-                alone[number] = run_step(subject, batch, before, StepLog(layers=first), draw=going_on)
+                alone[number] = run_step(subject, batch, before, StepLog(layers=first, one_row=1), draw=draws[number])
                 put_back(module, before)
         used = together.used.union(*(run.used for run in alone))
         drew = together.drew or together.drew_outside or subject.generators
         if first and drew and not used >= set(trainable):
             used |= _used_by_chance(subject, probe, before)
-        inside = _calls_inside(subject, probe, before, alone) if first else []
         constant, dependent = constant_and_dependent([*alone, together])
         scratch = known.scratch if known else overwritten_by_every_step(subject, probe, before, alone[0], dependent)
-    model_calls = [run.calls.get("", []) for run in (together, *alone)]
-    counts = row_counts(model_calls[0], model_calls[1:])
+        model_calls = [run.calls.get("", []) for run in (together, *alone)]
+        counts = row_counts(model_calls[0], model_calls[1:])
+        layers = known.layers if known else _layers(subject, probe, before, [*alone, together], counts, draws)
     calls, problem = layout_of_calls(model_calls[0], model_calls[1:], counts)
-    layers = layout_of_layers(together.calls, inside, counts) if known is None else known.layers
     return StepRecord(
         together=_root_only(together),
         alone=tuple(_root_only(run) for run in alone),
@@ -100,16 +101,38 @@ def observe(subject: Subject, probe: Probe, known: StepRecord | None = None, dra
     )
 
 
-def _calls_inside(
-    subject: Subject, probe: Probe, before: dict[Key, Any], alone: Sequence[Run]
-) -> list[Mapping[str, list[RecordedCall]]]:
-    """The calls of every sample alone, of the sizes that it has in the batch."""
-    found = [run.calls for run in alone]
+def _layers(
+    subject: Subject,
+    probe: Probe,
+    before: dict[Key, Any],
+    runs: Sequence[Run],
+    counts: tuple[int, ...],
+    draws: Sequence[Draw],
+) -> tuple[LayerLayout, ...]:
+    """How the calls of the layers carry the samples; where shapes do not tell it, the step is run again for the values.
+
+    Args:
+        runs: the step on every sample alone, and on all together.
+        counts: rows of every sample, where these are not the same for all.
+        draws: what is drawn for every sample alone.
+
+    Returns:
+        The layouts.
+    """
+
+    def calls(batch: Any, draw: Draw = DRAWS[0]) -> Mapping[str, list[RecordedCall]]:
+        try:
+            return run_step(subject, batch, before, StepLog(layers=True), draw=draw).calls
+        finally:
+            put_back(subject.module, before)
+
+    padded: list[Mapping[str, list[RecordedCall]]] = []
     with suppress(TrainingStepError):  # a model that cannot work on padding alone
-        cut = as_in_batch(probe)
-        found = [run_step(subject, batch, before, StepLog(layers=True)).calls for batch in cut] or found
-    put_back(subject.module, before)
-    return found
+        padded = [calls(batch) for batch in as_in_batch(probe)]
+    with suppress(ValuesNeededError):
+        return layout_of_layers(runs[-1].calls, padded or [run.calls for run in runs[:-1]], counts)
+    alone = padded or [calls(batch, draw) for batch, draw in zip(probe.singles, draws, strict=True)]
+    return layout_of_layers(calls(probe.batch), alone, counts)
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 import dpfix
+from dpfix.instrument import pytree
 from dpfix.layout.calls import LayerLayout
 from dpfix.layout.sample_dim import SampleDim
 from dpfix.observe import probe
 from dpfix.observe.record import StepRecord
+from dpfix.observe.recorder import StepLog, recorder
 from dpfix.observe.run import observe
 from dpfix.observe.training_step import Subject, TrainingStep
 from tests.cases import classify
@@ -577,6 +579,41 @@ def test_several_rows_per_sample_in_the_batch() -> None:
     found = record(Plain(), items(2, 6), collate=collate)
     assert found.rows_per_sample == 2
     assert dims(found.calls[0].inputs) == [SampleDim(0, rows=2)]
+
+
+class Packed(Plain):
+    """All rows of all samples in one row for the layers inside, as attention without padding has them."""
+
+    def __init__(self, *, adjacent: bool) -> None:
+        super().__init__()
+        self.adjacent = adjacent
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x if self.adjacent else x.transpose(0, 1)
+        out = super().forward(rows.flatten(0, 1).unsqueeze(0))[0]
+        return out.unflatten(0, rows.shape[:2]).mean(1 if self.adjacent else 0)
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_samples_that_shapes_do_not_tell_are_told_by_values(adjacent: bool) -> None:
+    """Alone, such a tensor looks like one with a single row for its sample."""
+    found = record(Packed(adjacent=adjacent), items(2, 6))
+    assert dims(layer(found, "a").inputs) == [SampleDim(1, rows=2, interleaved=not adjacent)]
+    assert dims(layer(found, "b").output) == [SampleDim(1, rows=2, interleaved=not adjacent)]
+
+
+def test_values_inside_the_model_are_kept_only_where_shapes_do_not_tell_the_samples() -> None:
+    model, data = Folded(), torch.stack([x for x, _ in items(3, 2, 5, 5)])
+    log = StepLog(layers=True, one_row=len(data))
+    with recorder(model, log):
+        model(data)
+
+    def meta(path: str) -> list[bool]:
+        return [t.is_meta for call in log.calls[path] for t in pytree.tensors((call.args, call.output))]
+
+    assert meta("head") == [True, True], "one row for each sample"
+    assert meta("frame") == [False, False], "three rows for each"
+    assert meta("") == [False, False], "the model's own inputs and outputs are compared"
 
 
 class Positions(nn.Module):
