@@ -7,7 +7,7 @@ the model can run in double precision and that is cheap, or where single precisi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,9 @@ _EXACT = 1e-7
 _DOUBT_FLOOR = 1e-2
 _FLOOR = 1e-6
 """The gradient of a parameter may be zero but for rounding; it counts for so much of that of all at least."""
+_SHRUNK = 1e-6
+"""An error that is so much smaller in double precision than in single was rounding, which shrinks to 2^-29: where a constant
+sample is normalised, it makes more than :data:`_EXACT` of a gradient that is zero. Coupling stays as it is."""
 _PAIR = 2
 """Samples that double precision is tried on where nothing is in doubt."""
 
@@ -203,7 +206,8 @@ def _judged(subject: Subject, trial: Trial, plan: Plan, *, always: bool = False)
         exact = run_in_double(subject, trial, plan, _PAIR)
     if exact is None:
         return _Judged(subject, trial, found)
-    return _Judged(exact.subject, exact.trial, _errors(exact.trial.record, plan, _FLOOR), exact=True)
+    of_same = found.each if len(exact.trial.samples) == len(trial.samples) else {}
+    return _Judged(exact.subject, exact.trial, _errors(exact.trial.record, plan, _FLOOR, of_same), exact=True)
 
 
 def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
@@ -298,19 +302,24 @@ class _Errors:
         of_all: relative to that of the gradients of all parameters.
         name: its name.
         size: the size of all gradients.
+        each: the error of every parameter, by name.
     """
 
     own: float
     of_all: float
     name: str
     size: float
+    each: Mapping[str, float]
 
 
-def _errors(record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR) -> _Errors:
+def _errors(
+    record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR, in_single: Mapping[str, float] | None = None
+) -> _Errors:
     """How far the batch's gradient is from the weighted sum of the single samples'.
 
     Args:
         floor: the gradients of a parameter count for so much of that of all at least.
+        in_single: errors of the same in single precision; those that have nearly gone with it were rounding.
 
     Returns:
         The errors.
@@ -321,12 +330,14 @@ def _errors(record: StepRecord, plan: Plan, floor: float = _DOUBT_FLOOR) -> _Err
     parts = weighted_sum([run.gradients for run in record.alone], [w / mean for w in weights])
     norms = [run.norms for run in record.alone]
     size = sum(math.hypot(*of_run.values()) for of_run in norms)
-    own, of_all, where = 0.0, 0.0, ""
+    own, of_all, where, each = 0.0, 0.0, "", dict[str, float]()
     for name, value in parts.items():
         error = gap(record.together.gradients[name], value, 1 / mean)
-        error = error if error == error else math.inf
+        each[name] = error = error if error == error else math.inf
+        if in_single and error <= _SHRUNK * in_single.get(name, 0.0) < math.inf:
+            continue
         of_all = max(of_all, error / max(size, 1e-12))
         relative = error / max(sum(of_run[name] for of_run in norms), floor * size, 1e-12)
         if relative > own:
             own, where = relative, name
-    return _Errors(own, of_all, where, size)
+    return _Errors(own, of_all, where, size, each)

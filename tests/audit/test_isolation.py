@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceLoss
+from monai.networks.nets import Classifier
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, default_collate
@@ -680,3 +681,30 @@ def test_crossing_detach_and_two_calls_are_accepted() -> None:
         return -F.cosine_similarity(a, b.detach()).mean()
 
     make(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), step)
+
+
+# ------------------------------------------------------------------ a gradient that is zero but for rounding
+
+
+class Whispering(Classifier):
+    """Every output feels a little of the mean over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + 1e-5 * out.mean(0)
+
+
+@pytest.mark.parametrize("seed", [0, 11])
+@pytest.mark.parametrize("kind", [Classifier, Whispering])
+def test_rounding_of_a_constant_sample_behind_normalisations_is_none_of_coupling(
+    kind: type[Classifier], seed: int
+) -> None:
+    """Of a sample of zeros the first bias has no gradient; what rounding makes of it is large, also in double precision."""
+    torch.manual_seed(seed)
+    model = kind((1, 16, 16), 2, (4, 8), (2, 2))
+    items = [(x, i % 2) for i, x in enumerate(torch.randn(16, 1, 16, 16))]
+    if kind is Whispering:
+        with pytest.raises(dpfix.CoupledModelError, match="DPF013"):
+            make(model, items=items)
+    else:
+        make(model, items=items)
