@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,14 +105,36 @@ def _is_seen(replay: Replay, probe: Probe, path: pytree.Path, telling: Sequence[
     return False
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """Gradients of the loss of a sample alone.
+
+    Attributes:
+        gradients: one per floating output of the model.
+        largest: the largest size of a number in each; no finite number if one in it is none.
+    """
+
+    gradients: Gradients
+    largest: tuple[float, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are; a loss that is not finite for a sample alone says nothing about the others."""
+        return all(map(math.isfinite, self.largest))
+
+
 @dataclass
 class _Comparison:
-    """The loss of a batch against that of its samples alone, on recorded outputs."""
+    """The loss of a batch against that of its samples alone, on recorded outputs.
+
+    The outputs of a language model are larger than its parameters: what is asked of their gradients is asked once, and without
+    copies of them.
+    """
 
     replay: Replay
     probe: Probe
     weights: list[float]
-    unchanged: list[Gradients] = field(default_factory=list)
+    unchanged: list[_Alone] = field(default_factory=list)
 
     def of(self, probe: Probe) -> Coupling | None:
         """Compare on the probe itself."""
@@ -130,11 +153,11 @@ class _Comparison:
                 changed = _changed(change, i, items[i])
                 if changed is None:
                     continue
-                gradients = self._alone(self.probe.collate([changed]), i)
+                of_sample = self._alone(self.probe.collate([changed]), i)
             except _FAILS:
                 continue
-            if all(bool(torch.isfinite(g).all()) for g in gradients):
-                items[i], alone[i] = changed, gradients
+            if of_sample.finite:
+                items[i], alone[i] = changed, of_sample
         if all(a is b for a, b in zip(items, self.probe.items, strict=True)):
             return None
         try:
@@ -142,40 +165,44 @@ class _Comparison:
         except _FAILS:
             return None
 
-    def _alone(self, batch: Any, sample: int) -> Gradients:
-        return self.replay.gradients(batch, self.replay.alone[sample])
+    def _alone(self, batch: Any, sample: int) -> _Alone:
+        gradients = self.replay.gradients(batch, self.replay.alone[sample])
+        return _Alone(gradients, tuple(map(_largest, gradients)))
 
     def _drift(self) -> float:
         """How much the loss of the first sample has changed since it was computed, relatively."""
         before, after = self.unchanged[0], self._alone(self.probe.singles[0], 0)
-        scale = max((float(g.abs().max()) for g in before if g.numel()), default=0.0)
-        return max((_difference(a, b) for a, b in zip(after, before, strict=True)), default=0.0) / max(scale, 1e-12)
+        pairs = zip(after.gradients, before.gradients, strict=True)
+        return max((_difference(a, b) for a, b in pairs), default=0.0) / max((*before.largest, 1e-12))
 
-    def _compare(self, batch: Any, alone: list[Gradients], when: str = "") -> Coupling | None:
+    def _compare(self, batch: Any, alone: list[_Alone], when: str = "") -> Coupling | None:
         whole = self.replay.gradients(batch, self.replay.together)
-        scales = [
-            max(float(g.abs().max()) if g.numel() else 0.0 for g in of_output) for of_output in zip(*alone, strict=True)
-        ]
+        scales = [max(of_output) for of_output in zip(*(one.largest for one in alone if one.finite), strict=True)]
         worst = 0.0
         for sample, (wanted, weight) in enumerate(zip(alone, self.weights, strict=True)):
-            if not all(bool(torch.isfinite(g).all()) for g in wanted):
-                continue  # a loss that is not finite for this sample alone says nothing about the others
+            if not wanted.finite:
+                continue
             found = self.replay.part(whole, sample)
-            for got, one, scale, rows in zip(found, wanted, scales, self.replay.rows, strict=True):
+            for got, one, scale, rows in zip(found, wanted.gradients, scales, self.replay.rows, strict=True):
                 if rows is not None:
-                    worst = max(worst, _difference(got / weight, one) / max(scale, 1e-12))
+                    worst = max(worst, _difference(got, one, weight) / max(scale, 1e-12))
         if worst <= (_IN_DOUBLE if self.replay.double else _IN_SINGLE) or worst <= 10 * self._drift():
             return None
         return Coupling(worst, when)
 
 
-def _difference(got: torch.Tensor, one: torch.Tensor) -> float:
-    """Largest difference; where the batch pads a sample, the padding has to get nothing."""
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest size of a number in a tensor, no number if one is none; in one pass, without a copy."""
+    return max(map(abs, map(float, tensor.aminmax()))) if tensor.numel() else 0.0
+
+
+def _difference(got: torch.Tensor, one: torch.Tensor, weight: float = 1.0) -> float:
+    """Largest difference of ``got / weight``; where the batch pads a sample, the padding has to get nothing."""
     if got.shape != one.shape:
         padded = torch.zeros_like(got)
         padded[tuple(slice(0, size) for size in one.shape)] = one
         one = padded
-    difference = float((got - one).abs().max()) if got.numel() else 0.0
+    difference = _largest(torch.sub(got, one, alpha=weight)) / abs(weight)
     return difference if difference == difference else float("inf")
 
 
