@@ -129,7 +129,7 @@ class StepLog:
     def kept(self, _: pytree.Path, leaf: Any) -> Any:
         """What is kept of a tensor inside the model: without values it is on the device ``meta``."""
         told = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and 0 < leaf.shape[0] == self.one_row
-        return _shape_only(_, leaf) if told else _detached(_, leaf)
+        return _shape_only(leaf) if told else _detached(_, leaf)
 
     def entered(self, path: str) -> None:
         """The module at a path is being called."""
@@ -172,7 +172,7 @@ class _Uses(ParameterUses):
         output = func(*args, **kwargs)
         found = result(func, args, output)
         if pytree.gradient_tensors(found):
-            kept = _shape_only if constant else self.log.kept
+            kept = _alike_everywhere if constant else self.log.kept
             call = RecordedCall(*(pytree.map_leaves(kept, part) for part in (args, kwargs, found)))
             self.log.calls.setdefault(use, []).append(call)
             if constant:
@@ -367,10 +367,15 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
         return leaf.detach().as_subclass(torch.Tensor)
 
 
-def _shape_only(_: pytree.Path, leaf: Any) -> Any:
+def _shape_only(leaf: torch.Tensor) -> torch.Tensor:
     with torch._C.DisableTorchFunction():
-        is_tensor = isinstance(leaf, torch.Tensor)
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if is_tensor else leaf
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+
+
+def _alike_everywhere(_: pytree.Path, leaf: Any) -> Any:
+    """What is kept of what is made of constants, which is the same for every sample: zeros, which are as alike."""
+    with torch._C.DisableTorchFunction():
+        return leaf.detach().new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def overwritten(sites: Sequence[Site]) -> list[Finding]:

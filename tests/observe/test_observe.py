@@ -602,6 +602,24 @@ def test_samples_that_shapes_do_not_tell_are_told_by_values(adjacent: bool) -> N
     assert dims(layer(found, "b").output) == [SampleDim(1, rows=2, interleaved=not adjacent)]
 
 
+class TokenPerRow(Plain):
+    """A learned row beside each row of every sample: made of a parameter, as often as there are rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        return super().forward(rows + self.token.expand(len(rows), -1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+def test_a_parameter_that_is_repeated_for_several_rows_of_every_sample() -> None:
+    found = record(TokenPerRow(), items(2, 6))
+    assert dims(layer(found, "(token@expand/1)").output) == [SampleDim(0, rows=2)]
+    assert dims(layer(found, "a").inputs) == [SampleDim(0, rows=2)]
+
+
 def test_values_inside_the_model_are_kept_only_where_shapes_do_not_tell_the_samples() -> None:
     model, data = Folded(), torch.stack([x for x, _ in items(3, 2, 5, 5)])
     log = StepLog(layers=True, one_row=len(data))
