@@ -218,4 +218,4 @@ def _watched(module: nn.Module, seen: list[Call]) -> Iterator[None]:
 
 
 def _copies(tree: Any) -> Tensors:
-    return [t.detach().as_subclass(torch.Tensor).clone() for t in pytree.tensors(tree)]
+    return [t.detach().to_dense().as_subclass(torch.Tensor).clone() for t in pytree.tensors(tree)]

@@ -187,6 +187,7 @@ def sample_dim(
 def _matches(whole: torch.Tensor, parts: list[torch.Tensor], layout: SampleDim) -> bool:
     if any(t.is_meta for t in (whole, *parts)):
         raise ValuesNeededError
+    whole, *parts = (t.to_dense() for t in (whole, *parts))  # a sparse matrix: no rows can be taken out of it
     rows = Rows.of(layout, len(parts))
     for sample, part in enumerate(parts):
         taken = rows.take(whole, sample)

@@ -364,7 +364,7 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
-        return leaf.detach().as_subclass(torch.Tensor)
+        return leaf.detach() if type(leaf) is torch.Tensor else leaf.detach().as_subclass(torch.Tensor)
 
 
 def _shape_only(leaf: torch.Tensor) -> torch.Tensor:

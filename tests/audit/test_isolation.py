@@ -176,6 +176,45 @@ def test_coupled_model_is_refused_by_name(name: str) -> None:
     assert culprit.__name__ in message
 
 
+class Mixed(nn.Linear):
+    """A sparse matrix of all rows times the rows, as graph networks have it."""
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        return torch.sparse.mm(adjacency, super().forward(x))
+
+
+class Graphs(nn.Module):
+    """A graph of two nodes from every sample, in one sparse matrix; another edge would go from one sample to the next."""
+
+    def __init__(self, *, coupled: bool = False) -> None:
+        super().__init__()
+        self.nodes, self.coupled = Mixed(3, 3), coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 3)
+        adjacency = torch.eye(len(rows))
+        adjacency[0, -1] = float(self.coupled)
+        return self.nodes(adjacency.to_sparse(), rows).view(len(x), 2, 3).mean(1)
+
+
+class Counts(nn.Module):
+    """Words of every sample in two rows of a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = x.reshape(-1, 3).relu().to_sparse()
+        return self.head(torch.sparse.mm(counts, self.words).view(len(x), 2, 4).mean(1))
+
+
+def test_sparse_matrices_inside_a_model() -> None:
+    for model in (Graphs(), Counts()):
+        make(model)
+    assert "Mixed at `nodes`" in refusal(dpfix.CoupledModelError, Graphs(coupled=True))
+
+
 @pytest.mark.parametrize("culprit", [FunctionalNorm, ChannelNorm, lambda: NormInDisguise(8)])
 def test_batch_norm_that_says_so_is_repaired(culprit: Callable[[], nn.Module]) -> None:
     """Functional, or in a forward of its own."""
