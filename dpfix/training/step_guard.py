@@ -69,7 +69,7 @@ class StepGuard:
         self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
         self.draws = WholeDraws(guarded)
         self.checks: tuple[Check, ...] = (
-            ClearedGradients(),
+            ClearedGradients(guarded, optimizer),
             NoGradScaler(),
             StepsInside(),
             ShardsHeld(guarded),

@@ -10,7 +10,9 @@ from itertools import chain
 from typing import Any
 from weakref import finalize, ref
 
+import torch
 from opacus.optimizers import DPOptimizer
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
@@ -21,22 +23,56 @@ from dpfix.training.follow.outside import Outside
 from dpfix.training.guards.check import Check, Guarded
 
 
+class ClearedByHand:
+    """Stands among the hooks of a model in private training: where the script has cleared ``p.grad``, the optimizer does so too.
+
+    A release leaves ``p.grad`` on every parameter. ``p.grad = None`` in a loop, and ``zero_grad`` of a compiled model or of
+    another module around the model, are not seen otherwise. In a copy of the model, or a pickled one, it does nothing.
+
+    Args:
+        check: knows whether anything has to be cleared.
+        guarded: the training.
+        optimizer: the private optimizer.
+    """
+
+    def __init__(
+        self,
+        check: ClearedGradients | None = None,
+        guarded: Guarded | None = None,
+        optimizer: DPOptimizer | None = None,
+    ) -> None:
+        self._check, self._guarded, self._optimizer = check, guarded, optimizer
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """The model is called."""
+        check, guarded, optimizer = self._check, self._guarded, self._optimizer
+        if check is None or guarded is None or optimizer is None or check.clear or not torch.is_grad_enabled():
+            return
+        if not guarded.progress.partial and all(p.grad is None for p in guarded.parameters.values()):
+            optimizer.zero_grad()
+
+    def __reduce__(self) -> Any:
+        return ClearedByHand, ()
+
+
 class ClearedGradients(Check):
-    """``zero_grad`` is called between two steps.
+    """``zero_grad`` is called between two steps, or all ``p.grad`` are set to ``None`` before the model is called.
 
     Catches: two batches released as one. Costs: a look at a flag.
     """
 
-    def __init__(self) -> None:
-        self._clear = True
+    def __init__(self, guarded: Guarded, optimizer: DPOptimizer) -> None:
+        self.clear = True
+        hook = ClearedByHand(self, guarded, optimizer)
+        self._hook = guarded.module.register_forward_pre_hook(hook, prepend=True)
 
     @override
     def cleared(self) -> None:
-        self._clear = True
+        self.clear = True
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        if not self._clear:
+        if not self.clear:
             raise AccumulationError(
                 "optimizer.step() without optimizer.zero_grad() since the last step: the gradients of two batches would be "
                 "added up and released as one.",
@@ -46,11 +82,15 @@ class ClearedGradients(Check):
 
     @override
     def after_step(self, released: bool) -> None:
-        self._clear = False
+        self.clear = False
 
     @override
     def take_over(self, earlier: ClearedGradients) -> None:
-        self._clear = earlier._clear
+        self.clear = earlier.clear
+
+    @override
+    def detach(self) -> None:
+        self._hook.remove()
 
 
 class StepsInside(Check):

@@ -48,6 +48,54 @@ def test_zero_grad_of_a_model_that_is_not_wrapped_clears_what_the_optimizers_doe
     assert torch.allclose(*trained)
 
 
+class Around(nn.Module):
+    """What a framework puts around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def by_hand(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+@every_engine
+def test_gradients_that_are_cleared_past_the_optimizer_are_cleared(engine: str) -> None:
+    trained, untrained = [], mlp()
+    for clear in (
+        None,
+        by_hand,
+        lambda m: torch.compile(m, backend="eager").zero_grad(),
+        lambda m: Around(m).zero_grad(),
+    ):
+        model, training = start(engine, model=copy.deepcopy(untrained), noise_multiplier=0.0, seed=1)
+        for batch in training[2]:
+            loss_of(training, batch).backward()
+            training[1].step()
+            training[1].zero_grad() if clear is None else clear(model)
+        trained.append(values(model))
+    assert all(torch.allclose(trained[0], other) for other in trained[1:])
+
+
+@every_engine
+def test_gradients_that_are_not_cleared_are_refused(engine: str) -> None:
+    model, training = start(engine)
+
+    def act() -> None:
+        for batch in training[2]:
+            loss_of(training, batch).backward()
+            training[1].step()
+            before.copy_(values(model))
+            next(iter(model.parameters())).grad = None  # one of several
+
+    before = values(model)
+    with pytest.raises(dpfix.AccumulationError, match="zero_grad"):
+        act()
+    assert torch.equal(values(model), before)
+
+
 def test_grad_scaler_that_was_asked_to_unscale_is_refused() -> None:
     """The scripts that clip the norm of the sum call ``unscale_`` first; the scaler then hands over no scale."""
     model, training = start()
