@@ -13,8 +13,8 @@ from dpfix.sampling.rate import how_it_reads
 def for_all_ranks(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
     """The loader that accelerate's ``prepare`` was given, with the batch size of all processes together.
 
-    Its ``BatchSamplerShard`` hands whole batches, or parts of them (``split_batches``), to one process each. Here all processes
-    draw one batch and each takes its part.
+    Its ``BatchSamplerShard`` hands whole batches, or parts of them (``split_batches``), to one process each; so does its
+    ``DataLoaderDispatcher``, which reads all of them in one process. Here all processes draw one batch and each takes its part.
 
     Args:
         loader: any loader.
@@ -24,14 +24,17 @@ def for_all_ranks(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
         The loader itself, unless it shares out among just these processes what a plain ``BatchSampler`` makes.
     """
     shard: Any = loader.batch_sampler
-    if type(shard).__name__ != "BatchSamplerShard" or shard.num_processes != ranks.size:
+    if type(loader).__name__ == "DataLoaderDispatcher":
+        whole, split = shard, loader.split_batches  # type: ignore[attr-defined]
+    elif type(shard).__name__ == "BatchSamplerShard" and shard.num_processes == ranks.size:
+        whole, split = shard.batch_sampler, shard.split_batches
+    else:
         return loader
-    whole = shard.batch_sampler
-    if type(whole) is not BatchSampler:
+    if ranks.size == 1 or type(whole) is not BatchSampler:
         return loader
     return DataLoader(
         loader.dataset,
-        batch_size=whole.batch_size * (1 if shard.split_batches else shard.num_processes),
+        batch_size=whole.batch_size * (1 if split else ranks.size),
         sampler=whole.sampler,
         drop_last=whole.drop_last,
         collate_fn=loader.collate_fn,
