@@ -214,13 +214,14 @@ def weighted_by_rows(trial: Trial, plan: Plan) -> bool:
     """Whether a sample weighs as much in the loss as it has rows, where samples have different numbers of them.
 
     Returns:
-        True if the gradient of the batch shows that (a mean over all rows), and not the same weight for all samples.
+        True if the gradient of the batch shows that (a mean over all rows) rather than the same weight for all samples: where
+        their gradients are nearly alike, that is a small difference.
     """
     record, tolerance = trial.record, trial.wanted.tolerance
     if not record.counts or plan.loss_reduction == "sum":
         return False
     equal, by_rows = (_errors(record, replace(plan, weighted_by_rows=by)).of_all for by in (False, True))
-    return equal > 5 * tolerance >= by_rows
+    return by_rows <= min(5 * tolerance, equal / 2)
 
 
 def _coupled_output(trial: Trial, allowed: float) -> str:

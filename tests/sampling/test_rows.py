@@ -349,3 +349,21 @@ def test_a_loss_that_the_model_computes_keeps_its_precision(engine: str) -> None
         grad_sample_mode=engine, cache=False,
     )  # fmt: skip
     assert inside(private, next(iter(loader))).dtype == torch.float32
+
+
+class Quiet(nn.Linear):
+    """Gradients of all rows are nearly alike: those of the bias are much larger than those of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.003 * x)
+
+
+def test_rows_weigh_alike_although_their_gradients_are_nearly_alike() -> None:
+    model = Quiet(6, 3)
+    nn.init.zeros_(model.weight)
+    items = [(x, i % 3) for i, x in enumerate(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))]
+    training = dpfix.make_private_safe(
+        module=model, optimizer=sgd(model, 0.0), max_grad_norm=1.0, noise_multiplier=1.0, cache=False,
+        data_loader=DataLoader(items, batch_size=4), privacy_unit=[i // 2 if i < 8 else 4 + i // 3 for i in range(20)],  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert training.plan.weighted_by_rows
