@@ -48,7 +48,7 @@ from dpfix.training.budget import Budget
 from dpfix.training.earlier import earlier_releases
 from dpfix.training.epsilon import ACCURACY, Accuracy
 from dpfix.training.follow.agenda import SHARE
-from dpfix.training.guards.real_steps import Following
+from dpfix.training.guards.following import Following
 from dpfix.training.handoff import Decided, Originals, hand_off, option_names
 from dpfix.training.noise_search import EPSILON_TOLERANCE, Target, noise_for, tolerance_of
 from dpfix.training.own_objects import as_trained, out_of_earlier

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpfix
+from dpfix.instrument import sharded as instrument
 from dpfix.training import sharded as noise
 from tests.on_ranks import digits, main, refused
 
@@ -240,6 +242,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
     found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
     found["late"] = coupled_late(rank)
+    found["looks"] = looks(rank, size)
     found |= {"saved": save(rank, size), "gone on": go_on(rank, size)}
     return found | {"refused": refusals(rank, size), "misused": misuses(rank, size)}
 
@@ -260,6 +263,19 @@ def coupled_late(rank: int) -> dict[str, Any]:
 
     told = refused(act)
     return {"told": told, "steps": sum(steps for *_, steps in training.privacy_engine.accountant.history)}
+
+
+def looks(rank: int, size: int) -> dict[str, list[int]]:
+    """How often whole parameters were put together in each of three steps, the last of which the last rank alone looks at."""
+    training = dpfix.make_private_safe(**call(batch_size=20))
+    agenda, gathered, checked = training[1].guard.real_steps.agenda, [], []
+    for number, batch in enumerate(training[2]):
+        agenda.due = lambda seen, number=number: (rank, number) == (size - 1, 2)
+        with mock.patch.object(instrument, "_together", wraps=instrument._together) as together:
+            loop(training, [batch])
+        gathered.append(together.call_count)
+        checked.append(agenda.checked)
+    return {"gathered": gathered, "checked": checked}
 
 
 def refusals(rank: int, size: int) -> dict[str, str]:

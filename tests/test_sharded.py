@@ -172,6 +172,13 @@ def test_a_step_of_another_kind_is_looked_at_before_it_is_released(trained: Seen
     assert all(rank["late"]["steps"] in (7, 8) for rank in trained), "the draw of the refused step may count as lost"
 
 
+def test_whole_parameters_are_there_only_where_a_rank_looks_at_the_step(trained: Seen) -> None:
+    """All take part in putting them together, and only the one that looks does."""
+    for rank in trained:
+        assert rank["looks"]["gathered"] == [0, 0, 1]
+    assert [rank["looks"]["checked"] for rank in trained] == [[0] * 3] * (len(trained) - 1) + [[0, 0, 1]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_sample_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path: Path, ranks: int) -> None:

@@ -72,9 +72,14 @@ def whole_values(module: nn.Module) -> dict[int, torch.Tensor]:
     return _together(module.parameters())
 
 
-def _together(parameters: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
+def _together(parameters: Iterable[nn.Parameter], *, keep: bool = True) -> dict[int, torch.Tensor]:
     spread: dict[int, Any] = {id(p): p for p in parameters if isinstance(p, DTensor)}
-    return {key: p.detach().full_tensor() for key, p in spread.items()}
+    found: dict[int, torch.Tensor] = {}
+    for key, p in spread.items():
+        whole = p.detach().full_tensor()
+        if keep:
+            found[key] = whole
+    return found
 
 
 class Shards:
@@ -87,8 +92,7 @@ class Shards:
         parameters: its shards by every name that they have.
         past: names of parameters that gradient has reached past the engine since :meth:`clear`. It is thrown away where it
             arrives: the processes would add it up without clipping.
-        values: the whole parameters by identity of their shards, from a training call of the model to the end of a step. Whether
-            the step has to be looked at is known later, and to each process for itself.
+        values: the whole parameters by identity of their shards, in a step that this process looks at.
         looking: whether this process looks at the step.
         own: this process's own sums by name, in a step that it looks at.
         mixed: whether whole parameters have another type than their shards.
@@ -106,7 +110,7 @@ class Shards:
         self.own: dict[str, torch.Tensor] = {}
         self.mixed, self._version = False, -1
         self._watching: list[RemovableHandle] = []
-        self._handles = [module.register_forward_hook(_apart), module.register_forward_pre_hook(self._put_together)]
+        self._handles = [module.register_forward_hook(_apart), module.register_forward_pre_hook(self._called)]
         for root, places in _places(module):
             self._handles.append(root.register_forward_pre_hook(partial(self._look, places)))
 
@@ -142,17 +146,21 @@ class Shards:
         """
         return self._shard_of[id(whole)][1]
 
-    def _put_together(self, module: nn.Module, args: Any) -> None:
+    def _called(self, module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            self.values, self._version = _together(self.parameters.values()), self._versions()
+            self._version = self._versions()
 
-    def can_look(self) -> bool:
-        """Whether the step can be looked at; it is looked at then.
+    def put_together(self, *, keep: bool) -> bool:
+        """Put the parameters together, which every process has to do where one looks at a step.
+
+        Args:
+            keep: whether this process does.
 
         Returns:
-            Whether the parameters are those that were put together for it.
+            Whether it can: the parameters are those with which the model was called.
         """
-        self.looking, self.own = self.values is not None and self._version == self._versions(), {}
+        self.looking, self.own = keep and self._version == self._versions(), {}
+        self.values = _together(self.parameters.values(), keep=self.looking)
         return self.looking
 
     def _versions(self) -> int:

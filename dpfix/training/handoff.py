@@ -40,7 +40,7 @@ from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.clipping import settle
 from dpfix.training.first_step import Decide, RealCalls, put_to_work
 from dpfix.training.guards.check import Guarded
-from dpfix.training.guards.real_steps import Following
+from dpfix.training.guards.following import Following
 from dpfix.training.loader_owner import replace_loader
 from dpfix.training.opacus_classes import (
     PrivateModule,

@@ -15,6 +15,7 @@ from dpfix.plan import Plan
 from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import SCHEDULED, Check, Guarded
 from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackward, SomethingArrived, WholeDraws
+from dpfix.training.guards.following import Following
 from dpfix.training.guards.frozen_parameters import FrozenUnreached
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
@@ -23,7 +24,7 @@ from dpfix.training.guards.noise import ProvenNoise
 from dpfix.training.guards.optimizers import ClearedGradients, NoGradScaler, NoOtherOptimizer, StepsInside
 from dpfix.training.guards.parameter_writes import ParameterWrites
 from dpfix.training.guards.ranks import RanksAgree, WrappedBefore
-from dpfix.training.guards.real_steps import Following, RealSteps
+from dpfix.training.guards.real_steps import RealSteps
 from dpfix.training.guards.scratch import ScratchPutBack
 from dpfix.training.guards.shards import ShardsHeld
 

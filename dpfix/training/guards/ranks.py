@@ -24,8 +24,8 @@ class RanksAgree(Check):
     """All ranks are about to release parts of one batch, clipped to one norm, and none has failed.
 
     Catches: ranks that are at different batches or have different schedulers, and a step that is refused on one rank only.
-    Costs: nothing on one process; two exchanges of eight numbers per release otherwise, and a third one where parameters are
-    spread over the ranks: a rank that has failed takes no part in adding up the sums.
+    Costs: nothing on one process; two exchanges of eight numbers per release otherwise, and two more where parameters are
+    spread over the ranks: which looks at the step, and none that has failed takes part in adding up the sums.
     """
 
     def __init__(self, guarded: Guarded) -> None:
@@ -35,7 +35,7 @@ class RanksAgree(Check):
     @override
     def collected(self, optimizer: DPOptimizer, counts: list[int], drawn: int | None) -> None:
         if self._guarded.shards is not None:
-            self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
+            _exchanged(self._guarded, optimizer)
 
     @override
     def before_noise(self, optimizer: DPOptimizer) -> None:
@@ -43,8 +43,8 @@ class RanksAgree(Check):
         draw = guarded.progress.draw
         seed, number = (draw.of.seed, draw.number) if draw else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
-        mine = [0.0, seed, number, guarded.accounting.steps, guarded.accounting.loads, *settings]
-        everyone = self._exchange(mine, optimizer)
+        mine = [seed, number, guarded.accounting.steps, guarded.accounting.loads, *settings]
+        everyone = _exchanged(guarded, optimizer, *mine)
         for rank, values in enumerate(everyone):
             for name, here, there in zip(_COMPARED, everyone[0][1:], values[1:], strict=True):
                 if here != there:
@@ -58,22 +58,40 @@ class RanksAgree(Check):
 
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
-        self._exchange([0.0] * (1 + len(_COMPARED)), optimizer)
-
-    def _exchange(self, mine: list[float], optimizer: DPOptimizer) -> list[list[float]]:
-        everyone = self._guarded.ranks.exchange_numbers(mine, optimizer.params[0].device)
-        failed = [rank for rank, values in enumerate(everyone) if values[0]]
-        if failed:
-            raise RankError(
-                f"optimizer.step() on rank {failed[0]} has failed, as its own message says, so this step is released on no rank.",
-                path="optimizer",
-            )
-        return everyone
+        _exchanged(self._guarded, optimizer)
 
     def tell_others(self, optimizer: DPOptimizer, error: Exception) -> None:
         """A step that fails here is released nowhere."""
         if self.needed and not isinstance(error, RankError):  # the others have that one too
             self._guarded.ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
+
+
+def any_looks(guarded: Guarded, optimizer: DPOptimizer, *, looks: bool) -> bool:
+    """Whether any rank looks at the step that all are about to make; every rank has to call it.
+
+    Args:
+        looks: whether this one does.
+
+    Returns:
+        Whether one does.
+
+    Raises:
+        RankError: a rank has failed.
+    """
+    return any(values[1] for values in _exchanged(guarded, optimizer, float(looks)))
+
+
+def _exchanged(guarded: Guarded, optimizer: DPOptimizer, *mine: float) -> list[list[float]]:
+    """What every rank says in the step, after a number that says whether it has failed: always as many numbers."""
+    filled = [0.0, *mine, *[0.0] * (len(_COMPARED) - len(mine))]
+    everyone = guarded.ranks.exchange_numbers(filled, optimizer.params[0].device)
+    failed = [rank for rank, values in enumerate(everyone) if values[0]]
+    if failed:
+        raise RankError(
+            f"optimizer.step() on rank {failed[0]} has failed, as its own message says, so this step is released on no rank.",
+            path="optimizer",
+        )
+    return everyone
 
 
 class WrappedBefore(Check):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -15,9 +15,8 @@ from dpfix.errors import USER_CODE_ERRORS, CoupledLossError, DPFixError, PlanBro
 from dpfix.instrument.freed_memory import give_back
 from dpfix.instrument.function_modes import switch_off
 from dpfix.instrument.source import calling_line, describe_module, warn_user
-from dpfix.observe.training_step import TrainingStep
 from dpfix.training.follow import messages
-from dpfix.training.follow.agenda import SHARE, Agenda, Novelty
+from dpfix.training.follow.agenda import Agenda, Novelty
 from dpfix.training.follow.beside import (
     Inside,
     Settings,
@@ -27,8 +26,6 @@ from dpfix.training.follow.beside import (
     settings_of,
 )
 from dpfix.training.follow.calls import LIKE, ModelCall, line_of, parts_of
-from dpfix.training.follow.collation import Collation
-from dpfix.training.follow.delivery import BatchLayout
 from dpfix.training.follow.due_sum import norms_left_on, wrong_sum
 from dpfix.training.follow.follower import Follower
 from dpfix.training.follow.gradient_reads import GradientReads
@@ -40,28 +37,10 @@ from dpfix.training.follow.replay import Replay, path_to
 from dpfix.training.follow.step import NotFollowedError, RealStep, Way, other_shapes
 from dpfix.training.follow.told import ToldStep
 from dpfix.training.guards.check import Check, Guarded
+from dpfix.training.guards.following import Following
+from dpfix.training.guards.ranks import any_looks
 
-
-@dataclass(frozen=True)
-class Following:
-    """What is known beforehand about the real steps.
-
-    Attributes:
-        step: the training step of the call, told or inferred.
-        batches: how the loader's batches carry their samples.
-        share: share of the training time that checks of later steps may take.
-        strict: whether a step that cannot be followed is refused.
-    """
-
-    step: TrainingStep | None = None
-    batches: BatchLayout = field(default_factory=BatchLayout)
-    share: float = SHARE
-    strict: bool = False
-
-    @cached_property
-    def collation(self) -> Collation:
-        """Makes the loader's batches, and looks at some of them; a quarter of the share is its."""
-        return Collation(self.batches, 0.25 * self.share)
+T = TypeVar("T")
 
 
 class RealSteps(Check):
@@ -93,6 +72,7 @@ class RealSteps(Check):
         self._gradient_reads = GradientReads(guarded.parameters)
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
+        self._waiting: list[RealStep] = []  # for the parameters of a spread model to be put together
         self._optimizer: DPOptimizer | None = None
         self._failed: DPFixError | None = None
         if self.needed:
@@ -116,7 +96,7 @@ class RealSteps(Check):
 
     @override
     def cleared(self) -> None:
-        self._failed, self._unfollowed, self._pending = None, "", None
+        self._failed, self._unfollowed, self._pending, self._waiting = None, "", None, []
         if self._follower.over:
             switch_off(self._follower)  # after a refusal inside backward() it could not be taken off at once
 
@@ -124,6 +104,7 @@ class RealSteps(Check):
     def before_step(self, optimizer: DPOptimizer) -> None:
         self._optimizer = optimizer
         self._follower.pause()
+        self._look_at_waiting(optimizer)
         if self._failed is not None:
             raise self._failed
         self._look_at_settings(optimizer)
@@ -225,24 +206,40 @@ class RealSteps(Check):
             seen |= self._novelty.of(delivery)
         if not self.agenda.due(seen):
             return
-        shards = self._guarded.shards
-        if shards is not None and not shards.can_look():
-            self._not_followed("parameters of the spread model have changed since it was called")
-            return
+        place, paused = calling_line(), self._guarded.handle.paused
+        real = self._tried(lambda: RealStep.of(loss, outer, models, place, paused))
+        if real is not None and real.samples > 1 and self._guarded.shards is not None:
+            self._waiting.append(real)
+        elif real is not None and real.samples > 1:
+            self._tried(lambda: self._check(real))
+
+    def _tried(self, work: Callable[[], T]) -> T | None:
+        """A part of a look at a step: it may fail, which is told, or find that the step must not be released."""
         try:
             with self.agenda.check():
-                self._check(loss, outer, models)
+                return work()
         except NotFollowedError as why:
             self._not_followed(str(why))
         except DPFixError as error:
-            follower.clear()
-            switch_off(follower)
-            if self._guarded.ranks.size > 1:  # the others wait in the step
-                self._failed = error
-                return
-            raise
+            self._follower.clear()
+            switch_off(self._follower)
+            if self._guarded.ranks.size == 1:
+                raise
+            self._failed = error  # the others wait in the step
         except USER_CODE_ERRORS as error:
             self._not_followed(f"repeating it failed ({type(error).__name__}: {error})")
+        return None
+
+    def _look_at_waiting(self, optimizer: DPOptimizer) -> None:
+        """Steps of a model that is spread: where one process looks at one, all put the parameters together for it."""
+        shards, waiting, self._waiting = self._guarded.shards, self._waiting, []
+        if shards is None or not any_looks(self._guarded, optimizer, looks=bool(waiting)):
+            return
+        if not shards.put_together(keep=bool(waiting)) and waiting:
+            self._not_followed("parameters of the spread model have changed since it was called")
+            return
+        for real in waiting:
+            self._tried(partial(self._check, real))
 
     def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
         """Parameters outside that a loss on delivered data teaches; one on a generator's data teaches none."""
@@ -259,12 +256,8 @@ class RealSteps(Check):
             else:
                 self.outside.learn_beside(found)
 
-    def _check(self, loss: torch.Tensor, outer: Any, models: list[ModelCall]) -> None:
+    def _check(self, real: RealStep) -> None:
         guarded, follower, draw = self._guarded, self._follower, self.agenda.draw
-        place = calling_line()
-        real = RealStep.of(loss, outer, models, place, guarded.handle.paused)
-        if real.samples < 2:
-            return
         model = PlainModel(guarded.plain_copy(), real)
         way, replay = self._way(real, model)
         model.step = real = real.completed(way.repeat(None))
@@ -274,7 +267,7 @@ class RealSteps(Check):
         if replay is not None:
             self._look_at_numbers(replay, real)
         self._look_at_lengths(way, replay, real, model)
-        calls = replay.calls if replay is not None else path_to(loss, follower.calls)[0]
+        calls = replay.calls if replay is not None else path_to(real.loss, follower.calls)[0]
         stranger = bool(real.deliveries) and self._strangers.look(calls, follower)
         if stranger:
             line = "an argument of the model" if stranger is True else line_of(stranger)
@@ -291,10 +284,10 @@ class RealSteps(Check):
             return  # said in the step, unless the model is another than the one that was audited
         gap = model.couples(draw)
         if gap:
-            raise messages.coupled_loss(gap, f"computed by {guarded.name} itself; {place}")
+            raise messages.coupled_loss(gap, f"computed by {guarded.name} itself; {real.place}")
         other = other_reduction(way, real, guarded.plan.loss_reduction == "mean", replay.calls if replay else ())
         if other:
-            raise messages.other_reduction(other, place)
+            raise messages.other_reduction(other, real.place)
         self.agenda.passed()
         self._checked = True
         self._pending = model, draw.sample(range(real.samples), min(2, real.samples))
