@@ -171,7 +171,7 @@ class Correlation(Contribution):
         """
         some = at_once(self.x.device, self.shape.numel(), self.samples) * self.rows
         norms = []
-        for x, g in zip(self.x.split(some), self.g.split(some), strict=True):
+        for x, g in zip(parted(self.x, some), parted(self.g, some), strict=True):
             form = Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
             norms.append(torch.linalg.vector_norm(form._by_groups(), dim=(1, 2)))
         return in_a_row(norms).square_()
@@ -191,7 +191,7 @@ class Correlation(Contribution):
         positions = self.rows * math.prod(out)
         x, g = self._by_group(self._padded(self.x)), self._by_group(self.g)
         g = (g.transpose(1, 2) if self.rows > 1 else g).reshape(len(g), -1, positions)
-        for front, filters in zip(x.split(self._step), g.split(self._step), strict=True):
+        for front, filters in zip(parted(x, self._step), parted(g, self._step), strict=True):
             some = front.movedim(2, -1).contiguous()
             *firsts, last = some.stride()
             first, moves = firsts[:2], firsts[2:]
@@ -264,7 +264,7 @@ class Correlation(Contribution):
         samples, kernel = self.samples, self.shape[2:]
         groups, channels = self.geometry.groups, self.shape[1]
         found = self.g.new_empty(samples * groups, self.shape[0] // groups, channels, math.prod(kernel))
-        for into, part in zip(found.split(self._step), self._products(), strict=True):
+        for into, part in zip(parted(found, self._step), self._products(), strict=True):
             into.copy_(part.view(*part.shape[:2], -1, channels).mT)  # the patches have their channels last
         return found.view(samples, *self.shape)
 
@@ -308,6 +308,11 @@ class Correlation(Contribution):
         by_row = samples.repeat_interleave(self.rows)
         x, g = zeroed(self.x, by_row), zeroed(self.g, by_row)
         return Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
+
+
+def parted(tensor: torch.Tensor, some: int) -> Sequence[torch.Tensor]:
+    """Some rows at a time."""
+    return (tensor,) if some >= len(tensor) else tensor.split(some)
 
 
 def in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
