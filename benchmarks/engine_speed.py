@@ -1,6 +1,6 @@
 """Time, memory and operations of a private training step, as multiples of an ordinary one.
 
-``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto "Opacus hooks" ...] [--threads 2 | --gpu] [--write]``
+``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto ...] [--threads 2 | --gpu | --operations] [--write]``
 
 *step*: forward, backward and optimizer step, medians of rounds in which the ordinary step (SGD on the same repaired
 model) and all contestants take turns in one process: CPU time on one thread, time on the wall on several threads or on
@@ -203,13 +203,25 @@ def step_times(name: str, contestants: Sequence[str], rounds: int, device: str =
             if found[contestant][0] < TOO_SLOW * found[ORDINARY][0]:
                 found[contestant].append(seconds(step))
     times = {c: t if isinstance(t, str) else statistics.median(t[1:] or t) for c, t in found.items()}
-    counts = {c: operations(steps[c]) for c in (ORDINARY, *OWN) if c in steps}
-    rows = {"seconds": times, "auto took": used, "operations": counts}
+    return {"seconds": times, "auto took": used} | counted(steps, device)
+
+
+def counted(steps: dict[str, Callable[[], None]], device: str) -> dict[str, Any]:
+    """Operations of the steps that were made before."""
+    found: dict[str, Any] = {"operations": {c: operations(steps[c]) for c in (ORDINARY, *OWN) if c in steps}}
     if "auto" in steps and device == "cpu":
         with treated_as_an_accelerator():
             steps["auto"]()
-            rows["operations with an accelerator's blocks"] = operations(steps["auto"])
-    return rows
+            found["operations with an accelerator's blocks"] = operations(steps["auto"])
+    return found
+
+
+def operation_counts(name: str) -> dict[str, Any]:
+    """Operations alone, which other work on the machine does not change."""
+    steps = {c: stepper(name, c)[0] for c in (ORDINARY, "auto")}
+    for step in steps.values():
+        step()
+    return counted(steps, "cpu")
 
 
 @contextmanager
@@ -408,12 +420,18 @@ def environment(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def known(about: dict[str, str]) -> dict[str, Any]:
+    """What earlier runs have written in this environment."""
+    kept = RESULTS / "engine_speed.json"
+    before = json.loads(kept.read_text()).get(about["setting"], {}) if kept.exists() else {}
+    return before["results"] if before.get("environment") == about else {}
+
+
 def write(results: dict[str, Any], given: argparse.Namespace) -> None:
     """Adds to what earlier runs have written: models and settings can be measured in several runs."""
     about, kept = environment(given), RESULTS / "engine_speed.json"
     every = json.loads(kept.read_text()) if kept.exists() else {}
-    before = every.get(about["setting"], {})
-    all_results = (before["results"] if before.get("environment") == about else {}) | results
+    all_results = known(about) | results
     every[about["setting"]] = {
         "environment": about,
         "results": {name: all_results[name] for name in CONTESTS if name in all_results},
@@ -434,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--operations", action="store_true", help="count the operations only; the rest of a row stays")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     results: dict[str, Any] = {}
@@ -446,11 +465,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 c == "Opacus ghost" and CONTESTS[name].step is compare
             )  # it takes a criterion of output and target
         ]
+        if given.operations:
+            before = known(environment(given)).get(name, {"seconds": {}, "bytes": {}, "resident": {}})
+            results[name] = before | in_a_fresh_process(operation_counts, name)
+            print(name, results[name]["operations"], flush=True)
+            if given.write:
+                write(results, given)
+            continue
         results[name] = measured(name, few, given)
         print(table({name: results[name]}, given.contestants).splitlines()[-1], flush=True)
         if given.write:
             write(results, given)
-    print(table(results, given.contestants))
+    if not given.operations:
+        print(table(results, given.contestants))
     print(others(results))
     return 0
 
