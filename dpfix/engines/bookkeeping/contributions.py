@@ -142,8 +142,8 @@ class Kept(Contribution):
 
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        total = torch.mv(flat(self.gradients).t(), factors.to(self.gradients.dtype))
-        return total if self.gradients.dim() == 2 else total.view(self.gradients.shape[1:])
+        total = torch.mm(factors.to(self.gradients.dtype).view(1, -1), flat(self.gradients))
+        return total.view(self.gradients.shape[1:])
 
 
 class Part(Contribution):
