@@ -1,6 +1,6 @@
 """Time, memory and operations of a private training step, as multiples of an ordinary one.
 
-``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto "Opacus hooks" ...] [--threads 2 | --gpu] [--write]``
+``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto ...] [--threads 2 | --gpu | --operations] [--write]``
 
 *step*: forward, backward and optimizer step, medians of rounds in which the ordinary step (SGD on the same repaired
 model) and all contestants take turns in one process: CPU time on one thread, time on the wall on several threads or on
@@ -21,11 +21,13 @@ import platform
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import opacus
 import torch
@@ -60,6 +62,8 @@ from benchmarks.common.process import (
     resident_bytes,
     wall_seconds,
 )  # fmt: skip
+from dpfix.engines.bookkeeping import blocks
+from dpfix.training import normal_noise
 
 ORDINARY = "non-private"
 PEERS = ("Opacus hooks", "Opacus functorch", "Opacus ghost", "Opacus ew")
@@ -199,8 +203,35 @@ def step_times(name: str, contestants: Sequence[str], rounds: int, device: str =
             if found[contestant][0] < TOO_SLOW * found[ORDINARY][0]:
                 found[contestant].append(seconds(step))
     times = {c: t if isinstance(t, str) else statistics.median(t[1:] or t) for c, t in found.items()}
-    counts = {c: operations(steps[c]) for c in (ORDINARY, *OWN) if c in steps}
-    return {"seconds": times, "auto took": used, "operations": counts}
+    return {"seconds": times, "auto took": used} | counted(steps, device)
+
+
+def counted(steps: dict[str, Callable[[], None]], device: str) -> dict[str, Any]:
+    """Operations of the steps that were made before."""
+    found: dict[str, Any] = {"operations": {c: operations(steps[c]) for c in (ORDINARY, *OWN) if c in steps}}
+    if "auto" in steps and device == "cpu":
+        with treated_as_an_accelerator():
+            steps["auto"]()
+            found["operations with an accelerator's blocks"] = operations(steps["auto"])
+    return found
+
+
+def operation_counts(name: str) -> dict[str, Any]:
+    """Operations alone, which other work on the machine does not change."""
+    steps = {c: stepper(name, c)[0] for c in (ORDINARY, "auto")}
+    for step in steps.values():
+        step()
+    return counted(steps, "cpu")
+
+
+@contextmanager
+def treated_as_an_accelerator() -> Iterator[None]:
+    """The engine and the noise take as much at once as on a GPU, and nothing is computed sample by sample."""
+    with (
+        mock.patch.dict(blocks.CACHE, clear=True),
+        mock.patch.dict(normal_noise.AT_ONCE, cpu=normal_noise.AT_ONCE["cuda"]),
+    ):
+        yield
 
 
 def peak(name: str, engine: str, views: int = 1, device: str = "cpu") -> int:
@@ -321,15 +352,16 @@ def failures(results: dict[str, Any]) -> str:
 def others(results: dict[str, Any]) -> str:
     """What the step and the call take beside time."""
     lines = tables.head(
-        "model", "operations of the ordinary step", "of the private one", "the call, in steps", "resident"
-    )
+        "model", "operations of the ordinary step", "of the private one", "with an accelerator's blocks",
+        "the call, in steps", "resident",
+    )  # fmt: skip
     for name, rows in results.items():
         if "call" not in rows:
             continue
         counts, held = rows["operations"], rows["resident"]
-        private = counts.get("auto")
+        private = (counts.get("auto"), rows.get("operations with an accelerator's blocks"))
         lines.append(tables.row(
-            name, str(counts[ORDINARY]), f"{private} ({private / counts[ORDINARY]:.1f})" if private else "",
+            name, str(counts[ORDINARY]), *(f"{n} ({n / counts[ORDINARY]:.1f})" if n else "" for n in private),
             f"{rows['call'] / rows['seconds'][ORDINARY]:.1f} ({rows['call']:.1f} s)",
             f"{held['auto'] / held[ORDINARY]:.2f}" if "auto" in held else "",
         ))  # fmt: skip
@@ -369,8 +401,10 @@ def page(every: dict[str, Any]) -> str:
         shown = [c for c in (*OWN, *PEERS) if any(c in rows["seconds"] for rows in results.values())]
         parts += [title, table(results, shown)]
         parts.append(f"torch {about['torch']}, Opacus {about['opacus']}, {about['machine']}, {about['setting']}.")
-        parts.append("What else `auto` takes: operations that torch dispatches in a step, the call, and the memory that"
-                     " the process holds after it and three steps, as a multiple of an ordinary training's.")  # fmt: skip
+        parts.append("What else `auto` takes: operations that torch dispatches in a step, the same where the processor is"
+                     " treated like an accelerator (there is no cache to stay in, so a layer is measured in one part), the call,"
+                     " and the memory that the process holds after it and three steps, as a multiple of an ordinary"
+                     " training's.")  # fmt: skip
         parts.append(others(results))
         if why := failures(results):
             parts += ["What failed, with the first words of the error:", why]
@@ -386,12 +420,18 @@ def environment(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def known(about: dict[str, str]) -> dict[str, Any]:
+    """What earlier runs have written in this environment."""
+    kept = RESULTS / "engine_speed.json"
+    before = json.loads(kept.read_text()).get(about["setting"], {}) if kept.exists() else {}
+    return before["results"] if before.get("environment") == about else {}
+
+
 def write(results: dict[str, Any], given: argparse.Namespace) -> None:
     """Adds to what earlier runs have written: models and settings can be measured in several runs."""
     about, kept = environment(given), RESULTS / "engine_speed.json"
     every = json.loads(kept.read_text()) if kept.exists() else {}
-    before = every.get(about["setting"], {})
-    all_results = (before["results"] if before.get("environment") == about else {}) | results
+    all_results = known(about) | results
     every[about["setting"]] = {
         "environment": about,
         "results": {name: all_results[name] for name in CONTESTS if name in all_results},
@@ -412,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--operations", action="store_true", help="count the operations only; the rest of a row stays")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     results: dict[str, Any] = {}
@@ -424,11 +465,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 c == "Opacus ghost" and CONTESTS[name].step is compare
             )  # it takes a criterion of output and target
         ]
+        if given.operations:
+            before = known(environment(given)).get(name, {"seconds": {}, "bytes": {}, "resident": {}})
+            results[name] = before | in_a_fresh_process(operation_counts, name)
+            print(name, results[name]["operations"], flush=True)
+            if given.write:
+                write(results, given)
+            continue
         results[name] = measured(name, few, given)
         print(table({name: results[name]}, given.contestants).splitlines()[-1], flush=True)
         if given.write:
             write(results, given)
-    print(table(results, given.contestants))
+    if not given.operations:
+        print(table(results, given.contestants))
     print(others(results))
     return 0
 

@@ -70,10 +70,13 @@ def _sizes(numbers: int, room: int, size: int) -> list[int]:
 
 
 def _draw(chunks: Sequence[Chunk], std: float, generator: torch.Generator, add: Callable[..., None]) -> None:
-    for chunk in chunks:
-        sizes = [piece.numel() for piece in chunk]
-        noise = torch.empty(sum(sizes), dtype=chunk[0].dtype, device=chunk[0].device)
-        parts = noise.normal_(0.0, std, generator=generator).split(sizes)
+    every = [[piece.numel() for piece in chunk] for chunk in chunks]
+    memory = torch.empty(max(map(sum, every)), dtype=chunks[0][0].dtype, device=chunks[0][0].device)
+    for chunk, sizes in zip(chunks, every, strict=True):
+        numbers = sum(sizes)
+        noise = memory if numbers == len(memory) else memory[:numbers]
+        noise.normal_(0.0, std, generator=generator)
+        parts = noise.split(sizes) if len(sizes) > 1 else (noise,)
         add(
             chunk,
             [part if piece.dim() == 1 else part.view(piece.shape) for piece, part in zip(chunk, parts, strict=True)],

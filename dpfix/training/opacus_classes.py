@@ -140,7 +140,7 @@ def add_noise_at_once(optimizer: DPOptimizer, *, keep_sums: bool) -> None:
         for total in totals:
             total.add_(_generate_noise(std, total, optimizer.generator, optimizer.secure_mode))
     for p, total in zip(optimizer.params, totals, strict=True):
-        p.grad = total.view_as(p)
+        p.grad = total if total.shape == p.shape else total.view_as(p)
         if keep_sums:
             _mark_as_processed(p.summed_grad)  # type: ignore[attr-defined]
         else:

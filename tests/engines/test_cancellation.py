@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dpfix.engines.bookkeeping import Bookkeeping
 from dpfix.engines.bookkeeping.cancellation import certain
 from dpfix.engines.bookkeeping.contributions import Apart, Contribution, Kept, Part
-from dpfix.engines.bookkeeping.convolution_norms import Correlation, Geometry
+from dpfix.engines.bookkeeping.convolution_costs import Geometry
+from dpfix.engines.bookkeeping.convolution_norms import Correlation
 from dpfix.engines.bookkeeping.embedding import Lookup
 from dpfix.engines.bookkeeping.embedding import Tied as TiedUses
 from dpfix.engines.bookkeeping.linear import Outer

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dpfix.engines.bookkeeping.blocks import CACHE
 from dpfix.engines.bookkeeping.contributions import Contribution
-from dpfix.engines.bookkeeping.convolution_norms import Correlation, Geometry
+from dpfix.engines.bookkeeping.convolution_costs import Geometry
+from dpfix.engines.bookkeeping.convolution_norms import Correlation
 from dpfix.engines.bookkeeping.embedding import Lookup, Tied
 from dpfix.engines.bookkeeping.linear import Outer
 from dpfix.engines.bookkeeping.tied_parameters import add_up
@@ -99,22 +104,45 @@ def test_both_ways_to_norms_of_convolutions(large: bool) -> None:
     same(form, torch.stack(one))
 
 
+CONVOLUTIONS = {
+    "strided": ((7, 6), (3, 3), Geometry((2, 2), (1, 1), (1, 1), 1)),
+    "dilated in one dimension": ((9, 8), (3, 2), Geometry((1, 3), (0, 2), (2, 1), 1)),
+    "as large as its input": ((4, 3), (4, 3), Geometry((1, 1), (0, 0), (1, 1), 1)),
+    "one by many": ((5, 6), (1, 4), Geometry((1, 1), (0, 1), (1, 1), 1)),
+    "in one dimension": ((11,), (5,), Geometry((2,), (2,), (1,), 1)),
+    "in three dimensions": ((4, 6, 5), (2, 5, 3), Geometry((2, 1, 1), (0, 2, 1), (1, 1, 2), 1)),
+}
+
+
+@pytest.mark.parametrize("blocks", ["one block", "several blocks", "an accelerator's block"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_every_way_to_the_gradients_of_convolutions(rows: int, groups: int) -> None:
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_every_way_to_the_gradients_of_convolutions(
+    kind: str, groups: int, rows: int, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "several blocks":
+        monkeypatch.setitem(CACHE, "cpu", 1)
+    elif blocks == "an accelerator's block":
+        monkeypatch.delitem(CACHE, "cpu")
     torch.manual_seed(0)
-    x = torch.randn(2 * rows, 4, 7, 6, dtype=torch.float64)
-    g = torch.randn(2 * rows, 6, 4, 3, dtype=torch.float64)
-    weight = torch.zeros(6, 4 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
-    wanted = []
-    for a, b in zip(x.split(rows), g.split(rows), strict=True):
-        out = nn.functional.conv2d(a, weight, stride=2, padding=1, groups=groups)
-        wanted.append(torch.autograd.grad(out, weight, b)[0])
+    size, kernel, geometry = CONVOLUTIONS[kind]
+    geometry = replace(geometry, groups=groups)
+    conv: Any = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(size) - 1]
+    how = (geometry.stride, geometry.padding, geometry.dilation, groups)
+    weight = torch.zeros(6, 4 // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(9 * rows, 4, *size, dtype=torch.float64)
+    g = torch.randn_like(conv(x, weight, None, *how)).mT.contiguous().mT  # not in the order of its dimensions
+    wanted = [
+        torch.autograd.grad(conv(a, weight, None, *how), weight, b)[0]
+        for a, b in zip(x.split(rows), g.split(rows), strict=True)
+    ]
     gradients = torch.stack(wanted)
-    form = Correlation(x, g, weight.shape, Geometry((2, 2), (1, 1), (1, 1), groups), rows)
+    form = Correlation(x, g, weight.shape, geometry, rows)
     for keep in (form.keep_by_groups, form.keep_by_patches):
         torch.testing.assert_close(keep(), gradients)
-    ways = [form.norms_by_sample, form.norms_by_patches, *([form.norms_by_gram] if rows == 1 else [])]
+    ways = [form.norms_by_sample, form.norms_by_patches, form.norms_by_groups]
+    ways += [form.norms_by_gram] if rows == 1 else []
     for norms in ways:
         torch.testing.assert_close(norms(), gradients.flatten(1).square().sum(1))
     same(form, gradients)

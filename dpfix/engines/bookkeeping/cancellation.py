@@ -42,8 +42,7 @@ def certain(
         The contributions to sum up, and the squared norms over all parameters, shape ``[samples]``.
     """
     measured = {p: part.measured() for p, part in parts.items()}
-    kinds = [torch.promote_types(p.dtype, torch.float32) for p in parts]
-    squared = [m.squared.to(kind) for m, kind in zip(measured.values(), kinds, strict=True)]
+    squared = [m.squared.to(max(p.dtype, torch.float32, key=_digits)) for p, m in measured.items()]
     total = _total(squared)
     scale = scale.to(total) if isinstance(scale, torch.Tensor) else scale
     summed = sorted((p for p, m in measured.items() if m.terms is not None), key=lambda p: not measured[p].gram)
@@ -64,6 +63,10 @@ def certain(
             found[p] = Again(parts[p], measured[p].squared, samples, sums)
     every = [m.squared if found[p] is parts[p] else found[p].squared_norms() for p, m in measured.items()]
     return found, _total(every)
+
+
+def _digits(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
 
 
 def _total(squared: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ and the gradients themselves only when they are asked for (a parameter that is u
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class Kept(Contribution):
 
     @override
     def squared_norms(self) -> torch.Tensor:
-        return squared(self.gradients.reshape(len(self.gradients), -1))
+        return squared(flat(self.gradients))
 
     @override
     def per_sample(self) -> torch.Tensor:
@@ -141,8 +142,8 @@ class Kept(Contribution):
 
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
-        flat = self.gradients.reshape(len(self.gradients), -1)
-        return (factors.to(flat.dtype) @ flat).view(self.gradients.shape[1:])
+        total = torch.mm(factors.to(self.gradients.dtype).view(1, -1), flat(self.gradients))
+        return total.view(self.gradients.shape[1:])
 
 
 class Part(Contribution):
@@ -260,17 +261,20 @@ def sizes(*factors: torch.Tensor) -> torch.Tensor:
     Returns:
         The product of their norms, shape ``[samples]``.
     """
-    norms = [torch.linalg.vector_norm(f, dim=tuple(range(1, f.dim()))) for f in factors]
-    return torch.stack(norms).prod(0)
+    norms = (torch.linalg.vector_norm(f, dim=tuple(range(1, f.dim()))) for f in factors)
+    return functools.reduce(torch.mul, norms)
 
 
-def at_once(device: torch.device) -> int:
-    """How many numbers of per-sample gradients are computed at a time, where only their norms are needed.
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """One row of numbers per sample.
+
+    Args:
+        tensor: shape ``[samples, ...]``.
 
     Returns:
-        As many as fit into a processor's cache; on an accelerator as many as keep it busy.
+        Shape ``[samples, numbers]``.
     """
-    return 2**18 if device.type == "cpu" else 2**26
+    return tensor if tensor.dim() == 2 else tensor.reshape(len(tensor), -1)
 
 
 def squared(rows: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
-from dpfix.engines.bookkeeping.convolution_norms import Geometry, correlation
+from dpfix.engines.bookkeeping.convolution_costs import Geometry
+from dpfix.engines.bookkeeping.convolution_norms import correlation
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, autocast, plainly
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,8 +57,8 @@ class Convolution(LayerRule):
         by_sample = call.rows.adjacent(g)
         rows = len(by_sample) // call.rows.samples
         if call.trains("bias"):
-            sums = full_precision(by_sample).flatten(2).sum(2)
-            call.report("bias", Kept(sums.view(call.rows.samples, rows, -1).sum(1)))
+            sums = full_precision(by_sample).sum(tuple(range(2, by_sample.dim())))
+            call.report("bias", Kept(sums if rows == 1 else sums.view(call.rows.samples, rows, -1).sum(1)))
         if call.trains("weight"):
             stride, padding, dilation, transposed, _, groups = settings(call.module)
             pair = (call.rows.adjacent(x), by_sample)

@@ -10,56 +10,30 @@ input is summed over the kernel's offsets.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune, rounded
+from dpfix.engines.bookkeeping.blocks import at_once, near
 from dpfix.engines.bookkeeping.contributions import (
     Contribution,
     Kept,
     Measured,
-    at_once,
     chosen,
+    flat,
     full_precision,
     sizes,
     squared,
     zeroed,
 )
-from dpfix.engines.bookkeeping.linear import BYTE_COST, CALL_COST, of_terms, outer
+from dpfix.engines.bookkeeping.convolution_costs import Geometry, worth_trying
+from dpfix.engines.bookkeeping.linear import of_terms, outer
 
-KEEP_RATIO = 2.0
-"""Kept gradients may be this many times larger than the layer's input and output gradient, which they replace."""
-WINDOW_COST = 40
-"""Multiply-adds that cost as much time as one element of a strided window of a Gram matrix."""
-WORTH_TRYING = 2.5
-"""Ways whose cost is estimated at up to this many times the smallest estimate are tried."""
 TRIED_SAMPLES = 8
-UNCACHED = 8
-"""How much longer it takes to copy a number when the copies do not fit."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Stride, zero padding and dilation per spatial dimension, and the groups.
-
-    Attributes:
-        stride: the stride.
-        padding: zeros on both sides.
-        dilation: distance of the kernel's elements.
-        groups: groups of channels.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
 
 class Correlation(Contribution):
@@ -125,11 +99,13 @@ class Correlation(Contribution):
     def _measured(self) -> Measured:
         if self.way == "norms_by_gram":
             products = self._gram()
-            terms = of_terms(products).view(self.samples, -1)
-            return Measured(self._over_gram(products), torch.linalg.vector_norm(terms, dim=1), gram=True)
-        norms = self.norms_by_patches() if self.way == "norms_by_patches" else self.norms_by_sample()
-        factors = sizes(self._by_sample(self.x), self._by_sample(self.g))
-        return Measured(norms, factors * math.sqrt(math.prod(self.shape[2:])))
+            terms = of_terms(products)
+            if self.geometry.groups > 1:
+                terms = torch.linalg.vector_norm(terms.view(self.samples, -1), dim=1)
+            return Measured(self._over_gram(products), terms, gram=True)
+        norms = getattr(self, self.way if self.way.startswith("norms") else "norms_by_sample")()
+        factors = sizes(*((self.x, self.g) if self.rows == 1 else map(self._by_sample, (self.x, self.g))))
+        return Measured(norms, factors.mul_(math.sqrt(math.prod(self.shape[2:]))))
 
     def norms_by_gram(self) -> torch.Tensor:
         """From products of every position with every other, for samples of one row.
@@ -148,22 +124,32 @@ class Correlation(Contribution):
         Returns:
             Shape ``[samples * groups, positions, positions]``.
         """
-        x, g = (self._by_group(t).squeeze(1) for t in (self._padded(self.x), self.g))
-        inside, out = x.shape[2:], g.shape[2:]
-        x, g = x.flatten(2), g.flatten(2)
-        over_x = torch.bmm(x.mT, x).view(-1, *inside, *inside)
-        over_g = torch.bmm(g.mT, g)
-        return over_g.mul_(self._box(over_x, out).view_as(over_g))
+        padded, groups = self._padded(self.x), self.samples * self.geometry.groups
+        x, g = (t.reshape(groups, t.shape[1] // self.geometry.groups, -1) for t in (padded, self.g))
+        over_x, over_g = torch.bmm(x.mT, x), torch.bmm(g.mT, g)
+        return over_g.mul_(self._box(over_x, padded.shape[2:], self.g.shape[2:]).view_as(over_g))
 
-    def _box(self, gram: torch.Tensor, out: torch.Size) -> torch.Tensor:
-        # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel
-        total: Any = None
-        for offset in itertools.product(*(range(k) for k in self.shape[2:])):
-            steps = zip(offset, out, self.geometry.stride, self.geometry.dilation, strict=True)
-            window = tuple(slice(k * d, k * d + s * (o - 1) + 1, s) for k, o, s, d in steps)
-            part = gram[(slice(None), *window, *window)]
-            total = part.clone() if total is None else total.add_(part)
-        return total
+    def _box(self, gram: torch.Tensor, inside: Sequence[int], out: Sequence[int]) -> torch.Tensor:
+        # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel: the sum
+        # over offsets in all dimensions is that over the offsets in one of them, of that over those in the others
+        present, both = list(inside), len(inside)
+        for dim, (kernel, stride, dilation) in enumerate(
+            zip(self.shape[2:], self.geometry.stride, self.geometry.dilation, strict=True)
+        ):
+            if kernel == stride == 1:
+                continue
+            size = [len(gram), *present, *present]
+            steps = [math.prod(size[i + 1 :]) for i in range(len(size))]
+            shift = dilation * (steps[1 + dim] + steps[1 + dim + both])
+            present[dim] = out[dim]
+            for place in (1 + dim, 1 + dim + both):
+                steps[place] *= stride
+            size = [len(gram), *present, *present]
+            parts = [gram.as_strided(size, steps, gram.storage_offset() + k * shift) for k in range(kernel)]
+            gram = parts[0].clone(memory_format=torch.contiguous_format)
+            for part in parts[1:]:
+                gram.add_(part)
+        return gram
 
     def norms_by_sample(self) -> torch.Tensor:
         """One ordinary weight gradient per sample.
@@ -177,22 +163,35 @@ class Correlation(Contribution):
         ]
         return torch.stack(norms).square()
 
+    def norms_by_groups(self) -> torch.Tensor:
+        """Grouped convolution gradients of some samples at a time.
+
+        Returns:
+            Shape ``[samples]``.
+        """
+        some = at_once(self.x.device, self.shape.numel(), self.samples) * self.rows
+        norms = []
+        for x, g in zip(parted(self.x, some), parted(self.g, some), strict=True):
+            form = Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
+            norms.append(torch.linalg.vector_norm(form._by_groups(), dim=(1, 2)))
+        return in_a_row(norms).square_()
+
     def norms_by_patches(self) -> torch.Tensor:
         """As many samples at a time as fit into a buffer.
 
         Returns:
             Shape ``[samples]``.
         """
-        return self._over_groups(torch.cat([squared(part.flatten(1)) for part in self._products()]))
+        norms = [torch.linalg.vector_norm(part, dim=(1, 2)) for part in self._products()]
+        return self._over_groups(in_a_row(norms).square_())
 
     def _products(self) -> Iterator[torch.Tensor]:
         """Per-sample gradients of some samples (and groups) at a time, shape ``[some, filters, kernel * channels]``."""
         kernel, out = self.shape[2:], self.g.shape[2:]
-        x, g = self._by_group(self._padded(self.x)), self._by_group(self.g)
         positions = self.rows * math.prod(out)
-        numbers = positions * self.shape[1:].numel() + self.shape.numel() // self.geometry.groups
-        step = max(1, at_once(x.device) // numbers)
-        for front, back in zip(x.split(step), g.split(step), strict=True):
+        x, g = self._by_group(self._padded(self.x)), self._by_group(self.g)
+        g = (g.transpose(1, 2) if self.rows > 1 else g).reshape(len(g), -1, positions)
+        for front, filters in zip(parted(x, self._step), parted(g, self._step), strict=True):
             some = front.movedim(2, -1).contiguous()
             *firsts, last = some.stride()
             first, moves = firsts[:2], firsts[2:]
@@ -200,8 +199,14 @@ class Correlation(Contribution):
             inside = [m * d for m, d in zip(moves, self.geometry.dilation, strict=True)]
             size = (*some.shape[:2], *out, *kernel, some.shape[-1])
             patches = some.as_strided(size, (*first, *windows, *inside, last))
-            filters = back.transpose(1, 2).reshape(len(some), -1, positions)
             yield torch.bmm(filters, patches.reshape(len(some), positions, -1))
+
+    @property
+    def _step(self) -> int:
+        """Samples, or groups of them, whose patches and gradients are computed at a time."""
+        numbers = self.rows * self.g.shape[2:].numel() * self.shape[1:].numel()
+        numbers += self.shape.numel() // self.geometry.groups
+        return at_once(self.x.device, numbers, self.samples * self.geometry.groups)
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         pads = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
@@ -212,54 +217,35 @@ class Correlation(Contribution):
 
     def _by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """From ``[samples * rows, channels, ...]`` to ``[samples * groups, rows, channels / groups, ...]``."""
-        split = tensor.reshape(self.samples, self.rows, self.geometry.groups, -1, *tensor.shape[2:])
+        groups = self.geometry.groups
+        if self.rows == 1:
+            return tensor.reshape(self.samples * groups, 1, tensor.shape[1] // groups, *tensor.shape[2:])
+        split = tensor.reshape(self.samples, self.rows, groups, -1, *tensor.shape[2:])
         return split.transpose(1, 2).flatten(0, 1)
 
     def _over_groups(self, norms: torch.Tensor) -> torch.Tensor:
-        return norms.view(self.samples, self.geometry.groups).sum(1)
+        return norms.view(self.samples, self.geometry.groups).sum(1) if self.geometry.groups > 1 else norms
 
     # ---------------------------------------------------------------- the choice
 
     @cached_property
     def way(self) -> str:
         """The fastest way on this machine; estimated first, and tried on a few samples where that leaves a doubt."""
-        costs = self._costs()
-        likely = sorted(name for name, cost in costs.items() if cost <= WORTH_TRYING * min(costs.values()))
-        tried = TRIED_SAMPLES * self.rows
-        few = Correlation(self.x[:tried], self.g[:tried], self.shape, self.geometry, self.rows)
-        factors = few.x.new_ones(few.samples)
+        device, sizes = self.x.device, (self.x.shape[1:], self.g.shape[1:])
+        likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device))
 
         def whole_step(name: str) -> Callable[[], object]:
-            if name.startswith("keep"):
-                return lambda: squared(getattr(few, name)().flatten(1))
-            return lambda: (getattr(few, name)(), few.weighted_sum(factors))
+            def step() -> None:
+                tried = TRIED_SAMPLES * self.rows
+                few = Correlation(self.x[:tried], self.g[:tried], self.shape, self.geometry, self.rows)
+                found = getattr(few, name)()
+                squared(flat(found)) if name.startswith("keep") else few.weighted_sum(few.x.new_ones(few.samples))
 
-        shapes = (*rounded(self.x.shape[1:]), *rounded(self.g.shape[1:]), *self.shape[2:])
+            return step
+
+        shapes = (*rounded(sizes[0]), *rounded(sizes[1]), *self.shape[2:])
         key = (shapes, self.geometry, self.rows)  # without the precision: the audit may look again in double
-        return self._autotune.fastest(key, {name: whole_step(name) for name in likely}, self.x.device)
-
-    def _costs(self) -> dict[str, float]:
-        """Multiply-adds per sample that take as long as each way, roughly."""
-        size, groups = self.shape.numel(), self.geometry.groups
-        out, padded = math.prod(self.g.shape[2:]) * self.rows, 1
-        for length, padding in zip(self.x.shape[2:], self.geometry.padding, strict=True):
-            padded *= length + 2 * padding
-        patches = out * math.prod(self.shape[2:]) * self.x.shape[1]
-        moved = patches * (1 if patches <= at_once(self.x.device) else UNCACHED) + size
-        moves = groups * (padded**2 + out**2 * (2 + math.prod(self.shape[2:])))
-        again = out * size  # the weight gradient of the batch
-        costs: dict[str, float] = {
-            "norms_by_sample": (out + 2 * BYTE_COST) * size + CALL_COST + again,
-            "norms_by_patches": out * size + moved * BYTE_COST + again,
-        }
-        if self.rows == 1:
-            gram = padded**2 * self.x.shape[1] + out**2 * self.g.shape[1]
-            costs["norms_by_gram"] = gram + moves * WINDOW_COST + again
-        if size <= KEEP_RATIO * self.rows * (self.x[0].numel() + self.g[0].numel()):
-            # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
-            costs["keep_by_groups"] = (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
-            costs["keep_by_patches"] = out * size + (moved + size) * BYTE_COST
-        return costs
+        return self._autotune.fastest(key, {name: whole_step(name) for name in likely}, device)
 
     def chosen(self) -> Contribution:
         """The gradients themselves, or the factors they are made of.
@@ -276,16 +262,11 @@ class Correlation(Contribution):
             Shape ``[samples, *weight]``.
         """
         samples, kernel = self.samples, self.shape[2:]
-        found = self.g.new_empty(
-            samples * self.geometry.groups, self.shape[0] // self.geometry.groups, self.shape[1:].numel()
-        )
-        place = 0
-        for part in self._products():
-            # the patches have their channels last
-            into = found[place : place + len(part)].view(*part.shape[:2], self.shape[1], -1)
-            into.copy_(part.view(*part.shape[:2], -1, self.shape[1]).mT)
-            place += len(part)
-        return found.view(samples, self.shape[0], self.shape[1], *kernel)
+        groups, channels = self.geometry.groups, self.shape[1]
+        found = self.g.new_empty(samples * groups, self.shape[0] // groups, channels, math.prod(kernel))
+        for into, part in zip(parted(found, self._step), self._products(), strict=True):
+            into.copy_(part.view(*part.shape[:2], -1, channels).mT)  # the patches have their channels last
+        return found.view(samples, *self.shape)
 
     @override
     def per_sample(self) -> torch.Tensor:
@@ -297,11 +278,17 @@ class Correlation(Contribution):
         Returns:
             Shape ``[samples, *weight]``.
         """
+        return self._by_groups().view(self.samples, *self.shape)
+
+    def _by_groups(self) -> torch.Tensor:
         samples, geometry = self.samples, self.geometry
         grouped = Geometry(geometry.stride, geometry.padding, geometry.dilation, samples * geometry.groups)
-        x, g = (self._by_sample(t).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
+        if self.rows == 1:
+            x, g = (t.reshape(1, -1, *t.shape[2:]) for t in (self.x, self.g))
+        else:
+            x, g = (self._by_sample(t).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
         shape = torch.Size((samples * self.shape[0], *self.shape[1:]))
-        return weight_gradient(x, g, shape, grouped).view(samples, *self.shape)
+        return weight_gradient(x, g, shape, grouped).view(samples, self.shape[0], -1)
 
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
@@ -323,6 +310,16 @@ class Correlation(Contribution):
         return Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
 
 
+def parted(tensor: torch.Tensor, some: int) -> Sequence[torch.Tensor]:
+    """Some rows at a time."""
+    return (tensor,) if some >= len(tensor) else tensor.split(some)
+
+
+def in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> torch.Tensor:
     """PyTorch's own gradient of a convolution's weight.
 
@@ -334,7 +331,7 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometr
     Returns:
         Shape of the weight.
     """
-    weight = x.new_empty(1).expand(shape)  # only its shape matters for its gradient
+    weight = x.new_empty_strided(shape, (0,) * len(shape))  # only its shape matters for its gradient
     spatial = len(shape) - 2
     return torch.ops.aten.convolution_backward(
         g, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * spatial,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from dpfix.engines.base import Handle, no_counts, per_sample, zeros
 from dpfix.engines.bookkeeping.cancellation import Parts, certain
 from dpfix.engines.bookkeeping.contributions import Contribution
 from dpfix.engines.bookkeeping.iteration import LayerIteration, RootCall
+from dpfix.engines.bookkeeping.small_parameters import Together, put_together
 from dpfix.engines.bookkeeping.tied_parameters import add_up
 from dpfix.engines.iterations import Iterations
 from dpfix.engines.replaced import Replaced
@@ -25,8 +26,8 @@ from dpfix.instrument.sharded import Shards, is_sharded
 from dpfix.layout.calls import CallLayout, LayerLayout, known_layout, samples_in
 from dpfix.plan import Plan
 
-Weighted = tuple[Contribution, torch.Tensor]
-"""What one iteration has brought for a parameter, and the factors of the samples."""
+Weighted = Callable[[], torch.Tensor]
+"""Computes what one iteration has brought for a parameter."""
 
 
 class BookkeepingHandle(Handle):
@@ -205,25 +206,25 @@ class BookkeepingHandle(Handle):
             whole = {p: add_up(take(p)) for p in parameters if p in found}
             if not keep:
                 found.clear()
-            norms, factors = self._measured(whole, groups, max_grad_norm, samples)
+            norms, clipped = self._measured(whole, groups, max_grad_norm, samples)
             every.append(norms)
+            whole.clear()
             left_out = None if bool(torch.isfinite(norms).all()) else ~torch.isfinite(norms).all(1)
-            if left_out is not None:
-                factors = [times.masked_fill(left_out.to(times.device), 0) for times in factors]
-            for group, times in zip(groups, factors, strict=True):
-                for p in group:
-                    part = whole.pop(p, None)
-                    if part is not None:
-                        if left_out is not None:
-                            part = part.without(left_out.to(p.device))
-                        parts.setdefault(p, []).append((part, times.to(p.device)))
+            for own, factors in clipped:
+                times = factors if left_out is None else factors.masked_fill(left_out.to(factors.device), 0)
+                while own:
+                    p, part = own.popitem()
+                    if left_out is not None:
+                        part = part.without(left_out.to(p.device))
+                    for q, work in _weighted(p, part, times.to(p.device)):
+                        parts.setdefault(q, []).append(work)
         for p in parameters:
             self._add(p, parts.pop(p, []))
         return torch.cat(every) if every else None
 
     def _add(self, p: nn.Parameter, parts: list[Weighted]) -> None:
         """Add what the iterations have brought for a parameter to its sum."""
-        sums = (part.weighted_sum(times).to(p.dtype) for part, times in parts)
+        sums = (work().to(p.dtype) for work in parts)
         if self.shards is not None:
             self.shards.add(p, functools.reduce(torch.Tensor.add_, sums) if parts else None)
             return
@@ -234,20 +235,19 @@ class BookkeepingHandle(Handle):
 
     def _measured(
         self, whole: Parts, groups: list[list[nn.Parameter]], max_grad_norm: float, samples: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Norms, shape ``[samples, groups]``, on the CPU, and every group's factors; what rounding spoils is replaced."""
-        scheme, scale, norms, factors = self.plan.clipping, self.plan.scale(samples, self.counts()), [], []
+    ) -> tuple[torch.Tensor, list[tuple[Parts, torch.Tensor]]]:
+        """Norms, shape ``[samples, groups]``, on the CPU; every group's parts, without what rounding spoils, and factors."""
+        scheme, scale, norms, clipped = self.plan.clipping, self.plan.scale(samples, self.counts()), [], []
         for group, clip_norm in zip(groups, scheme.clip_norms(max_grad_norm), strict=True):
-            own = {p: whole[p] for p in group if p in whole}
+            own = put_together({p: whole[p] for p in group if p in whole})
             if own:
                 own, squared = certain(own, clip_norm, scale, scheme)
-                whole |= own
             else:
                 squared = torch.zeros(samples, device=group[0].device)
             times = scale.to(squared) if isinstance(scale, torch.Tensor) else scale
             norms.append(squared.sqrt() * times)
-            factors.append(scheme.factors(norms[-1], clip_norm) * times)
-        return torch.stack([n.to(norms[0]) for n in norms], 1).cpu(), factors
+            clipped.append((own, scheme.factors(norms[-1], clip_norm) * times))
+        return torch.stack([n.to(norms[0]) for n in norms], 1).cpu(), clipped
 
     def _groups(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         """The parameters that are clipped together, group by group."""
@@ -256,6 +256,14 @@ class BookkeepingHandle(Handle):
             return [parameters]
         names = {p: name for name, p in self.model.named_parameters()}
         return [[parameters[i] for i in of] for of in scheme.members([names[p] for p in parameters])]
+
+
+def _weighted(p: nn.Parameter, part: Contribution, factors: torch.Tensor) -> Iterable[tuple[nn.Parameter, Weighted]]:
+    """What computes the clipped sums of the parameters that a contribution is of."""
+    if isinstance(part, Together):
+        sums = part.weighted_sums(factors)
+        return [(q, functools.partial(sums.__getitem__, q)) for q in sums]
+    return [(p, functools.partial(part.weighted_sum, factors))]
 
 
 def _accumulate(p: nn.Parameter, total: torch.Tensor) -> None:

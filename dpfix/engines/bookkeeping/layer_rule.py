@@ -163,9 +163,9 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> Any:  # noqa: D102
-        # Detached: what is kept for the step must not hold on to the graph that led here.
-        saved = tuple(None if t is None else t.detach() for t in ctx.saved_tensors)
-        gradient = ctx.rule.backward(ctx.call, saved, g.detach(), ctx.needs_input_grad[0])
+        # What is kept for the step must not hold on to the graph that led here.
+        saved = tuple(t if t is None or t.grad_fn is None else t.detach() for t in ctx.saved_tensors)
+        gradient = ctx.rule.backward(ctx.call, saved, g if g.grad_fn is None else g.detach(), ctx.needs_input_grad[0])
         return gradient, None, None, None
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from dpfix.engines.bookkeeping.blocks import at_once
 from dpfix.engines.bookkeeping.contributions import (
     Contribution,
     Kept,
     Measured,
-    at_once,
     chosen,
     full_precision,
     sizes,
@@ -56,12 +56,12 @@ class Outer(Contribution):
         """By Gram matrices, or by products of some samples at a time into a reused buffer, whichever is cheaper."""
         positions, wide, high = self.a.shape[1], self.a.shape[2], self.g.shape[2]
         if positions == 1:
-            return Measured(squared(self.a[:, 0]) * squared(self.g[:, 0]))
+            return Measured(sizes(self.a, self.g).square())
         product = (positions + 2 * BYTE_COST) * wide * high + CALL_COST
         if not self._directly and gram_cost(positions, wide, high) < product:
             gram = torch.bmm(self.a, self.a.mT).mul_(torch.bmm(self.g, self.g.mT))
             return Measured(gram.sum((1, 2)).clamp_(min=0), of_terms(gram), gram=True)
-        some = max(1, at_once(self.a.device) // (wide * high))
+        some = at_once(self.a.device, wide * high, len(self.a))
         buffer, squares = self.a.new_empty(min(some, len(self.a)), high, wide), []
         for a, g in zip(self.a.split(some), self.g.split(some), strict=True):
             squares.append(squared(torch.bmm(g.mT, a, out=buffer[: len(a)]).flatten(1)))
@@ -90,12 +90,13 @@ class Outer(Contribution):
     @override
     def weighted_sum(self, factors: torch.Tensor) -> torch.Tensor:
         """One ordinary weight gradient, with the factors on the smaller operand."""
-        a, g, scale = self.a, self.g, factors.to(self.a.dtype)[:, None, None]
+        a, g, scale = self.a, self.g, factors.to(self.a.dtype).view(-1, 1, 1)
         if a.shape[2] < g.shape[2]:
             a = a * scale
         else:
             g = g * scale
-        return torch.mm(g.flatten(0, 1).mT, a.flatten(0, 1)).view(self.shape)
+        total = torch.mm(g.flatten(0, 1).mT, a.flatten(0, 1))
+        return total if total.shape == self.shape else total.view(self.shape)
 
     @override
     def without(self, samples: torch.Tensor) -> Outer:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import override
 
+from dpfix.engines.bookkeeping.blocks import by_sample
 from dpfix.engines.bookkeeping.contributions import Kept, full_precision
 from dpfix.engines.bookkeeping.layer_rule import LayerCall, LayerRule, plainly
 
@@ -60,7 +61,8 @@ class Norm(LayerRule):
         gradient, *found = self.gradients(call, saved, g, wanted)
         for name, per_sample in zip(("weight", "bias"), found, strict=True):
             if call.trains(name):
-                call.report(name, Kept(per_sample.reshape(call.rows.samples, *getattr(call, name).shape)))
+                shape = (call.rows.samples, *getattr(call, name).shape)
+                call.report(name, Kept(per_sample if per_sample.shape == shape else per_sample.reshape(shape)))
         return gradient
 
     @abstractmethod
@@ -86,7 +88,8 @@ def per_sample(call: LayerCall, by_row: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape ``[samples, channels]``.
     """
-    return call.rows.adjacent(by_row).view(call.rows.samples, -1, by_row.shape[1]).sum(1)
+    rows = call.rows.adjacent(by_row)
+    return rows if len(rows) == call.rows.samples else rows.view(call.rows.samples, -1, by_row.shape[1]).sum(1)
 
 
 class GroupNorm(Norm):
@@ -120,7 +123,7 @@ class GroupNorm(Norm):
         flat = (1, rows * channels, spatial)
         g = g.reshape(flat).contiguous()  # the kernel does not look at strides; a single row reshapes to a view
         gx, *by_row = torch.ops.aten.native_group_norm_backward(
-            g, x.view(flat), mean.view(1, -1), rstd.view(1, -1), weight.repeat(rows),
+            g, x.view(flat), mean, rstd, weight.repeat(rows),
             1, rows * channels, spatial, rows * groups, [wanted, True, True],
         )  # fmt: skip
         scale, shift = (per_sample(call, t.view(rows, channels)) for t in by_row)
@@ -144,7 +147,7 @@ class LayerNorm(Norm):
         x, weight, bias, mean, rstd = saved
         shape, samples = call.module.normalized_shape, call.rows.samples
         kernel = torch.ops.aten.native_layer_norm_backward
-        large = x.device.type == "cpu" and x.numel() // samples >= _LOOP_ABOVE
+        large = by_sample(x.device) and x.numel() // samples >= _LOOP_ABOVE
         if call.rows.plain and x.dim() > len(shape) and large:
             parts = zip(*(t.chunk(samples) for t in (g.contiguous(), x, mean, rstd)), strict=True)
             found = [kernel(*p[:2], shape, *p[2:], weight, bias, [wanted, True, True]) for p in parts]
@@ -207,7 +210,9 @@ class FixedNorm(Norm):
         x, weight, mean, rstd = saved
         channel = (1, -1, *[1] * (x.dim() - 2))
         normal = (x - mean.view(channel)) * rstd.view(channel)
-        scale, shift = (per_sample(call, t.unsqueeze(-1).flatten(2).sum(2)) for t in (normal.mul_(g), g))
+        scale, shift = (
+            per_sample(call, t.sum(tuple(range(2, t.dim()))) if t.dim() > 2 else t) for t in (normal.mul_(g), g)
+        )
         return g * (weight * rstd).view(channel) if wanted else None, scale, shift
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from itertools import chain
 
+import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from typing_extensions import override
@@ -48,11 +49,12 @@ class SameStructure(Check):
         )
 
     def _unchanged(self) -> bool:
-        return (
-            list(map(len, self._holders)) == self._sizes
-            and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._holders)), self._things))
-            and list(map(_TRAINED, self._parameters)) == self._flags
-        )
+        with torch._C.DisableTorchFunction():  # no mode has to hear of it
+            return (
+                list(map(len, self._holders)) == self._sizes
+                and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._holders)), self._things))
+                and list(map(_TRAINED, self._parameters)) == self._flags
+            )
 
     def _changes(self) -> list[str]:
         """What has changed, in words like ``parameter `0.weight```: parameters first."""

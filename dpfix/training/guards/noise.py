@@ -297,7 +297,7 @@ class Numbers:
             tensors = [t.contiguous() for t in tensors]
         shape = 2, self._run
         views = [
-            t.view(whole) if whole else t.as_strided(shape, strides)
+            t.as_strided(shape, strides) if not whole else t if t.dim() == 1 else t.view(whole)
             for t, whole, strides in zip(tensors, self._whole, self._strides, strict=True)
         ]
         for of, out in self._memory.groups[len(self._units)][after]:
