@@ -242,7 +242,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
     found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
     found["late"] = coupled_late(rank)
-    found["looks"] = looks(rank, size)
+    found["looks"], found["changed"] = looks(rank, size), changed(rank)
     found |= {"saved": save(rank, size), "gone on": go_on(rank, size)}
     return found | {"refused": refusals(rank, size), "misused": misuses(rank, size)}
 
@@ -276,6 +276,20 @@ def looks(rank: int, size: int) -> dict[str, list[int]]:
         gathered.append(together.call_count)
         checked.append(agenda.checked)
     return {"gathered": gathered, "checked": checked}
+
+
+def changed(rank: int) -> list[str]:
+    """What a training warns of whose model is another one in ``optimizer.step()`` than it was in ``backward()``."""
+    model, optimizer, loader = dpfix.make_private_safe(**call(batch_size=20))
+    batch = next(iter(loader))
+    optimizer.zero_grad()
+    classified(model, batch).backward()
+    if rank == 0:
+        model.eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(one.message) for one in told]
 
 
 def refusals(rank: int, size: int) -> dict[str, str]:

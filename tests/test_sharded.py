@@ -179,6 +179,13 @@ def test_whole_parameters_are_there_only_where_a_rank_looks_at_the_step(trained:
     assert [rank["looks"]["checked"] for rank in trained] == [[0] * 3] * (len(trained) - 1) + [[0, 0, 1]]
 
 
+def test_a_model_that_is_another_one_in_the_step_is_not_looked_at_without_a_word(trained: Seen) -> None:
+    said = [
+        "the spread model has changed between its call and optimizer.step()" in str(rank["changed"]) for rank in trained
+    ]
+    assert said == [True] + [False] * (len(trained) - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_sample_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path: Path, ranks: int) -> None:

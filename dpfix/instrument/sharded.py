@@ -150,6 +150,11 @@ class Shards:
         if module.training and torch.is_grad_enabled():
             self._version = self._versions()
 
+    def moment(self) -> tuple[tuple[Any, ...], ...]:
+        """What tells whether the model still is what it is now: modes, and how often parameters and buffers were written."""
+        modules, buffers = self._module.modules(), self._module.buffers()
+        return tuple(m.training for m in modules), tuple(b._version for b in buffers), (self._versions(),)
+
     def put_together(self, *, keep: bool) -> bool:
         """Put the parameters together, which every process has to do where one looks at a step.
 

@@ -72,7 +72,7 @@ class RealSteps(Check):
         self._gradient_reads = GradientReads(guarded.parameters)
         self._looked = self._checked = False
         self._pending: tuple[PlainModel, list[int]] | None = None
-        self._waiting: list[RealStep] = []  # for the parameters of a spread model to be put together
+        self._waiting: list[tuple[RealStep, Any]] = []  # for the parameters of a spread model to be put together
         self._optimizer: DPOptimizer | None = None
         self._failed: DPFixError | None = None
         if self.needed:
@@ -208,10 +208,12 @@ class RealSteps(Check):
             return
         place, paused = calling_line(), self._guarded.handle.paused
         real = self._tried(lambda: RealStep.of(loss, outer, models, place, paused))
-        if real is not None and real.samples > 1 and self._guarded.shards is not None:
-            self._waiting.append(real)
-        elif real is not None and real.samples > 1:
-            self._tried(lambda: self._check(real))
+        if real is None or real.samples < 2:
+            return
+        if self._guarded.shards is None:
+            self._tried(partial(self._check, real))
+        else:
+            self._waiting.append((real, self._guarded.shards.moment()))
 
     def _tried(self, work: Callable[[], T]) -> T | None:
         """A part of a look at a step: it may fail, which is told, or find that the step must not be released."""
@@ -235,10 +237,11 @@ class RealSteps(Check):
         shards, waiting, self._waiting = self._guarded.shards, self._waiting, []
         if shards is None or not any_looks(self._guarded, optimizer, looks=bool(waiting)):
             return
-        if not shards.put_together(keep=bool(waiting)) and waiting:
-            self._not_followed("parameters of the spread model have changed since it was called")
+        same = all(moment == shards.moment() for _, moment in waiting)
+        if not shards.put_together(keep=bool(waiting) and same) and waiting:
+            self._not_followed("the spread model has changed between its call and optimizer.step()")
             return
-        for real in waiting:
+        for real, _ in waiting:
             self._tried(partial(self._check, real))
 
     def _look_outside(self, loss: torch.Tensor, models: list[ModelCall]) -> None:
