@@ -239,7 +239,8 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["evaluation"] = train(call(batch_size=20), 2, evaluation)
     found["frozen"] = train(call(module=with_frozen()), 2)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-    found["half precision"] = train(call(module=sharded(made("MLP"), mp_policy=half)), 2)
+    for name in ("MLP", "transformer"):
+        found[f"half precision, {name}"] = train(call(name, module=sharded(made(name), mp_policy=half)), 2)
     found["groups"] = train(call(clipping="per_group", max_grad_norm={"1.*": 0.1, "*": 0.5}), 2)
     found["late"] = coupled_late(rank)
     found["looks"], found["changed"] = looks(rank, size), changed(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,12 @@ import torch
 from opacus.accountants import PRVAccountant
 from torch import Tensor
 
-from tests import on_shards
+from tests import on_shards, test_distributed
 from tests.reference import clipped_sum, gradients_one_by_one, norm
-from tests.test_distributed import SOME_RANKS, Seen, torchrun
+from tests.test_distributed import SOME_RANKS, Seen
 
 
-def launch(scenario: str, folder: Path, ranks: int) -> Seen:
-    """What every rank saw."""
-    torchrun("-m", "tests.on_shards", scenario, str(folder), ranks=ranks)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+launch = partial(test_distributed.launch, module="tests.on_shards")
 
 
 @pytest.fixture(scope="module", params=SOME_RANKS)
@@ -71,18 +69,23 @@ def test_the_ranks_release_one_clipped_sum(trained: Seen, name: str) -> None:
                 assert torch.allclose(moved, scale * total, rtol=1e-4, atol=1e-6), key
 
 
-def test_with_half_precision_the_sum_is_made_in_single_precision(trained: Seen) -> None:
+HALF = {"MLP": "5.bias", "transformer": "head.bias"}
+"""Models that are trained in half precision, and a parameter of each."""
+
+
+@pytest.mark.parametrize(("name", "part"), HALF.items())
+def test_with_half_precision_the_sum_is_made_in_single_precision(trained: Seen, name: str, part: str) -> None:
     """Layers compute in bfloat16; samples are clipped, added up and reduced in float32."""
-    for drawn, before, after in steps(trained, "half precision"):
-        due = wanted(before, drawn, "half precision")
+    for drawn, before, after in steps(trained, f"half precision, {name}"):
+        due = wanted(before, drawn, name)
         moved = {n: (before[n].double() - after[n].double()) * 6 / on_shards.RATE for n in due}
         assert norm({n: moved[n] - due[n] for n in due}) < 0.03 * max(on_shards.CLIP, norm(due))
-        finest = moved["5.bias"].float()
+        finest = moved[part].float()
         assert not torch.equal(finest, finest.bfloat16().float())
 
 
 def test_real_steps_are_checked(trained: Seen) -> None:
-    for name in (*on_shards.MODELS, "evaluation", "half precision"):
+    for name in (*on_shards.MODELS, "evaluation", *(f"half precision, {name}" for name in HALF)):
         for rank in trained:
             assert rank[name]["engine"] == "bookkeeping" and rank[name]["checked"] >= 1, name
 

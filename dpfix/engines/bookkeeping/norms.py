@@ -79,6 +79,11 @@ class Norm(LayerRule):
         """
 
 
+def precise_parameters(call: LayerCall) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The parameters in the precision of the statistics; those of a model that FSDP computes in half precision have less."""
+    return tuple(t if t is None else full_precision(t) for t in (call.weight, call.bias))  # type: ignore[return-value]
+
+
 def per_sample(call: LayerCall, by_row: torch.Tensor) -> torch.Tensor:
     """Add up the rows of every sample.
 
@@ -110,10 +115,11 @@ class GroupNorm(Norm):
         """Normalise over the groups, shape ``[rows, channels, *spatial]``."""
         rows, channels = x.shape[:2]
         groups, x = getattr(call.module, "num_groups", channels), x.contiguous()
+        weight, bias = precise_parameters(call)
         out, mean, rstd = torch.ops.aten.native_group_norm(
-            x, call.weight, call.bias, rows, channels, math.prod(x.shape[2:]), groups, call.module.eps
+            x, weight, bias, rows, channels, math.prod(x.shape[2:]), groups, call.module.eps
         )
-        return out, (x, call.weight, mean, rstd)
+        return out, (x, weight, mean, rstd)
 
     @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
@@ -136,11 +142,9 @@ class LayerNorm(Norm):
     @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """Normalise over the last dimensions, shape ``[..., *normalized]``."""
-        module = call.module
-        out, mean, rstd = torch.ops.aten.native_layer_norm(
-            x, module.normalized_shape, call.weight, call.bias, module.eps
-        )
-        return out, (x, call.weight, call.bias, mean, rstd)
+        module, (weight, bias) = call.module, precise_parameters(call)
+        out, mean, rstd = torch.ops.aten.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        return out, (x, weight, bias, mean, rstd)
 
     @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
@@ -167,8 +171,9 @@ class RMSNorm(Norm):
         dims = tuple(range(-len(call.module.normalized_shape), 0))
         eps = torch.finfo(x.dtype).eps if call.module.eps is None else call.module.eps
         rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-        assert call.weight is not None
-        return (x * rstd).mul_(call.weight), (x, call.weight, rstd)
+        weight, _ = precise_parameters(call)
+        assert weight is not None
+        return (x * rstd).mul_(weight), (x, weight, rstd)
 
     @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
@@ -199,11 +204,11 @@ class FixedNorm(Norm):
     @override
     def forward(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """``(x - mean) / sqrt(var + eps) * weight + bias``, shape ``[rows, channels, ...]``."""
-        module = call.module
+        module, (weight, bias) = call.module, precise_parameters(call)
         out = torch.nn.functional.batch_norm(
-            x, module.running_mean, module.running_var, call.weight, call.bias, False, 0.0, module.eps
+            x, module.running_mean, module.running_var, weight, bias, False, 0.0, module.eps
         )
-        return out, (x, call.weight, module.running_mean, torch.rsqrt(module.running_var + module.eps))
+        return out, (x, weight, module.running_mean, torch.rsqrt(module.running_var + module.eps))
 
     @override
     def gradients(self, call: LayerCall, saved: tuple[torch.Tensor, ...], g: torch.Tensor, wanted: bool) -> Gradients:
