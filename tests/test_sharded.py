@@ -16,7 +16,6 @@ from tests import on_shards, test_distributed
 from tests.reference import clipped_sum, gradients_one_by_one, norm
 from tests.test_distributed import SOME_RANKS, Seen
 
-
 launch = partial(test_distributed.launch, module="tests.on_shards")
 
 
