@@ -24,6 +24,7 @@ from dpfix.engines.bookkeeping import Bookkeeping, convolution_costs
 from dpfix.engines.bookkeeping.autotune import Autotune
 from dpfix.engines.bookkeeping.blocks import CACHE
 from dpfix.engines.bookkeeping.convolution_costs import worth_trying
+from dpfix.instrument.function_modes import switch_off_all
 from tests.engines.comparing import STEP, floats, ids, plan_for, probe_of
 
 MOST, MOST_OF_ALL = 2.5, 4.0
@@ -161,6 +162,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 
 def operations(model: nn.Module, make: Callable[[int], Tensor], samples: int) -> tuple[int, int]:
     """Those of a private step, and those of an ordinary one."""
+    switch_off_all()  # what follows a training that another test has not finished makes operations of its own
     torch.manual_seed(0)
     model = model.double().train()
     batch = (make(samples),)
