@@ -364,6 +364,7 @@ def _detached(_: pytree.Path, leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     with torch._C.DisableTorchFunction():  # the recorder must not see its own detach
+        # a sparse tensor is one of torch's own class, and cannot be made one of another
         return leaf.detach() if type(leaf) is torch.Tensor else leaf.detach().as_subclass(torch.Tensor)
 
 

@@ -60,6 +60,7 @@ def put_together(parts: Mapping[nn.Parameter, Contribution]) -> dict[nn.Paramete
     small: dict[Hashable, dict[nn.Parameter, Kept]] = {}
     found = dict(parts)
     for p, part in parts.items():
+        # exactly: what other kinds keep beside their gradients would be lost
         if type(part) is Kept and part.gradients.shape[1:].numel() <= SMALL:
             small.setdefault((p.dtype, part.gradients.dtype, part.gradients.device), {})[p] = part
     for alike in small.values():

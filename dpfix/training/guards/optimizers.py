@@ -18,61 +18,39 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
 from dpfix.errors import AccumulationError, MisuseError
+from dpfix.training.follow.hook import Hook
 from dpfix.training.follow.messages import learns_outside
 from dpfix.training.follow.outside import Outside
 from dpfix.training.guards.check import Check, Guarded
 
 
-class ClearedByHand:
-    """Stands among the hooks of a model in private training: where the script has cleared ``p.grad``, the optimizer does so too.
-
-    A release leaves ``p.grad`` on every parameter. ``p.grad = None`` in a loop, and ``zero_grad`` of a compiled model or of
-    another module around the model, are not seen otherwise. In a copy of the model, or a pickled one, it does nothing.
-
-    Args:
-        check: knows whether anything has to be cleared.
-        guarded: the training.
-        optimizer: the private optimizer.
-    """
-
-    def __init__(
-        self,
-        check: ClearedGradients | None = None,
-        guarded: Guarded | None = None,
-        optimizer: DPOptimizer | None = None,
-    ) -> None:
-        self._check, self._guarded, self._optimizer = check, guarded, optimizer
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """The model is called."""
-        check, guarded, optimizer = self._check, self._guarded, self._optimizer
-        if check is None or guarded is None or optimizer is None or check.clear or not torch.is_grad_enabled():
-            return
-        if not guarded.progress.partial and all(p.grad is None for p in guarded.parameters.values()):
-            optimizer.zero_grad()
-
-    def __reduce__(self) -> Any:
-        return ClearedByHand, ()
-
-
 class ClearedGradients(Check):
     """``zero_grad`` is called between two steps, or all ``p.grad`` are set to ``None`` before the model is called.
+
+    A release leaves ``p.grad`` on every parameter. ``p.grad = None`` in a loop, and ``zero_grad`` of a compiled model or of
+    another module around the model, are not seen otherwise.
 
     Catches: two batches released as one. Costs: a look at a flag.
     """
 
     def __init__(self, guarded: Guarded, optimizer: DPOptimizer) -> None:
-        self.clear = True
-        hook = ClearedByHand(self, guarded, optimizer)
-        self._hook = guarded.module.register_forward_pre_hook(hook, prepend=True)
+        self._clear, self._guarded, self._optimizer = True, guarded, optimizer
+        self._hook = guarded.module.register_forward_pre_hook(Hook(self._called), prepend=True)
+
+    def _called(self, module: nn.Module, args: Any) -> None:
+        """The model is called: what the script has cleared by hand, the optimizer clears too."""
+        if self._clear or self._guarded.progress.partial or not torch.is_grad_enabled():
+            return
+        if all(p.grad is None for p in self._guarded.parameters.values()):
+            self._optimizer.zero_grad()
 
     @override
     def cleared(self) -> None:
-        self.clear = True
+        self._clear = True
 
     @override
     def before_step(self, optimizer: DPOptimizer) -> None:
-        if not self.clear:
+        if not self._clear:
             raise AccumulationError(
                 "optimizer.step() without optimizer.zero_grad() since the last step: the gradients of two batches would be "
                 "added up and released as one.",
@@ -82,11 +60,11 @@ class ClearedGradients(Check):
 
     @override
     def after_step(self, released: bool) -> None:
-        self.clear = False
+        self._clear = False
 
     @override
     def take_over(self, earlier: ClearedGradients) -> None:
-        self.clear = earlier.clear
+        self._clear = earlier._clear
 
     @override
     def detach(self) -> None:

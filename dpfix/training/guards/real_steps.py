@@ -84,9 +84,13 @@ class RealSteps(Check):
             self._guarded.ledger.at_delivery = self._follower.deliver
             self._follower.on_draw = self._guarded.ledger.work_on
         self._follower.on_gradient = self._gradient_reads.look
-        self._follower.on_abandoned = partial(setattr, self, "_pending", None)
+        self._follower.on_abandoned = self._forget
         if self._guarded.own_loader is not None:
             self._guarded.own_loader.at_delivery = self._follower.deliver
+
+    def _forget(self) -> None:
+        """What is held of a batch for a look at it in the step."""
+        self._pending, self._waiting = None, []
 
     def draws_of(self, tree: Any) -> set[Any]:
         """The draws whose batches are known to be in the arguments of a call, however the loop has changed them."""
@@ -96,7 +100,8 @@ class RealSteps(Check):
 
     @override
     def cleared(self) -> None:
-        self._failed, self._unfollowed, self._pending, self._waiting = None, "", None, []
+        self._failed, self._unfollowed = None, ""
+        self._forget()
         if self._follower.over:
             switch_off(self._follower)  # after a refusal inside backward() it could not be taken off at once
 
@@ -144,8 +149,8 @@ class RealSteps(Check):
         self._follower.settle(remember=self._checked)
         if self._checked:
             give_back()
-        self._looked = self._checked = False
-        self._pending, self._unfollowed = None, ""
+        self._looked, self._checked, self._unfollowed = False, False, ""
+        self._forget()
 
     @override
     def make_way(self) -> None:
@@ -169,7 +174,7 @@ class RealSteps(Check):
     def detach(self) -> None:
         if self.needed:
             self._follower.remove()
-            self._pending = None
+            self._forget()
         if self._guarded.own_loader is not None:
             self._guarded.own_loader.end()
 
@@ -211,9 +216,8 @@ class RealSteps(Check):
         if real is None or real.samples < 2:
             return
         if self._guarded.shards is None:
-            self._tried(partial(self._check, real))
-        else:
-            self._waiting.append((real, self._guarded.shards.moment()))
+            return self._tried(partial(self._check, real))
+        self._waiting.append((real, self._guarded.shards.moment()))
 
     def _tried(self, work: Callable[[], T]) -> T | None:
         """A part of a look at a step: it may fail, which is told, or find that the step must not be released."""
