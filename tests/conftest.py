@@ -15,6 +15,18 @@ import torch
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Models that a file makes while it is imported have the same weights in every run; torch seeds itself at random."""
+    if isinstance(collector, pytest.Module):
+        _seed()
+
+
 def pytest_collection_finish() -> None:
     """What imports and collecting have made stays until the end: the collector need not look through it again and again."""
     gc.collect()
@@ -32,9 +44,7 @@ def looked_through_once() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same generators, whatever ran before it in this process."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    _seed()
 
 
 @pytest.fixture(autouse=True)
