@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpfix.sampling.ledger import Pass
+    from dpfix.sampling.one_pass import Pass
 
 Counts = tuple[int, ...]
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dpfix.instrument.rng import GeneratorStates
 
 if TYPE_CHECKING:
-    from dpfix.sampling.ledger import Pass
+    from dpfix.sampling.one_pass import Pass
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from dpfix.errors import BudgetError, CheckpointError, MisuseError
 from dpfix.instrument.source import warn_user
 from dpfix.report.statement import Stretch
 from dpfix.sampling.draw import Draw
-from dpfix.sampling.ledger import DrawLedger, Pass
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.one_pass import Pass
 from dpfix.sampling.own_loader import Deliveries
 from dpfix.sampling.population import Population
 from dpfix.sampling.ranks import Ranks

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import dpfix
-from dpfix.sampling.ledger import Draw, DrawLedger, Pass
+from dpfix.sampling.draw import Draw
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.one_pass import Pass
 from dpfix.sampling.rate import part_sizes
 
 

@@ -12,7 +12,8 @@ from typing_extensions import override
 from dpfix.errors import AccumulationError, ForeignBatchError, MisuseError
 from dpfix.instrument import pytree
 from dpfix.sampling.draw import Draw
-from dpfix.sampling.ledger import DrawLedger, Pass
+from dpfix.sampling.ledger import DrawLedger
+from dpfix.sampling.one_pass import Pass
 from dpfix.training.guards.check import Check, Guarded
 
 
