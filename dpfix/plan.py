@@ -60,6 +60,7 @@ class Plan:
         own_engines: whether only engines of dpfix are chosen by themselves: a real call may show that another is needed.
         clipping: how the gradient of a sample is clipped.
         physical: samples that the loader delivers together at most; ``None`` for whole batches.
+        halves: whether that number was found, and is halved where memory runs out.
     """
 
     engine: str = ""
@@ -82,6 +83,7 @@ class Plan:
     own_engines: bool = False
     clipping: Scheme = FLAT
     physical: int | None = None
+    halves: bool = False
 
     @property
     def followed_by_row(self) -> bool:

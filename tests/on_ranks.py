@@ -101,12 +101,15 @@ def summed(model: nn.Module, batch: Any) -> Tensor:
     return step(model, batch) * len(batch[0])
 
 
-def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module | None = None) -> dict[str, Any]:
+def train(
+    given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module | None = None, memory: int = 0
+) -> dict[str, Any]:
     """Some steps: what was drawn here, the weights before and after each, and what was accounted.
 
     Args:
         managed: samples at a time, if a ``BatchMemoryManager`` is used.
         called: the model that the loop calls; the returned one if not given.
+        memory: samples for which there is memory, where it is short.
     """
     training = dpfix.make_private_safe(**given)
     model, optimizer, loader = training
@@ -115,9 +118,15 @@ def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module
     states, draws, drawn = [weights(model)], [], []
 
     def released(_: Any) -> None:
-        draws.append(drawn.copy())
+        draws.append(list(dict.fromkeys(drawn)))  # what was begun again was delivered twice
         drawn.clear()
 
+    def enough(module: nn.Module, args: Any) -> None:
+        if len(args[0]) > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if memory:
+        given["module"].register_forward_pre_hook(enough)
     optimizer.attach_step_hook(released)
     batches: Any = loader
     if managed:
@@ -140,6 +149,7 @@ def train(given: dict[str, Any], steps: int, managed: int = 0, called: nn.Module
         "draws": draws,
         "engine": training.plan.engine,
         "physical": training.plan.physical,
+        "limit": loader.ledger.limit,
         "history": training.privacy_engine.accountant.history,
         "epsilon": training.get_epsilon(1e-3),
         "report": training.report.details(),
@@ -161,6 +171,7 @@ def trainings(rank: int, size: int) -> dict[str, Any]:
     found["Opacus"] = {"positions": opacus}
     found["few samples"] = train(call(batch_size=2), 12)
     found["memory manager"] = train(call(batch_size=20), 3, managed=4)
+    found["lack of memory"] = train(call(batch_size=20, max_physical_batch_size="auto"), 3, memory=(5, 30)[rank])
     found["sum"] = train(call(loss_reduction="sum", training_step=summed, grad_sample_mode="auto"), 3)
     found["noise"] = train(call(noise_multiplier=2.0, seed=None), 6)
     found |= {name: train(call(**options), 3) for name, options in CLIPPING.items()}

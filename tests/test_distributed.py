@@ -102,7 +102,9 @@ def wanted(before: dict[str, Tensor], drawn: list[int], name: str = "") -> dict[
     return clipped_sum(samples, on_ranks.CLIP)
 
 
-SAME_AS_ONE_PROCESS = {"few samples": 2, "memory manager": 20, "sum": 1, "distributed sampler": 4 * RANKS}
+SAME_AS_ONE_PROCESS = {
+    "few samples": 2, "memory manager": 20, "lack of memory": 20, "sum": 1, "distributed sampler": 4 * RANKS,
+}  # fmt: skip
 """Training -> what its clipped sum is divided by."""
 
 
@@ -140,6 +142,13 @@ def test_the_ranks_agree_on_the_size_of_physical_batches(by_habit: Seen) -> None
     sizes = {name: {rank[name]["physical"] for rank in by_habit} for name in ("parts", "parts found", "vmap")}
     assert sizes["parts"] == {4} and sizes["vmap"] == {None}
     assert len(sizes["parts found"]) == 1 and None not in sizes["parts found"]
+
+
+def test_the_ranks_agree_on_what_memory_is_left_for(trained: Seen) -> None:
+    """It ran out on one of them, which had to begin its part of a batch again; the other did not wait in vain."""
+    limits = [rank["lack of memory"]["limit"] for rank in trained]
+    assert limits[0] is not None and limits[0] <= 5 and limits == [limits[0]] * RANKS
+    assert trained[0]["lack of memory"]["history"] == trained[1]["lack of memory"]["history"]
 
 
 def test_nothing_is_sent_before_a_batch_is_released(by_habit: Seen) -> None:

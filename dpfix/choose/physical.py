@@ -48,7 +48,7 @@ def with_physical(request: Request, subject: Subject, samples: Probe, plan: Plan
     left = free_memory(device, request.ranks.size) - PER_PARAMETER * _bytes(parameters)
     fitting = int(max(left, 0) * OF_FREE / bytes_of_sample(subject, samples, plan))
     most = min(request.ranks.exchange(max(1, fitting)))
-    return replace(plan, physical=min(most, len(index_set(request.data_loader))))
+    return replace(plan, physical=min(most, len(index_set(request.data_loader))), halves=True)
 
 
 def told_physical(request: Request) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ class Draw:
         summed: samples of a whole draw whose gradients are in the sum that is not released yet.
         discarded: whether such a sum was thrown away, so that the draw can never be released.
         made: whether somebody else's loader has made its batch in this process.
+        indices: of its samples in the dataset, where draws are handed out in parts; then it may be handed out again.
+        times: how often a whole draw was begun again, or had been when this part of it was made.
     """
 
     samples: int
@@ -42,6 +45,8 @@ class Draw:
     summed: int = 0
     discarded: bool = False
     made: bool = False
+    indices: Sequence[int] = field(default=(), repr=False)
+    times: int = 0
 
     @property
     def whole(self) -> Draw:
@@ -52,6 +57,18 @@ class Draw:
     def completes(self) -> bool:
         """Whether all samples of the Poisson draw are summed up once these are."""
         return self.part_of is None or self.part_of.summed + self.samples == self.part_of.samples
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is a part of a draw that was begun again since, in other parts."""
+        return self.part_of is not None and (
+            self.times != self.part_of.times or (self.times > 0 and self.part_of.released)
+        )
+
+    def begin_again(self) -> None:
+        """None of its parts so far counts; it is to be delivered again from its start."""
+        self.times += 1
+        self.summed = 0
 
     def fits(self, rows: int) -> bool:
         """Whether gradients of so many samples can be its own; an empty draw delivers one."""

@@ -32,6 +32,7 @@ class DrawLedger:
         passes_over: draws that the next pass passes over at its beginning; a step on one of them is refused.
         keeps: how many of the batches that were delivered last are kept.
         recent: these, newest last: everything that they hold, with the keys that lead there, the number of samples, the draw.
+        limit: samples in a part of a draw at most, once memory ran out with more; ``None`` before.
         delivered_of: how many samples a draw of some indices delivers; fewer than it has only where a check leaves one out.
     """
 
@@ -44,6 +45,7 @@ class DrawLedger:
         self.delivered_of: Callable[[list[int]], int] = len
         self.keeps = self.passes_over = 0
         self.recent: list[tuple[list[tuple[pytree.Path, Any]], int, Draw]] = []
+        self.limit: int | None = None
         self._passes: list[Pass] = []
         self._open: dict[Draw, None] = {}  # delivered and not stepped on, oldest first
         self._worked: Draw | None = None
@@ -66,8 +68,18 @@ class DrawLedger:
         Returns:
             The pass.
         """
-        self._thread.next, self._thread.drawn = Pass(self, delivers=True, most=most), None
+        least = most if most is None or self.limit is None else min(most, self.limit)
+        self._thread.next, self._thread.drawn = Pass(self, delivers=True, most=least), None
         return self._thread.next
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """The indices of every part of what this thread has drawn last, where draws are handed out in parts."""
+        return self._thread.parts
+
+    @parts.setter
+    def parts(self, parts: list[list[int]]) -> None:
+        self._thread.parts = parts
 
     def start(self) -> Pass:
         """A sampler begins a new pass."""
@@ -222,6 +234,36 @@ class DrawLedger:
                 draw.of.unreleased.pop(draw.whole, None)
                 draw.of.latest = max(draw.of.latest, draw.number)
                 self.position.released(draw.of)
+
+    # ------------------------------------------------------------------ begun again
+
+    def limit_to(self, most: int) -> None:
+        """From now on, parts of draws have at most so many samples."""
+        self.limit = most if self.limit is None else min(self.limit, most)
+
+    def ask_again(self, part: Draw) -> bool:
+        """A draw cannot be released with this part of it, and is to be delivered again from its start, in smaller parts.
+
+        Args:
+            part: of more than one sample.
+
+        Returns:
+            Whether it will be; nothing more is delivered of a pass that is over.
+        """
+        with self._lock:
+            draw = part.whole
+            self.limit_to(max(1, part.samples // 2))
+            draw.begin_again()
+            if part.of.over:
+                draw.discarded = True
+                return False
+            part.of.asked.add(draw)
+            return True
+
+    def again(self, of: Pass) -> list[list[int]]:
+        """The indices of the parts that the loader is to deliver next, because they were asked for again."""
+        with self._lock:
+            return of.again(self._open)
 
     # ------------------------------------------------------------------ delivered without a step
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from dpfix.errors import MisuseError
 from dpfix.sampling.augmentation import AugmentationMultiplicity
 from dpfix.sampling.collate import CollateOrPlaceholder
+from dpfix.sampling.one_pass import Pass
 from dpfix.sampling.own_loader import deliveries_of
 from dpfix.sampling.poisson import Drawing, PhysicalBatches, PoissonSampler, RecordedBatches, unrecorded
 from dpfix.sampling.rate import batch_size, how_it_reads, index_set, sample_rate
@@ -150,11 +151,25 @@ class PrivateDataLoader(DPDataLoader):
             for made in batches:
                 if begun.read_again():
                     continue
-                batch, counts = made if counting else (made, ())
-                begun.deliver(batch, tuple(counts))
-                yield batch
+                yield self._delivered(begun, made, counting)
+                yield from self._again(begun, collate.with_counts if counting else collate, counting)
         finally:
             begun.end()
+
+    def _again(self, begun: Pass, collate: Any, counting: bool) -> Iterator[Any]:
+        """Draws that are begun again, because memory ran out; nobody has read their samples ahead."""
+        while parts := self.ledger.again(begun):
+            reads = {"pin_memory": self.pin_memory, "generator": torch.Generator()}
+            for made in DataLoader(self.dataset, batch_sampler=parts, collate_fn=collate, **reads):
+                yield self._delivered(begun, made, counting)
+                if begun.asked:
+                    break
+
+    @staticmethod
+    def _delivered(begun: Pass, made: Any, counting: bool) -> Any:
+        batch, counts = made if counting else (made, ())
+        begun.deliver(batch, tuple(counts))
+        return batch
 
 
 def _nominal(loader: DataLoader[Any]) -> tuple[int | None, bool]:

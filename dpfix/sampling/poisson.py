@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from typing_extensions import override
 
 from dpfix.errors import LoaderError
+from dpfix.instrument.source import warn_user
 from dpfix.sampling.cryptographic import Cryptographic
 from dpfix.sampling.ledger import DrawLedger
 from dpfix.sampling.randomness import Given, Stream
 from dpfix.sampling.ranks import ALONE, Ranks, new_seed
-from dpfix.sampling.rate import largest_batch, part_sizes
+from dpfix.sampling.rate import largest_batch
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class PoissonSampler(UniformWithReplacementSampler):
                 chosen = self._cut(chosen, source, self.largest)
             drawn = self.indices[chosen][self.ranks.rank :: self.ranks.size].tolist()
             if number > done:
-                begun.drew(self.ledger.delivered_of(drawn))
+                begun.drew(self.ledger.delivered_of(drawn), drawn)
             elif begun.reads_again:
-                begun.drew_again(self.ledger.delivered_of(drawn))
+                begun.drew_again(drawn)
             else:
                 continue
             yield drawn
@@ -121,7 +121,7 @@ class RecordedBatches:
         for indices in self.batches:
             if self.once:
                 _check_new(indices, seen)
-            begun.drew(self.ledger.delivered_of(indices))
+            begun.drew(self.ledger.delivered_of(indices), list(indices))
             yield indices
         if not begun.delivers:
             begun.end()
@@ -165,9 +165,17 @@ class PhysicalBatches:
         self.most = most
 
     def __iter__(self) -> Iterator[list[int]]:
+        told = False
         for indices in self.batches:
-            ends = accumulate(part_sizes(len(indices), self.most), initial=0)
-            yield from (list(indices[start:end]) for start, end in pairwise(ends))
+            parts = self.batches.ledger.parts
+            if len(parts) == 1 and len(indices) > self.most and not told:
+                told = True
+                warn_user(
+                    f"a loader that dpfix has not made draws with the sampler of the private one: its batches are whole draws "
+                    f"(one of {len(indices)} samples now), not parts of at most {self.most} samples. Iterate over the private "
+                    "loader itself (with accelerate, leave it out of prepare)."
+                )
+            yield from parts
 
     def __len__(self) -> int:
         rate, samples = getattr(self.batches, "sample_rate", None), getattr(self.batches, "num_samples", 0)

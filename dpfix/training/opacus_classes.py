@@ -30,7 +30,7 @@ from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
 from dpfix.training.lineage import note
 from dpfix.training.normal_noise import add_normal
-from dpfix.training.out_of_memory import say_size
+from dpfix.training.out_of_memory import is_lack_of_memory, mark, say_size
 from dpfix.training.own_methods import own_method
 from dpfix.training.sharded import add_noise_to_shards
 from dpfix.training.step_guard import StepGuard
@@ -71,7 +71,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
                     self.guard.guarded.accounting.count(self)  # already done, unless its step hook has been taken off
                 self.guard.after_step(released)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_lack_of_memory(error):
                     say_size(error, self.guard.guarded.ledger)
                 self.guard.ranks.tell_others(self, error)
                 raise
@@ -79,7 +79,7 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
 
         def _check_skip_next_step(self, pop_next: bool = True) -> bool:
             signalled = super()._check_skip_next_step(pop_next)
-            return signalled or not self.guard.draws.complete
+            return signalled or self.guard.memory.due or not self.guard.draws.complete
 
         def state_dict(self) -> dict[str, Any]:
             return self.guard.guarded.accounting.written(super().state_dict())
@@ -91,9 +91,14 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            with exact_products():
-                self.guard.clip(self, super().clip_and_accumulate)
-            self.guard.summed()
+            try:
+                with exact_products():
+                    self.guard.clip(self, super().clip_and_accumulate)
+                self.guard.summed()
+            except RuntimeError as error:
+                if not is_lack_of_memory(error) or not self.guard.memory.can_give_up():
+                    raise
+                self.guard.memory.give_up()
 
         def add_noise(self) -> None:
             self.guard.before_noise(self)
@@ -188,11 +193,20 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
 
         @torch.compiler.disable  # a compiled model goes on step by step: the compiler would trace the engine at every size
         def forward(self, *args: Any, **kwargs: Any) -> Any:
+            memory = self.guard.memory
             try:
-                return super().forward(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                say_size(error, self.guard.guarded.ledger)
-                raise
+                output = super().forward(*args, **kwargs)
+                if memory.needed and torch.is_grad_enabled():
+                    mark(output, memory)
+                return output
+            except RuntimeError as error:
+                if not is_lack_of_memory(error):
+                    raise
+                if not (self.training and torch.is_grad_enabled() and memory.can_give_up()):
+                    say_size(error, self.guard.guarded.ledger)
+                    raise
+            memory.give_up()
+            return memory.output(super().forward, args, kwargs)
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)

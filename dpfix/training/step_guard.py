@@ -18,6 +18,7 @@ from dpfix.training.guards.draws import CalledDraw, DrawnRows, NewDraw, OneBackw
 from dpfix.training.guards.following import Following
 from dpfix.training.guards.frozen_parameters import FrozenUnreached
 from dpfix.training.guards.gradients import FiniteSum, ThroughTheEngine, UneditedGradients
+from dpfix.training.guards.memory import BegunAgain
 from dpfix.training.guards.model import FixedNorms, SameGroups, SameStructure
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.noise import ProvenNoise
@@ -48,6 +49,7 @@ class StepGuard:
         real_steps: the check that proves real steps.
         noise: the check that remembers noise.
         others: the check that has to know when the private optimizer is stepping.
+        memory: the check that leaves out a step for which the memory did not suffice.
         draws: the check that knows which draw the step is made on, and whether it completes it.
         checks: all checks, in order.
         engine_clips: whether the engine clips in the step that is being made.
@@ -69,6 +71,7 @@ class StepGuard:
         self.noise = ProvenNoise(guarded)
         self.others = NoOtherOptimizer(guarded, self.real_steps.outside)
         self.draws = WholeDraws(guarded)
+        self.memory = BegunAgain(guarded)
         self.checks: tuple[Check, ...] = (
             ClearedGradients(guarded, optimizer),
             NoGradScaler(),
@@ -84,6 +87,7 @@ class StepGuard:
             UneditedGradients(watch),
             CalledDraw(guarded),
             self.draws,
+            self.memory,
             OneBackward(guarded),
             NewDraw(guarded),
             SomethingArrived(),
@@ -147,6 +151,9 @@ class StepGuard:
         """
         guarded = self.guarded
         self.draws.turn_to_present()
+        if self.memory.due:
+            self.after_step(released=False)
+            return False
         leaves_out = self.leaves_out or self.frozen.leaves_out
         if leaves_out is not None:
             leaves_out(optimizer, self._settle)
@@ -223,6 +230,10 @@ class StepGuard:
             released: whether the logical batch is complete.
         """
         progress = self.guarded.progress
+        if self.memory.due:
+            self._counts, self._noise_due = [], False
+            self.memory.begin_again()
+            self.cleared()
         if released:
             self._noise_due = False  # of a sum that was given up
             progress.partial = 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import dpfix
 from dpfix.choose import physical
@@ -62,6 +63,20 @@ def test_opacus_manager_splits_further() -> None:
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches:
         sizes, found = run(parts.with_objects(model, optimizer, batches), 1)
     assert max(sizes) == 2
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_loader_of_somebody_else_delivers_wholes() -> None:
+    """Accelerate makes one around the private loader's sampler; a part of a draw would be refused as other rows."""
+    whole, parts = (dpfix.make_private_safe(**given(max_physical_batch_size=n)) for n in (None, 4))
+    _, wanted = run(whole, 1)
+    model, optimizer, loader = parts
+    made = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
+    with pytest.warns(
+        dpfix.DPFixWarning, match=r"its batches are whole draws \(one of \d+ samples now\), not parts of at most 4"
+    ):
+        sizes, found = run(parts.with_objects(model, optimizer, made), 1)
+    assert max(sizes) > 4
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(wanted, found, strict=True))
 
 

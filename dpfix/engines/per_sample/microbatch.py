@@ -8,7 +8,7 @@ sample j inside the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,20 +49,11 @@ class MicrobatchHandle(AliasHandle):
 
     @override
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
-        found = dict(pytree.leaves(layout.one(args, kwargs)))
-        rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
-        outputs = [self._one(layout.one(args, kwargs, i), rows, i, own) for i, own in enumerate(aliases)]
+        outputs = []
+        for own, (own_args, own_kwargs) in zip(aliases, samples_of_call(layout, args, kwargs, samples), strict=True):
+            with swapped(self.slots, own):
+                outputs.append(self.original(*own_args, **own_kwargs))
         return join_outputs(layout, outputs, self.weight(samples))
-
-    def _one(self, arguments: Any, rows: Mapping[pytree.Path, Rows], i: int, own: Aliases) -> Any:
-        """The output of sample ``i``, whose parameters are its own."""
-
-        def take(path: pytree.Path, leaf: Any) -> Any:
-            return rows[path].take(leaf, i) if path in rows else leaf
-
-        args, kwargs = pytree.map_leaves(take, arguments)
-        with swapped(self.slots, own):
-            return self.original(*args, **kwargs)
 
     @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:
@@ -70,6 +61,29 @@ class MicrobatchHandle(AliasHandle):
             grad = one[name].grad
             if grad is not None:
                 torch.mul(grad, scale[i].to(grad) if isinstance(scale, torch.Tensor) else scale, out=out[i])
+
+
+def samples_of_call(layout: CallLayout, args: Any, kwargs: Any, samples: int) -> Iterator[tuple[Any, Any]]:
+    """The arguments of a call, one sample after the other.
+
+    Args:
+        layout: how they carry the samples.
+        args: of the batch.
+        kwargs: of the batch.
+        samples: how many there are.
+
+    Yields:
+        Positional and keyword arguments of a sample.
+    """
+    found = dict(pytree.leaves(layout.one(args, kwargs)))
+    rows = {path: rows_of(found[path], dim, samples) for path, dim in layout.inputs if dim is not None}
+
+    for i in range(samples):
+
+        def take(path: pytree.Path, leaf: Any, i: int = i) -> Any:
+            return rows[path].take(leaf, i) if path in rows else leaf
+
+        yield pytree.map_leaves(take, layout.one(args, kwargs, i))
 
 
 def join_outputs(layout: CallLayout, outputs: list[Any], weight: float | torch.Tensor) -> Any:

@@ -75,6 +75,7 @@ class WholeDraws(Check):
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
         self._summed: Draw | None = None  # whose parts are in the sum
+        self._times = 0  # that it had been begun again by then
         self.complete = True
 
     def turn_to_present(self, counts: list[int] | None = None) -> int | None:
@@ -123,23 +124,26 @@ class WholeDraws(Check):
                 "Go on with the next draw, and make a step for every batch of a BatchMemoryManager, in their order.",
                 path="data_loader",
             )
-        if self._guarded.progress.partial and draw.whole is not self._summed:
+        if self._guarded.progress.partial and (draw.whole, draw.whole.times) != (self._summed, self._times):
             self._discard()
-        self._summed = draw.whole
+        self._summed, self._times = draw.whole, draw.whole.times
 
     @override
     def take_over(self, earlier: WholeDraws) -> None:
-        self._summed = earlier._summed
+        self._summed, self._times = earlier._summed, earlier._times
 
     def _discard(self) -> None:
         """Drop the sum of a draw that is not complete."""
         guarded, draw = self._guarded, self._summed
         if not guarded.progress.partial:
             return
+        begun_again = draw is not None and draw.times != self._times
         if draw is not None:
-            draw.discarded = True
+            draw.discarded |= not begun_again
         guarded.progress.partial = 0
         guarded.forget_sum()
+        if begun_again:
+            return
         guarded.accounting.warn(
             "a BatchMemoryManager loop was left inside a logical batch, or skipped a part of one: the draw is accounted, and the "
             "part that was summed up so far is discarded. Make a step for every batch, up to the end of a logical batch."
@@ -150,7 +154,7 @@ class WholeDraws(Check):
         draw, ledger = self._guarded.progress.draw, self._guarded.ledger
         if draw is None or ledger is None:
             return
-        if draw.part_of is not None:
+        if draw.part_of is not None and not draw.given_up:
             draw.part_of.summed += draw.samples
         if released or draw.part_of is not None:
             ledger.settle(draw, released=released)

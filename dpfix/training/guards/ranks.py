@@ -18,13 +18,16 @@ _COMPARED = (
     "the pass over the data_loader", "the number of its batches", "the number of accounted steps",
     "the number of states that were loaded", *SCHEDULED,
 )  # fmt: skip
+_NUMBERS = 2 + len(
+    _COMPARED
+)  # whether the rank has failed before them, and how many samples it takes at a time after them
 
 
 class RanksAgree(Check):
     """All ranks are about to release parts of one batch, clipped to one norm, and none has failed.
 
     Catches: ranks that are at different batches or have different schedulers, and a step that is refused on one rank only.
-    Costs: nothing on one process; two exchanges of eight numbers per release otherwise, and two more where parameters are
+    Costs: nothing on one process; two exchanges of nine numbers per release otherwise, and two more where parameters are
     spread over the ranks: which looks at the step, and none that has failed takes part in adding up the sums.
     """
 
@@ -43,10 +46,11 @@ class RanksAgree(Check):
         draw = guarded.progress.draw
         seed, number = (draw.of.seed, draw.number) if draw else (0, guarded.progress.released)
         settings = [float(getattr(optimizer, name)) for name in SCHEDULED]
-        mine = [seed, number, guarded.accounting.steps, guarded.accounting.loads, *settings]
+        limit = 0 if guarded.ledger is None else guarded.ledger.limit or 0
+        mine = [seed, number, guarded.accounting.steps, guarded.accounting.loads, *settings, limit]
         everyone = _exchanged(guarded, optimizer, *mine)
         for rank, values in enumerate(everyone):
-            for name, here, there in zip(_COMPARED, everyone[0][1:], values[1:], strict=True):
+            for name, here, there in zip(_COMPARED, everyone[0][1:-1], values[1:-1], strict=True):
                 if here != there:
                     raise RankError(
                         f"the ranks do not make the same step: {name} is {here:g} on rank 0 and {there:g} on rank {rank}.",
@@ -55,6 +59,9 @@ class RanksAgree(Check):
                         "and to use schedulers and checkpoints as the others do.",
                         path=name,
                     )
+        limits = [int(values[-1]) for values in everyone if values[-1]]
+        if limits and guarded.ledger is not None:  # memory ran out on one rank: none takes more at a time than that one
+            guarded.ledger.limit_to(min(limits))
 
     @override
     def noised(self, optimizer: DPOptimizer) -> None:
@@ -63,7 +70,7 @@ class RanksAgree(Check):
     def tell_others(self, optimizer: DPOptimizer, error: Exception) -> None:
         """A step that fails here is released nowhere."""
         if self.needed and not isinstance(error, RankError):  # the others have that one too
-            self._guarded.ranks.exchange_numbers([1.0] * (1 + len(_COMPARED)), optimizer.params[0].device)
+            self._guarded.ranks.exchange_numbers([1.0] * _NUMBERS, optimizer.params[0].device)
 
 
 def any_looks(guarded: Guarded, optimizer: DPOptimizer, *, looks: bool) -> bool:
@@ -83,7 +90,7 @@ def any_looks(guarded: Guarded, optimizer: DPOptimizer, *, looks: bool) -> bool:
 
 def _exchanged(guarded: Guarded, optimizer: DPOptimizer, *mine: float) -> list[list[float]]:
     """What every rank says in the step, after a number that says whether it has failed: always as many numbers."""
-    filled = [0.0, *mine, *[0.0] * (len(_COMPARED) - len(mine))]
+    filled = [0.0, *mine, *[0.0] * (_NUMBERS - 1 - len(mine))]
     everyone = guarded.ranks.exchange_numbers(filled, optimizer.params[0].device)
     failed = [rank for rank, values in enumerate(everyone) if values[0]]
     if failed:

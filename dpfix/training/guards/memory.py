@@ -1,0 +1,106 @@
+"""A step for which the memory did not suffice is left out, and its logical batch begun again in smaller parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from dpfix.engines.per_sample.microbatch import join_outputs, samples_of_call
+from dpfix.instrument import pytree
+from dpfix.instrument.source import warn_user
+from dpfix.layout.calls import known_layout, samples_in
+from dpfix.sampling.draw import Draw
+from dpfix.training.guards.check import Check, Guarded
+from dpfix.training.out_of_memory import free, watch_backward
+
+
+class BegunAgain(Check):
+    """With ``max_physical_batch_size="auto"``, a logical batch is delivered again from its start where memory ran out.
+
+    It is the same draw, released and accounted once; nothing of the parts that were given up is in what is released. Costs:
+    two comparisons.
+
+    Attributes:
+        failed: the part of a draw for which the memory did not suffice.
+    """
+
+    def __init__(self, guarded: Guarded) -> None:
+        self._guarded = guarded
+        self.needed = guarded.plan.halves and guarded.ledger is not None
+        self.failed: Draw | None = None
+        if self.needed:
+            watch_backward()
+
+    def can_give_up(self) -> bool:
+        """Whether the batch that the loop works on can be delivered in smaller parts."""
+        ledger = self._guarded.ledger
+        draw = None if not self.needed or ledger is None else ledger.present()
+        return draw is not None and draw.part_of is not None and (draw.samples > 1 or draw.given_up)
+
+    def give_up(self) -> None:
+        """Memory ran out for the batch that the loop works on; its step is left out."""
+        assert self._guarded.ledger is not None
+        self.failed = self._guarded.ledger.present()
+        self._guarded.handle.clear()
+
+    def output(self, wrapper: Any, args: Any, kwargs: Any) -> Any:
+        """What the model gives back for a batch that was given up, one sample after the other, so that the loop can go on.
+
+        No gradient leads through it to a parameter.
+
+        Args:
+            wrapper: computes the model's output.
+
+        Returns:
+            The output; leaves that carry gradient do so still.
+        """
+        free()
+        plan, module = self._guarded.plan, self._guarded.module
+        args, kwargs = pytree.plain(args), pytree.plain(kwargs)
+        layout = known_layout(plan.calls, module, args, kwargs, self._guarded.handle.counts())
+        samples = samples_in(layout, module, args, kwargs)
+        outputs = []
+        for own_args, own_kwargs in samples_of_call(layout, args, kwargs, samples):
+            with torch.no_grad():
+                output = wrapper(*own_args, **own_kwargs)
+            outputs.append(pytree.map_leaves(_leaf, output))
+        return join_outputs(layout, outputs, plan.weight(samples, self._guarded.handle.counts()))
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that is about to be made is to be left out."""
+        draw = self._guarded.progress.draw
+        return self.failed is not None or (draw is not None and draw.given_up)
+
+    def begin_again(self) -> None:
+        """The sum so far is dropped, and the loader told to deliver the draw again from its start."""
+        draw, self.failed = self.failed, None
+        guarded, ledger = self._guarded, self._guarded.ledger
+        if draw is None or ledger is None or draw.given_up:
+            return
+        guarded.progress.partial = guarded.accounting.parts = 0
+        guarded.forget_sum()
+        for p in guarded.parameters.values():
+            p.grad = p.grad_sample = None  # type: ignore[attr-defined]
+        again = ledger.ask_again(draw)
+        warn_user(
+            f"memory ran out with {draw.samples} samples at a time: "
+            + (
+                f"the batch is delivered again from its start, in parts of at most {ledger.limit}, and so are those that follow. "
+                "It is released and accounted once."
+                if again
+                else "the loop has taken it as the last one of its pass, so that it cannot be delivered again. It is accounted "
+                f"and not released. From now on, parts have at most {ledger.limit} samples."
+            )
+        )
+
+    @override
+    def take_over(self, earlier: BegunAgain) -> None:
+        self.failed = earlier.failed
+
+
+def _leaf(path: pytree.Path, leaf: Any) -> Any:
+    floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.detach().requires_grad_() if floating else leaf
