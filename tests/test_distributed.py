@@ -256,7 +256,9 @@ def noise_in(seen: Seen, name: str) -> float:
             released = (before[key].double() - after[key].double()) * 6 / on_ranks.RATE
             found.append((released - total).flatten() / (2.0 * on_ranks.CLIP))
     noise = torch.cat(found)
-    assert len(noise) > 10_000 and abs(float(noise.mean())) < 5 / len(noise) ** 0.5  # 1 run in 1.7 million fails by chance
+    assert (
+        len(noise) > 10_000 and abs(float(noise.mean())) < 5 / len(noise) ** 0.5
+    )  # 1 run in 1.7 million fails by chance
     return float(noise.std())
 
 

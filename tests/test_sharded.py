@@ -112,7 +112,9 @@ def test_every_number_gets_the_accounted_noise_once(trained: Seen) -> None:
                     found.append(shard[:3].flatten())
     every = torch.cat(noise)
     assert len(every) > 5_000
-    assert float(every.std()) == pytest.approx(1.0, abs=5 / (2 * len(every)) ** 0.5)  # 1 run in 1.7 million fails by chance
+    assert float(every.std()) == pytest.approx(
+        1.0, abs=5 / (2 * len(every)) ** 0.5
+    )  # 1 run in 1.7 million fails by chance
     assert abs(float(every.mean())) < 5 / len(every) ** 0.5
     for one in range(len(shards)):
         for other in range(one):

@@ -141,9 +141,7 @@ def test_every_way_to_the_gradients_of_convolutions(
     form = Correlation(x, g, weight.shape, geometry, rows)
     for keep in (form.keep_by_groups, form.keep_by_patches):
         torch.testing.assert_close(keep(), gradients)
-    ways = [form.norms_by_sample, form.norms_by_patches, form.norms_by_groups]
-    ways += [form.norms_by_gram] if rows == 1 else []
-    for norms in ways:
+    for norms in (form.norms_by_sample, form.norms_by_patches, form.norms_by_groups, form.norms_by_gram):
         torch.testing.assert_close(norms(), gradients.flatten(1).square().sum(1))
     same(form, gradients)
 

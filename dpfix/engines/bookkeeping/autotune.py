@@ -14,6 +14,9 @@ from dpfix.instrument.clock import clock_for
 
 TRIALS = 2
 """How often every way is tried; the fastest time counts."""
+CLOSE = 2.0
+"""Ways that take up to this many times the fastest one's time on a few samples are tried on all of them: what fits into the
+caches of a processor with a few does not with all."""
 LONG_SECONDS = 0.1
 """A way that takes this long is tried once: what a first call costs beside (memory, code made for a shape) is little then."""
 
@@ -29,12 +32,20 @@ class Autotune:
     def __init__(self) -> None:
         self._chosen: dict[Hashable, str] = {}
 
-    def fastest(self, key: Hashable, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    def fastest(
+        self,
+        key: Hashable,
+        ways: Mapping[str, Callable[[], object]],
+        device: torch.device,
+        whole: Mapping[str, Callable[[], object]] | None = None,
+    ) -> str:
         """The name of the fastest way; tried the first time a key is seen.
 
         Args:
             key: what the choice depends on.
+            ways: what computes in each of them, on a few samples.
             device: where they compute.
+            whole: the same on all samples, where these are more.
 
         Returns:
             The name.
@@ -47,7 +58,10 @@ class Autotune:
             best: dict[str, float] = {}
             for name in names:
                 best[name] = _seconds(ways[name], device, 4 * min(best.values(), default=float("inf")))
-            self._chosen[full] = min(names, key=best.__getitem__)
+            close = [name for name in names if best[name] <= CLOSE * min(best.values())]
+            if whole is not None and len(close) > 1:
+                best = {name: _seconds(whole[name], device, 0.0) for name in close}
+            self._chosen[full] = min(best, key=best.__getitem__)
         return self._chosen[full]
 
 

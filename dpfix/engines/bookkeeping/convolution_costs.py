@@ -61,7 +61,7 @@ def _costs(
     """Multiply-adds per sample that take as long as each way, roughly."""
     size, kernel = shape.numel(), shape[2:]
     out, inside = g[1:].numel() * rows, [n + 2 * p for n, p in zip(x[1:], geometry.padding, strict=True)]
-    padded = math.prod(inside)
+    padded = rows * math.prod(inside)
     patches = out * kernel.numel() * x[0]
     moved = patches * (1 if patches <= cache else UNCACHED) + size
     again = out * size  # the weight gradient of the batch
@@ -69,12 +69,11 @@ def _costs(
         "norms_by_groups": (max(out, 8 * BYTE_COST) + 2 * BYTE_COST) * size + again,
         "norms_by_patches": out * size + moved * BYTE_COST + again,
     }
-    if rows == 1:
-        moves = padded**2 + 2 * out**2
-        for dim, (length, offsets) in enumerate(zip(g[1:], kernel, strict=True)):
-            inside[dim] = length
-            moves += offsets * math.prod(inside) ** 2
-        costs["norms_by_gram"] = padded**2 * x[0] + out**2 * g[0] + geometry.groups * moves * WINDOW_COST + again
+    moves = padded**2 + 2 * out**2
+    for dim, (length, offsets) in enumerate(zip(g[1:], kernel, strict=True)):
+        inside[dim] = length
+        moves += offsets * (rows * math.prod(inside)) ** 2
+    costs["norms_by_gram"] = padded**2 * x[0] + out**2 * g[0] + geometry.groups * moves * WINDOW_COST + again
     if size <= KEEP_RATIO * rows * (x.numel() + g.numel()):
         # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
         costs["keep_by_groups"] = (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size

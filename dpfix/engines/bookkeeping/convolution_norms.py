@@ -11,8 +11,8 @@ input is summed over the kernel's offsets.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property, partial
 
 import torch
 from typing_extensions import override
@@ -108,7 +108,7 @@ class Correlation(Contribution):
         return Measured(norms, factors.mul_(math.sqrt(math.prod(self.shape[2:]))))
 
     def norms_by_gram(self) -> torch.Tensor:
-        """From products of every position with every other, for samples of one row.
+        """From products of every position with every other, those of other rows of the sample among them.
 
         Returns:
             Shape ``[samples]``.
@@ -121,21 +121,31 @@ class Correlation(Contribution):
     def _gram(self) -> torch.Tensor:
         """``G[t, t'] sum_k X[s t + d k, s t' + d k]`` with the Gram matrices G and X over the channels of a group.
 
+        A position is one of a row; a sample's rows have no offset to each other.
+
         Returns:
-            Shape ``[samples * groups, positions, positions]``.
+            Shape ``[samples * groups, rows * positions, rows * positions]``.
         """
-        padded, groups = self._padded(self.x), self.samples * self.geometry.groups
-        x, g = (t.reshape(groups, t.shape[1] // self.geometry.groups, -1) for t in (padded, self.g))
+        padded = self._padded(self.x)
+        x, g = (self._by_channel(t) for t in (padded, self.g))
         over_x, over_g = torch.bmm(x.mT, x), torch.bmm(g.mT, g)
         return over_g.mul_(self._box(over_x, padded.shape[2:], self.g.shape[2:]).view_as(over_g))
 
+    def _by_channel(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From ``[samples * rows, channels, ...]`` to ``[samples * groups, channels / groups, rows * positions]``."""
+        groups = self.geometry.groups
+        channels = tensor.shape[1] // groups
+        if self.rows > 1:
+            tensor = tensor.reshape(self.samples, self.rows, groups, channels, -1).movedim(1, 3)
+        return tensor.reshape(self.samples * groups, channels, -1)
+
     def _box(self, gram: torch.Tensor, inside: Sequence[int], out: Sequence[int]) -> torch.Tensor:
         # [samples * groups, *in, *in] to [samples * groups, *out, *out], added up over the offsets of the kernel: the sum
-        # over offsets in all dimensions is that over the offsets in one of them, of that over those in the others
-        present, both = list(inside), len(inside)
-        for dim, (kernel, stride, dilation) in enumerate(
-            zip(self.shape[2:], self.geometry.stride, self.geometry.dilation, strict=True)
-        ):
+        # over offsets in all dimensions is that over the offsets in one of them, of that over those in the others; the
+        # rows are a dimension without any
+        present, out, both = [self.rows, *inside], [self.rows, *out], 1 + len(inside)
+        offsets = zip(self.shape[2:], self.geometry.stride, self.geometry.dilation, strict=True)
+        for dim, (kernel, stride, dilation) in enumerate(offsets, 1):
             if kernel == stride == 1:
                 continue
             size = [len(gram), *present, *present]
@@ -230,22 +240,22 @@ class Correlation(Contribution):
 
     @cached_property
     def way(self) -> str:
-        """The fastest way on this machine; estimated first, and tried on a few samples where that leaves a doubt."""
+        """The fastest way on this machine: estimated, tried on a few samples where that leaves a doubt, then on all."""
         device, sizes = self.x.device, (self.x.shape[1:], self.g.shape[1:])
         likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device))
 
-        def whole_step(name: str) -> Callable[[], object]:
-            def step() -> None:
-                tried = TRIED_SAMPLES * self.rows
-                few = Correlation(self.x[:tried], self.g[:tried], self.shape, self.geometry, self.rows)
-                found = getattr(few, name)()
-                squared(flat(found)) if name.startswith("keep") else few.weighted_sum(few.x.new_ones(few.samples))
+        def step(name: str, samples: int) -> None:
+            rows = samples * self.rows
+            some = Correlation(self.x[:rows], self.g[:rows], self.shape, self.geometry, self.rows)
+            found = getattr(some, name)()
+            squared(flat(found)) if name.startswith("keep") else some.weighted_sum(some.x.new_ones(some.samples))
 
-            return step
-
+        few = min(TRIED_SAMPLES, self.samples)
+        ways, whole = ({name: partial(step, name, n) for name in likely} for n in (few, self.samples))
         shapes = (*rounded(sizes[0]), *rounded(sizes[1]), *self.shape[2:])
-        key = (shapes, self.geometry, self.rows)  # without the precision: the audit may look again in double
-        return self._autotune.fastest(key, {name: whole_step(name) for name in likely}, device)
+        many = self.samples > TRIED_SAMPLES
+        key = (shapes, self.geometry, self.rows, many)  # without the precision: the audit may look again in double
+        return self._autotune.fastest(key, ways, device, whole if many else None)
 
     def chosen(self) -> Contribution:
         """The gradients themselves, or the factors they are made of.
