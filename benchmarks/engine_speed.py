@@ -1,13 +1,15 @@
 """Time, memory and operations of a private training step, as multiples of an ordinary one.
 
-``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto ...] [--threads 2 | --gpu | --operations] [--write]``
+``python -m benchmarks.engine_speed [--models CNN ...] [--contestants auto ...] [--threads 2 | --gpu] [--operations | --parts]
+[--write]``
 
 *step*: forward, backward and optimizer step, medians of rounds in which the ordinary step (SGD on the same repaired
 model) and all contestants take turns in one process: CPU time on one thread, time on the wall on several threads or on
 a GPU. *memory*: largest number of bytes that tensors hold during a warm step, and what the process holds of the
 machine's memory after it, every contestant in a process of its own. *call*: ``make_private_safe``, in ordinary steps.
-*operations*: those torch dispatches in a step. The private step is the whole one: clipping, noise, the checks of a step,
-Opacus's optimizer and accountant. ``--write`` writes JSON, tables and charts to ``benchmarks/results/`` and the page
+*operations*: those torch dispatches in a step. *parts*: where the time of the ordinary step and of the private one
+goes. The private step is the whole one: clipping, noise, the checks of a step, Opacus's optimizer and accountant.
+``--write`` writes JSON, tables and charts to ``benchmarks/results/`` and the page
 ``docs/speed.md``.
 """
 
@@ -20,6 +22,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +56,7 @@ from benchmarks.common.contests import (
     translate,
 )
 from benchmarks.common.libraries import FAILURES
+from benchmarks.common.parts import PARTS, Clock, parts_of_step
 from benchmarks.common.process import (
     cpu_seconds,
     in_a_fresh_process,
@@ -216,6 +220,34 @@ def counted(steps: dict[str, Callable[[], None]], device: str) -> dict[str, Any]
     return found
 
 
+def parts(name: str, rounds: int) -> dict[str, Any]:
+    """Seconds of the parts of an ordinary step and of the one that ``auto`` makes, in turn; and how many numbers are trained."""
+    contest = CONTESTS[name]
+    model, data = made(name, "cpu")
+    plain = private(name, copy.deepcopy(model), data, "bookkeeping")[0].to_standard_module()
+    training = private(name, model, data, "auto")
+    module, private_optimizer, _ = training
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    contest.step(module, data).backward()
+    private_optimizer.step()
+    private_optimizer.guard.real_steps.agenda.due = lambda seen: False
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    ordinary, found = Clock(now), list[dict[str, float]]()
+    for _ in range(rounds):
+        ordinary.begin()
+        optimizer.zero_grad()
+        with ordinary.part("forward"):
+            loss = contest.step(plain, data)
+        with ordinary.part("backward"):
+            loss.backward()
+        with ordinary.part("the rest"):
+            optimizer.step()
+        found.append(parts_of_step(training, lambda: contest.step(module, data), now, 1))
+    every = {part: statistics.median(one[part] for one in found) for part in PARTS}
+    numbers = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    return {"parts": {ORDINARY: ordinary.medians(), "auto": every}, "numbers": numbers}
+
+
 def operation_counts(name: str) -> dict[str, Any]:
     """Operations alone, which other work on the machine does not change."""
     steps = {c: stepper(name, c)[0] for c in (ORDINARY, "auto")}
@@ -285,6 +317,8 @@ def measured(name: str, contestants: Sequence[str], given: argparse.Namespace) -
             rows["bytes"][contestant] = fresh(peak, name, contestant, 1, device)
     if device == "cpu":
         rows["resident"] = {c: fresh(resident, name, c) for c in (ORDINARY, "auto") if c in rows["bytes"]}
+        if "auto" in rows["bytes"]:
+            rows |= fresh(parts, name, given.rounds)
     return rows
 
 
@@ -368,6 +402,23 @@ def others(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(results: dict[str, Any]) -> str:
+    """Where the time goes, in ordinary steps; empty where it was not measured."""
+    found = {name: rows for name, rows in results.items() if "parts" in rows}
+    if not found:
+        return ""
+    lines = tables.head("model", "numbers trained", *PARTS, "together")
+    for name, rows in found.items():
+        ordinary, auto = rows["parts"][ORDINARY], rows["parts"]["auto"]
+        whole = sum(ordinary.values())
+        cells = [
+            f"{auto[part] / whole:.2f}" + (f" ({ordinary[part] / whole:.2f})" if part in ordinary else "")
+            for part in PARTS
+        ]
+        lines.append(tables.row(name, f"{rows['numbers'] / 1e6:.2f} M", *cells, f"{sum(auto.values()) / whole:.2f}"))
+    return "\n".join(lines)
+
+
 INTRODUCTION = f"""# Speed and memory
 
 Written by `python -m benchmarks.engine_speed --write` (part of `make bench`; `--threads 2` and `--gpu` write the other
@@ -392,23 +443,31 @@ TITLES = {
 }
 
 
+WHERE = """Where the time of the step of `auto` goes, in ordinary steps (`--parts` measures it alone; in brackets the ordinary
+step's own part). *backward* has no weight gradients in it where the sum of them is made later: *norms* are those of the
+gradients of single samples, *sums* the clipped sums, which take the place of the ordinary weight gradients. *noise* is one
+normal number for every number that is trained."""
+
+
 def page(every: dict[str, Any]) -> str:
-    parts = [INTRODUCTION]
+    lines = [INTRODUCTION]
     for key, title in TITLES.items():
         if key not in every:
             continue
         about, results = every[key]["environment"], every[key]["results"]
         shown = [c for c in (*OWN, *PEERS) if any(c in rows["seconds"] for rows in results.values())]
-        parts += [title, table(results, shown)]
-        parts.append(f"torch {about['torch']}, Opacus {about['opacus']}, {about['machine']}, {about['setting']}.")
-        parts.append("What else `auto` takes: operations that torch dispatches in a step, the same where the processor is"
+        lines += [title, table(results, shown)]
+        lines.append(f"torch {about['torch']}, Opacus {about['opacus']}, {about['machine']}, {about['setting']}.")
+        lines.append("What else `auto` takes: operations that torch dispatches in a step, the same where the processor is"
                      " treated like an accelerator (there is no cache to stay in, so a layer is measured in one part), the call,"
                      " and the memory that the process holds after it and three steps, as a multiple of an ordinary"
                      " training's.")  # fmt: skip
-        parts.append(others(results))
+        lines.append(others(results))
+        if where := parts_table(results):
+            lines += [WHERE, where]
         if why := failures(results):
-            parts += ["What failed, with the first words of the error:", why]
-    return "\n\n".join(parts) + "\n"
+            lines += ["What failed, with the first words of the error:", why]
+    return "\n\n".join(lines) + "\n"
 
 
 def environment(given: argparse.Namespace) -> dict[str, Any]:
@@ -453,6 +512,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--operations", action="store_true", help="count the operations only; the rest of a row stays")
+    parser.add_argument(
+        "--parts", action="store_true", help="measure the parts of a step only; the rest of a row stays"
+    )
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     results: dict[str, Any] = {}
@@ -465,10 +527,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 c == "Opacus ghost" and CONTESTS[name].step is compare
             )  # it takes a criterion of output and target
         ]
-        if given.operations:
+        if given.operations or given.parts:
             before = known(environment(given)).get(name, {"seconds": {}, "bytes": {}, "resident": {}})
-            results[name] = before | in_a_fresh_process(operation_counts, name)
-            print(name, results[name]["operations"], flush=True)
+            if given.operations:
+                results[name] = before | in_a_fresh_process(operation_counts, name)
+                print(name, results[name]["operations"], flush=True)
+            else:
+                results[name] = before | in_a_fresh_process(parts, name, given.rounds, threads=given.threads)
+                print(parts_table({name: results[name]}).splitlines()[-1], flush=True)
             if given.write:
                 write(results, given)
             continue
@@ -476,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table({name: results[name]}, given.contestants).splitlines()[-1], flush=True)
         if given.write:
             write(results, given)
-    if not given.operations:
+    if not (given.operations or given.parts):
         print(table(results, given.contestants))
     print(others(results))
     return 0
