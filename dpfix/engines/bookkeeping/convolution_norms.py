@@ -24,13 +24,11 @@ from dpfix.engines.bookkeeping.contributions import (
     Kept,
     Measured,
     chosen,
-    flat,
     full_precision,
     sizes,
-    squared,
     zeroed,
 )
-from dpfix.engines.bookkeeping.convolution_costs import Geometry, worth_trying
+from dpfix.engines.bookkeeping.convolution_costs import FEW_KEPT, Geometry, worth_trying
 from dpfix.engines.bookkeeping.linear import of_terms, outer
 
 TRIED_SAMPLES = 8
@@ -242,13 +240,17 @@ class Correlation(Contribution):
     def way(self) -> str:
         """The fastest way on this machine: estimated, tried on a few samples where that leaves a doubt, then on all."""
         device, sizes = self.x.device, (self.x.shape[1:], self.g.shape[1:])
-        likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device))
+        few_kept = self.samples * self.shape.numel() <= FEW_KEPT
+        likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device), few_kept)
 
         def step(name: str, samples: int) -> None:
             rows = samples * self.rows
             some = Correlation(self.x[:rows], self.g[:rows], self.shape, self.geometry, self.rows)
             found = getattr(some, name)()
-            squared(flat(found)) if name.startswith("keep") else some.weighted_sum(some.x.new_ones(some.samples))
+            form = Kept(found) if name.startswith("keep") else some
+            if form is not some:
+                form.squared_norms()
+            form.weighted_sum(some.x.new_ones(some.samples))
 
         few = min(TRIED_SAMPLES, self.samples)
         ways, whole = ({name: partial(step, name, n) for name in likely} for n in (few, self.samples))
