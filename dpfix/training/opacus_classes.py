@@ -206,7 +206,9 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
                     say_size(error, self.guard.guarded.ledger)
                     raise
             memory.give_up()
-            return memory.output(super().forward, args, kwargs)
+            output = memory.output(super().forward, args, kwargs)
+            mark(output, memory)
+            return output
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)

@@ -75,16 +75,23 @@ class BegunAgain(Check):
         return self.failed is not None or (draw is not None and draw.given_up)
 
     def begin_again(self) -> None:
-        """The sum so far is dropped, and the loader told to deliver the draw again from its start."""
+        """The sum so far is dropped, and the loader told to deliver the draw again from its start.
+
+        So is a draw that the loop has gone on to without a step for the one that failed: its step is left out too.
+        """
         draw, self.failed = self.failed, None
         guarded, ledger = self._guarded, self._guarded.ledger
-        if draw is None or ledger is None or draw.given_up:
+        left_out = {
+            d for d in (draw, guarded.progress.draw) if d is not None and d.part_of is not None and not d.given_up
+        }
+        if draw is None or ledger is None or not left_out:
             return
         guarded.progress.partial = guarded.accounting.parts = 0
         guarded.forget_sum()
         for p in guarded.parameters.values():
             p.grad = p.grad_sample = None  # type: ignore[attr-defined]
-        again = ledger.ask_again(draw)
+        ledger.limit_to(max(1, draw.samples // 2))
+        again = all([ledger.ask_again(part) for part in left_out if not part.given_up])
         warn_user(
             f"memory ran out with {draw.samples} samples at a time: "
             + (
