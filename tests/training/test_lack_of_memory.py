@@ -346,3 +346,23 @@ def test_it_runs_out_again_in_the_loss_of_a_batch_that_was_given_up() -> None:
     assert failed
     train(training, 1)
     assert_same((model, training), undisturbed())
+
+
+@pytest.mark.parametrize("mode", [*ON_THE_BATCH, "vmap", "microbatch"])
+def test_while_gradients_are_collected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    model, training = call(memory, grad_sample_mode=mode)
+    handle = training[1].guard.guarded.handle
+    name = "announce" if handle.clips else "collect"
+    collect = getattr(handle, name)
+
+    def collect_in_memory(parameters: Any) -> list[int]:
+        counts = collect(parameters)
+        memory.take("collect", sum(counts))
+        return counts
+
+    monkeypatch.setattr(handle, name, collect_in_memory)
+    memory.place, memory.most = "collect", 3
+    train(training)
+    assert memory.failed
+    assert_same((model, training), undisturbed(grad_sample_mode=mode))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from dpfix.instrument.source import warn_user
 from dpfix.layout.calls import known_layout, samples_in
 from dpfix.sampling.draw import Draw
 from dpfix.training.guards.check import Check, Guarded
-from dpfix.training.out_of_memory import free, watch_backward
+from dpfix.training.out_of_memory import free, is_lack_of_memory, watch_backward
 
 
 class BegunAgain(Check):
@@ -44,6 +46,16 @@ class BegunAgain(Check):
         assert self._guarded.ledger is not None
         self.failed = self._guarded.ledger.present()
         self._guarded.handle.clear()
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """A lack of memory in here ends the block, and the batch is given up, if it can be; then :attr:`due` says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lack_of_memory(error) or not self.can_give_up():
+                raise
+            self.give_up()
 
     def output(self, wrapper: Any, args: Any, kwargs: Any) -> Any:
         """What the model gives back for a batch that was given up, one sample after the other, so that the loop can go on.
