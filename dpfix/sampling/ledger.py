@@ -242,17 +242,16 @@ class DrawLedger:
         self.limit = most if self.limit is None else min(self.limit, most)
 
     def ask_again(self, part: Draw) -> bool:
-        """A draw cannot be released with this part of it, and is to be delivered again from its start, in smaller parts.
+        """A draw cannot be released with this part of it, and is to be delivered again from its start, in parts of the limit.
 
         Args:
-            part: of more than one sample.
+            part: whose step was left out.
 
         Returns:
             Whether it will be; nothing more is delivered of a pass that is over.
         """
         with self._lock:
             draw = part.whole
-            self.limit_to(max(1, part.samples // 2))
             draw.begin_again()
             if part.of.over:
                 draw.discarded = True

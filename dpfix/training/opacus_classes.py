@@ -91,14 +91,10 @@ def private_optimizer_class(cls: type[Any]) -> type[Any]:
             super().attach_step_hook(self.guard.guarded.accounting.before(fn))
 
         def clip_and_accumulate(self) -> None:
-            try:
+            with self.guard.memory.giving_up():
                 with exact_products():
                     self.guard.clip(self, super().clip_and_accumulate)
                 self.guard.summed()
-            except RuntimeError as error:
-                if not is_lack_of_memory(error) or not self.guard.memory.can_give_up():
-                    raise
-                self.guard.memory.give_up()
 
         def add_noise(self) -> None:
             self.guard.before_noise(self)
@@ -206,7 +202,9 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
                     say_size(error, self.guard.guarded.ledger)
                     raise
             memory.give_up()
-            return memory.output(super().forward, args, kwargs)
+            output = memory.output(super().forward, args, kwargs)
+            mark(output, memory)
+            return output
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)

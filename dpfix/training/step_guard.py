@@ -149,7 +149,6 @@ class StepGuard:
         Raises:
             MisuseError: an assumption of the guarantee does not hold; nothing has moved.
         """
-        guarded = self.guarded
         self.draws.turn_to_present()
         if self.memory.due:
             self.after_step(released=False)
@@ -160,16 +159,25 @@ class StepGuard:
             return False
         if self.regions.needed and self.regions.leaves_out(optimizer, self._settle):
             return False
+        with self.memory.giving_up():
+            self._make_ready(optimizer)
+        if self.memory.due:
+            self.after_step(released=False)
+            return False
+        return True
+
+    def _make_ready(self, optimizer: DPOptimizer) -> None:
+        """All checks up to the clipping, for which per-sample gradients are made."""
         for check in self._before_step:
             check(optimizer)
-        self.engine_clips = guarded.handle.clips and optimizer.by_scheme  # type: ignore[attr-defined]
+        handle = self.guarded.handle
+        self.engine_clips = handle.clips and optimizer.by_scheme  # type: ignore[attr-defined]
         self._norms = None
-        counts = (guarded.handle.announce if self.engine_clips else guarded.handle.collect)(self._trained)
+        counts = (handle.announce if self.engine_clips else handle.collect)(self._trained)
         drawn = self.draws.turn_to_present(counts)
         for check in self._collected:
             check(optimizer, counts, drawn)
         self._counts = self._nothing_drawn() if drawn == 0 else counts
-        return True
 
     def _nothing_drawn(self) -> list[int]:
         """The placeholder of an empty draw contributes nothing."""

@@ -306,3 +306,63 @@ def test_a_backward_pass_of_another_model_is_none_of_it() -> None:
     out.register_hook(fail)
     with pytest.raises(torch.OutOfMemoryError, match=ERROR):
         out.backward()
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_a_loop_that_makes_no_step_for_what_failed() -> None:
+    """What it goes on to is delivered again too, and is not taken for a part of its draw."""
+    for most, skipped in ((24, 0), (4, 0), (4, 1), (4, 3)):
+        memory = Memory()
+        model, training = call(memory, data_loader=DataLoader(points(), batch_size=12), seed=3)
+        private, optimizer, loader = training
+        loader.ledger.limit_to(most)
+        number = 0
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                memory.place, memory.most = "forward", 1 if number == skipped else 100
+                loss = F.cross_entropy(private(x), y)
+                loss.backward()
+                number += 1
+                if number - 1 != skipped:
+                    optimizer.step()
+        assert_same((model, training), undisturbed(data_loader=DataLoader(points(), batch_size=12)))
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_it_runs_out_again_in_the_loss_of_a_batch_that_was_given_up() -> None:
+    memory = Memory("forward", 3)
+    model, training = call(memory)
+    private, optimizer, loader = training
+    failed = []
+    for x, y in loader:
+        optimizer.zero_grad()
+        out = private(x)
+        if out.grad_fn is not None and memory.failed > len(failed):
+            failed.append(out.register_hook(lambda g: memory.take("forward", 10**7)))
+        F.cross_entropy(out, y).backward()
+        memory.failed = len(failed)
+        optimizer.step()
+    assert failed
+    train(training, 1)
+    assert_same((model, training), undisturbed())
+
+
+@pytest.mark.parametrize("mode", [*ON_THE_BATCH, "vmap", "microbatch"])
+def test_while_gradients_are_collected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    model, training = call(memory, grad_sample_mode=mode)
+    handle = training[1].guard.guarded.handle
+    name = "announce" if handle.clips else "collect"
+    collect = getattr(handle, name)
+
+    def collect_in_memory(parameters: Any) -> list[int]:
+        counts = collect(parameters)
+        memory.take("collect", sum(counts))
+        return counts
+
+    monkeypatch.setattr(handle, name, collect_in_memory)
+    memory.place, memory.most = "collect", 3
+    train(training)
+    assert memory.failed
+    assert_same((model, training), undisturbed(grad_sample_mode=mode))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from dpfix.instrument.source import warn_user
 from dpfix.layout.calls import known_layout, samples_in
 from dpfix.sampling.draw import Draw
 from dpfix.training.guards.check import Check, Guarded
-from dpfix.training.out_of_memory import free, watch_backward
+from dpfix.training.out_of_memory import free, is_lack_of_memory, watch_backward
 
 
 class BegunAgain(Check):
@@ -45,6 +47,16 @@ class BegunAgain(Check):
         self.failed = self._guarded.ledger.present()
         self._guarded.handle.clear()
 
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """A lack of memory in here ends the block, and the batch is given up, if it can be; then :attr:`due` says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lack_of_memory(error) or not self.can_give_up():
+                raise
+            self.give_up()
+
     def output(self, wrapper: Any, args: Any, kwargs: Any) -> Any:
         """What the model gives back for a batch that was given up, one sample after the other, so that the loop can go on.
 
@@ -75,16 +87,23 @@ class BegunAgain(Check):
         return self.failed is not None or (draw is not None and draw.given_up)
 
     def begin_again(self) -> None:
-        """The sum so far is dropped, and the loader told to deliver the draw again from its start."""
+        """The sum so far is dropped, and the loader told to deliver the draw again from its start.
+
+        So is a draw that the loop has gone on to without a step for the one that failed: its step is left out too.
+        """
         draw, self.failed = self.failed, None
         guarded, ledger = self._guarded, self._guarded.ledger
-        if draw is None or ledger is None or draw.given_up:
+        left_out = {
+            d for d in (draw, guarded.progress.draw) if d is not None and d.part_of is not None and not d.given_up
+        }
+        if draw is None or ledger is None or not left_out:
             return
         guarded.progress.partial = guarded.accounting.parts = 0
         guarded.forget_sum()
         for p in guarded.parameters.values():
             p.grad = p.grad_sample = None  # type: ignore[attr-defined]
-        again = ledger.ask_again(draw)
+        ledger.limit_to(max(1, draw.samples // 2))
+        again = all([ledger.ask_again(part) for part in left_out if not part.given_up])
         warn_user(
             f"memory ran out with {draw.samples} samples at a time: "
             + (
