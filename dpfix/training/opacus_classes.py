@@ -189,21 +189,22 @@ def private_wrapper_class(cls: type[Any]) -> type[Any]:
 
         @torch.compiler.disable  # a compiled model goes on step by step: the compiler would trace the engine at every size
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            memory = self.guard.memory
+            output, failed = None, False
             try:
                 output = super().forward(*args, **kwargs)
-                if memory.needed and torch.is_grad_enabled():
-                    mark(output, memory)
-                return output
             except RuntimeError as error:
                 if not is_lack_of_memory(error):
                     raise
-                if not (self.training and torch.is_grad_enabled() and memory.can_give_up()):
+                if not (self.training and torch.is_grad_enabled() and self.guard.memory.can_give_up()):
                     say_size(error, self.guard.guarded.ledger)
                     raise
-            memory.give_up()
-            output = memory.output(super().forward, args, kwargs)
-            mark(output, memory)
+                failed = True
+            memory = self.guard.memory  # the call may have decided on another guard
+            if failed:
+                memory.give_up()
+                output = memory.output(super().forward, args, kwargs)
+            if memory.needed and torch.is_grad_enabled():
+                mark(output, memory)
             return output
 
         def zero_grad(self, set_to_none: bool = False) -> None:

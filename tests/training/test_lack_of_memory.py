@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -217,6 +218,27 @@ def test_sizes_fall_in_the_middle_of_a_batch(monkeypatch: pytest.MonkeyPatch) ->
     train(training)
     assert memory.failed
     assert_same((model, training), undisturbed(data_loader=DataLoader(points(), batch_size=20)))
+
+
+@pytest.mark.filterwarnings("ignore:a BatchMemoryManager loop was left")
+@pytest.mark.parametrize("seed", [5, 11])
+def test_parts_in_another_order_are_refused_as_without_a_lack_of_memory(seed: int) -> None:
+    """Not with the lack of memory itself, although the model's call decides on another guard, under which the step is made."""
+    memory, order = Memory("inside", 3), random.Random(seed)
+
+    def shuffled(batches: Iterable[Any]) -> Iterator[Any]:
+        held: list[Any] = []
+        for batch in batches:
+            held.append(batch)
+            if len(held) == 3:
+                yield held.pop(order.randrange(3))
+        while held:
+            yield held.pop(order.randrange(len(held)))
+
+    _, training = call(memory, seed=seed)
+    with pytest.raises(dpfix.ForeignBatchError, match="of which other parts were given up"):
+        train(training, ahead=shuffled)
+    assert memory.failed
 
 
 def test_the_last_batch_of_a_loop_that_looks_ahead_is_not_released() -> None:
