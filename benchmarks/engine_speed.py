@@ -224,9 +224,9 @@ def parts(name: str, rounds: int) -> dict[str, Any]:
     """Seconds of the parts of an ordinary step and of the one that ``auto`` makes, in turn; and how many numbers are trained."""
     contest = CONTESTS[name]
     model, data = made(name, "cpu")
-    plain = private(name, copy.deepcopy(model), data, "bookkeeping")[0].to_standard_module()
     training = private(name, model, data, "auto")
     module, private_optimizer, _ = training
+    plain = copy.deepcopy(module).to_standard_module()  # a copy is in no training
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
     contest.step(module, data).backward()
     private_optimizer.step()

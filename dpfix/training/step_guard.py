@@ -240,7 +240,7 @@ class StepGuard:
         progress = self.guarded.progress
         if self.memory.due:
             self._counts, self._noise_due = [], False
-            self.memory.begin_again()
+            self.memory.begin_again(self.draws.summed)
             self.cleared()
         if released:
             self._noise_due = False  # of a sum that was given up

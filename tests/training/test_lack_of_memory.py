@@ -220,6 +220,41 @@ def test_sizes_fall_in_the_middle_of_a_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert_same((model, training), undisturbed(data_loader=DataLoader(points(), batch_size=20)))
 
 
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_the_sum_of_another_batch_is_left_as_it_is() -> None:
+    """The loop has summed up a part of one batch, turns to the next one, and comes back to the first."""
+    memory = Memory("backward")
+    model, training = call(memory)
+    private, optimizer, loader = training
+    loader.ledger.limit_to(5)
+    delivered, parts = iter(loader), list[Any]()
+    while len({loader.ledger.draw_of(part).number for part in parts}) < 2:
+        parts.append(next(delivered))
+    numbers = [loader.ledger.draw_of(part).number for part in parts]
+    assert numbers[0] == numbers[1] == 1 and numbers[-1] == 2
+    first, other = parts[0], parts.pop()
+
+    def step(batch: Any) -> None:
+        optimizer.zero_grad()
+        out = private(batch[0])
+        out.register_hook(lambda g: memory.take("backward", len(g)))
+        F.cross_entropy(out, batch[1]).backward()
+        optimizer.step()
+
+    step(first)
+    memory.most = len(other[0]) - 1
+    step(other)
+    assert memory.failed
+    memory.most = 10**6
+    for batch in parts[1:]:
+        step(batch)
+    for batch in delivered:
+        step(batch)
+    wanted = call(Memory())
+    train(wanted[1], 1)
+    assert_same((model, training), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:a BatchMemoryManager loop was left")
 @pytest.mark.parametrize("seed", [5, 11])
 def test_parts_in_another_order_are_refused_as_without_a_lack_of_memory(seed: int) -> None:

@@ -70,11 +70,12 @@ class WholeDraws(Check):
 
     Attributes:
         complete: whether the step that is being made completes its draw.
+        summed: the draw of which parts are in the sum, or were last.
     """
 
     def __init__(self, guarded: Guarded) -> None:
         self._guarded = guarded
-        self._summed: Draw | None = None  # whose parts are in the sum
+        self.summed: Draw | None = None
         self._times = 0  # that it had been begun again by then
         self.complete = True
 
@@ -124,17 +125,17 @@ class WholeDraws(Check):
                 "Go on with the next draw, and make a step for every batch of a BatchMemoryManager, in their order.",
                 path="data_loader",
             )
-        if self._guarded.progress.partial and (draw.whole, draw.whole.times) != (self._summed, self._times):
+        if self._guarded.progress.partial and (draw.whole, draw.whole.times) != (self.summed, self._times):
             self._discard()
-        self._summed, self._times = draw.whole, draw.whole.times
+        self.summed, self._times = draw.whole, draw.whole.times
 
     @override
     def take_over(self, earlier: WholeDraws) -> None:
-        self._summed, self._times = earlier._summed, earlier._times
+        self.summed, self._times = earlier.summed, earlier._times
 
     def _discard(self) -> None:
         """Drop the sum of a draw that is not complete."""
-        guarded, draw = self._guarded, self._summed
+        guarded, draw = self._guarded, self.summed
         if not guarded.progress.partial:
             return
         begun_again = draw is not None and draw.times != self._times

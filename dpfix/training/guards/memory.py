@@ -86,10 +86,13 @@ class BegunAgain(Check):
         draw = self._guarded.progress.draw
         return self.failed is not None or (draw is not None and draw.given_up)
 
-    def begin_again(self) -> None:
-        """The sum so far is dropped, and the loader told to deliver the draw again from its start.
+    def begin_again(self, summed: Draw | None) -> None:
+        """The sum of the draw so far is dropped, and the loader told to deliver the draw again from its start.
 
         So is a draw that the loop has gone on to without a step for the one that failed: its step is left out too.
+
+        Args:
+            summed: the draw of which parts are in the sum; that of another one than failed stays as it is.
         """
         draw, self.failed = self.failed, None
         guarded, ledger = self._guarded, self._guarded.ledger
@@ -98,8 +101,9 @@ class BegunAgain(Check):
         }
         if draw is None or ledger is None or not left_out:
             return
-        guarded.progress.partial = guarded.accounting.parts = 0
-        guarded.forget_sum()
+        if not guarded.progress.partial or any(summed is d.whole for d in left_out):
+            guarded.progress.partial = guarded.accounting.parts = 0
+            guarded.forget_sum()
         for p in guarded.parameters.values():
             p.grad = p.grad_sample = None  # type: ignore[attr-defined]
         ledger.limit_to(max(1, draw.samples // 2))
