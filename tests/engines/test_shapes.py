@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dpfix.engines.bookkeeping import convolution_costs
 from dpfix.engines.bookkeeping.blocks import CACHE
 from dpfix.engines.bookkeeping.contributions import Contribution
-from dpfix.engines.bookkeeping.convolution_costs import Geometry
+from dpfix.engines.bookkeeping.convolution_costs import Geometry, worth_trying
 from dpfix.engines.bookkeeping.convolution_norms import Correlation
 from dpfix.engines.bookkeeping.embedding import Lookup, Tied
 from dpfix.engines.bookkeeping.linear import Outer
@@ -146,14 +148,41 @@ def test_every_way_to_the_gradients_of_convolutions(
     same(form, gradients)
 
 
+@pytest.mark.parametrize("blocks", ["one block", "several blocks", "an accelerator's block"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", [kind for kind, (size, *_) in CONVOLUTIONS.items() if len(size) == 2])
+def test_depthwise_convolutions_by_lines(kind: str, rows: int, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if blocks == "several blocks":
+        monkeypatch.setitem(CACHE, "cpu", 1)
+    elif blocks == "an accelerator's block":
+        monkeypatch.delitem(CACHE, "cpu")
+    torch.manual_seed(0)
+    size, kernel, geometry = CONVOLUTIONS[kind]
+    geometry = replace(geometry, groups=4)
+    how = (geometry.stride, geometry.padding, geometry.dilation, 4)
+    weight = torch.zeros(4, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(9 * rows, 4, *size, dtype=torch.float64)
+    g = torch.randn_like(nn.functional.conv2d(x, weight, None, *how)).mT.contiguous().mT
+    gradients = torch.stack([
+        torch.autograd.grad(nn.functional.conv2d(a, weight, None, *how), weight, b)[0]
+        for a, b in zip(x.split(rows), g.split(rows), strict=True)
+    ])
+    form = Correlation(x, g, weight.shape, geometry, rows)
+    torch.testing.assert_close(form.keep_by_lines(), gradients)
+    worth_trying.cache_clear()
+    monkeypatch.setattr(convolution_costs, "WORTH_TRYING", math.inf)
+    assert "keep_by_lines" in worth_trying(x.shape[1:], g.shape[1:], weight.shape, geometry, rows, 2**20, True)
+    worth_trying.cache_clear()
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1, 3)])
 def test_calls_of_a_convolution_are_one_with_the_rows_of_all(rows: tuple[int, ...]) -> None:
     """No gradient of a single sample is made, which for all samples may be much larger than what the calls kept."""
     torch.manual_seed(0)
-    calls, wanted = [], torch.zeros(3, 64, 48, 3, 3, dtype=torch.float64)
+    calls, wanted = [], torch.zeros(3, 128, 96, 3, 3, dtype=torch.float64)
     for of_call in rows:
-        x = torch.randn(3 * of_call, 48, 2, 2, dtype=torch.float64)
-        g = torch.randn(3 * of_call, 64, 2, 2, dtype=torch.float64)
+        x = torch.randn(3 * of_call, 96, 2, 2, dtype=torch.float64)
+        g = torch.randn(3 * of_call, 128, 2, 2, dtype=torch.float64)
         calls.append(Correlation(x, g, wanted.shape[1:], Geometry((1, 1), (1, 1), (1, 1), 1), of_call))
         wanted += calls[-1].per_sample()
     together = add_up(calls)

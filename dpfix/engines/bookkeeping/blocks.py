@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 CACHE = {"cpu": 2**20}
@@ -39,3 +41,13 @@ def near(device: torch.device) -> int:
 def by_sample(device: torch.device) -> bool:
     """Whether a loop over the samples may be faster than one operation for all of them."""
     return device.type in CACHE
+
+
+def parted(tensor: torch.Tensor, some: int) -> Sequence[torch.Tensor]:
+    """Some rows at a time."""
+    return (tensor,) if some >= len(tensor) else tensor.split(some)
+
+
+def in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

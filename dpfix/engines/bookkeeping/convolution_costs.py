@@ -14,6 +14,10 @@ KEEP_RATIO = 2.0
 """Kept gradients may be this many times larger than the layer's input and output gradient, which they replace."""
 FEW_KEPT = 2**18
 """So many numbers of kept gradients are few, however small the layer is: calling kernels costs more than they do."""
+SINGLY = 8
+"""How much slower a grouped convolution is with one channel per group."""
+PRODUCT = 20_000
+"""Multiply-adds that cost as much time as one more matrix in a product of many pairs."""
 WINDOW_COST = 40
 """Multiply-adds that cost as much time as one element of a strided window of a Gram matrix."""
 WORTH_TRYING = 2.5
@@ -64,12 +68,13 @@ def _costs(
     """Multiply-adds per sample that take as long as each way, roughly."""
     size, kernel = shape.numel(), shape[2:]
     out, inside = g[1:].numel() * rows, [n + 2 * p for n, p in zip(x[1:], geometry.padding, strict=True)]
-    padded = rows * math.prod(inside)
+    high, padded = inside[0], rows * math.prod(inside)
     patches = out * kernel.numel() * x[0]
     moved = patches * (1 if patches <= cache else UNCACHED) + size
-    again = out * size  # the weight gradient of the batch
+    singly = SINGLY if geometry.groups == x[0] == g[0] > 1 else 1
+    again = singly * out * size  # the weight gradient of the batch
     costs: dict[str, float] = {
-        "norms_by_groups": (max(out, 8 * BYTE_COST) + 2 * BYTE_COST) * size + again,
+        "norms_by_groups": singly * (max(out, 8 * BYTE_COST) + 2 * BYTE_COST) * size + again,
         "norms_by_patches": out * size + moved * BYTE_COST + again,
     }
     moves = padded**2 + 2 * out**2
@@ -79,6 +84,10 @@ def _costs(
     costs["norms_by_gram"] = padded**2 * x[0] + out**2 * g[0] + geometry.groups * moves * WINDOW_COST + again
     if few or size <= KEEP_RATIO * rows * (x.numel() + g.numel()):
         # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
-        costs["keep_by_groups"] = (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
+        costs["keep_by_groups"] = singly * (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
+        if len(kernel) == 2 and singly > 1:
+            lines, columns = g[1:]
+            each = high * kernel[1] * (lines * columns + (lines + columns) * BYTE_COST) + PRODUCT
+            costs["keep_by_lines"] = rows * g[0] * each
         costs["keep_by_patches"] = out * size + (moved + size) * BYTE_COST
     return costs

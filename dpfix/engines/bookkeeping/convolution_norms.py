@@ -18,7 +18,7 @@ import torch
 from typing_extensions import override
 
 from dpfix.engines.bookkeeping.autotune import Autotune, rounded
-from dpfix.engines.bookkeeping.blocks import at_once, near
+from dpfix.engines.bookkeeping.blocks import at_once, in_a_row, near, parted
 from dpfix.engines.bookkeeping.contributions import (
     Contribution,
     Kept,
@@ -29,6 +29,7 @@ from dpfix.engines.bookkeeping.contributions import (
     zeroed,
 )
 from dpfix.engines.bookkeeping.convolution_costs import FEW_KEPT, Geometry, worth_trying
+from dpfix.engines.bookkeeping.depthwise import by_lines
 from dpfix.engines.bookkeeping.linear import of_terms, outer
 
 TRIED_SAMPLES = 8
@@ -292,6 +293,17 @@ class Correlation(Contribution):
         """
         return self._by_groups().view(self.samples, *self.shape)
 
+    def keep_by_lines(self) -> torch.Tensor:
+        """Of a depthwise convolution in two dimensions: see :func:`~dpfix.engines.bookkeeping.depthwise.by_lines`.
+
+        Returns:
+            Shape ``[samples, *weight]``.
+        """
+        kept = by_lines(self._padded(self.x), self.g, self.shape[2:], self.geometry)
+        if self.rows > 1:
+            kept = kept.view(self.samples, self.rows, -1).sum(1)
+        return kept.view(self.samples, *self.shape)
+
     def _by_groups(self) -> torch.Tensor:
         samples, geometry = self.samples, self.geometry
         grouped = Geometry(geometry.stride, geometry.padding, geometry.dilation, samples * geometry.groups)
@@ -320,16 +332,6 @@ class Correlation(Contribution):
         by_row = samples.repeat_interleave(self.rows)
         x, g = zeroed(self.x, by_row), zeroed(self.g, by_row)
         return Correlation(x, g, self.shape, self.geometry, self.rows, self._autotune)
-
-
-def parted(tensor: torch.Tensor, some: int) -> Sequence[torch.Tensor]:
-    """Some rows at a time."""
-    return (tensor,) if some >= len(tensor) else tensor.split(some)
-
-
-def in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts one after another."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, shape: torch.Size, geometry: Geometry) -> torch.Tensor:
