@@ -59,7 +59,7 @@ def check_engine(
     worst, where = max(errors, key=lambda error: error[0], default=(0.0, ""))
     allowed = trial.slack * wanted.tolerance
     if not worst <= allowed and not _is_rounding([e for e, _ in errors], engine, subject, trial, plan, clip_norms):
-        now = _compared_now(engine, subject, trial, plan, clip_norms)
+        now = _compared_now(sums, subject, trial, plan, clip_norms)
         if not now <= allowed:
             reason = f"its clipped sum differs from the batch-of-one reference by {worst:.1e} (`{where}`)"
             return EngineEvidence(engine.name, passed=False, max_error=worst, reason=reason)
@@ -81,10 +81,16 @@ def _errors(
     ]
 
 
-def _compared_now(engine: Engine, subject: Subject, trial: Trial, plan: Plan, clip_norms: tuple[float, ...]) -> float:
+def _compared_now(
+    sums: Sequence[Gradients], subject: Subject, trial: Trial, plan: Plan, clip_norms: tuple[float, ...]
+) -> float:
     """The largest error against a reference that is taken now, where the step gives another gradient than it gave then.
 
-    A weight that grows with every call is a part of the loss; it is no fault of an engine that was run after the reference.
+    A weight that grows with every call is a part of the loss; it is no fault of an engine that was run long after the first
+    reference. The engine is not run again: one that is wrong now and then has no second chance.
+
+    Args:
+        sums: what the engine has released.
 
     Returns:
         The error; infinite where the step gives what it gave, or none.
@@ -94,7 +100,6 @@ def _compared_now(engine: Engine, subject: Subject, trial: Trial, plan: Plan, cl
             return math.inf
         alone, _ = alone_and_together(subject, trial.samples, trial.record.together, trial.draw)
         wanted = reference_of(alone, plan.frozen_parameters, plan.share(trial.record.counts))
-        sums = released_sums(engine, subject, trial, plan, clip_norms, sketched)
     except (DPFixError, *USER_CODE_ERRORS):
         return math.inf
     return max(error for error, _ in _errors(sums, wanted, plan, clip_norms))

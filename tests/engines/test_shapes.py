@@ -171,7 +171,7 @@ def test_depthwise_convolutions_by_lines(kind: str, rows: int, blocks: str, monk
     torch.testing.assert_close(form.keep_by_lines(), gradients)
     worth_trying.cache_clear()
     monkeypatch.setattr(convolution_costs, "WORTH_TRYING", math.inf)
-    assert "keep_by_lines" in worth_trying(x.shape[1:], g.shape[1:], weight.shape, geometry, rows, 2**20, True)
+    assert "keep_by_lines" in worth_trying(x.shape[1:], g.shape[1:], weight.shape, geometry, rows, 2**20)
     worth_trying.cache_clear()
 
 

@@ -15,6 +15,7 @@ import dpfix
 from dpfix.training.guards.budget import WithinBudget
 from dpfix.training.guards.check import Check
 from dpfix.training.guards.frozen_parameters import FrozenUnreached
+from dpfix.training.guards.memory import BegunAgain
 from dpfix.training.guards.model import FixedNorms
 from dpfix.training.guards.no_grad_regions import RegionsUntouched
 from dpfix.training.guards.ranks import RanksAgree
@@ -43,7 +44,7 @@ def test_a_check_with_nothing_to_look_at_is_not_asked() -> None:
         for act in (*guard._before_step, *guard._before_noise, *guard._after_step, *guard._cleared)
     }
     assert {type(c) for c in guard.checks if not c.needed} == {
-        FixedNorms, FrozenUnreached, RanksAgree, RegionsUntouched, ScratchPutBack, ShardsHeld, WithinBudget,
+        BegunAgain, FixedNorms, FrozenUnreached, RanksAgree, RegionsUntouched, ScratchPutBack, ShardsHeld, WithinBudget,
     }  # fmt: skip
     assert not asked & {type(c) for c in guard.checks if not c.needed}
 

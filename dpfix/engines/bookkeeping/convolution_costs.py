@@ -12,8 +12,6 @@ from dpfix.engines.bookkeeping.linear import BYTE_COST
 
 KEEP_RATIO = 2.0
 """Kept gradients may be this many times larger than the layer's input and output gradient, which they replace."""
-FEW_KEPT = 2**18
-"""So many numbers of kept gradients are few, however small the layer is: calling kernels costs more than they do."""
 SINGLY = 8
 """How much slower a grouped convolution is with one channel per group."""
 PRODUCT = 20_000
@@ -45,7 +43,7 @@ class Geometry:
 
 @functools.lru_cache(4096)
 def worth_trying(
-    x: torch.Size, g: torch.Size, shape: torch.Size, geometry: Geometry, rows: int, cache: int, few: bool = False
+    x: torch.Size, g: torch.Size, shape: torch.Size, geometry: Geometry, rows: int, cache: int
 ) -> tuple[str, ...]:
     """The ways whose cost is estimated at not much more than the smallest estimate.
 
@@ -53,17 +51,16 @@ def worth_trying(
         x: shape of a row of the input, ``[channels, *in]``.
         g: shape of a row of the output gradient, ``[filters, *out]``.
         cache: numbers that can be copied and used without going to memory in between.
-        few: whether the gradients of all samples are few numbers.
 
     Returns:
         Their names.
     """
-    costs = _costs(x, g, shape, geometry, rows, cache, few)
+    costs = _costs(x, g, shape, geometry, rows, cache)
     return tuple(sorted(name for name, cost in costs.items() if cost <= WORTH_TRYING * min(costs.values())))
 
 
 def _costs(
-    x: torch.Size, g: torch.Size, shape: torch.Size, geometry: Geometry, rows: int, cache: int, few: bool
+    x: torch.Size, g: torch.Size, shape: torch.Size, geometry: Geometry, rows: int, cache: int
 ) -> dict[str, float]:
     """Multiply-adds per sample that take as long as each way, roughly."""
     size, kernel = shape.numel(), shape[2:]
@@ -82,7 +79,7 @@ def _costs(
         inside[dim] = length
         moves += offsets * (rows * math.prod(inside)) ** 2
     costs["norms_by_gram"] = padded**2 * x[0] + out**2 * g[0] + geometry.groups * moves * WINDOW_COST + again
-    if few or size <= KEEP_RATIO * rows * (x.numel() + g.numel()):
+    if size <= KEEP_RATIO * rows * (x.numel() + g.numel()):
         # A grouped convolution works on one sample's few positions at a time: slower by as much as they are few.
         costs["keep_by_groups"] = singly * (max(out, 8 * BYTE_COST) + 3 * BYTE_COST) * size
         if len(kernel) == 2 and singly > 1:

@@ -28,7 +28,7 @@ from dpfix.engines.bookkeeping.contributions import (
     sizes,
     zeroed,
 )
-from dpfix.engines.bookkeeping.convolution_costs import FEW_KEPT, Geometry, worth_trying
+from dpfix.engines.bookkeeping.convolution_costs import Geometry, worth_trying
 from dpfix.engines.bookkeeping.depthwise import by_lines
 from dpfix.engines.bookkeeping.linear import of_terms, outer
 
@@ -241,8 +241,7 @@ class Correlation(Contribution):
     def way(self) -> str:
         """The fastest way on this machine: estimated, tried on a few samples where that leaves a doubt, then on all."""
         device, sizes = self.x.device, (self.x.shape[1:], self.g.shape[1:])
-        few_kept = self.samples * self.shape.numel() <= FEW_KEPT
-        likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device), few_kept)
+        likely = worth_trying(*sizes, self.shape, self.geometry, self.rows, near(device))
 
         def step(name: str, samples: int) -> None:
             rows = samples * self.rows

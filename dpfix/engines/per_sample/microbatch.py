@@ -49,11 +49,14 @@ class MicrobatchHandle(AliasHandle):
 
     @override
     def run(self, layout: CallLayout, args: Any, kwargs: Any, samples: int, aliases: list[Aliases]) -> Any:
-        outputs = []
-        for own, (own_args, own_kwargs) in zip(aliases, samples_of_call(layout, args, kwargs, samples), strict=True):
-            with swapped(self.slots, own):
-                outputs.append(self.original(*own_args, **own_kwargs))
+        singles = samples_of_call(layout, args, kwargs, samples)
+        outputs = [self._one(*arguments, own) for arguments, own in zip(singles, aliases, strict=True)]
         return join_outputs(layout, outputs, self.weight(samples))
+
+    def _one(self, args: Any, kwargs: Any, own: Aliases) -> Any:
+        """The output of a sample, whose parameters are its own."""
+        with swapped(self.slots, own):
+            return self.original(*args, **kwargs)
 
     @override
     def fill(self, out: torch.Tensor, aliases: list[Aliases], name: str, scale: float | torch.Tensor) -> None:

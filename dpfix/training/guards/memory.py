@@ -21,8 +21,9 @@ from dpfix.training.out_of_memory import free, is_lack_of_memory, watch_backward
 class BegunAgain(Check):
     """With ``max_physical_batch_size="auto"``, a logical batch is delivered again from its start where memory ran out.
 
-    It is the same draw, released and accounted once; nothing of the parts that were given up is in what is released. Costs:
-    two comparisons.
+    It is the same draw, released and accounted once; nothing of the parts that were given up is in what is released.
+
+    Catches: a lack of memory in the model's call, in ``backward()`` and in the step. Costs: two comparisons.
 
     Attributes:
         failed: the part of a draw for which the memory did not suffice.
