@@ -56,7 +56,7 @@ from benchmarks.common.contests import (
     translate,
 )
 from benchmarks.common.libraries import FAILURES
-from benchmarks.common.parts import PARTS, Clock, parts_of_step
+from benchmarks.common.parts import PARTS, Clock, medians, parts_of_step
 from benchmarks.common.process import (
     cpu_seconds,
     in_a_fresh_process,
@@ -232,20 +232,20 @@ def parts(name: str, rounds: int) -> dict[str, Any]:
     private_optimizer.step()
     private_optimizer.guard.real_steps.agenda.due = lambda seen: False
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    ordinary, found = Clock(now), list[dict[str, float]]()
+    ordinary, auto = list[dict[str, float]](), list[dict[str, float]]()
     for _ in range(rounds):
-        ordinary.begin()
+        clock = Clock(now)
         optimizer.zero_grad()
-        with ordinary.part("forward"):
+        with clock.part("forward"):
             loss = contest.step(plain, data)
-        with ordinary.part("backward"):
+        with clock.part("backward"):
             loss.backward()
-        with ordinary.part("the rest"):
+        with clock.part("the rest"):
             optimizer.step()
-        found.append(parts_of_step(training, lambda: contest.step(module, data), now, 1))
-    every = {part: statistics.median(one[part] for one in found) for part in PARTS}
+        ordinary.append(clock.seconds)
+        auto.append(parts_of_step(training, lambda: contest.step(module, data), now))
     numbers = sum(p.numel() for p in plain.parameters() if p.requires_grad)
-    return {"parts": {ORDINARY: ordinary.medians(), "auto": every}, "numbers": numbers}
+    return {"parts": {ORDINARY: medians(ordinary), "auto": medians(auto)}, "numbers": numbers}
 
 
 def operation_counts(name: str) -> dict[str, Any]:

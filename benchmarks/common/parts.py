@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -14,18 +14,17 @@ PARTS = ("forward", "backward", "norms", "sums", "noise", "the rest")
 
 
 class Clock:
-    """Adds up seconds by part.
+    """Adds up the seconds of a step by part.
 
     Args:
         now: what tells the time.
+
+    Attributes:
+        seconds: by part.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.rounds = now, list[dict[str, float]]()
-
-    def begin(self) -> None:
-        """Another step."""
-        self.rounds.append({})
+        self._now, self.seconds = now, dict[str, float]()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -34,12 +33,11 @@ class Clock:
         Yields:
             Nothing.
         """
-        start = self.now()
+        start = self._now()
         try:
             yield
         finally:
-            present = self.rounds[-1]
-            present[name] = present.get(name, 0.0) + self.now() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The function, counted."""
@@ -50,19 +48,19 @@ class Clock:
 
         return counted
 
-    def medians(self) -> dict[str, float]:
-        """Seconds by part, over the steps."""
-        return {name: statistics.median(one.get(name, 0.0) for one in self.rounds) for name in self.rounds[0]}
+
+def medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by part, over some steps."""
+    return {name: statistics.median(one[name] for one in steps) for name in steps[0]}
 
 
-def parts_of_step(training: Any, loss: Callable[[], Any], now: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Seconds of every part of a private step that is not checked, medians of some steps.
+def parts_of_step(training: Any, loss: Callable[[], Any], now: Callable[[], float]) -> dict[str, float]:
+    """Seconds of every part of a private step that is not checked.
 
     Args:
         training: a private training whose first step was made.
         loss: calls its model.
         now: what tells the time.
-        rounds: how many steps.
 
     Returns:
         By the names in :data:`PARTS`; with another engine than book-keeping, norms are among the sums.
@@ -77,16 +75,14 @@ def parts_of_step(training: Any, loss: Callable[[], Any], now: Callable[[], floa
             *([(handle, "_measured", "norms")] if isinstance(handle, BookkeepingHandle) else []),
         ):
             stack.enter_context(mock.patch.object(thing, method, clock.around(getattr(thing, method), name)))
-        for _ in range(rounds):
-            clock.begin()
-            optimizer.zero_grad()
-            with clock.part("forward"):
-                value = loss()
-            with clock.part("backward"):
-                value.backward()
-            with clock.part("step"):
-                optimizer.step()
-    found = clock.medians()
+        optimizer.zero_grad()
+        with clock.part("forward"):
+            value = loss()
+        with clock.part("backward"):
+            value.backward()
+        with clock.part("step"):
+            optimizer.step()
+    found = clock.seconds
     norms = found.get("norms", 0.0)
     rest = found["step"] - found["clipping"] - found["noise"]
     return {

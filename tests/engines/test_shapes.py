@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from dpfix.engines.bookkeeping import convolution_costs
 from dpfix.engines.bookkeeping.blocks import CACHE
@@ -116,31 +116,38 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("blocks", ["one block", "several blocks", "an accelerator's block"])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_every_way_to_the_gradients_of_convolutions(
-    kind: str, groups: int, rows: int, blocks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if blocks == "several blocks":
+@pytest.fixture(params=["one block", "several blocks", "an accelerator's block"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In how many parts a layer is measured."""
+    if request.param == "several blocks":
         monkeypatch.setitem(CACHE, "cpu", 1)
-    elif blocks == "an accelerator's block":
+    elif request.param == "an accelerator's block":
         monkeypatch.delitem(CACHE, "cpu")
+
+
+def convolved(kind: str, groups: int, filters: int, rows: int) -> tuple[Correlation, Tensor]:
+    """A convolution of four channels on nine samples, and the gradients of its weight, from ordinary autograd."""
     torch.manual_seed(0)
     size, kernel, geometry = CONVOLUTIONS[kind]
     geometry = replace(geometry, groups=groups)
     conv: Any = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(size) - 1]
     how = (geometry.stride, geometry.padding, geometry.dilation, groups)
-    weight = torch.zeros(6, 4 // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(filters, 4 // groups, *kernel, dtype=torch.float64, requires_grad=True)
     x = torch.randn(9 * rows, 4, *size, dtype=torch.float64)
     g = torch.randn_like(conv(x, weight, None, *how)).mT.contiguous().mT  # not in the order of its dimensions
     wanted = [
         torch.autograd.grad(conv(a, weight, None, *how), weight, b)[0]
         for a, b in zip(x.split(rows), g.split(rows), strict=True)
     ]
-    gradients = torch.stack(wanted)
-    form = Correlation(x, g, weight.shape, geometry, rows)
+    return Correlation(x, g, weight.shape, geometry, rows), torch.stack(wanted)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_every_way_to_the_gradients_of_convolutions(kind: str, groups: int, rows: int) -> None:
+    form, gradients = convolved(kind, groups, 6, rows)
     for keep in (form.keep_by_groups, form.keep_by_patches):
         torch.testing.assert_close(keep(), gradients)
     for norms in (form.norms_by_sample, form.norms_by_patches, form.norms_by_groups, form.norms_by_gram):
@@ -148,31 +155,15 @@ def test_every_way_to_the_gradients_of_convolutions(
     same(form, gradients)
 
 
-@pytest.mark.parametrize("blocks", ["one block", "several blocks", "an accelerator's block"])
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", [kind for kind, (size, *_) in CONVOLUTIONS.items() if len(size) == 2])
-def test_depthwise_convolutions_by_lines(kind: str, rows: int, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if blocks == "several blocks":
-        monkeypatch.setitem(CACHE, "cpu", 1)
-    elif blocks == "an accelerator's block":
-        monkeypatch.delitem(CACHE, "cpu")
-    torch.manual_seed(0)
-    size, kernel, geometry = CONVOLUTIONS[kind]
-    geometry = replace(geometry, groups=4)
-    how = (geometry.stride, geometry.padding, geometry.dilation, 4)
-    weight = torch.zeros(4, 1, *kernel, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(9 * rows, 4, *size, dtype=torch.float64)
-    g = torch.randn_like(nn.functional.conv2d(x, weight, None, *how)).mT.contiguous().mT
-    gradients = torch.stack([
-        torch.autograd.grad(nn.functional.conv2d(a, weight, None, *how), weight, b)[0]
-        for a, b in zip(x.split(rows), g.split(rows), strict=True)
-    ])
-    form = Correlation(x, g, weight.shape, geometry, rows)
+def test_depthwise_convolutions_by_lines(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, gradients = convolved(kind, 4, 4, rows)
     torch.testing.assert_close(form.keep_by_lines(), gradients)
-    worth_trying.cache_clear()
     monkeypatch.setattr(convolution_costs, "WORTH_TRYING", math.inf)
-    assert "keep_by_lines" in worth_trying(x.shape[1:], g.shape[1:], weight.shape, geometry, rows, 2**20)
-    worth_trying.cache_clear()
+    ways = worth_trying.__wrapped__(form.x.shape[1:], form.g.shape[1:], form.shape, form.geometry, rows, 2**20)
+    assert "keep_by_lines" in ways
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1, 3)])
