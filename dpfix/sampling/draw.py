@@ -60,7 +60,7 @@ class Draw:
 
     @property
     def given_up(self) -> bool:
-        """Whether it is a part of a draw that was begun again since, in other parts."""
+        """Whether it is a part of a draw that was begun again since, or released before it was delivered again."""
         return self.part_of is not None and (
             self.times != self.part_of.times or (self.times > 0 and self.part_of.released)
         )

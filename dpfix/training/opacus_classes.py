@@ -28,9 +28,10 @@ from dpfix.training.cleared_by_model import ZeroGrad
 from dpfix.training.clipping import clipping_class
 from dpfix.training.copied_optimizer import reduced
 from dpfix.training.cryptographic_noise import add_cryptographic_noise
+from dpfix.training.guards.memory import mark
 from dpfix.training.lineage import note
 from dpfix.training.normal_noise import add_normal
-from dpfix.training.out_of_memory import is_lack_of_memory, mark, say_size
+from dpfix.training.out_of_memory import is_lack_of_memory, say_size
 from dpfix.training.own_methods import own_method
 from dpfix.training.sharded import add_noise_to_shards
 from dpfix.training.step_guard import StepGuard

@@ -247,8 +247,9 @@ class Correlation(Contribution):
             rows = samples * self.rows
             some = Correlation(self.x[:rows], self.g[:rows], self.shape, self.geometry, self.rows)
             found = getattr(some, name)()
-            form = Kept(found) if name.startswith("keep") else some
-            if form is not some:
+            form: Contribution = some
+            if name.startswith("keep"):
+                form = Kept(found)
                 form.squared_norms()
             form.weighted_sum(some.x.new_ones(some.samples))
 

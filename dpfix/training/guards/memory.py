@@ -1,7 +1,12 @@
-"""A step for which the memory did not suffice is left out, and its logical batch begun again in smaller parts."""
+"""A step for which the memory did not suffice is left out, and its logical batch begun again in smaller parts.
+
+That is so where the size of physical batches was found and not told (``max_physical_batch_size="auto"``).
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +20,9 @@ from dpfix.instrument.source import warn_user
 from dpfix.layout.calls import known_layout, samples_in
 from dpfix.sampling.draw import Draw
 from dpfix.training.guards.check import Check, Guarded
-from dpfix.training.out_of_memory import free, is_lack_of_memory, watch_backward
+from dpfix.training.out_of_memory import free, is_lack_of_memory
+
+_MARK = "dpfix: made by a training"
 
 
 class BegunAgain(Check):
@@ -103,7 +110,7 @@ class BegunAgain(Check):
         if draw is None or ledger is None or not left_out:
             return
         if not guarded.progress.partial or any(summed is d.whole for d in left_out):
-            guarded.progress.partial = guarded.accounting.parts = 0
+            guarded.progress.partial = 0
             guarded.forget_sum()
         for p in guarded.parameters.values():
             p.grad = p.grad_sample = None  # type: ignore[attr-defined]
@@ -128,3 +135,63 @@ class BegunAgain(Check):
 def _leaf(path: pytree.Path, leaf: Any) -> Any:
     floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
     return leaf.detach().requires_grad_() if floating else leaf
+
+
+def mark(output: Any, training: BegunAgain) -> None:
+    """Write down in the graph which training's model has made the output of a call.
+
+    Args:
+        output: any nested containers.
+        training: is held weakly.
+    """
+    for t in pytree.gradient_tensors(output):
+        if t.grad_fn is not None:
+            _notes(t.grad_fn)[_MARK] = weakref.ref(training)
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    """A dictionary of a node of the graph, in which anybody may write."""
+    return node.metadata
+
+
+def _trainings(loss: torch.Tensor) -> list[BegunAgain]:
+    """Those whose models a graph leads to."""
+    found, known = dict[int, BegunAgain](), set[Any]()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        training = _notes(node).get(_MARK, lambda: None)()
+        if training is not None:
+            found[id(training)] = training
+        left += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def watch_backward() -> None:
+    """A lack of memory in ``loss.backward()`` makes the trainings that the loss is of give up the batch that they work on.
+
+    The line is the script's: without the wrapper that is put around ``torch.Tensor.backward``, once, nobody could go on after it.
+    Any other error passes through, and a lack of memory where a training cannot give up its batch.
+    """
+    original = torch.Tensor.backward
+    if getattr(original, "watched_by_dpfix", False):
+        return
+
+    @functools.wraps(original)
+    def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except RuntimeError as error:
+            trainings = _trainings(self) if is_lack_of_memory(error) else []
+            if not trainings or not all(training.can_give_up() for training in trainings):
+                raise
+        for training in trainings:
+            training.give_up()
+        free()
+        return None
+
+    backward.watched_by_dpfix = True  # type: ignore[attr-defined]
+    torch.Tensor.backward = backward

@@ -18,9 +18,8 @@ _COMPARED = (
     "the pass over the data_loader", "the number of its batches", "the number of accounted steps",
     "the number of states that were loaded", *SCHEDULED,
 )  # fmt: skip
-_NUMBERS = 2 + len(
-    _COMPARED
-)  # whether the rank has failed before them, and how many samples it takes at a time after them
+_NUMBERS = 1 + len(_COMPARED) + 1
+"""Whether the rank has failed, what is compared, and how many samples the rank takes at a time."""
 
 
 class RanksAgree(Check):
